@@ -1,0 +1,10 @@
+"""How sharp is the minimum a network was trained to, and can the number be trusted?"""
+
+from importlib.metadata import version
+
+from sharpness.measures.eigenvalues import HessianEigenpairs as HessianEigenpairs
+from sharpness.measures.eigenvalues import eigenpairs as eigenpairs
+from sharpness.results import NotConvergedError as NotConvergedError
+from sharpness.results import Status as Status
+from sharpness.risk.empirical import EmpiricalRisk as EmpiricalRisk
+

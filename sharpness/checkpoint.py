@@ -1,0 +1,176 @@
+"""The only reader and writer of model files: plain tensors and plain values.
+
+A `.pt` file is read with `weights_only=True`, so nothing in it is ever executed; a
+`.safetensors` file carries the same facts as JSON in its header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+FORMAT, SCHEMA = "sharpness-checkpoint", 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A trained network: parameters and buffers, and how they came about."""
+
+    state_dict: dict[str, Tensor] = field(repr=False)
+    network: dict[str, Any]  # name and arguments, resolved by `sharpness.lab`
+    data: dict[str, Any]  # name, split sizes, sha256
+    training: dict[str, Any]  # config, epoch, history, metrics
+    start: dict[str, Any]  # seed and sha256 of the initial parameters
+    optimizer: dict[str, Any] = field(repr=False, default_factory=dict)
+    sha256: str = ""  # of the file it was read from
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write to a temporary name in the same folder, then rename: never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = asdict(checkpoint)
+    facts.pop("sha256")
+    facts = {"format": FORMAT, "schema": SCHEMA, **facts}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        if path.suffix == ".safetensors":
+            _write_safetensors(facts, temporary)
+        else:
+            torch.save(facts, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a checkpoint, is damaged, would run code, or was written
+            by something else. One line each, saying what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`{path}` must be a checkpoint file; got no such file. Train one with "
+            "`python -m sharpness.train`."
+        )
+    content = path.read_bytes()
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_pt
+    facts = read(path, content)
+    _check_facts(path, facts)
+    names = Checkpoint.__dataclass_fields__.keys() - {"sha256"}
+    known = {name: facts[name] for name in names if name in facts}
+    return Checkpoint(**known, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _read_pt(path: Path, content: bytes) -> Any:
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        blocked = re.search(r"GLOBAL ([\w.]+)|Unsupported global: (\S+)", str(error))
+        if blocked:
+            raise ValueError(
+                f"`{path}` must hold plain tensors and values; got a pickle that needs "
+                f"`{blocked[1] or blocked[2]}`, which was not executed. Save the "
+                "`state_dict` alone."
+            ) from None
+        raise _damaged(path, content) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError):
+        raise _damaged(path, content) from None
+
+
+def _damaged(path: Path, content: bytes) -> ValueError:
+    kind = "a damaged or truncated file" if content[:2] == b"PK" else "another file"
+    return ValueError(
+        f"`{path}` must be a checkpoint written by torch.save; got {kind} "
+        f"({len(content)} bytes). Write it again, or pass the right file."
+    )
+
+
+def _check_facts(path: Path, facts: Any) -> None:
+    if isinstance(facts, dict) and facts.get("format") == FORMAT:
+        if facts.get("schema") != SCHEMA:
+            raise ValueError(
+                f"`{path}` must have schema {SCHEMA}; got {facts.get('schema')}. "
+                "Read it with the version of sharpness that wrote it."
+            )
+        missing = [n for n in ("state_dict", "network", "data") if n not in facts]
+        if not missing:
+            return
+        found = f"one without {', '.join(missing)}"
+    else:
+        names = ", ".join(map(str, list(facts)[:3])) if isinstance(facts, dict) else ""
+        found = f"{type(facts).__name__} ({names}, …)" if names else "something else"
+    raise ValueError(
+        f"`{path}` must be a checkpoint written by sharpness; got {found}. For your own "
+        "model, load it in Python and pass it to `sharpness.EmpiricalRisk(model, loss, "
+        "data)`."
+    )
+
+
+def _write_safetensors(facts: dict[str, Any], path: str) -> None:
+    tensors: dict[str, Tensor] = {}
+    plain = _without_tensors(facts, "", tensors)
+    header = {FORMAT: json.dumps(plain)}
+    safetensors.torch.save_file(tensors, path, metadata=header)
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` with each tensor moved to `tensors` and its name left in its place."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"__tensor__": name}
+    if isinstance(value, dict):
+        pairs = [
+            [key, _without_tensors(item, f"{name}/{key}", tensors)]
+            for key, item in value.items()
+        ]
+        return {"__dict__": pairs}  # keys may be whole numbers
+    if isinstance(value, list | tuple):
+        return [
+            _without_tensors(v, f"{name}/{i}", tensors) for i, v in enumerate(value)
+        ]
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict) and "__tensor__" in value:
+        return tensors[value["__tensor__"]]
+    if isinstance(value, dict):
+        return {key: _with_tensors(item, tensors) for key, item in value["__dict__"]}
+    if isinstance(value, list):
+        return [_with_tensors(item, tensors) for item in value]
+    return value
+
+
+def _read_safetensors(path: Path, content: bytes) -> Any:
+    try:
+        tensors = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        if FORMAT not in header:
+            return tensors
+        return _with_tensors(json.loads(header[FORMAT]), tensors)
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"`{path}` must be a .safetensors file; got a damaged or other file "
+            f"({len(content)} bytes). Write it again, or pass the right file."
+        ) from None

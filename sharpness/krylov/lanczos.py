@@ -1,0 +1,204 @@
+"""Lanczos tridiagonalisation of a symmetric matrix, and what its Ritz values prove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import eigh_tridiagonal
+from scipy.special import ndtri
+from torch import Tensor
+
+from sharpness import _tensors
+
+Matvec = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LanczosState:
+    """m steps: A Q^T = Q^T T + beta_m q_{m+1} e_m^T, with Q (m, n), rows orthonormal.
+
+    `noise` is the Frobenius norm of what `Q A Q^T` has outside its three diagonals. It
+    would be 0 in exact arithmetic with a symmetric A, so it measures both rounding and
+    the asymmetry of the products, and shifts eigenvalues by at most itself.
+    """
+
+    alphas: tuple[float, ...]  # m diagonal entries of T
+    betas: tuple[float, ...]  # m: m-1 off-diagonal entries of T, then the residual's
+    noise: float
+    num_restarts: int  # random restarts after an invariant subspace
+    basis: Tensor  # Q, (m, n)
+
+    @property
+    def invariant(self) -> bool:
+        """Whether the space is invariant: every Ritz value is an eigenvalue."""
+        return self.betas[-1] == 0.0
+
+
+def lanczos(
+    matvec: Matvec, v0: Tensor, generator: torch.Generator
+) -> Iterator[LanczosState]:
+    """States after 1, 2, ... products, until the space is the whole of R^n.
+
+    Size, type and device are those of `v0` (n,), which need not be normalised. Where the
+    Krylov space of `v0` is exhausted, a random vector orthogonal to it carries on; that
+    is also how further copies of a repeated eigenvalue are found.
+
+    Each vector passes Gram-Schmidt twice against all earlier ones: one pass leaves an
+    overlap of 8e-4 in float32 after 80 steps, two leave 5e-7.
+
+    Cost: one product and 8 m n operations a step; memory m n.
+    """
+    n = v0.numel()
+    basis = v0.new_empty((min(16, n), n))
+    alphas: list[float] = []
+    betas: list[float] = []
+    noise_squared, scale, restarts = 0.0, 0.0, 0
+    q = _normalised(v0)
+    while True:
+        m = len(alphas) + 1
+        if m > len(basis):
+            more = v0.new_empty((min(len(basis), n - len(basis)), n))
+            basis = torch.cat([basis, more])
+        basis[m - 1] = q
+        w = matvec(q)
+        alpha = float(_tensors.dot64(q, w))
+        w, overlaps = _orthogonalised(w, basis[:m])
+        beta = float(_tensors.norm64(w))
+        scale = max(scale, abs(alpha) + beta)
+        noise_squared += _outside_tridiagonal(overlaps, betas)
+        # A remainder of the size of rounding is no direction.
+        if not beta > 10 * torch.finfo(v0.dtype).eps * scale or m == n:
+            beta = 0.0
+        alphas.append(alpha)
+        betas.append(beta)
+        noise = max(noise_squared**0.5, torch.finfo(v0.dtype).eps * scale)
+        yield LanczosState(tuple(alphas), tuple(betas), noise, restarts, basis[:m])
+        if m == n or not np.isfinite(alpha + beta):
+            return
+        if beta:
+            q = _normalised(w)
+        else:
+            restarts += 1
+            q = _tensors.random_unit(v0, generator)
+            q = _normalised(_orthogonalised(q, basis[:m])[0])
+
+
+@dataclass(frozen=True)
+class RitzPairs:
+    """The k largest Ritz values of a state, best first, with what is known of each."""
+
+    values: np.ndarray  # (k,)
+    residuals: np.ndarray  # (k,) ||A v - value v||
+    bounds: np.ndarray  # (k,) distance to the nearest eigenvalue of A is at most this
+    coefficients: np.ndarray  # (k, m) eigenvectors in the basis
+
+
+def ritz_pairs(state: LanczosState, k: int) -> RitzPairs:
+    r"""The min(k, m) largest Ritz pairs of a state, with error bounds.
+
+    A residual r proves that an eigenvalue lies within r of the Ritz value (not that it
+    is the i-th). A cluster C of Ritz values with joint residual $r_C$, a gap $\eta$
+    away from the rest of the spectrum, is far more accurate than that:
+
+    $$|\lambda_i - \theta_i| \le \frac{2 r_C^2}{\eta + \sqrt{\eta^2 + 4 r_C^2}}
+      \le \min(r_C, r_C^2 / \eta)$$
+
+    (C. K. Li and R. C. Li, Linear Algebra Appl. 395, 2005). The bound is the smallest
+    over all clusters of neighbours that hold the value. The gap is that to the
+    nearest other Ritz interval: an eigenvalue that the Krylov space has not seen at all
+    is not in it.
+    """
+    theta, vectors = eigh_tridiagonal(np.array(state.alphas), np.array(state.betas[:-1]))
+    residuals = state.betas[-1] * np.abs(vectors[-1])
+    bounds = state.noise + np.minimum(residuals, _cluster_bounds(theta, residuals))
+    best = np.argsort(-theta, kind="stable")[:k]
+    return RitzPairs(theta[best], residuals[best], bounds[best], vectors[:, best].T)
+
+
+def _cluster_bounds(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
+    """The smallest cluster bound for each of the ascending Ritz values."""
+    below = np.append(-np.inf, np.maximum.accumulate(theta + residuals))
+    above = np.append(np.minimum.accumulate((theta - residuals)[::-1])[::-1], np.inf)
+    squares = np.append(0.0, np.cumsum(residuals**2))
+    bounds = np.full(len(theta), np.inf)
+    if len(theta) == 1:
+        return bounds  # nothing is known of a gap
+    for first in range(len(theta)):
+        last = np.arange(first, len(theta))
+        square = squares[last + 1] - squares[first]
+        gap = np.minimum(theta[first] - below[first], above[last + 1] - theta[last])
+        gap = np.maximum(gap, 0.0)
+        finite = np.isfinite(gap)  # the cluster of all values has no gap
+        bound = np.where(
+            finite, 2 * square / (gap + np.sqrt(gap**2 + 4 * square) + 1e-300), np.inf
+        )
+        reach = np.minimum.accumulate(bound[::-1])[::-1]  # clusters that go as far
+        bounds[first:] = np.minimum(bounds[first:], reach)
+    return bounds
+
+
+def upper_bound(state: LanczosState, n: int, confidence: float = 0.95) -> float:
+    r"""A bound that lambda_max exceeds with probability at most 1 - confidence.
+
+    For a start drawn uniformly from the unit sphere. The Lanczos vectors are
+    $q_{j+1} = p_j(A) q_1$ with polynomials orthonormal for the start's spectral measure,
+    so the projection of the top eigenvector u on the space has squared length
+    $(u^T q_1)^2 \sum_j p_j(\lambda_{max})^2 \le 1$, and $(u^T q_1)^2$ falls below its
+    5 % quantile, about 0.0039 / n, only once in twenty starts.
+
+    References:
+        van Dorsselaer, Hochstenbach, van der Vorst (2000), SIAM J. Matrix Anal. Appl.
+        22(3), section 3: the same idea with the last polynomial alone. Only the steps
+        before the first restart are used, since later ones do not start at random.
+    """
+    limit = n / ndtri(0.5 + (1 - confidence) / 2) ** 2  # chi^2 with 1 d.o.f., by n
+    betas = np.array(state.betas)
+    m = int(np.argmax(betas == 0.0)) + 1 if (betas == 0.0).any() else len(betas)
+    alphas, betas = np.array(state.alphas[:m]), betas[:m]
+    low = float(eigh_tridiagonal(alphas, betas[:-1], eigvals_only=True)[-1])
+    if betas[-1] == 0.0:
+        return low + state.noise
+    high = low + float(betas.max())
+    while _christoffel(high, alphas, betas) < limit:
+        high += high - low
+    for _ in range(60):
+        middle = (low + high) / 2
+        inside = _christoffel(middle, alphas, betas) < limit
+        low, high = (middle, high) if inside else (low, middle)
+    return high + state.noise
+
+
+def _christoffel(x: float, alphas: np.ndarray, betas: np.ndarray) -> float:
+    """Sum of p_j(x)^2, j = 0..m, by the three-term recurrence; inf on overflow."""
+    total, previous, current = 1.0, 0.0, 1.0
+    for j, (alpha, beta) in enumerate(zip(alphas, betas, strict=True)):
+        before = betas[j - 1] * previous if j else 0.0
+        previous, current = current, ((x - alpha) * current - before) / beta
+        total += current * current
+        if total > 1e100:
+            return np.inf
+    return float(total)
+
+
+def _normalised(v: Tensor) -> Tensor:
+    return v / _tensors.norm64(v).to(v.dtype)
+
+
+def _orthogonalised(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """`w` without its part in the rows of `basis`, and its coefficients on them."""
+    overlaps = basis @ w
+    w = w - overlaps @ basis
+    again = basis @ w
+    return w - again @ basis, overlaps + again
+
+
+def _outside_tridiagonal(overlaps: Tensor, betas: list[float]) -> float:
+    """Squared norm of a column of Q A Q^T - T above the diagonal, both triangles."""
+    expected = torch.zeros_like(overlaps[:-1], dtype=torch.float64)
+    if betas:
+        expected[-1] = betas[-1]
+    error = overlaps[:-1].double() - expected
+    return 2 * float(torch.dot(error, error))

@@ -1,0 +1,1 @@
+"""One question, one function, one result type a module."""

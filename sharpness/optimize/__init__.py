@@ -1,0 +1,1 @@
+"""Maximisation of a smooth function over a box, on whatever device the vectors are."""

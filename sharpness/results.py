@@ -1,0 +1,64 @@
+"""What a measure returns: a value, the evidence for it, and what it cost."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+
+class Status(StrEnum):
+    """How a computation ended. `advice` says what to do about it."""
+
+    CONVERGED = "converged"
+    COMPLETED = "completed"
+    MAX_HVPS = "max_hvps"
+    MAX_SECONDS = "max_seconds"
+    INTERRUPTED = "interrupted"
+    LINE_SEARCH_FAILED = "line_search_failed"
+    NON_FINITE = "non_finite"
+
+    @property
+    def ok(self) -> bool:
+        """Whether the result is what was asked for."""
+        return self in (Status.CONVERGED, Status.COMPLETED)
+
+    @property
+    def advice(self) -> str:
+        """One sentence: what happened and the way out."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.CONVERGED: "Every wanted value met `tol`.",
+    Status.COMPLETED: "The stated budget was used in full.",
+    Status.MAX_HVPS: "Stopped at `max_hvps` before every error bound met `tol`. "
+    "Raise `max_hvps` or loosen `tol`.",
+    Status.MAX_SECONDS: "Stopped at `max_seconds`; the bounds reached so far hold. "
+    "Raise `max_seconds` or loosen `tol`.",
+    Status.INTERRUPTED: "Interrupted; the bounds reached so far hold.",
+    Status.LINE_SEARCH_FAILED: "The line search found no rise at all, so the value 0 "
+    "says nothing. Try another `seed` or `solver='ascent'`.",
+    Status.NON_FINITE: "The risk or a product of it is NaN or infinite. Check the "
+    "parameters and the data for non-finite values.",
+}
+
+
+class NotConvergedError(RuntimeError):
+    """Raised by `raise_for_status()`; `.result` holds what was computed."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__(result.status.advice)
+        self.result = result
+
+
+class Result:
+    """Base of every result: the status check, and a small table for notebooks."""
+
+    __slots__ = ()
+    status: Status
+
+    def raise_for_status(self) -> Any:
+        """The result itself when its status is fine, else `NotConvergedError`."""
+        if self.status.ok:
+            return self
+        raise NotConvergedError(self)

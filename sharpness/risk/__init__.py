@@ -1,0 +1,1 @@
+"""The object that is measured: one fixed mean loss over one fixed finite data set."""

@@ -1,0 +1,69 @@
+"""Evaluation that leaves the model, and every random generator, bit for bit as found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
+    """Dropout off, BatchNorm as chosen, attention differentiable twice."""
+    with ExitStack() as stack:
+        stack.enter_context(_random_generators_kept())
+        stack.enter_context(_modes(model, batchnorm))
+        # The fused attention kernels have no second derivative.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+@contextmanager
+def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
+    """Per-module flags; batch statistics without touching the running averages.
+
+    `track_running_stats=False` makes BatchNorm pass no buffers to its kernel, so there
+    is nothing that could be updated.
+    """
+    before = [(m, m.training) for m in model.modules()]
+    tracked = [
+        (m, m.track_running_stats)
+        for m in model.modules()
+        if batchnorm == "batch" and isinstance(m, _BatchNorm)
+    ]
+    try:
+        for module, _ in before:
+            module.training = False
+        for module, _ in tracked:
+            module.training, module.track_running_stats = True, False
+        yield
+    finally:
+        for module, tracks in tracked:
+            module.track_running_stats = tracks
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def _random_generators_kept() -> Iterator[None]:
+    """Any draw inside (a functional dropout, say) is the same each time and unseen."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def batchnorm_layers(model: nn.Module) -> list[str]:
+    """Names of the BatchNorm layers, in order."""
+    return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]

@@ -1,0 +1,110 @@
+"""What a loss averages over, so that chunks of any size add up to the same mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
+_CLASS_FUNCTIONS = (F.cross_entropy, F.nll_loss)
+_ELEMENT_LOSSES = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+)
+_ELEMENT_FUNCTIONS = (
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+    F.poisson_nll_loss,
+    F.soft_margin_loss,
+)
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """How one loss reduces its terms, and how many a set of targets holds."""
+
+    reduction: str  # "mean", "sum" or "none"
+    count: Callable[[Any], float]
+
+    def total(self, reduced: Tensor, count: float) -> Tensor:
+        """The sum over the terms behind a reduced loss value."""
+        return reduced * count if self.reduction == "mean" else reduced.sum()
+
+
+def loss_terms(loss: Callable[..., Tensor], outputs: Tensor, targets: Any) -> LossTerms:
+    """The terms of `loss`; `outputs, targets` is a small example it accepts.
+
+    PyTorch's own losses are asked. Any other callable is taken to have one term for
+    each target row, and whether it averages or adds is seen by doubling the example.
+    """
+    function, keywords = _unwrapped(loss)
+    if isinstance(loss, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS:
+        weight, ignored = keywords.get("weight"), keywords.get("ignore_index", -100)
+        count = partial(_class_count, weight=weight, ignore_index=ignored)
+        return LossTerms(keywords.get("reduction", "mean"), count)
+    if isinstance(loss, _ELEMENT_LOSSES) or function in _ELEMENT_FUNCTIONS:
+        return LossTerms(keywords.get("reduction", "mean"), _element_count)
+    return LossTerms(_observed_reduction(loss, outputs, targets), num_rows)
+
+
+def num_rows(batch: Any) -> float:
+    """Length of the first tensor found in a batch (a tensor, tuple, list or dict)."""
+    if isinstance(batch, Tensor):
+        return float(batch.shape[0]) if batch.ndim else 1.0
+    items = batch.values() if isinstance(batch, dict) else batch
+    return num_rows(next(iter(items)))
+
+
+def _unwrapped(loss: Any) -> tuple[Any, dict[str, Any]]:
+    if isinstance(loss, nn.Module):
+        names = ("reduction", "weight", "ignore_index")
+        return loss, {n: getattr(loss, n) for n in names if hasattr(loss, n)}
+    if isinstance(loss, partial):
+        return loss.func, dict(loss.keywords)
+    return loss, {}
+
+
+def _class_count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> float:
+    if targets.is_floating_point():  # class probabilities: PyTorch divides by the rows
+        return targets.numel() / targets.shape[1 if targets.ndim > 1 else 0]
+    counted = targets[targets != ignore_index]
+    if weight is None:
+        return float(counted.numel())
+    return float(weight.to(counted.device)[counted].double().sum())
+
+
+def _element_count(targets: Tensor) -> float:
+    return float(targets.numel())
+
+
+def _observed_reduction(loss: Any, outputs: Tensor, targets: Any) -> str:
+    with torch.no_grad():
+        once = loss(outputs, targets)
+        if once.ndim:
+            return "none"
+        twice = loss(torch.cat([outputs, outputs]), torch.cat([targets, targets]))
+    ratio = float(twice / once) if float(once) else float("nan")
+    for reduction, expected in (("mean", 1.0), ("sum", 2.0)):
+        if abs(ratio - expected) < 0.01:
+            return reduction
+    raise ValueError(
+        "`loss` must be a mean or a sum over target rows; got a value that changes by "
+        f"a factor of {ratio:.3g} when the rows are doubled. Pass `terms=`, a function "
+        "of the targets that returns how many terms the loss averages."
+    )
