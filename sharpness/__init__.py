@@ -4,7 +4,12 @@ from importlib.metadata import version
 
 from sharpness.measures.eigenvalues import HessianEigenpairs as HessianEigenpairs
 from sharpness.measures.eigenvalues import eigenpairs as eigenpairs
+from sharpness.measures.epsilon import EpsilonSharpness as EpsilonSharpness
+from sharpness.measures.epsilon import epsilon_sharpness as epsilon_sharpness
+from sharpness.measures.landscape import Interpolation as Interpolation
+from sharpness.measures.landscape import interpolation as interpolation
 from sharpness.results import NotConvergedError as NotConvergedError
 from sharpness.results import Status as Status
 from sharpness.risk.empirical import EmpiricalRisk as EmpiricalRisk
 
+__version__ = version("sharpness")

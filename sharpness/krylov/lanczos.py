@@ -94,50 +94,58 @@ class RitzPairs:
     residuals: np.ndarray  # (k,) ||A v - value v||
     bounds: np.ndarray  # (k,) distance to the nearest eigenvalue of A is at most this
     coefficients: np.ndarray  # (k, m) eigenvectors in the basis
+    next_upper: float  # how far up the interval of the (k+1)-th reaches; -inf without
 
 
 def ritz_pairs(state: LanczosState, k: int) -> RitzPairs:
-    r"""The min(k, m) largest Ritz pairs of a state, with error bounds.
+    """The min(k, m) largest Ritz pairs of a state, with error bounds.
 
     A residual r proves that an eigenvalue lies within r of the Ritz value (not that it
-    is the i-th). A cluster C of Ritz values with joint residual $r_C$, a gap $\eta$
-    away from the rest of the spectrum, is far more accurate than that:
-
-    $$|\lambda_i - \theta_i| \le \frac{2 r_C^2}{\eta + \sqrt{\eta^2 + 4 r_C^2}}
-      \le \min(r_C, r_C^2 / \eta)$$
-
-    (C. K. Li and R. C. Li, Linear Algebra Appl. 395, 2005). The bound is the smallest
-    over all clusters of neighbours that hold the value. The gap is that to the
-    nearest other Ritz interval: an eigenvalue that the Krylov space has not seen at all
-    is not in it.
+    is the i-th). Where every other Ritz interval is more than 2 r away, the Ritz value
+    is accurate to r^2 / gap (Kato-Temple; Parlett, The Symmetric Eigenvalue Problem,
+    section 11.7), as far as the gap seen in the Krylov space is the gap of A.
     """
     theta, vectors = eigh_tridiagonal(np.array(state.alphas), np.array(state.betas[:-1]))
     residuals = state.betas[-1] * np.abs(vectors[-1])
-    bounds = state.noise + np.minimum(residuals, _cluster_bounds(theta, residuals))
-    best = np.argsort(-theta, kind="stable")[:k]
-    return RitzPairs(theta[best], residuals[best], bounds[best], vectors[:, best].T)
+    bounds = state.noise + _tightened(theta, residuals)
+    order = np.argsort(-theta, kind="stable")
+    best, rest = order[:k], order[k:]
+    upper = float((theta + residuals)[rest[0]]) if len(rest) else -np.inf
+    return RitzPairs(
+        theta[best], residuals[best], bounds[best], vectors[:, best].T, upper
+    )
 
 
-def _cluster_bounds(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
-    """The smallest cluster bound for each of the ascending Ritz values."""
-    below = np.append(-np.inf, np.maximum.accumulate(theta + residuals))
-    above = np.append(np.minimum.accumulate((theta - residuals)[::-1])[::-1], np.inf)
-    squares = np.append(0.0, np.cumsum(residuals**2))
-    bounds = np.full(len(theta), np.inf)
+def _tightened(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
     if len(theta) == 1:
-        return bounds  # nothing is known of a gap
-    for first in range(len(theta)):
-        last = np.arange(first, len(theta))
-        square = squares[last + 1] - squares[first]
-        gap = np.minimum(theta[first] - below[first], above[last + 1] - theta[last])
-        gap = np.maximum(gap, 0.0)
-        finite = np.isfinite(gap)  # the cluster of all values has no gap
-        bound = np.where(
-            finite, 2 * square / (gap + np.sqrt(gap**2 + 4 * square) + 1e-300), np.inf
-        )
-        reach = np.minimum.accumulate(bound[::-1])[::-1]  # clusters that go as far
-        bounds[first:] = np.minimum(bounds[first:], reach)
-    return bounds
+        return residuals  # nothing is known of a gap
+    distance = np.abs(theta[:, None] - theta[None, :]) - residuals[None, :]
+    np.fill_diagonal(distance, np.inf)
+    gap = distance.min(axis=1)
+    squared = residuals**2 / np.maximum(gap, np.finfo(float).tiny)
+    return np.where(gap > 2 * residuals, squared, residuals)
+
+
+def meets(state: LanczosState, k: int, tol: float) -> bool:
+    """Whether the k largest Ritz values of a state are accurate to `tol`.
+
+    Every bound is at most `tol` times its value (or times the noise, if larger), and the
+    interval of the next Ritz value stays below the k-th: while it reaches higher, an
+    eigenvalue may still emerge there.
+    """
+    m, n = state.basis.shape
+    if m == n or m < k:
+        return m == n
+    # An invariant space reached from one start says nothing of what lies outside it;
+    # a second, random start that is exhausted too has found it all.
+    if state.invariant and state.num_restarts == 0:
+        return False
+    pairs = ritz_pairs(state, k)
+    wanted = tol * np.maximum(np.abs(pairs.values), state.noise)
+    return bool(
+        (pairs.bounds <= wanted).all()
+        and pairs.next_upper <= pairs.values[-1] + wanted[-1]
+    )
 
 
 def upper_bound(state: LanczosState, n: int, confidence: float = 0.95) -> float:

@@ -2,7 +2,7 @@
 
 The algorithm is Byrd, Lu, Nocedal and Zhu (1995), SIAM J. Sci. Comput. 16(5), with the
 projected subspace step of Morales and Nocedal (2011), ACM TOMS 38(1). Its inner loops
-over single variables become sorts, cumulative sums and products with thin matrices.
+over single variables become products with thin matrices.
 Written for minimisation, as in the papers; the door turns maximisation into it.
 """
 
@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from sharpness._tensors import dot64
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.line_search import strong_wolfe
-
-_BLOCK = 1 << 17  # breakpoints scanned at a time
 
 
 def lbfgsb(
@@ -76,110 +75,121 @@ def lbfgsb(
 
 
 def _longest_step(x: Tensor, direction: Tensor, box: Box) -> float:
-    """The largest multiple of `direction` that stays in the box."""
-    room = torch.where(direction > 0, box.upper - x, x - box.lower)
-    steps = torch.where(direction == 0, torch.inf, room / direction.abs())
-    return max(1.0, min(float(steps.min()), 1e10))
+    """The largest multiple of `direction`, at least 1, that stays in the box."""
+    return max(1.0, min(float(_breakpoints(x, -direction, box).min()), 1e10))
 
 
 class _Model:
     """The quadratic model with B = theta I - W^T M W, from the last correction pairs.
 
-    Rows of W (2m, p) are the y's, then theta times the s's.
+    Rows of W (2m, p) are the y's, then the s's; the papers' factor theta on the s's
+    stands in M instead, so that a new theta leaves W as it is.
     """
 
     def __init__(self, like: Tensor, memory: int) -> None:
         self._memory = memory
-        self._s = like.new_empty((0, like.numel()))
-        self._y = like.new_empty((0, like.numel()))
+        self._rows = like.new_empty((2, memory, like.numel()))  # y's, s's
+        self._sy = torch.empty((0, 0), dtype=torch.float64)  # s_i^T y_j
+        self._ss = torch.empty((0, 0), dtype=torch.float64)
         self._theta = 1.0
+        self._m = torch.empty((0, 0), dtype=torch.float64)
 
     @property
     def is_empty(self) -> bool:
-        return not len(self._s)
+        return not len(self._ss)
+
+    @property
+    def _pairs(self) -> Tensor:
+        return self._rows[:, : len(self._ss)]  # (2, m, p)
 
     def add(self, s: Tensor, y: Tensor) -> None:
         """Take in a pair, unless the curvature along it is not positive."""
         curvature, square = float(dot64(s, y)), float(dot64(y, y))
         if curvature <= torch.finfo(s.dtype).eps * square:
             return
-        keep = self._memory - 1
-        self._s = torch.cat([self._s[-keep:], s[None]])
-        self._y = torch.cat([self._y[-keep:], y[None]])
+        if len(self._ss) == self._memory:
+            self._rows[:, :-1] = self._rows[:, 1:].clone()
+            self._sy, self._ss = self._sy[1:, 1:], self._ss[1:, 1:]
+        m = len(self._ss)
+        self._rows[0, m], self._rows[1, m] = y, s
+        products = (self._rows[:, : m + 1] @ torch.stack([s, y], 1)).double().cpu()
+        self._ss = _bordered(self._ss, products[1, :, 0], products[1, :, 0])
+        self._sy = _bordered(self._sy, products[1, :, 1], products[0, :, 0])
         self._theta = square / curvature
-        self._w = torch.cat([self._y, self._theta * self._s])
-        sy, ss = (self._s @ self._y.T).double(), (self._s @ self._s.T).double()
-        lower = sy.tril(-1)
-        blocks = [[-torch.diag(sy.diag()), lower.T], [lower, self._theta * ss]]
-        self._m = torch.linalg.inv(torch.cat([torch.cat(row, 1) for row in blocks]))
+        self._m = self._middle_matrix()
+
+    def _middle_matrix(self) -> Tensor:
+        theta, lower = self._theta, self._sy.tril(-1)
+        top = torch.cat([-torch.diag(self._sy.diag()), lower.T], 1)
+        bottom = torch.cat([lower, theta * self._ss], 1)
+        scale = torch.ones(len(top) * 2, dtype=torch.float64)
+        scale[len(top) :] = theta
+        return scale[:, None] * torch.linalg.inv(torch.cat([top, bottom])) * scale
+
+    def _w(self, *vectors: Tensor) -> Tensor:
+        """W times vectors (p,), as (2m, number of vectors) on the CPU."""
+        return (self._pairs @ torch.stack(vectors, 1)).flatten(0, 1).double().cpu()
+
+    def _w_transposed(self, small: Tensor) -> Tensor:
+        """W^T times a vector (2m,), as (p,)."""
+        rows = small.to(self._rows).view(2, 1, -1)
+        return (rows @ self._pairs).sum(0)[0]
 
     def minimiser(self, x: Tensor, g: Tensor, box: Box) -> Tensor:
         """Minimise the model: along the projected gradient, then over the free part."""
         if self.is_empty:
             return box.clip(x - g)  # B = I: the path ends at its unconstrained minimum
         breaks = _breakpoints(x, g, box)
-        cauchy_step = self._cauchy_step(breaks, g)
+        cauchy_step = self._cauchy_step(x, g, breaks, box)
         cauchy = box.clip(x - cauchy_step * g)
-        free = breaks > cauchy_step
-        return self._subspace_minimiser(x, g, cauchy, free, box)
+        return self._subspace_minimiser(x, g, cauchy, breaks > cauchy_step, box)
 
-    def _cauchy_step(self, breaks: Tensor, g: Tensor) -> float:
-        """First local minimum of the model along clip(x - t g), t >= 0.
+    def _cauchy_step(self, x: Tensor, g: Tensor, breaks: Tensor, box: Box) -> float:
+        """The t that minimises the model along clip(x - t g), to three digits.
 
-        Between two breakpoints the path's derivative d is -g on what still moves, and
-        q'(t) = a + t b. Both follow from cumulative sums over the sorted breakpoints.
+        With a million variables the path bends a million times and the derivative of
+        the model along it is smooth to the eye: a root finder needs ten looks at it
+        where the published scan sorts and visits every bend.
         """
-        order = breaks.argsort()
-        total = -(self._w @ g).double()  # W d at t = 0
-        moving, done = float(dot64(g, g)), torch.zeros_like(total)
-        left = 0.0
-        for index in order.split(_BLOCK):
-            t, g_i = breaks[index].double(), g[index].double()
-            w_i = self._w[:, index].double()
-            # State on the interval that ends at each breakpoint of the block.
-            wg = w_i * g_i
-            p = total[:, None] + wg.cumsum(1) - wg
-            settled = wg * torch.where(t.isfinite(), t, 0.0)
-            c = done[:, None] - settled.cumsum(1) + settled
-            rest = moving - (g_i * g_i).cumsum(0) + g_i * g_i
-            mp = self._m @ p
-            a = -rest - (mp * c).sum(0)
-            b = self._theta * rest - (mp * p).sum(0)
-            starts = torch.cat([t.new_tensor([left]), t[:-1]])
-            minimum = torch.where(b > 0, -a / b, torch.inf)
-            hit = ((a + starts * b >= 0) | (minimum <= t)).nonzero()
-            if len(hit):
-                j = int(hit[0])
-                return max(float(starts[j]), min(float(minimum[j]), float(t[j])))
-            total = total + wg.sum(1)
-            done = done - settled.sum(1)
-            moving -= float((g_i * g_i).sum())
-            left = float(t[-1])
-        return left
+
+        def derivative(t: float) -> float:
+            moving = torch.where(breaks > t, -g, 0.0)
+            moved = box.clip(x - t * g) - x
+            p, c = self._w(moving, moved).unbind(1)
+            linear = float(dot64(g, moving)) + self._theta * float(dot64(moving, moved))
+            return linear - float(p @ self._m @ c)
+
+        low, high = 0.0, 1.0 / self._theta
+        while derivative(high) < 0:
+            low, high = high, 4 * high
+            if not float((breaks > low).any()):
+                return low  # every variable has met its bound
+        return float(brentq(derivative, low, high, rtol=1e-3))
 
     def _subspace_minimiser(
         self, x: Tensor, g: Tensor, cauchy: Tensor, free: Tensor, box: Box
     ) -> Tensor:
-        theta, w, m = self._theta, self._w, self._m
-        moved = cauchy - x
-        correction = (m @ (w @ moved).double()).to(x.dtype)
-        r = torch.where(free, g + theta * moved - correction @ w, 0.0)
-        w_free = w * free
-        k = (w_free @ w_free.T).double()
-        v = m @ (w_free @ r).double()
-        v = torch.linalg.solve(torch.eye(len(m)).to(m) - m @ k / theta, v)
-        step = -r / theta - (v.to(x.dtype) @ w_free) / theta**2
+        theta, m, moved = self._theta, self._m, cauchy - x
+        correction = self._w_transposed(m @ self._w(moved)[:, 0])
+        r = torch.where(free, g + theta * moved - correction, 0.0)
+        w_free = (self._pairs * free).flatten(0, 1)
+        k = (w_free @ w_free.T).double().cpu()
+        v = m @ (w_free @ r).double().cpu()
+        v = torch.linalg.solve(torch.eye(len(m)).double() - m @ k / theta, v)
+        step = -r / theta - (v.to(w_free) @ w_free) / theta**2
         best = box.clip(cauchy + step)
         if float(dot64(g, best - x)) < 0:
             return best
-        return cauchy + min(1.0, _longest_fraction(cauchy, step, box)) * step
+        return cauchy + min(1.0, float(_breakpoints(cauchy, -step, box).min())) * step
+
+
+def _bordered(matrix: Tensor, column: Tensor, row: Tensor) -> Tensor:
+    """A square matrix with a last column and a last row more."""
+    wide = torch.cat([matrix, column[:-1, None]], 1)
+    return torch.cat([wide, row[None]])
 
 
 def _breakpoints(x: Tensor, g: Tensor, box: Box) -> Tensor:
     """For each variable, the t at which x - t g reaches its bound."""
     room = torch.where(g < 0, box.upper - x, x - box.lower)
     return torch.where(g == 0, torch.inf, room / g.abs())
-
-
-def _longest_fraction(x: Tensor, direction: Tensor, box: Box) -> float:
-    return float(_breakpoints(x, -direction, box).min())

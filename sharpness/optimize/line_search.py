@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from sharpness._tensors import dot64
@@ -47,6 +49,8 @@ def strong_wolfe(
     high: Sample | None = None
     t = min(1.0, longest)
     for _ in range(_MAX_EVALS):
+        if -slope0 * t <= torch.finfo(direction.dtype).eps * abs(f0):
+            break  # what could be gained is lost in rounding
         new = sample(t)
         if too_high(new) or (low[0] > 0 and new[1] >= low[1]):
             high = new
@@ -72,7 +76,7 @@ def _interpolated(low: Sample, high: Sample) -> float:
     d1 = da + db - 3 * (fa - fb) / (a - b)
     inside = d1 * d1 - da * db
     t = (a + b) / 2
-    if inside >= 0:
+    if inside >= 0 and math.isfinite(fb):
         d2 = (1 if b > a else -1) * inside**0.5
         bottom = db - da + 2 * d2
         t = b - (b - a) * (db + d2 - d1) / bottom if bottom else t

@@ -1,0 +1,381 @@
+"""How much can the risk rise in Keskar's small box? Metric 2.1, epsilon-sharpness."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from sharpness import _progress
+from sharpness.optimize.ascent import sign_ascent
+from sharpness.optimize.box import Box, Maximum, ValueAndGradient
+from sharpness.optimize.lbfgsb import lbfgsb
+from sharpness.results import Result, Status
+from sharpness.risk import memory
+from sharpness.risk.empirical import EmpiricalRisk
+
+Solver = Literal["lbfgsb", "scipy", "ascent"]
+Columns = Literal["normal", "unit"]
+PROTOCOL_ITERATIONS = 10  # Keskar et al. (2017), section 2.2.2
+# The start is small, so that its gradient is the Hessian's answer to a random
+# direction, and not zero, so that there is a gradient at all.
+_START = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsilonSharpness(Result):
+    """Metric 2.1 of Keskar et al. (2017): `phi` percent, a lower bound by construction.
+
+    `phi` is the largest rise any solver found; `phi_protocol` is what ten iterations of
+    L-BFGS-B reach, the only number to be put beside the paper's.
+    """
+
+    phi: float  # percent of 1 + f(theta)
+    phi_protocol: float | None  # percent; None where L-BFGS-B did not run 10 iterations
+    value: float  # f(theta)
+    value_max: float  # f at the best point
+    box_share: float  # share of the coordinates of y that lie on the box's faces
+    displacement: Tensor = field(repr=False, compare=False)  # y, (n,) or (p,)
+    status: Status
+    message: str  # the winning solver's last words
+    num_evals: int  # values with gradient, all solvers and starts
+    seconds: float
+    epsilon: float
+    subspace_dim: int | None
+    columns: str | None  # how A was drawn
+    solver: str  # the one that found the best point
+    max_iter: int
+    num_starts: int
+    seed: int
+
+    def __str__(self) -> str:
+        space = "full space"
+        if self.subspace_dim is not None:
+            space = f"{self.subspace_dim} random {self.columns} columns"
+        protocol = ""
+        if self.phi_protocol is not None:
+            protocol = f"paper's protocol {self.phi_protocol:.4g} %; "
+        return (
+            f"phi({self.epsilon:g}, {space}) ≥ {self.phi:.4g} %   "
+            f"(f {self.value:.3g} → {self.value_max:.3g}; {protocol}"
+            f"{self.num_evals} evaluations, {self.box_share:.0%} of coordinates on the "
+            f"box; {self.seconds:.1f} s)"
+        )
+
+
+@overload
+def epsilon_sharpness(
+    risk: EmpiricalRisk, epsilon: float = ..., **options: Any
+) -> EpsilonSharpness: ...
+@overload
+def epsilon_sharpness(
+    risk: EmpiricalRisk, epsilon: Sequence[float], **options: Any
+) -> list[EpsilonSharpness]: ...
+def epsilon_sharpness(
+    risk: EmpiricalRisk,
+    epsilon: float | Sequence[float] = 1e-3,
+    *,
+    subspace_dim: int | None = None,
+    columns: Columns = "normal",
+    solver: Solver | None = None,
+    max_iter: int = PROTOCOL_ITERATIONS,
+    num_starts: int = 1,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> EpsilonSharpness | list[EpsilonSharpness]:
+    r"""Largest relative rise of the risk in a small box around the parameters.
+
+    $$\phi = 100\,\frac{\max_{y \in C_\epsilon} f(\theta + A y) - f(\theta)}
+      {1 + f(\theta)}, \qquad
+      C_\epsilon = \{y : |y_i| \le \epsilon\,(|(A^{+}\theta)_i| + 1)\}$$
+
+    The maximum is sought, not proven: the value is a lower bound. It depends on the
+    number of parameters (the box's corner is at least epsilon sqrt(n) away) and on the
+    parametrisation (Dinh et al. 2017), and where it exceeds some tens of percent it is
+    no longer a matter of curvature at theta.
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        epsilon: half-width of the box relative to |theta_i| + 1, > 0; the paper used
+            1e-3 and 5e-4. A list gives a list of results, each started afresh.
+        subspace_dim: p, columns of a random A, 1 <= p <= n (the paper: 100); None means
+            A = I, the full space.
+        columns: `"normal"` draws the entries of A from N(0, 1); `"unit"` then scales
+            each column to length 1. The paper does not say; the choice moves the value
+            by orders of magnitude and is recorded.
+        solver: `"lbfgsb"` (on the device), `"scipy"` (the reference implementation, in
+            float64 on the CPU), `"ascent"` (projected sign ascent); None runs `lbfgsb`
+            and `ascent` from the same starts and keeps the best.
+        max_iter: iterations of L-BFGS-B, >= 1; ascent makes twice as many evaluations.
+        num_starts: random starting points, >= 1.
+        seed: of A and of the starts.
+        max_seconds: stop after the evaluation that passes this time.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `EpsilonSharpness`. Its status is `completed` when the stated budget was used,
+        and `line_search_failed` when no rise at all was found.
+
+    Raises:
+        ValueError: `epsilon` <= 0, `subspace_dim` outside [1, n], an unknown `solver`
+            or `columns`, a count below 1, or an A that does not fit in memory.
+
+    Cost: about 31 gradients for each start and epsilon (11 for `lbfgsb`, 20 for
+    `ascent`) and memory of 2 `max_iter` + 12 vectors; p n numbers for a subspace.
+
+    References:
+        Keskar et al. (2017), arXiv:1609.04836, Metric 2.1. Left open there, and chosen
+        here: y starts at a uniformly random point of a tenth of the box (at a minimum
+        the gradient at y = 0 vanishes); coordinates are measured in half-widths and the
+        rise in units of the first gradient's root mean square, so that L-BFGS-B's first
+        step has the length of the box's half-diagonal, for every epsilon and scale of
+        f; ten iterations are run whatever the tolerances.
+    """
+    _check(risk, epsilon, subspace_dim, columns, solver, max_iter, num_starts)
+    manifold = _Manifold(risk, subspace_dim, columns, seed)
+    options = _Options(solver, max_iter, num_starts, seed, max_seconds, progress)
+    if isinstance(epsilon, Sequence):
+        return [_measured(risk, manifold, e, options) for e in epsilon]
+    return _measured(risk, manifold, epsilon, options)
+
+
+@dataclass(frozen=True)
+class _Options:
+    solver: Solver | None
+    max_iter: int
+    num_starts: int
+    seed: int
+    max_seconds: float | None
+    progress: bool | None
+
+    @property
+    def solvers(self) -> tuple[Solver, ...]:
+        return ("lbfgsb", "ascent") if self.solver is None else (self.solver,)
+
+
+class _Manifold:
+    """theta + A y, and the half-widths of its box for epsilon = 1."""
+
+    def __init__(
+        self, risk: EmpiricalRisk, p: int | None, columns: Columns, seed: int
+    ) -> None:
+        self.theta, self.columns = risk.theta, columns if p is not None else None
+        self.p = p
+        self.a: Tensor | None = None
+        preimage = risk.theta
+        if p is not None:
+            self.a = _random_columns(risk, p, columns, seed)
+            preimage = _least_squares(self.a, risk.theta)
+        self.half_widths = preimage.abs() + 1  # (n,) or (p,)
+
+    def point(self, y: Tensor) -> Tensor:
+        """theta + A y, (n,)."""
+        return self.theta + (y if self.a is None else self.a @ y)
+
+    def pulled_back(self, gradient: Tensor) -> Tensor:
+        """A^T times a gradient (n,)."""
+        return gradient if self.a is None else self.a.T @ gradient
+
+
+def _random_columns(
+    risk: EmpiricalRisk, p: int, columns: Columns, seed: int
+) -> Tensor:
+    size = p * risk.n * risk.theta.element_size()
+    if 2 * size > memory.budget_bytes(risk.device):
+        raise ValueError(
+            f"`subspace_dim` must leave A in memory; got {p} (A would take "
+            f"{size / 1e9:.1f} GB for n={risk.n}). Ask for fewer columns."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn((risk.n, p), generator=generator).to(risk.theta)
+    return a / a.norm(dim=0) if columns == "unit" else a
+
+
+def _least_squares(a: Tensor, theta: Tensor) -> Tensor:
+    """A^+ theta by the normal equations: random columns are well conditioned."""
+    gram = torch.zeros((a.shape[1], a.shape[1]), dtype=torch.float64)
+    right = torch.zeros(a.shape[1], dtype=torch.float64)
+    for rows, part in zip(a.split(1 << 16), theta.split(1 << 16), strict=True):
+        gram = gram + (rows.T.double() @ rows.double()).cpu()
+        right = right + (rows.T.double() @ part.double()).cpu()
+    return torch.linalg.lstsq(gram, right).solution.to(theta)
+
+
+def _measured(
+    risk: EmpiricalRisk, manifold: _Manifold, epsilon: float, options: _Options
+) -> EpsilonSharpness:
+    began = time.monotonic()
+    search = _Search(risk, manifold, epsilon)
+    best = Maximum(torch.zeros_like(manifold.half_widths), 0.0, 0, 0, "at theta", True)
+    winner, protocol, status = "none", None, Status.COMPLETED
+    with _progress.bar("evaluations", None, options.progress) as bar:
+        try:
+            for solver, state in search.states(options):
+                bar.update(search.num_evals - bar.n)
+                if state.value > best.value:
+                    winner, best = solver, state
+                if protocol is None and _ends_protocol(solver, state):
+                    protocol = 100 * max(0.0, state.value) / (1 + search.value)
+                if time.monotonic() - began > (options.max_seconds or math.inf):
+                    status = Status.MAX_SECONDS
+                    break
+        except KeyboardInterrupt:
+            status = Status.INTERRUPTED
+    if not search.is_finite:
+        status = Status.NON_FINITE
+    elif status is Status.COMPLETED and not best.value > 0:
+        status = Status.LINE_SEARCH_FAILED
+    return EpsilonSharpness(
+        phi=100 * best.value / (1 + search.value),
+        phi_protocol=protocol,
+        value=search.value,
+        value_max=search.value + best.value,
+        box_share=float((best.point.abs() >= 1).double().mean()),
+        displacement=best.point * search.half_widths,
+        status=status,
+        message=best.message,
+        num_evals=search.num_evals,
+        seconds=time.monotonic() - began,
+        epsilon=epsilon,
+        subspace_dim=manifold.p,
+        columns=manifold.columns,
+        solver=winner,
+        max_iter=options.max_iter,
+        num_starts=options.num_starts,
+        seed=options.seed,
+    )
+
+
+def _ends_protocol(solver: str, state: Maximum) -> bool:
+    return solver != "ascent" and (
+        state.num_iters == PROTOCOL_ITERATIONS or state.stopped
+    )
+
+
+class _Search:
+    """The rise of f over the box, in half-widths: u in [-1, 1]^p, y = u half_widths."""
+
+    def __init__(
+        self, risk: EmpiricalRisk, manifold: _Manifold, epsilon: float
+    ) -> None:
+        self._risk, self._manifold = risk, manifold
+        self.half_widths = epsilon * manifold.half_widths
+        one = torch.ones_like(self.half_widths)
+        self._box = Box(-one, one)
+        self.value = risk.value()
+        self.is_finite = math.isfinite(self.value)
+        self.num_evals = 0
+
+    def states(self, options: _Options) -> Iterator[tuple[str, Maximum]]:
+        """States of every solver from every start; their values are rises of f."""
+        if not self.is_finite:
+            return
+        generator = torch.Generator().manual_seed(options.seed + 1)
+        for _ in range(options.num_starts):
+            start = _START * (2 * torch.rand(self._box.upper.shape, generator=generator) - 1)
+            start = start.to(self._box.upper)
+            rise, gradient = self._rise(start)
+            scale = float(gradient.double().square().mean().sqrt()) or 1.0
+            if not math.isfinite(scale):
+                self.is_finite = False
+                return
+            objective = self._scaled(start, (rise, gradient), scale)
+            for solver in options.solvers:
+                run = _SOLVERS[solver](objective, start, self._box, options.max_iter)
+                for state in run:
+                    yield solver, replace(state, value=state.value * scale)
+
+    def _scaled(
+        self, start: Tensor, at_start: tuple[float, Tensor], scale: float
+    ) -> ValueAndGradient:
+        def objective(u: Tensor) -> tuple[float, Tensor]:
+            known = torch.equal(u, start)  # every solver asks for its start
+            rise, gradient = at_start if known else self._rise(u)
+            return rise / scale, gradient / scale
+
+        return objective
+
+    def _rise(self, u: Tensor) -> tuple[float, Tensor]:
+        self.num_evals += 1
+        theta = self._manifold.point(u * self.half_widths)
+        value, gradient = self._risk.value_and_gradient(theta)
+        if not math.isfinite(value):  # overflow is not a rise
+            return -math.inf, torch.zeros_like(u)
+        return value - self.value, self._manifold.pulled_back(gradient) * self.half_widths
+
+
+def _run_lbfgsb(
+    objective: ValueAndGradient, start: Tensor, box: Box, max_iter: int
+) -> Iterator[Maximum]:
+    return islice(lbfgsb(objective, start, box), max_iter + 1)
+
+
+def _run_ascent(
+    objective: ValueAndGradient, start: Tensor, box: Box, max_iter: int
+) -> Iterator[Maximum]:
+    return islice(sign_ascent(objective, start, box), 2 * max_iter)
+
+
+def _run_scipy(
+    objective: ValueAndGradient, start: Tensor, box: Box, max_iter: int
+) -> Iterator[Maximum]:
+    """SciPy's L-BFGS-B in float64; one state, at its end."""
+
+    def negated(u: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = objective(torch.from_numpy(u).to(start))
+        return -value, -gradient.double().cpu().numpy()
+
+    found = minimize(
+        negated,
+        start.double().cpu().numpy(),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=np.broadcast_to([-1.0, 1.0], (start.numel(), 2)),
+        options={"maxiter": max_iter, "ftol": 0.0, "gtol": 0.0},
+    )
+    point = torch.from_numpy(found.x).to(start)
+    yield Maximum(point, -float(found.fun), found.nfev, found.nit, found.message, True)
+
+
+_SOLVERS: dict[
+    str, Callable[[ValueAndGradient, Tensor, Box, int], Iterator[Maximum]]
+] = {"lbfgsb": _run_lbfgsb, "scipy": _run_scipy, "ascent": _run_ascent}
+
+
+def _check(
+    risk: EmpiricalRisk,
+    epsilon: float | Sequence[float],
+    subspace_dim: int | None,
+    columns: str,
+    solver: str | None,
+    max_iter: int,
+    num_starts: int,
+) -> None:
+    for e in epsilon if isinstance(epsilon, Sequence) else [epsilon]:
+        if not (e > 0 and math.isfinite(e)):
+            raise ValueError(
+                f"`epsilon` must be positive; got {e}. The paper used 1e-3 and 5e-4."
+            )
+    if subspace_dim is not None and not 1 <= subspace_dim <= risk.n:
+        raise ValueError(
+            f"`subspace_dim` must lie in [1, n]; got {subspace_dim} "
+            f"(n={risk.n} parameters). Leave it out for the full space."
+        )
+    if columns not in ("normal", "unit"):
+        raise ValueError(f"`columns` must be 'normal' or 'unit'; got {columns!r}.")
+    if solver is not None and solver not in _SOLVERS:
+        raise ValueError(
+            f"`solver` must be one of {', '.join(_SOLVERS)}, or None; got {solver!r}."
+        )
+    for name, count in (("max_iter", max_iter), ("num_starts", num_starts)):
+        if count < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {count}.")

@@ -1,0 +1,58 @@
+"""What does the risk look like between two minima? The parametric plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpness.risk.empirical import EmpiricalRisk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolation:
+    """Risk and accuracy along the line through two points."""
+
+    alphas: tuple[float, ...]
+    values: tuple[float, ...]  # f at (1 - alpha) theta + alpha other
+    accuracies: tuple[float, ...]  # in [0, 1]
+
+    def __str__(self) -> str:
+        worst = max(range(len(self.values)), key=self.values.__getitem__)
+        return (
+            f"f along {len(self.alphas)} points, largest {self.values[worst]:.3g} "
+            f"at alpha {self.alphas[worst]:g}"
+        )
+
+
+def interpolation(
+    risk: EmpiricalRisk, other: Tensor, alphas: Iterable[float] | None = None
+) -> Interpolation:
+    """Risk and accuracy at (1 - alpha) theta + alpha `other`.
+
+    Buffers stay those of the model: with `batchnorm="running"` the statistics fit only
+    alpha = 0, so the paper's picture needs `batchnorm="batch"`.
+
+    Args:
+        risk: f and theta, the point at alpha = 0 (in the paper: small batch).
+        other: parameters (n,) at alpha = 1 (large batch).
+        alphas: where to look; by default 25 points from -1 to 2.
+
+    Raises:
+        ValueError: `other` has another length than theta.
+        TypeError: the risk was built from a closure, which hides the outputs.
+
+    Cost: two forward passes a point.
+
+    References:
+        Keskar et al. (2017), figure 3; Goodfellow et al. (2015), arXiv:1412.6544.
+    """
+    points = tuple(alphas or (i / 8 - 1 for i in range(25)))
+    thetas = [torch.lerp(risk.theta, other.to(risk.theta), alpha) for alpha in points]
+    return Interpolation(
+        alphas=points,
+        values=tuple(risk.value(theta) for theta in thetas),
+        accuracies=tuple(risk.accuracy(theta) for theta in thetas),
+    )
