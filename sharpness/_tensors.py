@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 20  # elements upcast to float64 at a time: 8 MB, whatever n is
-
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """One flat vector (n,) from tensors in order; always a copy."""
@@ -22,15 +20,15 @@ def split(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 def dot64(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two vectors (n,), summed in float64; a 0-d tensor on their device.
+    """Inner product of two vectors (n,), summed in float64; 0-d, on their device.
 
-    In blocks, because a float64 copy of a whole vector would double its memory. A
-    device without float64 (MPS) sums in the vectors' own type.
+    Products are taken in the vectors' type, in float32 at least. A device without
+    float64 (MPS) sums in float32.
     """
-    if a.dtype == torch.float64 or a.device.type == "mps":
-        return torch.dot(a, b)
-    blocks = zip(a.split(_BLOCK), b.split(_BLOCK), strict=True)
-    return torch.stack([torch.dot(x.double(), y.double()) for x, y in blocks]).sum()
+    if a.dtype in (torch.bfloat16, torch.float16):
+        a, b = a.float(), b.float()
+    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    return torch.sum(a * b, dtype=wide)
 
 
 def norm64(a: Tensor) -> Tensor:

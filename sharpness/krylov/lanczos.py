@@ -105,7 +105,9 @@ def ritz_pairs(state: LanczosState, k: int) -> RitzPairs:
     is accurate to r^2 / gap (Kato-Temple; Parlett, The Symmetric Eigenvalue Problem,
     section 11.7), as far as the gap seen in the Krylov space is the gap of A.
     """
-    theta, vectors = eigh_tridiagonal(np.array(state.alphas), np.array(state.betas[:-1]))
+    theta, vectors = eigh_tridiagonal(
+        np.array(state.alphas), np.array(state.betas[:-1])
+    )
     residuals = state.betas[-1] * np.abs(vectors[-1])
     bounds = state.noise + _tightened(theta, residuals)
     order = np.argsort(-theta, kind="stable")

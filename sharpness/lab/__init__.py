@@ -1,1 +1,4 @@
-"""Where checkpoints come from: data, networks and training."""
+"""Where checkpoints come from: data sets, the papers' networks, training.
+
+Fixed choices for reproductions; a weaker promise than the library around it.
+"""

@@ -65,7 +65,9 @@ class _SamePool(nn.Module):
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"F1": f1, "C1": c1}
 
 
-def arguments_for(name: str, image_shape: torch.Size, num_classes: int) -> dict[str, int]:
+def arguments_for(
+    name: str, image_shape: torch.Size, num_classes: int
+) -> dict[str, int]:
     """The arguments that fit a network to images (C, H, W)."""
     if name.startswith("F"):
         return {"in_features": image_shape.numel(), "num_classes": num_classes}

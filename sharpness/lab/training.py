@@ -161,7 +161,9 @@ class _Run:
         began = time.monotonic()
         self.model.train()
         seed = _epoch_seed(self.training.seed, self.epoch)
-        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(
+            len(self.x), generator=torch.Generator().manual_seed(seed)
+        )
         total = torch.zeros((), device=self.device)
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):

@@ -186,9 +186,7 @@ class _Manifold:
         return gradient if self.a is None else self.a.T @ gradient
 
 
-def _random_columns(
-    risk: EmpiricalRisk, p: int, columns: Columns, seed: int
-) -> Tensor:
+def _random_columns(risk: EmpiricalRisk, p: int, columns: Columns, seed: int) -> Tensor:
     size = p * risk.n * risk.theta.element_size()
     if 2 * size > memory.budget_bytes(risk.device):
         raise ValueError(
@@ -281,7 +279,9 @@ class _Search:
             return
         generator = torch.Generator().manual_seed(options.seed + 1)
         for _ in range(options.num_starts):
-            start = _START * (2 * torch.rand(self._box.upper.shape, generator=generator) - 1)
+            start = _START * (
+                2 * torch.rand(self._box.upper.shape, generator=generator) - 1
+            )
             start = start.to(self._box.upper)
             rise, gradient = self._rise(start)
             scale = float(gradient.double().square().mean().sqrt()) or 1.0
@@ -310,7 +310,9 @@ class _Search:
         value, gradient = self._risk.value_and_gradient(theta)
         if not math.isfinite(value):  # overflow is not a rise
             return -math.inf, torch.zeros_like(u)
-        return value - self.value, self._manifold.pulled_back(gradient) * self.half_widths
+        return value - self.value, self._manifold.pulled_back(
+            gradient
+        ) * self.half_widths
 
 
 def _run_lbfgsb(

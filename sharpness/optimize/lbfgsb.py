@@ -18,6 +18,8 @@ from sharpness._tensors import dot64
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.line_search import strong_wolfe
 
+_BLOCK = 1 << 17  # variables handled at a time
+
 
 def lbfgsb(
     value_and_gradient: ValueAndGradient, start: Tensor, box: Box, *, memory: int = 10
@@ -88,7 +90,8 @@ class _Model:
 
     def __init__(self, like: Tensor, memory: int) -> None:
         self._memory = memory
-        self._rows = like.new_empty((2, memory, like.numel()))  # y's, s's
+        self._y = like.new_empty((memory, like.numel()))
+        self._s = like.new_empty((memory, like.numel()))
         self._sy = torch.empty((0, 0), dtype=torch.float64)  # s_i^T y_j
         self._ss = torch.empty((0, 0), dtype=torch.float64)
         self._theta = 1.0
@@ -99,8 +102,9 @@ class _Model:
         return not len(self._ss)
 
     @property
-    def _pairs(self) -> Tensor:
-        return self._rows[:, : len(self._ss)]  # (2, m, p)
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        m = len(self._ss)
+        return self._y[:m], self._s[:m]  # (m, p) each
 
     def add(self, s: Tensor, y: Tensor) -> None:
         """Take in a pair, unless the curvature along it is not positive."""
@@ -108,13 +112,15 @@ class _Model:
         if curvature <= torch.finfo(s.dtype).eps * square:
             return
         if len(self._ss) == self._memory:
-            self._rows[:, :-1] = self._rows[:, 1:].clone()
+            self._y, self._s = self._y.roll(-1, 0), self._s.roll(-1, 0)
             self._sy, self._ss = self._sy[1:, 1:], self._ss[1:, 1:]
         m = len(self._ss)
-        self._rows[0, m], self._rows[1, m] = y, s
-        products = (self._rows[:, : m + 1] @ torch.stack([s, y], 1)).double().cpu()
-        self._ss = _bordered(self._ss, products[1, :, 0], products[1, :, 0])
-        self._sy = _bordered(self._sy, products[1, :, 1], products[0, :, 0])
+        self._y[m], self._s[m] = y, s
+        new = torch.stack([s, y])
+        s_y = (new @ self._y[: m + 1].T)[0].double().cpu()
+        s_s, y_s = (new @ self._s[: m + 1].T).double().cpu()
+        self._ss = _bordered(self._ss, s_s, s_s)
+        self._sy = _bordered(self._sy, y_s, s_y)
         self._theta = square / curvature
         self._m = self._middle_matrix()
 
@@ -127,13 +133,30 @@ class _Model:
         return scale[:, None] * torch.linalg.inv(torch.cat([top, bottom])) * scale
 
     def _w(self, *vectors: Tensor) -> Tensor:
-        """W times vectors (p,), as (2m, number of vectors) on the CPU."""
-        return (self._pairs @ torch.stack(vectors, 1)).flatten(0, 1).double().cpu()
+        """W times vectors (p,), as (number of vectors, 2m) on the CPU."""
+        y, s = self._pairs
+        stacked = torch.stack(vectors)  # tall-and-thin is slow the other way round
+        return torch.cat([stacked @ y.T, stacked @ s.T], 1).double().cpu()
 
     def _w_transposed(self, small: Tensor) -> Tensor:
         """W^T times a vector (2m,), as (p,)."""
-        rows = small.to(self._rows).view(2, 1, -1)
-        return (rows @ self._pairs).sum(0)[0]
+        y, s = self._pairs
+        for_y, for_s = small.to(y).chunk(2)
+        result: Tensor = for_y @ y + for_s @ s
+        return result
+
+    def _gram(self, kept: Tensor) -> Tensor:
+        """W W^T over the variables that are `kept`, (2m, 2m) on the CPU.
+
+        In blocks: a masked copy of W would cost more than the product itself.
+        """
+        y, s = self._pairs
+        total = torch.zeros(2 * len(y), 2 * len(y), dtype=torch.float64)
+        for start in range(0, len(kept), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            w = torch.cat([y[:, block], s[:, block]])
+            total += ((w * kept[block]) @ w.T).double().cpu()
+        return total
 
     def minimiser(self, x: Tensor, g: Tensor, box: Box) -> Tensor:
         """Minimise the model: along the projected gradient, then over the free part."""
@@ -155,7 +178,7 @@ class _Model:
         def derivative(t: float) -> float:
             moving = torch.where(breaks > t, -g, 0.0)
             moved = box.clip(x - t * g) - x
-            p, c = self._w(moving, moved).unbind(1)
+            p, c = self._w(moving, moved)
             linear = float(dot64(g, moving)) + self._theta * float(dot64(moving, moved))
             return linear - float(p @ self._m @ c)
 
@@ -170,13 +193,12 @@ class _Model:
         self, x: Tensor, g: Tensor, cauchy: Tensor, free: Tensor, box: Box
     ) -> Tensor:
         theta, m, moved = self._theta, self._m, cauchy - x
-        correction = self._w_transposed(m @ self._w(moved)[:, 0])
+        correction = self._w_transposed(m @ self._w(moved)[0])
         r = torch.where(free, g + theta * moved - correction, 0.0)
-        w_free = (self._pairs * free).flatten(0, 1)
-        k = (w_free @ w_free.T).double().cpu()
-        v = m @ (w_free @ r).double().cpu()
-        v = torch.linalg.solve(torch.eye(len(m)).double() - m @ k / theta, v)
-        step = -r / theta - (v.to(w_free) @ w_free) / theta**2
+        identity = torch.eye(len(m), dtype=torch.float64)
+        middle = identity - m @ self._gram(free) / theta
+        v = torch.linalg.solve(middle, m @ self._w(r)[0])
+        step = torch.where(free, -r / theta - self._w_transposed(v) / theta**2, 0.0)
         best = box.clip(cauchy + step)
         if float(dot64(g, best - x)) < 0:
             return best

@@ -317,7 +317,9 @@ class EmpiricalRisk:
             if k not in moving
         }
 
-    def _find_terms(self, first: Any, terms: Callable[[Any], float] | None) -> LossTerms:
+    def _find_terms(
+        self, first: Any, terms: Callable[[Any], float] | None
+    ) -> LossTerms:
         loss = self._objective.loss
         if terms is not None:
             return LossTerms("mean", terms)

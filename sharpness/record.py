@@ -1,0 +1,130 @@
+"""A result, its settings and its environment as one JSON line, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+SCHEMA = 1
+
+
+class Records(list[dict[str, Any]]):
+    """The records of a file, oldest first."""
+
+    def to_frame(self) -> Any:
+        """A pandas data frame with nested names joined by dots."""
+        import pandas as pd
+
+        return pd.json_normalize(list(self))
+
+
+def new_record(kind: str, **facts: Any) -> dict[str, Any]:
+    """A record of `kind` with its facts and the environment, ready for JSON."""
+    record = {"schema": SCHEMA, "kind": kind, **facts, "environment": environment()}
+    plain: dict[str, Any] = as_plain(record)
+    return plain
+
+
+def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add one line to a record file, under a lock, after mending a torn last line."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = to_line(record)
+    with FileLock(path.with_name(path.name + ".lock")), path.open("ab+") as file:
+        if file.tell() and not _ends_line(file):
+            line = "\n" + line
+        file.write((line + "\n").encode())
+
+
+def read_records(path: str | Path) -> Records:
+    """All records of a file; a line that was torn by a kill is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    records = Records()
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and "schema" in record:
+            records.append(record)
+    return records
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """One line of strict JSON (no NaN)."""
+    return json.dumps(as_plain(record), allow_nan=False)
+
+
+def as_plain(value: Any) -> Any:
+    """Nested plain values: results become dicts without their big arrays, NaN null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value) if f.repr]
+        return {name: as_plain(getattr(value, name)) for name in fields}
+    if isinstance(value, Tensor):
+        return as_plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, str | Path) else value
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Versions, machine and revision that a number was computed with."""
+    names = ("sharpness", "torch", "numpy", "scipy")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        **{name: _version(name) for name in names},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda_device": cuda,
+        "num_threads": torch.get_num_threads(),
+        "git_revision": _git_revision(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Revision of the package's own sources, with "+" where they were edited."""
+    folder = Path(__file__).parent
+    try:
+        revision = _git(folder, "rev-parse", "HEAD")
+        edited = _git(folder, "status", "--porcelain", "--", str(folder))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return revision + ("+" if edited else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return run.stdout.strip()
+
+
+def _ends_line(file: Any) -> bool:
+    file.seek(-1, 2)
+    return bool(file.read(1) == b"\n")

@@ -1,0 +1,1 @@
+"""Records into tables and figures; no number is computed here."""

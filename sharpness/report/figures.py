@@ -1,0 +1,71 @@
+"""Figures, drawn off-screen and written as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_LOSS, _ACCURACY = "#1f4e9c", "#b3261e"
+
+
+def parametric_plot(
+    path: str | Path,
+    alphas: Sequence[float],
+    train: tuple[Sequence[float], Sequence[float]],
+    test: tuple[Sequence[float], Sequence[float]],
+    *,
+    title: str,
+) -> Path:
+    """Loss and accuracy along the line from the small-batch to the large-batch minimum.
+
+    Args:
+        path: where the PNG goes.
+        alphas: 0 is the small-batch minimum, 1 the large-batch one.
+        train: losses and accuracies in [0, 1] on training samples.
+        test: the same on test samples.
+        title: the line above.
+    """
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses = figure.add_subplot()
+    accuracies = losses.twinx()
+    for (values, shares), style, name in ((train, "-", "train"), (test, "--", "test")):
+        losses.plot(alphas, values, style, color=_LOSS, label=f"loss, {name}")
+        percent = [100 * share for share in shares]
+        accuracies.plot(
+            alphas, percent, style, color=_ACCURACY, label=f"accuracy, {name}"
+        )
+    for alpha, name in ((0.0, "small batch"), (1.0, "large batch")):
+        losses.axvline(alpha, color="0.75", linewidth=1, zorder=0)
+        losses.annotate(
+            name,
+            (alpha, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            color="0.4",
+            fontsize=9,
+        )
+    losses.set_xlabel("alpha")
+    losses.set_ylabel("cross-entropy", color=_LOSS)
+    accuracies.set_ylabel("accuracy (%)", color=_ACCURACY)
+    accuracies.set_ylim(0, 102)
+    losses.set_ylim(bottom=0)
+    losses.set_title(title, fontsize=10, loc="left")
+    lines = [*losses.get_lines()[:2], *accuracies.get_lines()]
+    figure.legend(
+        lines,
+        [str(line.get_label()) for line in lines],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path
