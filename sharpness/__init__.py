@@ -8,6 +8,8 @@ from sharpness.measures.epsilon import EpsilonSharpness as EpsilonSharpness
 from sharpness.measures.epsilon import epsilon_sharpness as epsilon_sharpness
 from sharpness.measures.landscape import Interpolation as Interpolation
 from sharpness.measures.landscape import interpolation as interpolation
+from sharpness.record import Records as Records
+from sharpness.record import read_records as read_records
 from sharpness.results import NotConvergedError as NotConvergedError
 from sharpness.results import Status as Status
 from sharpness.risk.empirical import EmpiricalRisk as EmpiricalRisk

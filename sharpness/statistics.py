@@ -118,3 +118,50 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (NaN for one value)."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return float(np.mean(values)), sd
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A quantity for small and large batch: ours over starting points, the paper's."""
+
+    quantity: str
+    small: tuple[float, float]  # mean, sd
+    large: tuple[float, float]
+    comparison: PairedComparison
+    paper_small: tuple[float, float] | None = None
+    paper_large: tuple[float, float] | None = None
+    verdict: Verdict | None = None  # on the ordering, by both solvers of phi
+    size_agrees: bool | None = None  # ratio within ten times of the paper's
+
+    @property
+    def paper_ratio(self) -> float | None:
+        """Large over small batch in the paper."""
+        if self.paper_small is None or self.paper_large is None:
+            return None
+        return self.paper_large[0] / self.paper_small[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Rows that belong together: one way to train, one way to run BatchNorm."""
+
+    title: str
+    rows: list[Row]
+
+
+def row(
+    quantity: str,
+    small: Sequence[float],
+    large: Sequence[float],
+    paper: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> Row:
+    """A row from paired values, beside the paper's (mean, sd) of each."""
+    published = [(float(mean), float(sd)) for mean, sd in paper or ()]
+    return Row(
+        quantity=quantity,
+        small=mean_and_sd(small),
+        large=mean_and_sd(large),
+        comparison=paired_comparison(small, large),
+        paper_small=published[0] if published else None,
+        paper_large=published[1] if published else None,
+    )

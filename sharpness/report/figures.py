@@ -38,18 +38,11 @@ def parametric_plot(
         accuracies.plot(
             alphas, percent, style, color=_ACCURACY, label=f"accuracy, {name}"
         )
-    for alpha, name in ((0.0, "small batch"), (1.0, "large batch")):
-        losses.axvline(alpha, color="0.75", linewidth=1, zorder=0)
-        losses.annotate(
-            name,
-            (alpha, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, -3),
-            textcoords="offset points",
-            va="top",
-            color="0.4",
-            fontsize=9,
-        )
+    for minimum in (0.0, 1.0):
+        losses.axvline(minimum, color="0.75", linewidth=1, zorder=0)
+    ticks = [alpha for alpha in alphas if float(alpha).is_integer()]
+    names = {0.0: "0\nsmall batch", 1.0: "1\nlarge batch"}
+    losses.set_xticks(ticks, [names.get(float(t), f"{t:g}") for t in ticks])
     losses.set_xlabel("alpha")
     losses.set_ylabel("cross-entropy", color=_LOSS)
     accuracies.set_ylabel("accuracy (%)", color=_ACCURACY)

@@ -24,7 +24,14 @@ def console() -> Console:
 
 def plain_table(title: str, *columns: str, right: int = 0) -> Table:
     """A table without frames; the last `right` columns are left-aligned text."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = Table(
+        title=title or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+        collapse_padding=True,
+        padding=(0, 1, 0, 0),
+    )
     for i, column in enumerate(columns):
         number = 0 < i < len(columns) - right
         table.add_column(column, justify="right" if number else "left")
@@ -42,15 +49,24 @@ def number(value: float | None) -> str:
 
 
 def mean_sd(mean: float, sd: float) -> str:
-    """Mean ± standard deviation, the mean to the digits the deviation allows."""
+    """Mean ± standard deviation, both to the digits the deviation allows."""
     if not math.isfinite(sd):
         return number(mean)
     if sd == 0:
         return f"{number(mean)} ± 0"
     digits = max(0, 1 - math.floor(math.log10(sd)))
+    if abs(mean) >= 1:
+        digits = min(digits, 2)
     if digits > 5:
         return f"{mean:.3g} ± {sd:.1g}"
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value as it is usually printed."""
+    if not math.isfinite(p):
+        return "–"
+    return f"{p:.1e}" if p < 1e-4 else f"{p:.2g}"
 
 
 def measurement_table(measurement: Measurement) -> Table:

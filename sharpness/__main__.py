@@ -1,0 +1,9 @@
+"""`python -m sharpness`: the commands, one line each."""
+
+print(
+    """python -m sharpness.measure CHECKPOINT      how sharp is this checkpoint?
+python -m sharpness.train NETWORK           train small- and large-batch networks
+python -m sharpness.reproduce PAPER         a paper's tables, ours beside them
+
+Each takes --help."""
+)

@@ -1,0 +1,1 @@
+"""The papers, table by table: our number beside theirs, and a verdict."""
