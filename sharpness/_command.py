@@ -44,8 +44,7 @@ def chosen_device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
         raise ValueError(
-            f"`--device` must be a device that is there; got {name!r}. "
-            "Use 'auto' or 'cpu'."
+            f"`--device` must be a device that is there; got {name!r}. Use 'auto' or 'cpu'."
         ) from None
     return name
 

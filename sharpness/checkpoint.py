@@ -145,9 +145,7 @@ def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         ]
         return {"__dict__": pairs}  # keys may be whole numbers
     if isinstance(value, list | tuple):
-        return [
-            _without_tensors(v, f"{name}/{i}", tensors) for i, v in enumerate(value)
-        ]
+        return [_without_tensors(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
     return value
 
 

@@ -41,9 +41,7 @@ class PairedComparison:
         return self.num_larger == self.num_pairs
 
 
-def paired_comparison(
-    small: Sequence[float], large: Sequence[float]
-) -> PairedComparison:
+def paired_comparison(small: Sequence[float], large: Sequence[float]) -> PairedComparison:
     """Compare values of pairs; `small[i]` and `large[i]` share a starting point.
 
     Raises:

@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"`--seeds` must be at least 1; got {options.seeds}.")
         device = _command.chosen_device(options.device)
         dataset = data.load(options.data, data_dir=options.data_dir)
-        folder = Path(
-            options.output or f"runs/{options.network.lower()}-{options.data}"
-        )
+        folder = Path(options.output or f"runs/{options.network.lower()}-{options.data}")
         sizes = _batch_sizes(options.batch_size, len(dataset.train[0]))
         large = default_batch_sizes(len(dataset.train[0]))[1]
         for seed in range(options.seeds):
@@ -104,9 +102,7 @@ def _train(
             bar.update(epoch - bar.n)
             bar.set_postfix(loss=f"{loss:.4f}")
 
-        trained = train(
-            training, budget, dataset, path, device=device, on_epoch=on_epoch
-        )
+        trained = train(training, budget, dataset, path, device=device, on_epoch=on_epoch)
     facts = trained.training
     print(
         f"{path}: {facts['epoch']} epochs, training loss "

@@ -105,17 +105,13 @@ def ritz_pairs(state: LanczosState, k: int) -> RitzPairs:
     is accurate to r^2 / gap (Kato-Temple; Parlett, The Symmetric Eigenvalue Problem,
     section 11.7), as far as the gap seen in the Krylov space is the gap of A.
     """
-    theta, vectors = eigh_tridiagonal(
-        np.array(state.alphas), np.array(state.betas[:-1])
-    )
+    theta, vectors = eigh_tridiagonal(np.array(state.alphas), np.array(state.betas[:-1]))
     residuals = state.betas[-1] * np.abs(vectors[-1])
     bounds = state.noise + _tightened(theta, residuals)
     order = np.argsort(-theta, kind="stable")
     best, rest = order[:k], order[k:]
     upper = float((theta + residuals)[rest[0]]) if len(rest) else -np.inf
-    return RitzPairs(
-        theta[best], residuals[best], bounds[best], vectors[:, best].T, upper
-    )
+    return RitzPairs(theta[best], residuals[best], bounds[best], vectors[:, best].T, upper)
 
 
 def _tightened(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
@@ -145,8 +141,7 @@ def meets(state: LanczosState, k: int, tol: float) -> bool:
     pairs = ritz_pairs(state, k)
     wanted = tol * np.maximum(np.abs(pairs.values), state.noise)
     return bool(
-        (pairs.bounds <= wanted).all()
-        and pairs.next_upper <= pairs.values[-1] + wanted[-1]
+        (pairs.bounds <= wanted).all() and pairs.next_upper <= pairs.values[-1] + wanted[-1]
     )
 
 

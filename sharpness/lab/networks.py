@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def f1(in_features: int = 784, num_classes: int = 10) -> nn.Module:
     sizes = [in_features] + [512] * 5
     hidden = [
         layer
-        for wide, narrow in zip(sizes[:-1], sizes[1:], strict=True)
+        for wide, narrow in pairwise(sizes)
         for layer in (nn.Linear(wide, narrow), nn.BatchNorm1d(narrow), nn.ReLU())
     ]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(512, num_classes))
@@ -65,9 +66,7 @@ class _SamePool(nn.Module):
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"F1": f1, "C1": c1}
 
 
-def arguments_for(
-    name: str, image_shape: torch.Size, num_classes: int
-) -> dict[str, int]:
+def arguments_for(name: str, image_shape: torch.Size, num_classes: int) -> dict[str, int]:
     """The arguments that fit a network to images (C, H, W)."""
     if name.startswith("F"):
         return {"in_features": image_shape.numel(), "num_classes": num_classes}

@@ -45,9 +45,7 @@ class Training:
                 "needs two samples for a variance."
             )
         if not self.learning_rate > 0:
-            raise ValueError(
-                f"`learning_rate` must be positive; got {self.learning_rate}."
-            )
+            raise ValueError(f"`learning_rate` must be positive; got {self.learning_rate}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +159,7 @@ class _Run:
         began = time.monotonic()
         self.model.train()
         seed = _epoch_seed(self.training.seed, self.epoch)
-        order = torch.randperm(
-            len(self.x), generator=torch.Generator().manual_seed(seed)
-        )
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
         total = torch.zeros((), device=self.device)
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
@@ -187,7 +183,7 @@ class _Run:
         self.optimizer.zero_grad()
         outputs = self.model(self.x[index])
         loss = nn.functional.cross_entropy(outputs, self.y[index])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         return loss.detach()
 

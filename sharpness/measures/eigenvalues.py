@@ -217,13 +217,11 @@ def _check(
         )
     if which not in ("LA", "SA"):
         raise ValueError(
-            f"`which` must be 'LA' (largest algebraic) or 'SA' (smallest); "
-            f"got {which!r}."
+            f"`which` must be 'LA' (largest algebraic) or 'SA' (smallest); got {which!r}."
         )
     if not tol > 0:
         raise ValueError(f"`tol` must be positive; got {tol}. The default is 1e-2.")
     if max_hvps is not None and max_hvps < 1:
         raise ValueError(
-            f"`max_hvps` must be at least 1; got {max_hvps}. Leave it out for the "
-            "default."
+            f"`max_hvps` must be at least 1; got {max_hvps}. Leave it out for the default."
         )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -64,20 +64,37 @@ class EpsilonSharpness(Result):
         if self.phi_protocol is not None:
             protocol = f"paper's protocol {self.phi_protocol:.4g} %; "
         return (
-            f"phi({self.epsilon:g}, {space}) ≥ {self.phi:.4g} %   "
+            f"phi({short(self.epsilon)}, {space}) ≥ {self.phi:.4g} %   "
             f"(f {self.value:.3g} → {self.value_max:.3g}; {protocol}"
             f"{self.num_evals} evaluations, {self.box_share:.0%} of coordinates on the "
             f"box; {self.seconds:.1f} s)"
         )
 
 
+def short(epsilon: float) -> str:
+    """`1e-3` rather than `0.001` or `1e-03`, where one digit says it all."""
+    digit = f"{epsilon:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+    return digit if float(digit) == epsilon else f"{epsilon:g}"
+
+
+class _Keywords(TypedDict, total=False):
+    subspace_dim: int | None
+    columns: Columns
+    solver: Solver | None
+    max_iter: int
+    num_starts: int
+    seed: int
+    max_seconds: float | None
+    progress: bool | None
+
+
 @overload
 def epsilon_sharpness(
-    risk: EmpiricalRisk, epsilon: float = ..., **options: Any
+    risk: EmpiricalRisk, epsilon: float = ..., **options: Unpack[_Keywords]
 ) -> EpsilonSharpness: ...
 @overload
 def epsilon_sharpness(
-    risk: EmpiricalRisk, epsilon: Sequence[float], **options: Any
+    risk: EmpiricalRisk, epsilon: Sequence[float], **options: Unpack[_Keywords]
 ) -> list[EpsilonSharpness]: ...
 def epsilon_sharpness(
     risk: EmpiricalRisk,
@@ -178,7 +195,7 @@ class _Manifold:
         self.half_widths = preimage.abs() + 1  # (n,) or (p,)
 
     def point(self, y: Tensor) -> Tensor:
-        """theta + A y, (n,)."""
+        """Theta + A y, (n,)."""
         return self.theta + (y if self.a is None else self.a @ y)
 
     def pulled_back(self, gradient: Tensor) -> Tensor:
@@ -205,7 +222,8 @@ def _least_squares(a: Tensor, theta: Tensor) -> Tensor:
     for rows, part in zip(a.split(1 << 16), theta.split(1 << 16), strict=True):
         gram = gram + (rows.T.double() @ rows.double()).cpu()
         right = right + (rows.T.double() @ part.double()).cpu()
-    return torch.linalg.lstsq(gram, right).solution.to(theta)
+    solution: Tensor = torch.linalg.lstsq(gram, right).solution
+    return solution.to(theta)
 
 
 def _measured(
@@ -254,17 +272,13 @@ def _measured(
 
 
 def _ends_protocol(solver: str, state: Maximum) -> bool:
-    return solver != "ascent" and (
-        state.num_iters == PROTOCOL_ITERATIONS or state.stopped
-    )
+    return solver != "ascent" and (state.num_iters == PROTOCOL_ITERATIONS or state.stopped)
 
 
 class _Search:
     """The rise of f over the box, in half-widths: u in [-1, 1]^p, y = u half_widths."""
 
-    def __init__(
-        self, risk: EmpiricalRisk, manifold: _Manifold, epsilon: float
-    ) -> None:
+    def __init__(self, risk: EmpiricalRisk, manifold: _Manifold, epsilon: float) -> None:
         self._risk, self._manifold = risk, manifold
         self.half_widths = epsilon * manifold.half_widths
         one = torch.ones_like(self.half_widths)
@@ -310,9 +324,7 @@ class _Search:
         value, gradient = self._risk.value_and_gradient(theta)
         if not math.isfinite(value):  # overflow is not a rise
             return -math.inf, torch.zeros_like(u)
-        return value - self.value, self._manifold.pulled_back(
-            gradient
-        ) * self.half_widths
+        return value - self.value, self._manifold.pulled_back(gradient) * self.half_widths
 
 
 def _run_lbfgsb(
@@ -348,9 +360,11 @@ def _run_scipy(
     yield Maximum(point, -float(found.fun), found.nfev, found.nit, found.message, True)
 
 
-_SOLVERS: dict[
-    str, Callable[[ValueAndGradient, Tensor, Box, int], Iterator[Maximum]]
-] = {"lbfgsb": _run_lbfgsb, "scipy": _run_scipy, "ascent": _run_ascent}
+_SOLVERS: dict[str, Callable[[ValueAndGradient, Tensor, Box, int], Iterator[Maximum]]] = {
+    "lbfgsb": _run_lbfgsb,
+    "scipy": _run_scipy,
+    "ascent": _run_ascent,
+}
 
 
 def _check(

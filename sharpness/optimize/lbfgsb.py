@@ -9,6 +9,7 @@ Written for minimisation, as in the papers; the door turns maximisation into it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from scipy.optimize import brentq
@@ -59,12 +60,8 @@ def lbfgsb(
         longest = 1.0 if iteration == 0 else _longest_step(x, direction, box)
         found = None
         if slope < 0:
-            found = strong_wolfe(
-                lambda t, x=x, d=direction: negated(box.clip(x + t * d)),
-                (f, slope),
-                direction,
-                longest,
-            )
+            along = partial(_along, negated, box, x, direction)
+            found = strong_wolfe(along, (f, slope), direction, longest)
         if found is None and model.is_empty:
             message = "the line search found no gain"
         elif found is None:
@@ -74,6 +71,12 @@ def lbfgsb(
             new_x = box.clip(x + step * direction)
             model.add(new_x - x, new_g - g)
             x, g, iteration = new_x, new_g, iteration + 1
+
+
+def _along(
+    function: ValueAndGradient, box: Box, x: Tensor, direction: Tensor, step: float
+) -> tuple[float, Tensor]:
+    return function(box.clip(x + step * direction))
 
 
 def _longest_step(x: Tensor, direction: Tensor, box: Box) -> float:
@@ -130,7 +133,8 @@ class _Model:
         bottom = torch.cat([lower, theta * self._ss], 1)
         scale = torch.ones(len(top) * 2, dtype=torch.float64)
         scale[len(top) :] = theta
-        return scale[:, None] * torch.linalg.inv(torch.cat([top, bottom])) * scale
+        inverse: Tensor = torch.linalg.inv(torch.cat([top, bottom]))
+        return scale[:, None] * inverse * scale
 
     def _w(self, *vectors: Tensor) -> Tensor:
         """W times vectors (p,), as (number of vectors, 2m) on the CPU."""

@@ -35,9 +35,7 @@ def parametric_plot(
     for (values, shares), style, name in ((train, "-", "train"), (test, "--", "test")):
         losses.plot(alphas, values, style, color=_LOSS, label=f"loss, {name}")
         percent = [100 * share for share in shares]
-        accuracies.plot(
-            alphas, percent, style, color=_ACCURACY, label=f"accuracy, {name}"
-        )
+        accuracies.plot(alphas, percent, style, color=_ACCURACY, label=f"accuracy, {name}")
     for minimum in (0.0, 1.0):
         losses.axvline(minimum, color="0.75", linewidth=1, zorder=0)
     ticks = [alpha for alpha in alphas if float(alpha).is_integer()]

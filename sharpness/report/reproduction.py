@@ -34,7 +34,7 @@ def _cells(line: Row) -> list[str]:
     def cell(value: tuple[float, float] | None) -> str:
         return "" if value is None else tables.mean_sd(*value)
 
-    pairs, is_ratio = line.comparison, "accuracy" not in line.quantity
+    pairs, is_ratio = line.comparison, "acc." not in line.quantity
     return [
         line.quantity,
         cell(line.small),
@@ -72,7 +72,7 @@ def in_words(section: Section, num_pairs: int) -> list[str]:
         if line.verdict is not None:
             sentences.append(f"{name.removesuffix(' %')}: {_phi_sentence(line)}")
     sentences.append(_lambda_sentence(by_name["lambda_max"], num_pairs))
-    sentences.append(_accuracy_sentence(by_name["test accuracy %"]))
+    sentences.append(_accuracy_sentence(by_name["test acc. %"]))
     return sentences
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sharpness.lab.measurement import Measurement
+from sharpness.measures.epsilon import short
 
 _PIPED_WIDTH = 118  # columns when the output is no terminal
 
@@ -86,7 +87,7 @@ def measurement_table(measurement: Measurement) -> Table:
         protocol = "" if phi.phi_protocol is None else f"protocol {phi.phi_protocol:.4g} %"
         share = f"{phi.box_share:.0%} of coordinates on the box"
         table.add_row(
-            f"phi({phi.epsilon:g}{space})",
+            f"phi({short(phi.epsilon)}{space})",
             f"≥ {number(phi.phi)} %",
             "; ".join(part for part in (protocol, share, _unless_ok(phi)) if part),
             f"{phi.num_evals} evaluations, {phi.seconds:.1f} s",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sharpness import _command
 from sharpness.lab import data, networks
-from sharpness.reproduce.keskar2017 import Plan, Reproduction, reproduce
 from sharpness.report import tables
 from sharpness.report.reproduction import in_words, print_section
+from sharpness.reproduce.keskar2017 import Plan, Reproduction, reproduce
 from sharpness.statistics import mean_and_sd
 
 

@@ -25,6 +25,7 @@ from sharpness import _progress, checkpoint
 from sharpness.lab import data
 from sharpness.lab.measurement import Settings, measured, risk_of
 from sharpness.lab.training import Budget, Training, default_batch_sizes, train
+from sharpness.measures.epsilon import short
 from sharpness.measures.landscape import Interpolation, interpolation
 from sharpness.record import (
     Records,
@@ -78,9 +79,7 @@ class Plan:
 
     def settings(self, mode: Any) -> Settings:
         """How it is measured, with BatchNorm in `mode`."""
-        return Settings(
-            num_samples=self.num_samples, batchnorm=mode, epsilon=EPSILONS
-        )
+        return Settings(num_samples=self.num_samples, batchnorm=mode, epsilon=EPSILONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +136,7 @@ def reproduce(plan: Plan, *, progress: bool | None = None) -> Reproduction:
         records=records_path,
     )
     append_record(records_path, new_record("interpolation", pair=0, curves=curves))
-    append_record(
-        records_path, new_record("comparison", paper="keskar2017", **vars(found))
-    )
+    append_record(records_path, new_record("comparison", paper="keskar2017", **vars(found)))
     return found
 
 
@@ -262,7 +259,7 @@ def _rows(plan: Plan, records: _Records, role: str, mode: str) -> list[Row]:
         name = f"{part}_accuracy_{mode}"
         published = (table2[f"{part}_small"], table2[f"{part}_large"]) if table2 else None
         values = pairs(lambda record, name=name: 100 * _metric(record, name))  # type: ignore[misc]
-        rows.append(row(f"{part} accuracy %", *values, published))
+        rows.append(row(f"{part} acc. %", *values, published))
     for i, epsilon in enumerate(EPSILONS):
         cell = table3.get(f"{epsilon:g}")
         published = (cell["small"], cell["large"]) if cell else None
@@ -278,7 +275,7 @@ def _phi_rows(
     published: tuple[list[float], list[float]] | None,
 ) -> list[Row]:
     """The paper's protocol beside the paper's numbers, and the best value found."""
-    protocol = row(f"phi({epsilon:g}) %", *pairs("phi_protocol"), published)
+    protocol = row(f"phi({short(epsilon)}) %", *pairs("phi_protocol"), published)
     best = row("  best found", *pairs("phi"))
     size = protocol.paper_ratio
     protocol = replace(
@@ -303,12 +300,14 @@ def _metric(record: _Record, name: str) -> float:
 def _curves(plan: Plan) -> dict[str, Interpolation]:
     """Between the minima of starting point 0, on training and on test samples."""
     curves = {}
-    for split, (_, labels) in zip(
-        ("train", "test"), (_dataset(plan).train, _dataset(plan).test), strict=True
-    ):
-        settings = replace(plan.settings("batch"), split=split)
-        if plan.num_samples is not None and plan.num_samples > len(labels):
-            settings = replace(settings, num_samples=None)
+    dataset = _dataset(plan)
+    for split, part in (("train", dataset.train), ("test", dataset.test)):
+        num = plan.num_samples
+        settings = Settings(
+            num_samples=None if num is None or num > len(part[1]) else num,
+            split="train" if split == "train" else "test",
+            batchnorm="batch",
+        )
         small, large = (
             risk_of(checkpoint.load(path), path, _dataset(plan), settings, plan.device)
             for path in (plan.path("small", 0), plan.path("large", 0))
@@ -327,4 +326,3 @@ def _draw(plan: Plan, curves: dict[str, Interpolation]) -> Path:
         title=f"{plan.network} on {plan.data}, starting point 0: "
         "the line through the two minima",
     )
-

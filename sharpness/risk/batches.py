@@ -43,9 +43,7 @@ def cut(pair: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, Tensor]]:
 def cut_evenly(pair: tuple[Tensor, Tensor], most: int) -> list[tuple[Tensor, Tensor]]:
     """A pair in ceil(N / most) parts whose sizes differ by at most one."""
     parts = -(-len(pair[0]) // most)
-    return list(
-        zip(pair[0].tensor_split(parts), pair[1].tensor_split(parts), strict=True)
-    )
+    return list(zip(pair[0].tensor_split(parts), pair[1].tensor_split(parts), strict=True))
 
 
 def _is_pair(data: Any) -> bool:

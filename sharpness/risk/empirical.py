@@ -155,7 +155,7 @@ class EmpiricalRisk:
     # -- what it gives ---------------------------------------------------------------
 
     def value(self, theta: Tensor | None = None) -> float:
-        """f at `theta` (n,), by default the model's own. Cost: one forward pass."""
+        """F at `theta` (n,), by default the model's own. Cost: one forward pass."""
         leaves = self._pieces(theta)
         with evaluation(self._model, self.batchnorm), torch.no_grad():
             parts = [self._share(chunk, leaves).double() for chunk in self._counted]
@@ -166,7 +166,7 @@ class EmpiricalRisk:
         return self.value_and_gradient(theta)[1]
 
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
-        """f and its gradient (n,) at `theta`. Cost: one pass over the data."""
+        """F and its gradient (n,) at `theta`. Cost: one pass over the data."""
         leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
         shares, gradient = [], torch.zeros_like(self.theta)
         with evaluation(self._model, self.batchnorm), torch.enable_grad():
@@ -189,8 +189,7 @@ class EmpiricalRisk:
         """
         if v.ndim not in (1, 2) or v.shape[-1] != self.n:
             raise ValueError(
-                f"`v` must have shape (n,) or (b, n) with n={self.n}; "
-                f"got {tuple(v.shape)}."
+                f"`v` must have shape (n,) or (b, n) with n={self.n}; got {tuple(v.shape)}."
             )
         v = v.detach().to(device=self.device, dtype=self.dtype)
         product = self._product()
@@ -223,9 +222,7 @@ class EmpiricalRisk:
             product = self.hvp(torch.from_numpy(np.ascontiguousarray(v.reshape(-1))))
             return np.asarray(product.cpu().numpy())
 
-        return LinearOperator(
-            (self.n, self.n), matvec=matvec, rmatvec=matvec, dtype=dtype
-        )
+        return LinearOperator((self.n, self.n), matvec=matvec, rmatvec=matvec, dtype=dtype)
 
     # -- one chunk -------------------------------------------------------------------
 
@@ -249,8 +246,7 @@ class EmpiricalRisk:
             theta = self.theta
         elif theta.shape != self.theta.shape:
             raise ValueError(
-                f"`theta` must have shape (n,) with n={self.n}; "
-                f"got {tuple(theta.shape)}."
+                f"`theta` must have shape (n,) with n={self.n}; got {tuple(theta.shape)}."
             )
         pieces = _tensors.split(theta.detach().to(self.device), self._shapes)
         return [p.detach().to(d) for p, d in zip(pieces, self._dtypes, strict=True)]
@@ -309,7 +305,7 @@ class EmpiricalRisk:
     def _copied_state(self) -> dict[str, Tensor]:
         """Everything a call needs beside theta: buffers, and parameters held fixed."""
         moving = {"model." + name for name in self._names}
-        state = dict(self._objective.named_parameters())
+        state: dict[str, Tensor] = dict(self._objective.named_parameters())
         state |= dict(self._objective.named_buffers())
         return {
             k: v.detach().to(self.device, copy=True)
@@ -317,9 +313,7 @@ class EmpiricalRisk:
             if k not in moving
         }
 
-    def _find_terms(
-        self, first: Any, terms: Callable[[Any], float] | None
-    ) -> LossTerms:
+    def _find_terms(self, first: Any, terms: Callable[[Any], float] | None) -> LossTerms:
         loss = self._objective.loss
         if terms is not None:
             return LossTerms("mean", terms)
