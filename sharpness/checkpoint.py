@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     facts = asdict(checkpoint)
     facts.pop("sha256")
     facts = {"format": FORMAT, "schema": SCHEMA, **facts}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         if path.suffix == ".safetensors":
             _write_safetensors(facts, temporary)
@@ -54,7 +52,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
             torch.save(facts, temporary)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -126,7 +124,7 @@ def _check_facts(path: Path, facts: Any) -> None:
     )
 
 
-def _write_safetensors(facts: dict[str, Any], path: str) -> None:
+def _write_safetensors(facts: dict[str, Any], path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     plain = _without_tensors(facts, "", tensors)
     header = {FORMAT: json.dumps(plain)}

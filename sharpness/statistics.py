@@ -70,7 +70,8 @@ def paired_comparison(small: Sequence[float], large: Sequence[float]) -> PairedC
 
 
 def _paired_t(differences: np.ndarray) -> float:
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    # Differences equal to rounding have no spread to test against.
+    if len(differences) < 2 or np.ptp(differences) <= 1e-9 * np.abs(differences).max():
         return math.nan
     return float(stats.ttest_1samp(differences, 0.0, alternative="greater").pvalue)
 

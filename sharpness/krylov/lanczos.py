@@ -120,8 +120,8 @@ def _tightened(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
     distance = np.abs(theta[:, None] - theta[None, :]) - residuals[None, :]
     np.fill_diagonal(distance, np.inf)
     gap = distance.min(axis=1)
-    squared = residuals**2 / np.maximum(gap, np.finfo(float).tiny)
-    return np.where(gap > 2 * residuals, squared, residuals)
+    resolved = gap > 2 * residuals
+    return np.divide(residuals**2, gap, out=residuals.copy(), where=resolved)
 
 
 def meets(state: LanczosState, k: int, tol: float) -> bool:

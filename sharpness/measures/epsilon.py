@@ -330,7 +330,10 @@ class _Search:
 def _run_lbfgsb(
     objective: ValueAndGradient, start: Tensor, box: Box, max_iter: int
 ) -> Iterator[Maximum]:
-    return islice(lbfgsb(objective, start, box), max_iter + 1)
+    for state in lbfgsb(objective, start, box):
+        yield state
+        if state.num_iters == max_iter:
+            return
 
 
 def _run_ascent(

@@ -24,10 +24,22 @@ def _parser() -> _command.Parser:
     add = parser.add_argument
     add("paper", choices=("keskar2017",), help="Keskar et al. (2017)")
     add("--preset", choices=("quick",), default="quick", help="size of the job")
-    add("--quick", action="store_const", const="quick", dest="preset")
+    add(
+        "--quick",
+        action="store_const",
+        const="quick",
+        dest="preset",
+        help="short for --preset quick: 3 starting points, 30 and 60 epochs, 1000 samples",
+    )
     add("--network", choices=sorted(networks.NETWORKS), default="F1")
     add("--data", choices=data.NAMES, default="mnist5k", help="(default: mnist5k)")
     add("--data-dir", help="folder of the data set's files (also $SHARPNESS_DATA)")
+    add(
+        "--num-samples",
+        type=_command.samples_or_all,
+        default=1000,
+        help="class-balanced training samples measured, or 'all' (default: 1000)",
+    )
     add("--seeds", type=int, default=3, help="starting points (default: 3)")
     add("--epochs", type=_epochs, default=(30, 60), help="small,large (default: 30,60)")
     add("--output", help="run folder (default: runs/keskar2017-NETWORK-DATA)")
@@ -54,20 +66,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_seeds=options.seeds,
             epochs_small=options.epochs[0],
             epochs_large=options.epochs[1],
+            num_samples=options.num_samples,
             device=_command.chosen_device(options.device),
         )
         dataset = data.load(plan.data, data_dir=plan.data_dir)
-        out = tables.console()
-        out.print(
-            f"{plan.network} on {plan.data} ({len(dataset.train[0])} training images): "
-            f"{plan.num_seeds} starting points, each trained with small and large batch "
-            f"and measured on {plan.num_samples} class-balanced training images. "
-            "Four minutes on two cores for mnist5k; half an hour for full MNIST."
-        )
+        _announce(plan, len(dataset.train[0]))
         _print(reproduce(plan))
         return _command.OK
 
     return _command.guarded("sharpness.reproduce", command)
+
+
+def _announce(plan: Plan, num_train: int) -> None:
+    measured = "all" if plan.num_samples is None else plan.num_samples
+    minutes = "under 4 minutes" if plan.data == "mnist5k" else "longer than mnist5k"
+    tables.console().print(
+        f"{plan.network} on {plan.data}, {num_train} training images: {plan.num_seeds} "
+        f"starting points, each trained with small and large batch and measured on "
+        f"{measured} of them. With the defaults {minutes} on two cores."
+    )
 
 
 def _print(found: Reproduction) -> None:

@@ -1,0 +1,122 @@
+"""Imports point one way, the mathematics is pure, and the door is what it says."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sharpness
+
+PACKAGE = Path(sharpness.__file__).parent
+
+# Lowest first; a module imports from its own rank or a lower one.
+RANKS = [
+    {"_tensors", "results", "_progress"},
+    {"krylov", "optimize"},
+    {"risk"},
+    {"measures"},
+    {"checkpoint", "record"},
+    {"lab"},
+    {"statistics"},
+    {"report"},
+    {"reproduce"},
+    {"_command", "measure", "train", "reproduce.__main__", "__main__", "__init__"},
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+PURE = ("krylov", "optimize")
+IMPURE = {"argparse", "json", "pathlib", "time", "random", "os", "sys", "logging"}
+COMMANDS = {"measure", "train", "reproduce", "compare", "batchsize", "lab"}
+
+
+def modules(package: Path) -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        name = ".".join(path.relative_to(package).with_suffix("").parts)
+        if name != "__init__":
+            name = name.removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+def rank_of(name: str) -> int:
+    if name in RANK:
+        return RANK[name]
+    first = name.split(".")[0]
+    assert first in RANK, f"{name} has no rank: add it to RANKS"
+    return RANK[first]
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Modules of the package that a module imports, without the package's name."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            base = node.module or ""
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return {n.removeprefix("sharpness.") for n in names if n.startswith("sharpness.")}
+
+
+def upward_imports(trees: dict[str, ast.Module]) -> list[str]:
+    wrong = []
+    for name, tree in trees.items():
+        for target in imported(tree):
+            first = target if target in RANK else target.split(".")[0]
+            if first in RANK and RANK[first] > rank_of(name):
+                wrong.append(f"{name} imports {target}")
+    return wrong
+
+
+def test_no_module_imports_from_a_higher_rank():
+    assert upward_imports(modules(PACKAGE)) == []
+
+
+def test_the_layer_test_sees_an_upward_import_and_an_unranked_module():
+    upward = {"krylov.lanczos": ast.parse("from sharpness.risk.empirical import x")}
+    assert upward_imports(upward) == ["krylov.lanczos imports risk.empirical.x"]
+    with pytest.raises(AssertionError, match="has no rank"):
+        upward_imports({"stray": ast.parse("import sharpness.risk")})
+
+
+@pytest.mark.parametrize("name", [n for n in modules(PACKAGE) if n.split(".")[0] in PURE])
+def test_the_mathematics_knows_no_file_clock_flag_or_print(name):
+    tree = modules(PACKAGE)[name]
+    used = {
+        alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    } | {
+        (node.module or "").split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+    }
+    calls = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not used & IMPURE
+    assert "print" not in calls
+
+
+def test_importing_sharpness_loads_no_lab_no_command_no_matplotlib():
+    code = "import sharpness, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    loaded = set(run.stdout.split())
+    assert "sharpness.risk.empirical" in loaded
+    heavy = {"matplotlib", "pyhessian", "pandas", "sklearn", "mlxtend", "pooch"}
+    assert not loaded & (heavy | {f"sharpness.{name}" for name in COMMANDS})
+
+
+def test_no_module_shares_its_name_with_a_public_name():
+    public = {name for name in vars(sharpness) if not name.startswith("_")}
+    exported = {n for n in public if not isinstance(vars(sharpness)[n], type(sharpness))}
+    names = {name.split(".")[-1] for name in modules(PACKAGE)}
+    assert exported
+    assert not exported & names
+
+
+def test_the_changelog_starts_with_the_version():
+    changelog = (PACKAGE.parent / "CHANGELOG.md").read_text()
+    assert f"\n## {sharpness.__version__} " in changelog[:60]

@@ -1,0 +1,82 @@
+"""The line between two points: risks and accuracies by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from measure_problems import by_hand, mlp_risk, quadratic
+from torch import Tensor
+
+import sharpness as sh
+
+
+@pytest.fixture(scope="module")
+def other() -> Tensor:
+    """A second minimum."""
+    return mlp_risk(300, seed=3).theta
+
+
+def test_the_ends_are_the_two_points(other):
+    line = sh.interpolation(mlp_risk(), other, [0.0, 1.0])
+    assert line.alphas == (0.0, 1.0)
+    assert line.values == (mlp_risk().value(), mlp_risk(300, seed=3).value())
+    assert line.values[0] != line.values[1]
+
+
+def test_every_point_of_the_line_agrees_with_the_network_by_hand(other):
+    line = sh.interpolation(mlp_risk(), other)
+    start, end = mlp_risk().theta.numpy(), other.numpy()
+    for alpha, value, accuracy in zip(
+        line.alphas, line.values, line.accuracies, strict=True
+    ):
+        expected = by_hand((1 - alpha) * start + alpha * end)
+        assert value == pytest.approx(expected[0], rel=1e-12)
+        assert accuracy == expected[1]
+    assert len(set(line.accuracies)) > 2
+
+
+def test_by_default_there_are_25_points_from_minus_one_to_two(other):
+    line = sh.interpolation(mlp_risk(), other)
+    assert line.alphas == pytest.approx(np.linspace(-1, 2, 25), abs=1e-15)
+    assert {0.0, 1.0} <= set(line.alphas)
+    assert len(line.values) == len(line.accuracies) == 25
+
+
+@pytest.mark.parametrize(
+    "alphas",
+    [
+        (0.0, 0.5),
+        np.array([0.0, 0.5]),
+        torch.tensor([0.0, 0.5], dtype=torch.float64),
+        (a for a in (0.0, 0.5)),
+    ],
+    ids=["tuple", "array", "tensor", "generator"],
+)
+def test_alphas_may_come_from_anything_that_can_be_run_through(alphas, other):
+    line = sh.interpolation(mlp_risk(), other, alphas)
+    assert list(line.alphas) == [0.0, 0.5]
+    assert len(line.values) == 2
+
+
+def test_a_point_of_the_wrong_length_is_refused(other):
+    for wrong in (other[:-1], other[:1]):
+        with pytest.raises(ValueError, match=f"got .*{len(wrong)}"):
+            sh.interpolation(mlp_risk(), wrong)
+
+
+def test_a_closure_has_no_accuracies():
+    with pytest.raises(TypeError, match="got one with a `closure`"):
+        sh.interpolation(quadratic([1.0, 2.0]), torch.ones(2))
+
+
+def test_a_float32_point_is_taken_in_the_type_of_the_risk(other):
+    line = sh.interpolation(mlp_risk(), other.float(), [1.0])
+    assert line.values[0] == mlp_risk().value(other.float().double())
+
+
+def test_the_line_of_text_names_the_worst_point(other):
+    line = sh.interpolation(mlp_risk(), other, [0.0, 0.5, 2.0])
+    worst = int(np.argmax(line.values))
+    expected = f"{line.values[worst]:.3g} at alpha {line.alphas[worst]:g}"
+    assert str(line) == f"f along 3 points, largest {expected}"

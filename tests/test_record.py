@@ -1,0 +1,75 @@
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from sharpness import Status, read_records
+from sharpness.measures.eigenvalues import HessianEigenpairs
+from sharpness.record import append_record, as_plain, new_record, to_line
+
+
+def result() -> HessianEigenpairs:
+    return HessianEigenpairs(
+        eigenvalues=torch.tensor([2.0]),
+        error_bounds=torch.tensor([0.1]),
+        residuals=torch.tensor([math.nan]),
+        eigenvectors=torch.zeros(1, 1000),
+        lambda_max_upper=None,
+        noise_floor=1e-7,
+        status=Status.CONVERGED,
+        num_hvps=7,
+        seconds=0.1,
+        which="LA",
+        tol=1e-2,
+        seed=0,
+    )
+
+
+def test_a_result_becomes_plain_values_with_its_evidence_and_without_vectors():
+    plain = as_plain(result())
+    assert plain["eigenvalues"] == [2.0]
+    assert plain["error_bounds"] == [pytest.approx(0.1)]
+    assert plain["status"] == "converged"
+    assert plain["residuals"] == [None]  # NaN is not JSON
+    assert "eigenvectors" not in plain
+
+
+def test_records_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "deep" / "records.jsonl"
+    written = [new_record("measurement", measures={"x": i}) for i in range(3)]
+    for record in written:
+        append_record(path, record)
+    assert list(read_records(path)) == written
+    assert written[0]["schema"] == 1
+    assert written[0]["environment"]["torch"] == torch.__version__
+
+
+def test_a_torn_last_line_is_skipped_and_the_next_record_starts_afresh(tmp_path):
+    path = tmp_path / "records.jsonl"
+    append_record(path, {"schema": 1, "kind": "a"})
+    with path.open("a") as file:
+        file.write('{"schema": 1, "kind": "torn", "val')
+    append_record(path, {"schema": 1, "kind": "b"})
+    assert [record["kind"] for record in read_records(path)] == ["a", "b"]
+
+
+def test_records_appended_at_once_do_not_mix(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records = [{"schema": 1, "kind": "x" * 5000, "i": i} for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda record: append_record(path, record), records))
+    assert sorted(record["i"] for record in read_records(path)) == list(range(40))
+
+
+def test_a_line_is_strict_json_on_one_line():
+    line = to_line(new_record("measurement", result=result(), text="two\nlines"))
+    assert "\n" not in line
+    assert json.loads(line)["result"]["num_hvps"] == 7
+
+
+def test_records_become_a_data_frame_with_dotted_names(tmp_path):
+    path = tmp_path / "records.jsonl"
+    append_record(path, new_record("measurement", measures={"value": 3.0}))
+    assert read_records(path).to_frame()["measures.value"].tolist() == [3.0]
