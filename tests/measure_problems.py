@@ -110,6 +110,11 @@ def mlp_risk(num_steps: int = 150, seed: int = 0) -> EmpiricalRisk:
     return EmpiricalRisk(trained_mlp(num_steps, seed), nn.CrossEntropyLoss(), mlp_data())
 
 
+def second_minimum() -> Tensor:
+    """The parameters (n,) of another training run."""
+    return mlp_risk(300, seed=3).theta
+
+
 def by_hand(theta: np.ndarray, num_samples: int = 40) -> tuple[float, float]:
     """Mean cross-entropy and accuracy of a `Tanh` network on `mlp_data`, in NumPy."""
     x, y = (part.numpy() for part in mlp_data(num_samples))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from measure_problems import by_hand, mlp_risk, quadratic
+from measure_problems import by_hand, mlp_risk, quadratic, second_minimum
 from torch import Tensor
 
 import sharpness as sh
@@ -13,8 +13,7 @@ import sharpness as sh
 
 @pytest.fixture(scope="module")
 def other() -> Tensor:
-    """A second minimum."""
-    return mlp_risk(300, seed=3).theta
+    return second_minimum()
 
 
 def test_the_ends_are_the_two_points(other):
