@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import os
-import pickle
+import pickletools
 import re
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class Checkpoint:
     sha256: str = ""  # of the file it was read from
 
 
+FIELDS = ("state_dict", "network", "data", "training", "start")
+
+
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write to a temporary name in the same folder, then rename: never half a file."""
     path = Path(path)
@@ -44,16 +48,22 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     facts = asdict(checkpoint)
     facts.pop("sha256")
     facts = {"format": FORMAT, "schema": SCHEMA, **facts}
+    is_pt = path.suffix != ".safetensors"
+    content = _pt_content(path, facts) if is_pt else _safetensors_content(facts)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.suffix == ".safetensors":
-            _write_safetensors(facts, temporary)
-        else:
-            torch.save(facts, temporary)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _pt_content(path: Path, facts: dict[str, Any]) -> bytes:
+    stream = io.BytesIO()
+    torch.save(facts, stream)
+    _read_pt(path, stream.getvalue())  # what could not be read again is not written
+    return stream.getvalue()
 
 
 def load(path: str | Path) -> Checkpoint:
@@ -81,18 +91,35 @@ def load(path: str | Path) -> Checkpoint:
 
 def _read_pt(path: Path, content: bytes) -> Any:
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        blocked = re.search(r"GLOBAL ([\w.]+)|Unsupported global: (\S+)", str(error))
+        with warnings.catch_warnings():  # about pickle protocols
+            warnings.simplefilter("ignore")
+            stream = io.BytesIO(content)
+            return torch.load(stream, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch's reader raises a dozen kinds on damaged bytes
+        named = re.search(r"(?:Unsupported global: |unsupported )GLOBAL (\S+)", str(error))
+        blocked = named[1] if named else _first_global(content)
         if blocked:
             raise ValueError(
                 f"`{path}` must hold plain tensors and values; got a pickle that needs "
-                f"`{blocked[1] or blocked[2]}`, which was not executed. Save the "
-                "`state_dict` alone."
+                f"`{blocked}`, which was not executed. Save the `state_dict` alone."
             ) from None
         raise _damaged(path, content) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, IndexError):
-        raise _damaged(path, content) from None
+
+
+def _first_global(content: bytes) -> str | None:
+    """The first name a bare pickle would import; nothing is executed."""
+    texts: list[str] = []
+    try:
+        for code, argument, _ in pickletools.genops(content):
+            if code.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if code.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            if isinstance(argument, str):
+                texts.append(argument)
+    except Exception:  # no pickle
+        pass
+    return None
 
 
 def _damaged(path: Path, content: bytes) -> ValueError:
@@ -110,7 +137,7 @@ def _check_facts(path: Path, facts: Any) -> None:
                 f"`{path}` must have schema {SCHEMA}; got {facts.get('schema')}. "
                 "Read it with the version of sharpness that wrote it."
             )
-        missing = [n for n in ("state_dict", "network", "data") if n not in facts]
+        missing = [n for n in FIELDS if n not in facts]
         if not missing:
             return
         found = f"one without {', '.join(missing)}"
@@ -124,26 +151,23 @@ def _check_facts(path: Path, facts: Any) -> None:
     )
 
 
-def _write_safetensors(facts: dict[str, Any], path: Path) -> None:
+def _safetensors_content(facts: dict[str, Any]) -> bytes:
     tensors: dict[str, Tensor] = {}
-    plain = _without_tensors(facts, "", tensors)
-    header = {FORMAT: json.dumps(plain)}
-    safetensors.torch.save_file(tensors, path, metadata=header)
+    header = {FORMAT: json.dumps(_without_tensors(facts, tensors))}
+    return safetensors.torch.save(tensors, metadata=header)
 
 
-def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` with each tensor moved to `tensors` and its name left in its place."""
+def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` with each tensor moved to `tensors` and its number left in its place."""
     if isinstance(value, Tensor):
+        name = str(len(tensors))
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"__tensor__": name}
-    if isinstance(value, dict):
-        pairs = [
-            [key, _without_tensors(item, f"{name}/{key}", tensors)]
-            for key, item in value.items()
-        ]
-        return {"__dict__": pairs}  # keys may be whole numbers
+    if isinstance(value, dict):  # as pairs: keys may be whole numbers
+        items = value.items()
+        return {"__dict__": [[key, _without_tensors(v, tensors)] for key, v in items]}
     if isinstance(value, list | tuple):
-        return [_without_tensors(v, f"{name}/{i}", tensors) for i, v in enumerate(value)]
+        return [_without_tensors(item, tensors) for item in value]
     return value
 
 

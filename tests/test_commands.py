@@ -264,7 +264,16 @@ def test_reproduce_prints_the_papers_table_with_verdicts_and_is_resumable(
 ):
     folder = tmp_path / "run"
     call = ["keskar2017", "--quick", "--data", "digits", "--epochs", "1,2"]
-    call += ["--seeds", "2", "--num-samples", "50", "--output", str(folder), "--device", "cpu"]
+    call += [
+        "--seeds",
+        "2",
+        "--num-samples",
+        "50",
+        "--output",
+        str(folder),
+        "--device",
+        "cpu",
+    ]
     assert reproduce.main(call) == 0
     out = capsys.readouterr().out
     assert "1.23 ± 0.83" in out  # the paper's Table 3, F1

@@ -128,8 +128,7 @@ def test_sha256_depends_on_every_shape_and_value_only():
     parts = [(x, y), (x + 1, y), (x, 1 - y), (x.reshape(2, 1, 1, 4), y)]
     pairs = [(a, b) for a in parts for b in parts] + [(parts[0], parts[0])]
     digests = [
-        Dataset(name="", train=a, test=b, num_classes=2, source="").sha256
-        for a, b in pairs
+        Dataset(name="", train=a, test=b, num_classes=2, source="").sha256 for a, b in pairs
     ]
     assert len(set(digests)) == 16
     assert digests[0] == digests[-1]
@@ -230,9 +229,7 @@ TRAIN_X, TRAIN_Y = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     ],
 )
 def test_a_damaged_file_is_named_with_the_way_out(tmp_path, file, content, got):
-    files = {"mnist": idx_files()} | {
-        n: cifar_files(n) for n in ("cifar10", "cifar100")
-    }
+    files = {"mnist": idx_files()} | {n: cifar_files(n) for n in ("cifar10", "cifar100")}
     name = next(name for name in files if file.removesuffix(".gz") in files[name])
     del files[name][file.removesuffix(".gz")]
     write(tmp_path / name, files[name] | {file: content})
@@ -277,9 +274,7 @@ def test_a_missing_set_says_what_where_and_why(tmp_path, monkeypatch, name):
 
 def test_places_are_searched_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("SHARPNESS_DATA", str(tmp_path / "named"))
-    with pytest.raises(
-        FileNotFoundError, match=r"/cache/mnist .*named, .*cache, .*sys"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"/cache/mnist .*named, .*cache, .*sys"):
         load("mnist")
     for place in ("system", "cache", "named"):
         folder = write(tmp_path / place / "mnist", idx_files())

@@ -351,6 +351,16 @@ def test_a_start_on_a_lower_eigenvector_still_finds_the_largest():
     assert abs(found.lambda_max - 40) <= found.error_bounds[0]
 
 
+def test_a_start_from_before_two_values_changed_places_finds_the_new_largest():
+    """What a warm start meets along a training run: 39 was the top, and 40 is now."""
+    spectrum = torch.linspace(1, 40, 40, dtype=torch.float64)
+    noise = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    start = torch.eye(40, dtype=torch.float64)[38] + 1e-3 * noise
+    found = sh.eigenpairs(quadratic(spectrum), v0=start, tol=1e-2)
+    assert found.status == "converged"
+    assert abs(found.lambda_max - 40) <= found.error_bounds[0]
+
+
 # -- how a run can end -------------------------------------------------------------
 
 

@@ -121,7 +121,9 @@ def _tightened(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
     np.fill_diagonal(distance, np.inf)
     gap = distance.min(axis=1)
     resolved = gap > 2 * residuals
-    return np.divide(residuals**2, gap, out=residuals.copy(), where=resolved)
+    tightened = residuals.copy()
+    np.divide(residuals**2, gap, out=tightened, where=resolved)
+    return tightened
 
 
 def meets(state: LanczosState, k: int, tol: float) -> bool:

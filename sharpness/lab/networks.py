@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def f1(in_features: int = 784, num_classes: int = 10) -> nn.Module:
@@ -86,7 +87,7 @@ def build(network: dict[str, Any]) -> nn.Module:
     """
     name, arguments = network.get("name"), network.get("arguments", {})
     if name not in NETWORKS:
-        close = get_close_matches(str(name), NETWORKS, 1, 0.1)
+        close = get_close_matches(str(name).upper(), NETWORKS, 1, 0.1)
         raise ValueError(
             f"`network` must be one of {', '.join(NETWORKS)}; got {name!r}."
             + (f" Did you mean {close[0]}?" if close else "")
@@ -104,6 +105,8 @@ def initialise(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.reset_parameters()  # 1, 0 and fresh running averages
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sharpness.risk.model_state import random_generators_kept
 
 Batch = Any  # (inputs, targets), or whatever a closure takes
 
@@ -19,12 +21,13 @@ def materialised(data: Any, device: torch.device, *, pairs: bool) -> list[Batch]
     """
     if pairs and _is_pair(data):
         data = [data]
-    if not isinstance(data, Iterable):
+    if not isinstance(data, Iterable) or isinstance(data, Mapping | str):
         raise TypeError(
             "`data` must be a pair (inputs, targets), a list of batches or a DataLoader;"
             f" got {type(data).__name__}. Wrap a single batch in a list."
         )
-    batches = [_moved(batch, device) for batch in data]
+    with random_generators_kept():  # a loader draws a seed as it starts
+        batches = [_moved(batch, device) for batch in data]
     if pairs:
         batches = _joined([_checked_pair(batch) for batch in batches])
     if not batches:
@@ -55,12 +58,17 @@ def _is_pair(data: Any) -> bool:
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_moved(value, device) for value in batch)
+        moved = [_moved(value, device) for value in batch]
+        if hasattr(batch, "_fields"):
+            return type(batch)(*moved)
+        return type(batch)(moved)
+    if isinstance(batch, Tensor):
+        return batch.detach().to(device, copy=True)
     if hasattr(batch, "shape"):
-        return torch.as_tensor(batch).detach().to(device)
+        return torch.tensor(batch, device=device)
     return batch
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,12 +13,17 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpness import _tensors
 from sharpness.risk import batches, memory
-from sharpness.risk.model_state import batchnorm_layers, evaluation
+from sharpness.risk.model_state import (
+    batchnorm_layers,
+    evaluation,
+    seed_generators,
+)
 from sharpness.risk.products import KeptGraph
-from sharpness.risk.terms import LossTerms, loss_terms, num_rows
+from sharpness.risk.terms import LossTerms, asked_reduction, loss_terms, num_rows
 
 BatchNorm = Literal["running", "batch"]
 _PROBE = 16  # samples whose graph is measured to predict the memory of a chunk
@@ -72,6 +78,7 @@ class EmpiricalRisk:
     the data, a Hessian-vector product about two passes' worth of arithmetic.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -98,7 +105,10 @@ class EmpiricalRisk:
         self._shapes = [p.shape for p in chosen]
         self._dtypes = [p.dtype for p in chosen]
         self._fixed = self._copied_state()
+        _check_batchnorm(model, batchnorm)
         given = batches.materialised(data, self.device, pairs=closure is None)
+        if batchnorm == "batch" and closure is None and batchnorm_layers(model):
+            _check_parts(given, batchnorm_batch)
         self.num_samples = int(sum(num_rows(batch) for batch in given))
         self._terms = self._find_terms(given[0], terms)
         self._budget = memory.budget_bytes(self.device)
@@ -154,17 +164,23 @@ class EmpiricalRisk:
 
     # -- what it gives ---------------------------------------------------------------
 
+    @torch.inference_mode(False)
     def value(self, theta: Tensor | None = None) -> float:
         """F at `theta` (n,), by default the model's own. Cost: one forward pass."""
         leaves = self._pieces(theta)
-        with evaluation(self._model, self.batchnorm), torch.no_grad():
-            parts = [self._share(chunk, leaves).double() for chunk in self._counted]
+        closed = self._objective.closure is not None  # may differentiate the model
+        leaves = [piece.requires_grad_(closed) for piece in leaves]
+        with evaluation(self._model, self.batchnorm), torch.set_grad_enabled(closed):
+            parts = [
+                self._share(chunk, leaves).detach().double() for chunk in self._counted
+            ]
         return float(torch.stack(parts).sum())
 
     def gradient(self, theta: Tensor | None = None) -> Tensor:
         """Gradient of f at `theta`, (n,). Cost: one pass over the data."""
         return self.value_and_gradient(theta)[1]
 
+    @torch.inference_mode(False)
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
         """F and its gradient (n,) at `theta`. Cost: one pass over the data."""
         leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
@@ -176,6 +192,7 @@ class EmpiricalRisk:
                 shares.append(share.detach().double())
         return float(torch.stack(shares).sum()), gradient
 
+    @torch.inference_mode(False)
     def hvp(self, v: Tensor) -> Tensor:
         """Hessian of f times `v`: (n,) -> (n,), or (b, n) -> (b, n), row by row.
 
@@ -198,6 +215,7 @@ class EmpiricalRisk:
                 return product(v)
             return torch.stack([product(row) for row in v]) if len(v) else v.clone()
 
+    @torch.inference_mode(False)
     def outputs(self, theta: Tensor | None = None) -> Tensor:
         """Model outputs (N, ...) at `theta`, in the order of the data.
 
@@ -228,8 +246,14 @@ class EmpiricalRisk:
 
     def _share(self, chunk: _Chunk, leaves: Sequence[Tensor]) -> Tensor:
         """What a chunk contributes to f: the sum over all chunks is f."""
+        seed_generators()  # what a chunk draws does not depend on the chunks before
         reduced = self._call(leaves, chunk.batch)
-        return self._terms.total(reduced, chunk.count) / self.num_terms
+        if self._objective.closure is not None and reduced.ndim:
+            raise ValueError(
+                "`closure` must return one value, the mean over the batch; got shape "
+                f"{tuple(reduced.shape)}. Average it."
+            )
+        return self._terms.share(reduced, chunk.count, self.num_terms)
 
     def _outputs(self, batch: Any, leaves: Sequence[Tensor]) -> Tensor:
         return self._call(leaves, batch, outputs_only=True)
@@ -258,11 +282,12 @@ class EmpiricalRisk:
 
     def _product(self) -> KeptGraph:
         if self._hessian is None:
+            this = weakref.proxy(self)  # a cycle would hold the graphs until collected
             leaves = [piece.requires_grad_() for piece in self._pieces(None)]
             largest = max(self._counted, key=lambda chunk: num_rows(chunk.batch))
             each = self._graph_bytes(largest) + self.theta.nbytes
             self._hessian = KeptGraph(
-                lambda i: self._graph(self._counted[i], leaves),
+                lambda i: this._graph(this._counted[i], leaves),
                 leaves,
                 num_chunks=len(self._counted),
                 num_kept=max(1, int(self._budget / each)),
@@ -316,7 +341,7 @@ class EmpiricalRisk:
     def _find_terms(self, first: Any, terms: Callable[[Any], float] | None) -> LossTerms:
         loss = self._objective.loss
         if terms is not None:
-            return LossTerms("mean", terms)
+            return LossTerms(asked_reduction(loss) or "mean", terms)
         if loss is None:
             return LossTerms("mean", num_rows)
         batch = (first[0][:_PROBE], first[1][:_PROBE])
@@ -390,6 +415,16 @@ def _gradients(
     )
 
 
+def _check_parts(given: list[Any], most: int) -> None:
+    parts = [part for pair in given for part in batches.cut_evenly(pair, most)]
+    smallest = min(len(part[0]) for part in parts)
+    if smallest < 2:
+        raise ValueError(
+            "`batchnorm_batch` must leave at least two samples in each part; got "
+            f"{most} (a part has {smallest} sample). Choose another."
+        )
+
+
 def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
     """Names of the parameters in theta, in `named_parameters()` order."""
     named = dict(model.named_parameters())
@@ -405,6 +440,19 @@ def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]
             "Use names or globs from `model.named_parameters()`."
         )
     return names
+
+
+def _check_batchnorm(model: nn.Module, batchnorm: str) -> None:
+    untracked = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is None
+    ]
+    if batchnorm == "running" and untracked:
+        raise ValueError(
+            "`batchnorm` must be 'batch' for layers with track_running_stats=False; got "
+            f"'running' ({untracked[0]} has no running averages). Pass 'batch'."
+        )
 
 
 def _check_arguments(

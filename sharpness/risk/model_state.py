@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
     """Dropout off, BatchNorm as chosen, attention differentiable twice."""
     with ExitStack() as stack:
-        stack.enter_context(_random_generators_kept())
+        stack.enter_context(random_generators_kept())
         stack.enter_context(_modes(model, batchnorm))
         # The fused attention kernels have no second derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -51,17 +51,24 @@ def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
 
 
 @contextmanager
-def _random_generators_kept() -> Iterator[None]:
+def random_generators_kept() -> Iterator[None]:
     """Any draw inside (a functional dropout, say) is the same each time and unseen."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+        seed_generators()
         try:
             yield
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def seed_generators() -> None:
+    """One state of every generator a forward pass may draw from."""
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
 
 
 def batchnorm_layers(model: nn.Module) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,9 +42,19 @@ class LossTerms:
     reduction: str  # "mean", "sum" or "none"
     count: Callable[[Any], float]
 
-    def total(self, reduced: Tensor, count: float) -> Tensor:
-        """The sum over the terms behind a reduced loss value."""
-        return reduced * count if self.reduction == "mean" else reduced.sum()
+    def share(self, reduced: Tensor, count: float, of: float) -> Tensor:
+        """What a reduced loss value over `count` terms adds to the mean over `of`."""
+        # The quotient first: the sum itself may overflow half precision.
+        return reduced * (count / of) if self.reduction == "mean" else reduced.sum() / of
+
+
+def asked_reduction(loss: Any) -> str | None:
+    """The reduction of one of PyTorch's own losses; None for any other callable."""
+    function, keywords = _unwrapped(loss)
+    known = (*_CLASS_LOSSES, *_ELEMENT_LOSSES)
+    if isinstance(loss, known) or function in (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS):
+        return str(keywords.get("reduction", "mean"))
+    return None
 
 
 def loss_terms(loss: Callable[..., Tensor], outputs: Tensor, targets: Any) -> LossTerms:
@@ -65,10 +75,21 @@ def loss_terms(loss: Callable[..., Tensor], outputs: Tensor, targets: Any) -> Lo
 
 def num_rows(batch: Any) -> float:
     """Length of the first tensor found in a batch (a tensor, tuple, list or dict)."""
+    first = next(_tensors_in(batch), None)
+    if first is None:
+        raise TypeError(
+            f"`data` must hold a tensor in each batch; got {type(batch).__name__}. "
+            "Its rows are what `num_samples` counts."
+        )
+    return float(first.shape[0]) if first.ndim else 1.0
+
+
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
-        return float(batch.shape[0]) if batch.ndim else 1.0
-    items = batch.values() if isinstance(batch, dict) else batch
-    return num_rows(next(iter(items)))
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors_in(item)
 
 
 def _unwrapped(loss: Any) -> tuple[Any, dict[str, Any]]:
