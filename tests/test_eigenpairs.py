@@ -82,7 +82,7 @@ def interrupted_at(
 def test_separated_values_equal_the_dense_ones_within_their_bounds(name, which):
     a = symmetric(SEPARATED[name])
     true = np.linalg.eigvalsh(a.numpy())
-    found = sh.eigenpairs(prescribed_hessian(a), 4, which=which, tol=1e-6)
+    found = sh.eigenpairs(with_products(a), 4, which=which, tol=1e-6)
     error = np.abs(found.eigenvalues.numpy() - end_of(true, 4, which))
     assert found.status == "converged"
     assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
@@ -148,7 +148,7 @@ def test_a_close_pair_of_opposite_signs_keeps_signs_and_order_r6(which):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("scale", [1e-8, 1e8, 2.0**-50, 2.0**50])
+@pytest.mark.parametrize("scale", [1e-8, 1e8, 2.0**-50])
 def test_values_scale_with_the_loss_r7(scale, dtype):
     a = symmetric(SEPARATED["outliers"], dtype=dtype)
     plain = sh.eigenpairs(prescribed_hessian(a), 3)

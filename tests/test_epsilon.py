@@ -66,7 +66,7 @@ def watched(risk: sh.EmpiricalRisk, interrupt: int = 0) -> list[float]:
 # -- closed forms ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("epsilon", [1e-3, 5e-4, 0.1])
+@pytest.mark.parametrize("epsilon", [1e-3, 0.1])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_phi_of_a_bowl_is_its_closed_form_r33(solver, epsilon):
     found = sh.epsilon_sharpness(bowl(), epsilon, solver=solver, max_iter=60)
@@ -210,7 +210,7 @@ def test_phi_is_never_below_a_thousand_random_points_r34(epsilon):
     assert torch.all(found.displacement.abs() <= half * (1 + 1e-12))
 
 
-@pytest.mark.parametrize("epsilon", [1e-3, 0.05, 0.5, 2.0])
+@pytest.mark.parametrize("epsilon", [0.05, 2.0])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_returned_point_reproduces_its_value_and_lies_in_the_box(solver, epsilon):
     risk = mlp_risk()
@@ -395,7 +395,7 @@ def in_part(kind: str) -> sh.EmpiricalRisk:
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kind", ["inf", "nan", "nan gradient"])
 def test_overflow_in_a_part_of_the_box_is_not_a_rise(kind, solver):
-    found = sh.epsilon_sharpness(in_part(kind), 0.5, solver=solver, num_starts=4)
+    found = sh.epsilon_sharpness(in_part(kind), 0.5, solver=solver, num_starts=2)
     assert np.isfinite(found.phi)
     assert 0 < found.phi <= 100 * 0.5 * 8 * 0.25
     assert torch.isfinite(found.displacement).all()

@@ -30,10 +30,12 @@ Which = Literal["LA", "SA"]
 class HessianEigenpairs(Result):
     """Extreme eigenpairs of the Hessian of a risk, largest algebraic value first.
 
-    An eigenvalue of the Hessian lies within `error_bounds[i]` of `eigenvalues[i]`. That
-    it is the i-th is not proven: a single start can miss a value (a second copy of a
-    repeated one, above all). `lambda_max_upper` bounds what a random start may have
-    missed at the top, and a second seed tells more than a smaller `tol`.
+    An eigenvalue of the Hessian lies within `error_bounds[i]` of `eigenvalues[i]`: the
+    smaller of the residual (plus noise), which is proven, and of `tol` times the value,
+    which a converged run has reason to claim from the gaps it has seen. That it is the
+    i-th is not proven: a single start can miss a value (a second copy of a repeated
+    one, above all). `lambda_max_upper` bounds what a random start may have missed at
+    the top, and a second seed tells more than a smaller `tol`.
     """
 
     eigenvalues: Tensor  # (k,) float64, descending; unit: loss per parameter^2
@@ -149,7 +151,8 @@ def eigenpairs(
                     break
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
-    found = _extracted(state, k, sign, risk)
+    trusted = tol if status is Status.CONVERGED else None
+    found = _extracted(state, k, sign, risk, trusted)
     upper = None
     if state is not None and v0 is None and which == "LA":
         upper = upper_bound(state, risk.n)
@@ -174,20 +177,33 @@ def _met(values: Tensor, bounds: Tensor, result: HessianEigenpairs) -> Tensor:
 
 
 def _extracted(
-    state: LanczosState | None, k: int, sign: float, risk: EmpiricalRisk
+    state: LanczosState | None,
+    k: int,
+    sign: float,
+    risk: EmpiricalRisk,
+    trusted: float | None,
 ) -> dict[str, Tensor]:
-    """Eigenpairs of H from a Lanczos state of sign * H, in descending order."""
+    """Eigenpairs of H from a Lanczos state of sign * H, in descending order.
+
+    The error bound is the residual, which is proven; or `trusted` times the value, if
+    the run ended because r^2 / gap is below that. The quotient itself is not reported:
+    close eigenvalues that the Krylov space has not told apart beat it by far.
+    """
     if state is None:
         none = torch.empty(0, dtype=torch.float64)
         vectors = risk.theta.new_empty((0, risk.n))
         names = ("eigenvalues", "error_bounds", "residuals")
         return {**dict.fromkeys(names, none), "eigenvectors": vectors}
     pairs: RitzPairs = ritz_pairs(state, k)
+    bounds = state.noise + pairs.residuals
+    if trusted is not None:
+        floor = np.maximum(pairs.bounds, trusted * np.abs(pairs.values))
+        bounds = np.minimum(bounds, floor)
     order = np.argsort(-sign * pairs.values, kind="stable")
     coefficients = torch.from_numpy(pairs.coefficients[order]).to(state.basis)
     return {
         "eigenvalues": torch.from_numpy(sign * pairs.values[order]),
-        "error_bounds": torch.from_numpy(pairs.bounds[order]),
+        "error_bounds": torch.from_numpy(bounds[order]),
         "residuals": torch.from_numpy(pairs.residuals[order]),
         "eigenvectors": coefficients @ state.basis,
     }
@@ -204,7 +220,8 @@ def _start_vector(
             f"`v0` must be a nonzero vector (n,) or (j, n) with n={risk.n}; "
             f"got shape {tuple(v0.shape)}. Leave it out for a random start."
         )
-    return v
+    # Half of it random: an old eigenvector alone is blind to a new one.
+    return v / _tensors.norm64(v).to(v.dtype) + _tensors.random_unit(v, generator)
 
 
 def _check(

@@ -11,7 +11,7 @@ from typing import Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from sharpness import _progress
@@ -73,8 +73,8 @@ class EpsilonSharpness(Result):
 
 def short(epsilon: float) -> str:
     """`1e-3` rather than `0.001` or `1e-03`, where one digit says it all."""
-    digit = f"{epsilon:.0e}".replace("e-0", "e-").replace("e+0", "e+")
-    return digit if float(digit) == epsilon else f"{epsilon:g}"
+    digit = f"{epsilon:.0e}".replace("e-0", "e-")
+    return digit if float(digit) == epsilon < 0.01 else f"{epsilon:g}"
 
 
 class _Keywords(TypedDict, total=False):
@@ -222,7 +222,7 @@ def _least_squares(a: Tensor, theta: Tensor) -> Tensor:
     for rows, part in zip(a.split(1 << 16), theta.split(1 << 16), strict=True):
         gram = gram + (rows.T.double() @ rows.double()).cpu()
         right = right + (rows.T.double() @ part.double()).cpu()
-    solution: Tensor = torch.linalg.lstsq(gram, right).solution
+    solution: Tensor = torch.linalg.solve(gram, right)  # the same bits every time
     return solution.to(theta)
 
 
@@ -230,83 +230,99 @@ def _measured(
     risk: EmpiricalRisk, manifold: _Manifold, epsilon: float, options: _Options
 ) -> EpsilonSharpness:
     began = time.monotonic()
-    search = _Search(risk, manifold, epsilon)
-    best = Maximum(torch.zeros_like(manifold.half_widths), 0.0, 0, 0, "at theta", True)
-    winner, protocol, status = "none", None, Status.COMPLETED
+    deadline = math.inf if options.max_seconds is None else began + options.max_seconds
+    search = _Search(risk, manifold, epsilon, deadline)
+    protocol, status = None, Status.COMPLETED
     with _progress.bar("evaluations", None, options.progress) as bar:
         try:
-            for solver, state in search.states(options):
+            for state in search.states(options):
                 bar.update(search.num_evals - bar.n)
-                if state.value > best.value:
-                    winner, best = solver, state
-                if protocol is None and _ends_protocol(solver, state):
+                if protocol is None and search.solver != "ascent" and _ends_protocol(state):
                     protocol = 100 * max(0.0, state.value) / (1 + search.value)
-                if time.monotonic() - began > (options.max_seconds or math.inf):
-                    status = Status.MAX_SECONDS
-                    break
+        except _OutOfTime:
+            status = Status.MAX_SECONDS
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
+    best = search.best
     if not search.is_finite:
         status = Status.NON_FINITE
-    elif status is Status.COMPLETED and not best.value > 0:
+    elif status is Status.COMPLETED and not best.rise > 0:
         status = Status.LINE_SEARCH_FAILED
     return EpsilonSharpness(
-        phi=100 * best.value / (1 + search.value),
+        phi=100 * best.rise / (1 + search.value),
         phi_protocol=protocol,
         value=search.value,
-        value_max=search.value + best.value,
+        value_max=search.value + best.rise,
         box_share=float((best.point.abs() >= 1).double().mean()),
         displacement=best.point * search.half_widths,
         status=status,
-        message=best.message,
+        message=search.message,
         num_evals=search.num_evals,
         seconds=time.monotonic() - began,
         epsilon=epsilon,
         subspace_dim=manifold.p,
         columns=manifold.columns,
-        solver=winner,
+        solver=best.solver,
         max_iter=options.max_iter,
         num_starts=options.num_starts,
         seed=options.seed,
     )
 
 
-def _ends_protocol(solver: str, state: Maximum) -> bool:
-    return solver != "ascent" and (state.num_iters == PROTOCOL_ITERATIONS or state.stopped)
+def _ends_protocol(state: Maximum) -> bool:
+    return state.num_iters == PROTOCOL_ITERATIONS or (
+        state.stopped and state.num_iters < PROTOCOL_ITERATIONS
+    )
+
+
+class _OutOfTime(Exception):
+    """Raised between evaluations, through whatever solver is running."""
+
+
+@dataclass(frozen=True)
+class _Best:
+    rise: float
+    point: Tensor  # in half-widths
+    solver: str
 
 
 class _Search:
-    """The rise of f over the box, in half-widths: u in [-1, 1]^p, y = u half_widths."""
+    """The rise of f over the box, in half-widths: u in [-1, 1]^p, y = u half_widths.
 
-    def __init__(self, risk: EmpiricalRisk, manifold: _Manifold, epsilon: float) -> None:
-        self._risk, self._manifold = risk, manifold
+    Every point that is evaluated lies in the box, so each is a candidate for the best.
+    """
+
+    def __init__(
+        self, risk: EmpiricalRisk, manifold: _Manifold, epsilon: float, deadline: float
+    ) -> None:
+        self._risk, self._manifold, self._deadline = risk, manifold, deadline
         self.half_widths = epsilon * manifold.half_widths
         one = torch.ones_like(self.half_widths)
         self._box = Box(-one, one)
         self.value = risk.value()
         self.is_finite = math.isfinite(self.value)
         self.num_evals = 0
+        self.solver, self.message = "none", "theta itself"
+        self.best = _Best(0.0, torch.zeros_like(one), "none")
 
-    def states(self, options: _Options) -> Iterator[tuple[str, Maximum]]:
+    def states(self, options: _Options) -> Iterator[Maximum]:
         """States of every solver from every start; their values are rises of f."""
         if not self.is_finite:
             return
         generator = torch.Generator().manual_seed(options.seed + 1)
         for _ in range(options.num_starts):
-            start = _START * (
-                2 * torch.rand(self._box.upper.shape, generator=generator) - 1
-            )
-            start = start.to(self._box.upper)
+            u = 2 * torch.rand(self._box.upper.shape, generator=generator) - 1
+            start = (_START * u).to(self._box.upper)
             rise, gradient = self._rise(start)
             scale = float(gradient.double().square().mean().sqrt()) or 1.0
-            if not math.isfinite(scale):
-                self.is_finite = False
-                return
             objective = self._scaled(start, (rise, gradient), scale)
             for solver in options.solvers:
+                self.solver = solver
                 run = _SOLVERS[solver](objective, start, self._box, options.max_iter)
                 for state in run:
-                    yield solver, replace(state, value=state.value * scale)
+                    if self.best.solver == solver:
+                        self.message = state.message
+                    yield replace(state, value=state.value * scale)
 
     def _scaled(
         self, start: Tensor, at_start: tuple[float, Tensor], scale: float
@@ -319,12 +335,18 @@ class _Search:
         return objective
 
     def _rise(self, u: Tensor) -> tuple[float, Tensor]:
+        if time.monotonic() > self._deadline:
+            raise _OutOfTime
         self.num_evals += 1
         theta = self._manifold.point(u * self.half_widths)
         value, gradient = self._risk.value_and_gradient(theta)
-        if not math.isfinite(value):  # overflow is not a rise
+        gradient = self._manifold.pulled_back(gradient) * self.half_widths
+        if not math.isfinite(value + float(gradient.sum())):  # overflow is not a rise
             return -math.inf, torch.zeros_like(u)
-        return value - self.value, self._manifold.pulled_back(gradient) * self.half_widths
+        rise = value - self.value
+        if rise > self.best.rise:
+            self.best = _Best(rise, u.clone(), self.solver)
+        return rise, gradient
 
 
 def _run_lbfgsb(
@@ -345,11 +367,17 @@ def _run_ascent(
 def _run_scipy(
     objective: ValueAndGradient, start: Tensor, box: Box, max_iter: int
 ) -> Iterator[Maximum]:
-    """SciPy's L-BFGS-B in float64; one state, at its end."""
+    """SciPy's L-BFGS-B in float64; states at iteration 10 and at the end."""
+    states: list[Maximum] = []
 
     def negated(u: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = objective(torch.from_numpy(u).to(start))
         return -value, -gradient.double().cpu().numpy()
+
+    def note(intermediate_result: OptimizeResult) -> None:
+        point = torch.from_numpy(intermediate_result.x.copy()).to(start)
+        value, done = -float(intermediate_result.fun), len(states) + 1
+        states.append(Maximum(point, value, 0, done, "running", False))
 
     found = minimize(
         negated,
@@ -357,10 +385,13 @@ def _run_scipy(
         jac=True,
         method="L-BFGS-B",
         bounds=np.broadcast_to([-1.0, 1.0], (start.numel(), 2)),
+        callback=note,
         options={"maxiter": max_iter, "ftol": 0.0, "gtol": 0.0},
     )
+    yield from states[PROTOCOL_ITERATIONS - 1 : PROTOCOL_ITERATIONS]
     point = torch.from_numpy(found.x).to(start)
-    yield Maximum(point, -float(found.fun), found.nfev, found.nit, found.message, True)
+    early = found.nit < max_iter
+    yield Maximum(point, -float(found.fun), found.nfev, found.nit, found.message, early)
 
 
 _SOLVERS: dict[str, Callable[[ValueAndGradient, Tensor, Box, int], Iterator[Maximum]]] = {

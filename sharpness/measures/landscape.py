@@ -49,7 +49,12 @@ def interpolation(
     References:
         Keskar et al. (2017), figure 3; Goodfellow et al. (2015), arXiv:1412.6544.
     """
-    points = tuple(alphas or (i / 8 - 1 for i in range(25)))
+    if other.shape != risk.theta.shape:
+        raise ValueError(
+            f"`other` must have shape (n,) with n={risk.n}; got {tuple(other.shape)}."
+        )
+    default = (i / 8 - 1 for i in range(25))
+    points = tuple(float(alpha) for alpha in (default if alphas is None else alphas))
     thetas = [torch.lerp(risk.theta, other.to(risk.theta), alpha) for alpha in points]
     return Interpolation(
         alphas=points,

@@ -26,8 +26,12 @@ def sign_ascent(
     value, gradient = value_and_gradient(point)
     share, evals = 1.0, 1
     while True:
-        # `lerp` to the corner would round; a whole step must land on it exactly.
-        candidate = box.clip(point + share * width * gradient.sign())
+        up = gradient.sign()
+        candidate = box.clip(point + share * width * up)
+        if share == 1:  # exactly to the corner, without rounding
+            candidate = torch.where(
+                up > 0, box.upper, torch.where(up < 0, box.lower, point)
+            )
         if torch.equal(candidate, point):
             yield Maximum(point, value, evals, evals - 1, "at its best corner", True)
             return

@@ -8,6 +8,7 @@ Written for minimisation, as in the papers; the door turns maximisation into it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -44,6 +45,8 @@ def lbfgsb(
         nonlocal evals
         evals += 1
         value, gradient = value_and_gradient(x)
+        if not math.isfinite(value + float(gradient.sum())):
+            return math.inf, torch.zeros_like(gradient)  # no point to go to
         return -value, -gradient
 
     x = box.clip(start)

@@ -54,7 +54,7 @@ def strong_wolfe(
         new = sample(t)
         if too_high(new) or (low[0] > 0 and new[1] >= low[1]):
             high = new
-        elif flat_enough(new) or (high is None and t >= longest):
+        elif flat_enough(new) or (high is None and t >= longest and new[2] < 0):
             return new[0], new[1], new[3]
         elif high is None and new[2] < 0:
             low, t = new, min(longest, 5 * t)  # as far as L-BFGS-B extrapolates
