@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 
 import numpy as np
 import torch
@@ -92,6 +94,11 @@ def mlp_data(num_samples: int = 40) -> tuple[Tensor, Tensor]:
 
 def trained_mlp(num_steps: int = 150, seed: int = 0) -> Tanh:
     """A `Tanh` network after some steps of gradient descent on `mlp_data`."""
+    return deepcopy(_trained_once(num_steps, seed))
+
+
+@cache
+def _trained_once(num_steps: int, seed: int) -> Tanh:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Tanh()

@@ -1,0 +1,65 @@
+"""What is printed is run: code blocks, commands, links and the quickstart."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sharpness import measure, train
+from sharpness.reproduce import __main__ as reproduce
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PARSERS = {
+    "sharpness.measure": measure._parser(),
+    "sharpness.train": train._parser(),
+    "sharpness.reproduce": reproduce._parser(),
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=str)
+def test_python_blocks_run(page, capsys):
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), {})
+    assert "lambda_max" in capsys.readouterr().out
+
+
+def test_the_quickstart_runs(capsys):
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
+    out = capsys.readouterr().out
+    assert "5 of 5 converged" in out
+    assert "phi(1e-3, full space) ≥" in out
+
+
+def test_commands_in_the_docs_are_understood():
+    seen = 0
+    for page in PAGES:
+        for line in re.findall(r"python -m (sharpness\.\w+)( [^`\n]*)", page.read_text()):
+            name, arguments = line[0], shlex.split(line[1].split("&&")[0], comments=True)
+            PARSERS[name].parse_args(arguments)
+            seen += 1
+    assert seen >= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_the_readme_installs_with_the_tested_versions():
+    for line in re.findall(r"^python3 -m venv.*$", (ROOT / "README.md").read_text(), re.M):
+        assert "-c constraints.txt" in line
+    pinned = (ROOT / "constraints.txt").read_text().lower()
+    declared = re.search(
+        r"dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S
+    )
+    for name in re.findall(r'^\s+"([\w-]+)', declared[1], re.M):
+        assert f"{name.lower()}==" in pinned, name
