@@ -27,7 +27,7 @@ from sharpness.lab.training import Budget, Training, default_batch_sizes, train
 from sharpness.record import environment
 
 ROUNDS = 3
-EPOCHS = {"small": 30, "large": 60}
+EPOCHS = {"small": 20, "large": 40}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from sharpness import _command, _progress
 from sharpness.lab import data, networks
 from sharpness.lab.training import Budget, Training, default_batch_sizes, train
 
-EPOCHS = {"small": 30, "large": 60}
+EPOCHS = {"small": 20, "large": 40}
 
 
 def _parser() -> _command.Parser:
@@ -33,7 +33,7 @@ def _parser() -> _command.Parser:
     add(
         "--epochs",
         type=int,
-        help="(default: 60 from 10 %% of the training set on, else 30)",
+        help="(default: 40 from 10 %% of the training set on, else 20)",
     )
     add("--until-loss", type=float, help="stop earlier, at this training loss")
     add("--learning-rate", type=float, default=1e-3, help="of Adam (default: 1e-3)")

@@ -136,15 +136,25 @@ def meets(state: LanczosState, k: int, tol: float) -> bool:
     m, n = state.basis.shape
     if m == n or m < k:
         return m == n
-    # An invariant space reached from one start says nothing of what lies outside it;
-    # a second, random start that is exhausted too has found it all.
+    # An invariant space says nothing of what lies outside it, further copies of its
+    # eigenvalues included: the next random start must bring nothing above the k-th.
     if state.invariant and state.num_restarts == 0:
         return False
     pairs = ritz_pairs(state, k)
+    if state.num_restarts and _newest_top(state) > pairs.values[-1] + state.noise:
+        return False
     wanted = tol * np.maximum(np.abs(pairs.values), state.noise)
     return bool(
         (pairs.bounds <= wanted).all() and pairs.next_upper <= pairs.values[-1] + wanted[-1]
     )
+
+
+def _newest_top(state: LanczosState) -> float:
+    """The largest Ritz value of the part after the last random restart."""
+    ends = [i + 1 for i, beta in enumerate(state.betas[:-1]) if beta == 0.0]
+    alphas = np.array(state.alphas[ends[-1] :])
+    betas = np.array(state.betas[ends[-1] : -1])
+    return float(eigh_tridiagonal(alphas, betas, eigvals_only=True)[-1])
 
 
 def upper_bound(state: LanczosState, n: int, confidence: float = 0.95) -> float:

@@ -227,7 +227,7 @@ def _start_vector(
 def _check(
     risk: EmpiricalRisk, k: int, which: str, tol: float, max_hvps: int | None
 ) -> None:
-    if not 1 <= k <= risk.n:
+    if not (isinstance(k, int) and 1 <= k <= risk.n):
         raise ValueError(
             f"`k` must lie in [1, n]; got k={k} (n={risk.n} parameters). "
             "Ask for between 1 and n eigenpairs."

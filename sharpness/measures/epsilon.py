@@ -341,8 +341,8 @@ class _Search:
         theta = self._manifold.point(u * self.half_widths)
         value, gradient = self._risk.value_and_gradient(theta)
         gradient = self._manifold.pulled_back(gradient) * self.half_widths
-        if not math.isfinite(value + float(gradient.sum())):  # overflow is not a rise
-            return -math.inf, torch.zeros_like(u)
+        if not (math.isfinite(value) and bool(gradient.isfinite().all())):
+            return -math.inf, torch.zeros_like(u)  # overflow is not a rise
         rise = value - self.value
         if rise > self.best.rise:
             self.best = _Best(rise, u.clone(), self.solver)
@@ -411,7 +411,7 @@ def _check(
     num_starts: int,
 ) -> None:
     for e in epsilon if isinstance(epsilon, Sequence) else [epsilon]:
-        if not (e > 0 and math.isfinite(e)):
+        if not (isinstance(e, int | float) and e > 0 and math.isfinite(e)):
             raise ValueError(
                 f"`epsilon` must be positive; got {e}. The paper used 1e-3 and 5e-4."
             )

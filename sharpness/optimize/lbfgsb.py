@@ -45,7 +45,7 @@ def lbfgsb(
         nonlocal evals
         evals += 1
         value, gradient = value_and_gradient(x)
-        if not math.isfinite(value + float(gradient.sum())):
+        if not (math.isfinite(value) and bool(gradient.isfinite().all())):
             return math.inf, torch.zeros_like(gradient)  # no point to go to
         return -value, -gradient
 

@@ -29,7 +29,7 @@ def _parser() -> _command.Parser:
         action="store_const",
         const="quick",
         dest="preset",
-        help="short for --preset quick: 3 starting points, 30 and 60 epochs, 1000 samples",
+        help="short for --preset quick: 3 starting points, 20 and 40 epochs, 1000 samples",
     )
     add("--network", choices=sorted(networks.NETWORKS), default="F1")
     add("--data", choices=data.NAMES, default="mnist5k", help="(default: mnist5k)")
@@ -41,7 +41,7 @@ def _parser() -> _command.Parser:
         help="class-balanced training samples measured, or 'all' (default: 1000)",
     )
     add("--seeds", type=int, default=3, help="starting points (default: 3)")
-    add("--epochs", type=_epochs, default=(30, 60), help="small,large (default: 30,60)")
+    add("--epochs", type=_epochs, default=(20, 40), help="small,large (default: 20,40)")
     add("--output", help="run folder (default: runs/keskar2017-NETWORK-DATA)")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     return parser

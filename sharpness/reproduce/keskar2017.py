@@ -62,8 +62,8 @@ class Plan:
     data_dir: str | None = None
     network: str = "F1"
     num_seeds: int = 3
-    epochs_small: int = 30
-    epochs_large: int = 60
+    epochs_small: int = 20
+    epochs_large: int = 40
     num_samples: int | None = 1000
     device: str = "cpu"
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)

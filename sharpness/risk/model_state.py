@@ -66,7 +66,9 @@ def random_generators_kept() -> Iterator[None]:
 
 def seed_generators() -> None:
     """One state of every generator a forward pass may draw from."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would queue a CUDA seed
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002
     random.seed(0)
 
