@@ -14,7 +14,7 @@ from rich.table import Table
 from sharpness.lab.measurement import Measurement
 from sharpness.measures.epsilon import short
 
-_PIPED_WIDTH = 118  # columns when the output is no terminal
+_PIPED_WIDTH = 124  # columns when the output is no terminal
 
 
 def console() -> Console:
