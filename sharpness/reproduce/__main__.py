@@ -96,7 +96,7 @@ def _print(found: Reproduction) -> None:
     out.print(
         f"Small batch {small}, {plan.epochs_small} epochs, training loss "
         f"{losses['small']:.2g}; large batch {large}, {plan.epochs_large} epochs, loss "
-        f"{losses['large']:.2g}; stopped at the small batch's loss: "
+        f"{losses['large']:.2g}; told to stop at the small batch's loss: "
         f"{losses['matched']:.2g}. Mean ± standard deviation over starting points "
         f"(ours {plan.num_seeds}, paper {found.num_trials_paper}); LB/SB: large over "
         "small batch; p: one-sided paired t test of the logarithms. phi after 10 "
