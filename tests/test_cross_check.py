@@ -18,4 +18,5 @@ def test_the_largest_eigenvalue_is_pyhessians():
     ours = sh.eigenpairs(sh.EmpiricalRisk(model, loss, (x, y)), tol=1e-8)
     theirs = pyhessian.hessian(model, loss, data=(x, y), cuda=False)
     values, _ = theirs.eigenvalues(maxIter=2000, tol=1e-12, top_n=1)
-    assert ours.lambda_max == pytest.approx(values[0], rel=1e-6)
+    # It divides its vectors by their length plus 1e-6, and so loses 2e-6 of the value.
+    assert ours.lambda_max == pytest.approx(values[0], rel=3e-6)
