@@ -117,7 +117,7 @@ def eigenpairs(
         ValueError: `k` outside [1, n], `tol` <= 0, `max_hvps` < 1, an unknown `which`
             or a `v0` of the wrong length.
 
-    Cost: about 10 to 20 products for k <= 5 at `tol=1e-2`, each about two gradients;
+    Cost: about 5 to 30 products for k <= 5 at `tol=1e-2`, each about two gradients;
     memory (products + k) n.
 
     References:

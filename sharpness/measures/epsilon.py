@@ -146,7 +146,7 @@ def epsilon_sharpness(
         ValueError: `epsilon` <= 0, `subspace_dim` outside [1, n], an unknown `solver`
             or `columns`, a count below 1, or an A that does not fit in memory.
 
-    Cost: about 31 gradients for each start and epsilon (11 for `lbfgsb`, 20 for
+    Cost: about 30 gradients for each start and epsilon (11 for `lbfgsb`, 19 more for
     `ascent`) and memory of 2 `max_iter` + 12 vectors; p n numbers for a subspace.
 
     References:

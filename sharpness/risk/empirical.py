@@ -166,7 +166,7 @@ class EmpiricalRisk:
 
     @torch.inference_mode(False)
     def value(self, theta: Tensor | None = None) -> float:
-        """F at `theta` (n,), by default the model's own. Cost: one forward pass."""
+        """The risk at `theta` (n,), by default the model's own. Cost: one forward pass."""
         leaves = self._pieces(theta)
         closed = self._objective.closure is not None  # may differentiate the model
         leaves = [piece.requires_grad_(closed) for piece in leaves]
@@ -182,7 +182,7 @@ class EmpiricalRisk:
 
     @torch.inference_mode(False)
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
-        """F and its gradient (n,) at `theta`. Cost: one pass over the data."""
+        """The risk and its gradient (n,) at `theta`. Cost: one pass over the data."""
         leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
         shares, gradient = [], torch.zeros_like(self.theta)
         with evaluation(self._model, self.batchnorm), torch.enable_grad():
