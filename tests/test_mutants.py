@@ -41,10 +41,10 @@ def seen_by(test: Callable[..., None], *arguments: object) -> Callable[[Mutate],
 
 @seen_by(test_eigenpairs.test_ragged_chunks_give_the_value_of_the_whole_batch_r1)
 def chunks_are_weighted_alike(patch):
-    def share(self, reduced, count, of):
-        return reduced / 3  # three chunks, whatever they hold
+    def weight(self, count, size, of):
+        return 1 / 3  # three chunks, whatever they hold
 
-    patch.setattr(terms.LossTerms, "share", share)
+    patch.setattr(terms.LossTerms, "weight", weight)
 
 
 @seen_by(test_eigenpairs.test_the_model_is_left_in_the_mode_it_was_in, RuntimeError)

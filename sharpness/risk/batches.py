@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from sharpness.risk.model_state import random_generators_kept
 
 Batch = Any  # (inputs, targets), or whatever a closure takes
+Pair = tuple[Any, Tensor]  # inputs: a tensor, or several in a tuple, list or dict
 
 
 def materialised(data: Any, device: torch.device, *, pairs: bool) -> list[Batch]:
@@ -38,23 +41,35 @@ def materialised(data: Any, device: torch.device, *, pairs: bool) -> list[Batch]
     return batches
 
 
-def cut(pair: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, Tensor]]:
+def cut(pair: Pair, size: int) -> list[Pair]:
     """A pair in chunks of `size` samples, the last one shorter."""
-    return list(zip(pair[0].split(size), pair[1].split(size), strict=True))
+    total = len(pair[1])
+    return [rows(pair, i, min(i + size, total)) for i in range(0, total, size)]
 
 
-def cut_evenly(pair: tuple[Tensor, Tensor], most: int) -> list[tuple[Tensor, Tensor]]:
+def cut_evenly(pair: Pair, most: int) -> list[Pair]:
     """A pair in ceil(N / most) parts whose sizes differ by at most one."""
-    parts = -(-len(pair[0]) // most)
-    return list(zip(pair[0].tensor_split(parts), pair[1].tensor_split(parts), strict=True))
+    total = len(pair[1])
+    parts = -(-total // most)
+    sizes = [total // parts + (i < total % parts) for i in range(parts)]
+    return [rows(pair, a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
+
+
+def rows(pair: Pair, start: int, stop: int) -> Pair:
+    """Samples `start` to `stop`; views."""
+    cut: Pair = tree_map(lambda part: part[start:stop], pair)
+    return cut
 
 
 def _is_pair(data: Any) -> bool:
-    return (
-        isinstance(data, tuple | list)
-        and len(data) == 2
-        and all(hasattr(part, "shape") for part in data)
-    )
+    """(inputs, targets); several inputs are a tuple, a list or a dict of tensors."""
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        return False
+    inputs, targets = data
+    if isinstance(inputs, Mapping):
+        inputs = list(inputs.values())
+    parts = inputs if isinstance(inputs, tuple | list) else [inputs]
+    return bool(parts) and all(hasattr(part, "shape") for part in (*parts, targets))
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
@@ -72,25 +87,31 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
-def _checked_pair(batch: Batch) -> tuple[Tensor, Tensor]:
-    if not (_is_pair(batch) and all(isinstance(part, Tensor) for part in batch)):
+def _checked_pair(batch: Batch) -> Pair:
+    if not _is_pair(batch):
         raise TypeError(
             "`data` must give pairs (inputs, targets) of tensors; got a batch of type "
             f"{type(batch).__name__}. Pass `closure=` for any other kind of batch."
         )
     inputs, targets = batch
-    if len(inputs) != len(targets):
-        raise ValueError(
-            "`data` must have as many targets as inputs; got "
-            f"{len(inputs)} inputs and {len(targets)} targets."
-        )
+    for part in tree_leaves(inputs):
+        if len(part) != len(targets):
+            raise ValueError(
+                "`data` must have as many targets as inputs; got "
+                f"{len(part)} inputs and {len(targets)} targets."
+            )
     return inputs, targets
 
 
-def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def _joined(pairs: Sequence[Pair]) -> list[Pair]:
     """One pair where the shapes allow it (all but sequences of uneven length)."""
-    pairs = [pair for pair in pairs if len(pair[0])]
-    kinds = {(x.shape[1:], x.dtype, y.shape[1:], y.dtype) for x, y in pairs}
+    pairs = [pair for pair in pairs if len(pair[1])]
+    kinds = {_row_kind(pair) for pair in pairs}
     if len(kinds) != 1 or len(pairs) == 1:
         return list(pairs)
-    return [(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs]))]
+    return [tree_map(lambda *parts: torch.cat(parts), *pairs)]
+
+
+def _row_kind(pair: Pair) -> tuple[Any, ...]:
+    parts, structure = tree_flatten(pair)
+    return (str(structure), *((part.shape[1:], part.dtype) for part in parts))

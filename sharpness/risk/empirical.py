@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpness import _tensors
-from sharpness.risk import batches, memory
+from sharpness.risk import batches
+from sharpness.risk.chunks import ChunkedMean
+from sharpness.risk.linearised import Matrix
 from sharpness.risk.model_state import (
     batchnorm_layers,
     evaluation,
-    seed_generators,
+    is_recurrent,
+    unwrapped,
 )
-from sharpness.risk.products import KeptGraph
-from sharpness.risk.terms import LossTerms, asked_reduction, loss_terms, num_rows
+from sharpness.risk.objective import Objective, gradients
+from sharpness.risk.plan import Plan, asked_engine
+from sharpness.risk.products import Products, Task
 
 BatchNorm = Literal["running", "batch"]
-_PROBE = 16  # samples whose graph is measured to predict the memory of a chunk
-# Larger chunks fall out of the processor's cache; docs/decisions.md has the timings.
-_CPU_CHUNK = 1024
+MATRICES: tuple[str, ...] = get_args(Matrix)
+_Computed = TypeVar("_Computed")
 
 
 class EmpiricalRisk:
@@ -44,7 +44,9 @@ class EmpiricalRisk:
     The parameters and buffers are copied here: theta stays where it was when the risk
     was built. The model itself is left bit for bit as it was (mode, buffers, `.grad`,
     `requires_grad`), and so is every random generator, also after an exception.
-    Dropout is off.
+    Dropout is off. `torch.compile`, DDP and DataParallel are taken off; attention and
+    recurrent layers run on kernels that can be differentiated twice.
+    `sharpness.doctor(risk)` checks all this.
 
     Args:
         model: the network; its parameters are the point that is measured.
@@ -52,10 +54,10 @@ class EmpiricalRisk:
             `reduction`, `ignore_index` and `weight`; any other callable is taken to have
             one term for each target row.
         data: a pair (inputs, targets), a list of batches, or a loader, which is run
-            through once. Kept on `device`.
-        closure: `closure(model, batch)` -> loss, instead of `loss`, for dict batches,
-            several inputs or losses that differentiate the model. Each batch is then
-            evaluated whole.
+            through once. Several inputs: a tuple, called as `model(*inputs)`, or a dict,
+            called as `model(**inputs)`. Kept on `device`.
+        closure: `closure(model, batch)` -> loss, instead of `loss`, for dict batches
+            or losses that differentiate the model. Each batch is then evaluated whole.
         params: names or globs of the parameters that form theta; None means all that
             require a gradient.
         batchnorm: `"running"` (evaluation mode) or `"batch"` (batch statistics, as in
@@ -64,18 +66,26 @@ class EmpiricalRisk:
             part of the definition of f.
         batchnorm_batch: the most samples in such a part, >= 2; Keskar et al. used 5000.
         chunk_size: samples evaluated at once; `"auto"` fits the memory. Changes no
-            number beyond rounding.
+            number beyond rounding. Halved where a GPU runs out of memory.
         device: where to compute; None means where the parameters are.
         terms: number of loss terms behind a set of targets (with `closure`: behind a
             batch), for a loss that averages over something else than rows.
+        engine: how products are carried out: `"kept_graph"`, `"compiled"` (both exact),
+            `"differences"` (of gradients), or `"auto"`, a rule without a clock: the kept
+            graph; compiled where `prepare` announces products enough to repay it;
+            differences where there is no second derivative. The plan of an earlier risk
+            (`settings()["engine"]`) repeats its choice.
+        autocast: type of the forward pass under `torch.autocast`, such as
+            `torch.bfloat16`. theta, gradients and products stay in float32 or wider.
+        seed: of the targets that the sampled Fisher draws.
 
     Raises:
         TypeError: both or neither of `loss` and `closure`, or data of another kind.
-        ValueError: empty data, no parameters, an unknown `batchnorm`, a `chunk_size`
-            with `batchnorm="batch"`.
+        ValueError: empty data, no parameters, an unknown `batchnorm` or `engine`, a
+            `chunk_size` with `batchnorm="batch"`, a BatchNorm part beyond the memory.
 
-    Cost: building runs the model once, on a few samples. A gradient is one pass over
-    the data, a Hessian-vector product about two passes' worth of arithmetic.
+    Cost: building runs the model on a few samples. A gradient is one pass over the data,
+    a Hessian-vector product about two passes' worth of arithmetic.
     """
 
     @torch.inference_mode(False)
@@ -92,37 +102,39 @@ class EmpiricalRisk:
         chunk_size: int | Literal["auto"] = "auto",
         device: str | torch.device | None = None,
         terms: Callable[[Any], float] | None = None,
+        engine: str | Mapping[str, Any] = "auto",
+        autocast: torch.dtype | None = None,
+        seed: int = 0,
     ) -> None:
+        self._asked = asked_engine(engine)
+        if isinstance(engine, Mapping) and chunk_size == "auto":
+            chunk_size = engine.get("chunk_size") or "auto"
         _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
-        self._model = model
-        self._objective = _Objective(model, loss, closure)
+        self.model, self.notes = unwrapped(model)
         self.batchnorm: BatchNorm = batchnorm
         self.batchnorm_batch = batchnorm_batch
-        self._names = _selected(model, params)
-        chosen = [dict(model.named_parameters())[name] for name in self._names]
-        self.device = torch.device(device) if device is not None else chosen[0].device
-        self.theta = _tensors.flatten(p.detach() for p in chosen).to(self.device)
-        self._shapes = [p.shape for p in chosen]
-        self._dtypes = [p.dtype for p in chosen]
-        self._fixed = self._copied_state()
-        _check_batchnorm(model, batchnorm)
-        given = batches.materialised(data, self.device, pairs=closure is None)
-        if batchnorm == "batch" and closure is None and batchnorm_layers(model):
-            _check_parts(given, batchnorm_batch)
-        self.num_samples = int(sum(num_rows(batch) for batch in given))
-        self._terms = self._find_terms(given[0], terms)
-        self._budget = memory.budget_bytes(self.device)
-        self.chunk_size = self._choose_chunk_size(given[0], chunk_size)
-        self._chunks = [_Chunk(part, self._count(part)) for part in self._cut(given)]
-        # A mean over no terms at all would be NaN.
-        self._counted = [chunk for chunk in self._chunks if chunk.count]
-        self.num_terms = sum(chunk.count for chunk in self._counted)
-        if not self._counted:
-            raise ValueError(
-                "`data` must hold at least one loss term; got none that counts (every "
-                "target equals `ignore_index`, or every weight is 0)."
-            )
-        self._hessian: KeptGraph | None = None
+        self.autocast, self.seed = autocast, seed
+        self._objective = Objective(
+            self.model,
+            loss,
+            closure,
+            params=params,
+            device=torch.device(device) if device is not None else None,
+            autocast=autocast,
+        )
+        self.device, self.theta = self._objective.device, self._objective.theta
+        _check_batchnorm(self.model, batchnorm)
+        self._source = data
+        self._mean = ChunkedMean(
+            self._objective,
+            batches.materialised(data, self.device, pairs=closure is None),
+            terms=terms,
+            batchnorm=batchnorm,
+            batchnorm_batch=batchnorm_batch,
+            chunk_size=chunk_size,
+        )
+        self._products: dict[str, Products] = {}
+        self._gradient: Tensor | None = None
 
     # -- what it is ------------------------------------------------------------------
 
@@ -132,33 +144,54 @@ class EmpiricalRisk:
         return self.theta.numel()
 
     @property
+    def num_samples(self) -> int:
+        """Number of samples (with a closure: rows of the batches)."""
+        return self._mean.num_samples
+
+    @property
+    def num_terms(self) -> float:
+        """What the loss is averaged over: terms that count, with their weights."""
+        return self._mean.num_terms
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Samples evaluated at once; None where batches are evaluated whole."""
+        return self._mean.chunk_size
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Type of theta, gradients and products."""
+        """Type of theta, gradients and products: float32 or wider."""
         return self.theta.dtype
 
     @property
     def targets(self) -> Tensor:
         """All targets, in the order of `outputs`."""
         self._refuse_closure("targets")
-        return torch.cat([chunk.batch[1] for chunk in self._chunks])
+        return torch.cat([chunk.batch[1] for chunk in self._mean.all])
 
     def settings(self) -> dict[str, Any]:
         """Plain values that say how f is defined and computed, for a record."""
+        plans = [products.plan for products in self._products.values()]
+        has_batchnorm = bool(batchnorm_layers(self.model))
         return {
             "num_samples": self.num_samples,
             "num_terms": self.num_terms,
             "num_parameters": self.n,
-            "batchnorm": self.batchnorm if batchnorm_layers(self._model) else None,
-            "batchnorm_parts": len(self._chunks) if self.batchnorm == "batch" else None,
+            "batchnorm": self.batchnorm if has_batchnorm else None,
+            "batchnorm_parts": len(self._mean.all) if self.batchnorm == "batch" else None,
             "chunk_size": self.chunk_size,
-            "engine": "kept_graph",
+            "engine": plans[0].to_dict() if plans else {"engine": self._asked},
             "dtype": str(self.dtype).removeprefix("torch."),
+            "autocast": str(self.autocast).removeprefix("torch.")
+            if self.autocast
+            else None,
             "device": str(self.device),
+            "notes": list(self.notes),
         }
 
     def __repr__(self) -> str:
         return (
-            f"EmpiricalRisk({type(self._model).__name__}, n={self.n}, "
+            f"EmpiricalRisk({type(self.model).__name__}, n={self.n}, "
             f"num_samples={self.num_samples}, batchnorm={self.batchnorm!r})"
         )
 
@@ -167,14 +200,15 @@ class EmpiricalRisk:
     @torch.inference_mode(False)
     def value(self, theta: Tensor | None = None) -> float:
         """The risk at `theta` (n,), by default the model's own. Cost: one forward pass."""
-        leaves = self._pieces(theta)
         closed = self._objective.closure is not None  # may differentiate the model
-        leaves = [piece.requires_grad_(closed) for piece in leaves]
-        with evaluation(self._model, self.batchnorm), torch.set_grad_enabled(closed):
-            parts = [
-                self._share(chunk, leaves).detach().double() for chunk in self._counted
-            ]
-        return float(torch.stack(parts).sum())
+
+        def evaluate() -> float:
+            leaves = [piece.requires_grad_(closed) for piece in self._pieces(theta)]
+            with evaluation(self.model, self.batchnorm), torch.set_grad_enabled(closed):
+                parts = [part.detach().double() for part in self._mean.shares(leaves)]
+            return float(torch.stack(parts).sum())
+
+        return self._fitting(evaluate)
 
     def gradient(self, theta: Tensor | None = None) -> Tensor:
         """Gradient of f at `theta`, (n,). Cost: one pass over the data."""
@@ -183,37 +217,91 @@ class EmpiricalRisk:
     @torch.inference_mode(False)
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
         """The risk and its gradient (n,) at `theta`. Cost: one pass over the data."""
-        leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
-        shares, gradient = [], torch.zeros_like(self.theta)
-        with evaluation(self._model, self.batchnorm), torch.enable_grad():
-            for chunk in self._counted:
-                share = self._share(chunk, leaves)
-                gradient += self._flat(_gradients(share, leaves, create_graph=False))
-                shares.append(share.detach().double())
-        return float(torch.stack(shares).sum()), gradient
 
-    @torch.inference_mode(False)
+        def evaluate() -> tuple[float, Tensor]:
+            leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
+            parts, gradient = [], torch.zeros_like(self.theta)
+            with evaluation(self.model, self.batchnorm), torch.enable_grad():
+                for share in self._mean.shares(leaves):
+                    pieces = gradients(share, leaves)
+                    gradient += _tensors.flatten(g.to(self.dtype) for g in pieces)
+                    parts.append(share.detach().double())
+            return float(torch.stack(parts).sum()), gradient
+
+        return self._fitting(evaluate)
+
     def hvp(self, v: Tensor) -> Tensor:
         """Hessian of f times `v`: (n,) -> (n,), or (b, n) -> (b, n), row by row.
 
-        Exact up to rounding (reverse mode twice). The first product also builds the
-        graphs that later ones reuse.
+        Exact up to rounding (reverse mode twice), but for `engine="differences"`. The
+        first product also builds the graphs that later ones reuse.
 
         Raises:
             ValueError: the last dimension of `v` is not n.
 
         Cost: about two gradients' worth of arithmetic for each row.
         """
+        return self.product(v, "hessian")
+
+    @torch.inference_mode(False)
+    def product(self, v: Tensor, matrix: Matrix = "hessian") -> Tensor:
+        r"""A curvature matrix times `v`: (n,) -> (n,), or (b, n) -> (b, n).
+
+        With z the outputs, J = dz/dtheta, and g_c the gradient of one case (a sample; an
+        unmasked target of a cross-entropy) with weight a_c in the mean:
+
+        - `"hessian"`: the second derivative of f;
+        - `"gauss_newton"`: J^T (d^2 loss / dz^2) J, exact (Schraudolph 2002);
+        - `"empirical_fisher"`: sum_c a_c g_c g_c^T with the targets as given;
+        - `"sampled_fisher"`: the same over loss terms, each with one target drawn from
+          the model by `seed`. Its expectation is the Fisher information, which for these
+          losses is the Gauss-Newton matrix (Martens 2020);
+        - `"gradient_covariance"`: sum_c a_c (g_c - g)(g_c - g)^T.
+
+        Raises:
+            TypeError: another matrix than the Hessian for a risk from a closure, which
+                hides the outputs.
+            ValueError: the last dimension of `v` is not n; an unknown matrix; per-sample
+                gradients with `batchnorm="batch"`; targets to be sampled for a loss that
+                is no -log density.
+
+        Cost: two gradients' worth of arithmetic a row, or less; once a gradient for the
+        covariance, and a forward pass for the sampled targets.
+        """
         if v.ndim not in (1, 2) or v.shape[-1] != self.n:
             raise ValueError(
                 f"`v` must have shape (n,) or (b, n) with n={self.n}; got {tuple(v.shape)}."
             )
         v = v.detach().to(device=self.device, dtype=self.dtype)
-        product = self._product()
-        with evaluation(self._model, self.batchnorm):
-            if v.ndim == 1:
-                return product(v)
-            return torch.stack([product(row) for row in v]) if len(v) else v.clone()
+
+        def evaluate() -> Tensor:
+            with evaluation(self.model, self.batchnorm):
+                return self._products_of(matrix, 1)(v)
+
+        product = self._fitting(evaluate)
+        if matrix != "gradient_covariance":
+            return product
+        if self._gradient is None:
+            self._gradient = self.gradient()
+        return product - (v @ self._gradient).unsqueeze(-1) * self._gradient
+
+    @torch.inference_mode(False)
+    def prepare(self, num_products: int = 1, matrix: Matrix = "hessian") -> Plan:
+        """Get ready for so many products, and say how they will be carried out.
+
+        With `engine="auto"` many products may be worth compiling for, and this is where
+        that happens. The plan also stands in `settings()["engine"]`.
+
+        Cost: nothing, or seconds for a trace and a compilation.
+        """
+
+        def evaluate() -> Plan:
+            with evaluation(self.model, self.batchnorm):
+                products = self._products_of(matrix, num_products)
+                products.expect(num_products)
+            return products.plan
+
+        return self._fitting(evaluate)
 
     @torch.inference_mode(False)
     def outputs(self, theta: Tensor | None = None) -> Tensor:
@@ -224,45 +312,26 @@ class EmpiricalRisk:
         """
         self._refuse_closure("outputs")
         leaves = self._pieces(theta)
-        with evaluation(self._model, self.batchnorm), torch.no_grad():
-            return torch.cat([self._outputs(c.batch, leaves) for c in self._chunks])
+        with evaluation(self.model, self.batchnorm), torch.no_grad():
+            parts = [self._objective.outputs(leaves, c.batch) for c in self._mean.all]
+        return torch.cat(parts)
 
     def accuracy(self, theta: Tensor | None = None) -> float:
         """Share of samples whose largest output is their class, in [0, 1]."""
         predicted = self.outputs(theta).argmax(1)
         return float((predicted == self.targets).double().mean())
 
-    def linear_operator(self) -> LinearOperator:
-        """The Hessian as a SciPy `LinearOperator` of shape (n, n)."""
+    def linear_operator(self, matrix: Matrix = "hessian") -> LinearOperator:
+        """One of the matrices of `product` as a SciPy `LinearOperator` (n, n)."""
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
 
         def matvec(v: np.ndarray) -> np.ndarray:
-            product = self.hvp(torch.from_numpy(np.ascontiguousarray(v.reshape(-1))))
-            return np.asarray(product.cpu().numpy())
+            flat = torch.from_numpy(np.ascontiguousarray(v.reshape(-1)))
+            return np.asarray(self.product(flat, matrix).cpu().numpy())
 
         return LinearOperator((self.n, self.n), matvec=matvec, rmatvec=matvec, dtype=dtype)
 
-    # -- one chunk -------------------------------------------------------------------
-
-    def _share(self, chunk: _Chunk, leaves: Sequence[Tensor]) -> Tensor:
-        """What a chunk contributes to f: the sum over all chunks is f."""
-        seed_generators()  # what a chunk draws does not depend on the chunks before
-        reduced = self._call(leaves, chunk.batch)
-        if self._objective.closure is not None and reduced.ndim:
-            raise ValueError(
-                "`closure` must return one value, the mean over the batch; got shape "
-                f"{tuple(reduced.shape)}. Average it."
-            )
-        return self._terms.share(reduced, chunk.count, self.num_terms)
-
-    def _outputs(self, batch: Any, leaves: Sequence[Tensor]) -> Tensor:
-        return self._call(leaves, batch, outputs_only=True)
-
-    def _call(self, leaves: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        moving = {"model." + k: v for k, v in zip(self._names, leaves, strict=True)}
-        state = {**self._fixed, **moving}
-        result: Tensor = functional_call(self._objective, state, args, kwargs)
-        return result
+    # -- inside ----------------------------------------------------------------------
 
     def _pieces(self, theta: Tensor | None) -> list[Tensor]:
         """`theta` as separate tensors, none of which shares a graph with another."""
@@ -272,104 +341,45 @@ class EmpiricalRisk:
             raise ValueError(
                 f"`theta` must have shape (n,) with n={self.n}; got {tuple(theta.shape)}."
             )
-        pieces = _tensors.split(theta.detach().to(self.device), self._shapes)
-        return [p.detach().to(d) for p, d in zip(pieces, self._dtypes, strict=True)]
+        return self._objective.pieces(theta.to(self.device))
 
-    def _flat(self, gradients: Sequence[Tensor]) -> Tensor:
-        return _tensors.flatten(g.to(self.dtype) for g in gradients)
-
-    # -- products --------------------------------------------------------------------
-
-    def _product(self) -> KeptGraph:
-        if self._hessian is None:
-            this = weakref.proxy(self)  # a cycle would hold the graphs until collected
-            leaves = [piece.requires_grad_() for piece in self._pieces(None)]
-            largest = max(self._counted, key=lambda chunk: num_rows(chunk.batch))
-            each = self._graph_bytes(largest) + self.theta.nbytes
-            self._hessian = KeptGraph(
-                lambda i: this._graph(this._counted[i], leaves),
-                leaves,
-                num_chunks=len(self._counted),
-                num_kept=max(1, int(self._budget / each)),
+    def _products_of(self, matrix: str, num_products: int) -> Products:
+        if matrix not in MATRICES:
+            raise ValueError(
+                f"`matrix` must be one of {', '.join(MATRICES)}; got {matrix!r}."
             )
-        return self._hessian
+        if matrix == "gradient_covariance":
+            matrix = "empirical_fisher"
+        if matrix not in self._products:
+            self._products[matrix] = Products(self._task(matrix), num_products)
+        return self._products[matrix]
 
-    def _graph(self, chunk: _Chunk, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
-        with torch.enable_grad():
-            return _gradients(self._share(chunk, leaves), leaves, create_graph=True)
-
-    def _graph_bytes(self, chunk: _Chunk) -> int:
-        """Memory of a chunk's kept graph, from graphs of the same kind on few samples.
-
-        Part of a graph grows with the samples and part does not: two sizes tell them
-        apart. A closure's batch cannot be cut, so its graph is built and measured.
-        """
-        if self._objective.closure is not None or len(chunk.batch[0]) <= _PROBE:
-            return self._held_bytes(chunk.batch)
-        small, large = (
-            self._held_bytes(tuple(part[:size] for part in chunk.batch))
-            for size in (_PROBE // 2, _PROBE)
+    def _task(self, matrix: str) -> Task:
+        this = weakref.proxy(self)  # a cycle would hold the graphs until collected
+        return Task(
+            matrix=matrix,
+            work=self._mean.work(matrix, self.seed),
+            footprint=self._mean.footprint,
+            gradient=lambda theta: this.gradient(theta),
+            theta=self.theta,
+            chunk_size=self.chunk_size,
+            budget=self._mean.budget,
+            asked=self._asked,
+            recurrent=is_recurrent(self.model),
         )
-        a_sample = (large - small) / (_PROBE - _PROBE // 2)
-        return int(large + a_sample * (len(chunk.batch[0]) - _PROBE))
 
-    def _held_bytes(self, batch: Any) -> int:
-        leaves = [piece.requires_grad_() for piece in self._pieces(None)]
-
-        def build() -> Sequence[Tensor]:
-            with torch.enable_grad():
-                reduced = self._call(leaves, batch).sum()
-                return _gradients(reduced, leaves, create_graph=True)
-
-        with evaluation(self._model, self.batchnorm):
-            held = memory.saved_bytes(build, [*leaves, *self._fixed.values()])
-        return max(1, held)
-
-    # -- building --------------------------------------------------------------------
-
-    def _copied_state(self) -> dict[str, Tensor]:
-        """Everything a call needs beside theta: buffers, and parameters held fixed."""
-        moving = {"model." + name for name in self._names}
-        state: dict[str, Tensor] = dict(self._objective.named_parameters())
-        state |= dict(self._objective.named_buffers())
-        return {
-            k: v.detach().to(self.device, copy=True)
-            for k, v in state.items()
-            if k not in moving
-        }
-
-    def _find_terms(self, first: Any, terms: Callable[[Any], float] | None) -> LossTerms:
-        loss = self._objective.loss
-        if terms is not None:
-            return LossTerms(asked_reduction(loss) or "mean", terms)
-        if loss is None:
-            return LossTerms("mean", num_rows)
-        batch = (first[0][:_PROBE], first[1][:_PROBE])
-        with evaluation(self._model, self.batchnorm), torch.no_grad():
-            outputs = self._outputs(batch, self._pieces(None))
-        return loss_terms(loss, outputs, batch[1])
-
-    def _count(self, batch: Any) -> float:
-        is_pair = self._objective.closure is None
-        return float(self._terms.count(batch[1] if is_pair else batch))
-
-    def _choose_chunk_size(self, first: Any, asked: int | str) -> int | None:
-        if self.batchnorm == "batch" or self._objective.closure is not None:
-            return None
-        if isinstance(asked, int):
-            return asked
-        largest = _Chunk(tuple(part[:_CPU_CHUNK] for part in first), 1.0)
-        a_sample = self._graph_bytes(largest) / len(largest.batch[0])
-        most = max(1, int(self._budget / 4 / a_sample))
-        return min(most, _CPU_CHUNK) if self.device.type == "cpu" else most
-
-    def _cut(self, given: list[Any]) -> list[Any]:
-        if self._objective.closure is not None:
-            return given
-        if self.chunk_size is None:
-            most = self.batchnorm_batch
-            return [part for pair in given for part in batches.cut_evenly(pair, most)]
-        return [part for pair in given for part in batches.cut(pair, self.chunk_size)]
+    def _fitting(self, evaluate: Callable[[], _Computed]) -> _Computed:
+        """Evaluate; where the device runs out of memory, again in smaller chunks."""
+        while True:
+            try:
+                return evaluate()
+            except torch.OutOfMemoryError as error:
+                trouble = str(error).split(". ")[0]
+            # Outside the handler, so that what the failed evaluation held is free.
+            self._products.clear()
+            self._mean.halve(trouble)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _refuse_closure(self, what: str) -> None:
         if self._objective.closure is not None:
@@ -377,69 +387,6 @@ class EmpiricalRisk:
                 f"`{what}` must come from a risk with a `loss`; got one with a "
                 "`closure` (not available for a closure). Pass `loss=` and pairs."
             )
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A part of the data that is evaluated at once, and the loss terms it holds."""
-
-    batch: Any
-    count: float
-
-
-class _Objective(nn.Module):
-    """Model and loss as one module, so that parameters of both can be handed in."""
-
-    def __init__(self, model: nn.Module, loss: Any, closure: Any) -> None:
-        super().__init__()
-        self.model, self.loss, self.closure = model, loss, closure
-
-    def forward(self, batch: Any, outputs_only: bool = False) -> Any:
-        if self.closure is not None:
-            return self.closure(self.model, batch)
-        outputs = self.model(batch[0])
-        return outputs if outputs_only else self.loss(outputs, batch[1])
-
-
-def _gradients(
-    value: Tensor, leaves: Sequence[Tensor], *, create_graph: bool
-) -> Sequence[Tensor]:
-    if not value.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return torch.autograd.grad(
-        value,
-        leaves,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-
-
-def _check_parts(given: list[Any], most: int) -> None:
-    parts = [part for pair in given for part in batches.cut_evenly(pair, most)]
-    smallest = min(len(part[0]) for part in parts)
-    if smallest < 2:
-        raise ValueError(
-            "`batchnorm_batch` must leave at least two samples in each part; got "
-            f"{most} (a part has {smallest} sample). Choose another."
-        )
-
-
-def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
-    """Names of the parameters in theta, in `named_parameters()` order."""
-    named = dict(model.named_parameters())
-    if params is None:
-        names = [name for name, p in named.items() if p.requires_grad]
-    else:
-        globs = [params] if isinstance(params, str) else list(params)
-        names = [k for k in named if any(fnmatchcase(k, glob) for glob in globs)]
-    if not names:
-        raise ValueError(
-            "`params` must match at least one parameter of `model`; got "
-            f"{params!r} (model parameters: {', '.join(list(named)[:5]) or 'none'}, …). "
-            "Use names or globs from `model.named_parameters()`."
-        )
-    return names
 
 
 def _check_batchnorm(model: nn.Module, batchnorm: str) -> None:

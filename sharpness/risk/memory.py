@@ -1,40 +1,92 @@
-"""How much memory a chunk's graph holds, and how much there is."""
+"""How much memory a product takes, and how much there is."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-_SHARE = 0.6  # of what is free: a CPU process out of memory is killed, not told
+SHARE = 0.6  # of what is free: a CPU process out of memory is killed, not told
 
 
 def budget_bytes(device: torch.device) -> int:
     """What a risk may hold in kept graphs on `device`."""
     if device.type == "cuda":
-        return int(_SHARE * torch.cuda.mem_get_info(device)[0])
-    return int(_SHARE * psutil.virtual_memory().available)
+        return int(SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(SHARE * psutil.virtual_memory().available)
 
 
-def saved_bytes(build: Callable[[], Any], excluded: list[Tensor]) -> int:
-    """Bytes that autograd keeps for a graph, each storage once, without `excluded`."""
-    known = {_storage(tensor) for tensor in excluded}
-    seen: dict[int, int] = {}
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one chunk: what its graph holds, and the most while it is worked on."""
 
-    def note(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in known:
-            seen[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+    held: int
+    peak: int
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        graph = build()  # alive until counted, so that no address is used twice
-    total = sum(seen.values())
-    del graph
-    return total
+    def at(self, rows: int, smaller: Footprint, from_rows: tuple[int, int]) -> Footprint:
+        """Extrapolated to `rows`, from `smaller` and this one at `from_rows`.
+
+        Part of the memory grows with the rows and part does not: two sizes tell them
+        apart.
+        """
+        few, many = from_rows
+        more = (rows - many) / (many - few)
+        return Footprint(
+            max(1, round(self.held + more * (self.held - smaller.held))),
+            max(1, round(self.peak + more * (self.peak - smaller.peak))),
+        )
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def footprint(build: Callable[[], Callable[[], Any]]) -> Footprint:
+    """Bytes that `build()` holds, and the peak of it and of calling what it returns.
+
+    Counted, not sampled: every storage an operator allocates, until it is freed.
+    """
+    with _Storages() as storages:
+        work = build()
+        held = storages.now
+        result = work()
+    peak = storages.peak
+    del result, work
+    return Footprint(max(1, held), max(1, peak))
+
+
+class _Storages(TorchDispatchMode):
+    """Bytes of the storages that were allocated inside and are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        for old in tree_leaves((args, kwargs)):
+            self._note(old, counted=False)
+        result = function(*args, **(kwargs or {}))
+        for new in tree_leaves(result):
+            self._note(new, counted=True)
+        return result
+
+    def _note(self, tensor: Any, *, counted: bool) -> None:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known[key] = storage.nbytes() if counted else 0
+        self.now += self._known[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._known.pop(key, 0)

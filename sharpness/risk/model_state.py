@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+_PARALLEL = (DataParallel, DistributedDataParallel)
 
 
 @contextmanager
@@ -19,9 +24,50 @@ def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(random_generators_kept())
         stack.enter_context(_modes(model, batchnorm))
-        # The fused attention kernels have no second derivative.
+        # The fused attention kernels have no second derivative, cuDNN's recurrent ones
+        # neither, and compiled functions cannot be differentiated twice.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if is_recurrent(model):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_no_generation_cache(model))
         yield
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The module inside `torch.compile`, DDP and DataParallel, and what was taken off."""
+    notes = []
+    while True:
+        name = type(model).__name__
+        inside = getattr(model, "_orig_mod", None)
+        if isinstance(inside, nn.Module):
+            model = inside
+            notes.append("torch.compile: the original module is measured")
+        elif isinstance(model, _PARALLEL):
+            model = model.module
+            notes.append(f"{name}: the module inside is measured")
+        else:
+            return model, notes
+
+
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether a layer loops over time steps."""
+    return any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in model.modules())
+
+
+@contextmanager
+def _no_generation_cache(model: nn.Module) -> Iterator[None]:
+    """Hugging Face models return keys and values for the next token: memory for nothing."""
+    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    caching = [c for c in configs if getattr(c, "use_cache", None) is True]
+    try:
+        for config in caching:
+            config.use_cache = False
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextmanager

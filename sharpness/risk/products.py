@@ -1,75 +1,164 @@
-"""How a Hessian-vector product is carried out.
-
-The engine here keeps the graph of the gradient. For each chunk of the data the gradient
-is computed once with a graph of its own; a product H v is then one backward pass through
-that graph (six matrix products a layer where the gradient takes three, and no forward
-pass). Chunks whose graph does not fit the memory budget are rebuilt at each product.
-"""
+"""Products with the matrices of a risk: one door before three engines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sharpness import _tensors
+from sharpness.risk.differences import Differences
+from sharpness.risk.kept_graph import ChunkedSum, KeptGraph
+from sharpness.risk.linearised import Linearise
+from sharpness.risk.memory import Footprint
+from sharpness.risk.plan import Plan, directions_at_once, worth_compiling
+from sharpness.risk.terms import num_rows
+from sharpness.risk.traced import Traced, UnsuitableError
 
 
-class KeptGraph:
-    """Products v -> H v through kept double-backward graphs.
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is to be multiplied with, and what the rule may look at."""
+
+    matrix: str
+    work: ChunkedSum
+    footprint: Callable[[Linearise, Any], Footprint]  # of one batch's product
+    gradient: Callable[[Tensor], Tensor]
+    theta: Tensor
+    chunk_size: int | None
+    budget: int
+    asked: str  # an engine's name, or "auto"
+    recurrent: bool
+
+
+class Products:
+    """v -> M v for (n,), or (b, n) row by row.
 
     Args:
-        gradient: for chunk i, the gradient with a graph: one tensor a leaf.
-        leaves: the parameters the gradient was taken in.
-        num_chunks: chunks the mean is cut into.
-        num_kept: how many of them, from the first, keep their graph.
+        task: the matrix and its circumstances.
+        num_products: how many are expected; many may be worth compiling for.
+
+    Raises:
+        ValueError: no second derivative, and another matrix than the Hessian.
     """
 
-    def __init__(
-        self,
-        gradient: Callable[[int], Sequence[Tensor]],
-        leaves: Sequence[Tensor],
-        num_chunks: int,
-        num_kept: int,
-    ) -> None:
-        self._gradient = gradient
-        self._leaves = leaves
-        self._num_chunks = num_chunks
-        self.num_kept = min(num_kept, num_chunks)
-        self._kept: dict[int, list[tuple[int, Tensor]]] = {}
+    plan: Plan
+
+    def __init__(self, task: Task, num_products: int) -> None:
+        self._task = task
+        largest = max(task.work.batches, key=num_rows)
+        self._rows = int(num_rows(largest))
+        self._engine: KeptGraph | Traced | Differences
+        if task.asked == "differences":
+            self._use_differences("asked for")
+            return
+        try:
+            self._chunk = task.footprint(task.work.linearise, largest)
+        except (RuntimeError, NotImplementedError) as error:
+            if task.asked != "auto" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            task.gradient(task.theta)  # fails likewise if the trouble is another
+            self._use_differences(f"no second derivative: {_first_line(error)}")
+            return
+        if task.asked == "compiled":
+            self._use_compiled("asked for")
+        else:
+            self._use_kept_graph("the default")
+            self.expect(num_products)
 
     def __call__(self, v: Tensor) -> Tensor:
-        """H v for one flat direction (n,)."""
-        pieces = _tensors.split(v, [leaf.shape for leaf in self._leaves])
-        pieces = [p.to(x.dtype) for p, x in zip(pieces, self._leaves, strict=True)]
-        total = torch.zeros_like(v)
-        for i in range(self._num_chunks):
-            total += self._chunk_product(i, pieces)
-        return total
+        """M v, or M times every row of v."""
+        block = self.plan.directions_at_once
+        if v.ndim == 1:
+            return self._engine(v)
+        if not len(v):
+            return v.clone()
+        if block == 1:
+            return torch.stack([self._engine(row) for row in v])
+        return torch.cat([self._engine(rows) for rows in v.split(block)])
 
-    def _chunk_product(self, i: int, pieces: Sequence[Tensor]) -> Tensor:
-        keep = i < self.num_kept
-        graph = self._kept.get(i) or self._graph(i)
-        if keep:
-            self._kept[i] = graph
-        if not graph:  # the gradient of this chunk is constant
-            return pieces[0].new_zeros(())
-        with torch.enable_grad():
-            product = torch.autograd.grad(
-                [g for _, g in graph],
-                self._leaves,
-                [pieces[j] for j, _ in graph],
-                retain_graph=keep,
-                allow_unused=True,
-                materialize_grads=True,
+    def expect(self, num_products: int) -> None:
+        """Compile, if so many more products repay it."""
+        task = self._task
+        if task.asked != "auto" or not isinstance(self._engine, KeptGraph):
+            return
+        held, leaves = self._chunk.held * len(task.work.batches), task.work.leaves
+        device = task.theta.device.type
+        if worth_compiling(num_products, held, len(leaves), device, task.recurrent):
+            self._use_compiled(f"repaid by {num_products} products")
+
+    def _use_kept_graph(self, reason: str) -> None:
+        task = self._task
+        most = max(1, task.budget // (self._chunk.held + task.theta.nbytes))
+        kept = min(len(task.work.batches), most)
+        self._engine = KeptGraph(task.work, kept)
+        at_once = directions_at_once(self._rows, task.theta.numel(), task.theta.device.type)
+        if at_once > 1 and not self._takes_blocks():
+            at_once = 1
+        self.plan = self._plan("kept_graph", reason, self._chunk, kept, at_once)
+
+    def _use_compiled(self, reason: str) -> None:
+        try:
+            engine = Traced(self._task.work, self._task.budget)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # tracers and compilers fail in many ways
+            self._use_kept_graph(f"compiling stepped aside: {_first_line(error)}")
+            self._task = replace(self._task, asked="kept_graph")  # and is not tried again
+            return
+        self._engine = engine
+        passing = self._chunk.peak - self._chunk.held
+        chunk = Footprint(engine.held_bytes, engine.held_bytes + passing)
+        self.plan = self._plan("compiled", reason, chunk, engine.num_kept, 1)
+
+    def _use_differences(self, reason: str) -> None:
+        task = self._task
+        if task.matrix != "hessian":
+            raise ValueError(
+                "`matrix` must be 'hessian' where products are differences of gradients; "
+                f"got {task.matrix!r} ({reason})."
             )
-        return _tensors.flatten(product)
+        engine = Differences(task.gradient, task.theta)
+        self._engine = engine
+        plan = self._plan("differences", reason, Footprint(0, 0), 0, 1)
+        self.plan = replace(plan, relative_error=engine.relative_error)
 
-    def _graph(self, i: int) -> list[tuple[int, Tensor]]:
-        """(leaf number, gradient) where the gradient itself depends on theta.
+    def _takes_blocks(self) -> bool:
+        """Whether every operation has a rule for several directions at once."""
+        zeros = torch.zeros(2, self._task.theta.numel()).to(self._task.theta)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                self._engine(zeros)
+            except (RuntimeError, UserWarning):
+                return False
+        return True
 
-        A parameter that is unused, or enters the loss linearly, has a gradient without a
-        graph: its row of the Hessian is zero.
-        """
-        return [(j, g) for j, g in enumerate(self._gradient(i)) if g.requires_grad]
+    def _plan(
+        self, engine: str, reason: str, chunk: Footprint, kept: int, at_once: int
+    ) -> Plan:
+        """The choice, and the peak: what is held, and one chunk being worked on."""
+        task = self._task
+        chunks = len(task.work.batches)
+        held = (kept + (kept < chunks)) * chunk.held
+        passing = max(0, chunk.peak - chunk.held) * at_once
+        vectors = 2 * task.theta.nbytes * at_once  # the direction and the sum
+        return Plan(
+            matrix=task.matrix,
+            engine=engine,
+            reason=reason,
+            chunk_size=task.chunk_size,
+            num_chunks=chunks,
+            num_kept=kept,
+            directions_at_once=at_once,
+            predicted_bytes=held + passing + vectors,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    kind = "" if isinstance(error, UnsuitableError) else f"{type(error).__name__}: "
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (kind + (lines[0] if lines else "")).strip()[:200]

@@ -40,12 +40,16 @@ class LossTerms:
     """How one loss reduces its terms, and how many a set of targets holds."""
 
     reduction: str  # "mean", "sum" or "none"
-    count: Callable[[Any], float]
+    count: Callable[[Any], float]  # terms that count, with their weights
+    size: Callable[[Any], float]  # places for a term: the same for all of one shape
 
-    def share(self, reduced: Tensor, count: float, of: float) -> Tensor:
-        """What a reduced loss value over `count` terms adds to the mean over `of`."""
-        # The quotient first: the sum itself may overflow half precision.
-        return reduced * (count / of) if self.reduction == "mean" else reduced.sum() / of
+    def mean(self, reduced: Tensor, size: float) -> Tensor:
+        """The loss of a chunk, as a mean that depends on its shape alone."""
+        return reduced if self.reduction == "mean" else reduced.sum() / size
+
+    def weight(self, count: float, size: float, of: float) -> float:
+        """What that mean adds to the mean over all `of` terms."""
+        return (count if self.reduction == "mean" else size) / of
 
 
 def asked_reduction(loss: Any) -> str | None:
@@ -67,10 +71,25 @@ def loss_terms(loss: Callable[..., Tensor], outputs: Tensor, targets: Any) -> Lo
     if isinstance(loss, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS:
         weight, ignored = keywords.get("weight"), keywords.get("ignore_index", -100)
         count = partial(_class_count, weight=weight, ignore_index=ignored)
-        return LossTerms(keywords.get("reduction", "mean"), count)
+        return LossTerms(keywords.get("reduction", "mean"), count, _class_places)
     if isinstance(loss, _ELEMENT_LOSSES) or function in _ELEMENT_FUNCTIONS:
-        return LossTerms(keywords.get("reduction", "mean"), _element_count)
-    return LossTerms(_observed_reduction(loss, outputs, targets), num_rows)
+        return LossTerms(keywords.get("reduction", "mean"), _element_count, _element_count)
+    return LossTerms(_observed_reduction(loss, outputs, targets), num_rows, num_rows)
+
+
+def is_class_loss(loss: Any) -> bool:
+    """Whether `loss` compares scores of classes along dimension 1 with a class."""
+    return isinstance(loss, _CLASS_LOSSES) or _unwrapped(loss)[0] in _CLASS_FUNCTIONS
+
+
+def is_any(loss: Any, module: type, function: Callable[..., Tensor]) -> bool:
+    """Whether `loss` is PyTorch's `module` or `function`, with whatever keywords."""
+    return isinstance(loss, module) or _unwrapped(loss)[0] is function
+
+
+def keyword(loss: Any, name: str, default: Any = None) -> Any:
+    """A setting of one of PyTorch's own losses."""
+    return _unwrapped(loss)[1].get(name, default)
 
 
 def num_rows(batch: Any) -> float:
@@ -94,16 +113,22 @@ def _tensors_in(batch: Any) -> Iterator[Tensor]:
 
 def _unwrapped(loss: Any) -> tuple[Any, dict[str, Any]]:
     if isinstance(loss, nn.Module):
-        names = ("reduction", "weight", "ignore_index")
+        names = ("reduction", "weight", "ignore_index", "label_smoothing", "pos_weight")
         return loss, {n: getattr(loss, n) for n in names if hasattr(loss, n)}
     if isinstance(loss, partial):
         return loss.func, dict(loss.keywords)
     return loss, {}
 
 
-def _class_count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> float:
+def _class_places(targets: Tensor) -> float:
     if targets.is_floating_point():  # class probabilities: PyTorch divides by the rows
         return targets.numel() / targets.shape[1 if targets.ndim > 1 else 0]
+    return float(targets.numel())
+
+
+def _class_count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> float:
+    if targets.is_floating_point():
+        return _class_places(targets)
     counted = targets[targets != ignore_index]
     if weight is None:
         return float(counted.numel())

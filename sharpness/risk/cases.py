@@ -1,0 +1,107 @@
+"""The cases a loss averages over, for matrices made of their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sharpness.risk import terms
+
+
+@dataclass(frozen=True)
+class Cases:
+    """How outputs fall into cases, and what each weighs in the mean over a chunk.
+
+    A case is an unmasked target of a class loss; of any other loss a row, or, with
+    `elementwise`, one element of the outputs.
+    """
+
+    loss: Any
+    elementwise: bool = False
+
+    def dims(self, outputs: Tensor) -> tuple[int, ...]:
+        """Dimensions of the outputs that one case spans."""
+        if terms.is_class_loss(self.loss):
+            return (1,)
+        return () if self.elementwise else tuple(range(1, outputs.ndim))
+
+    def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Weight of every case, to be broadcast against the outputs; they sum to 1."""
+        if not terms.is_class_loss(self.loss):
+            number = outputs.numel() if self.elementwise else len(outputs)
+            return torch.full_like(outputs, 1 / number)
+        each = self._of_classes(targets).to(outputs)
+        mean = terms.keyword(self.loss, "reduction", "mean") == "mean"
+        return (each / (each.sum() if mean else each.numel())).unsqueeze(1)
+
+    def _of_classes(self, targets: Tensor) -> Tensor:
+        if targets.is_floating_point():
+            return torch.ones_like(targets.select(1, 0))
+        ignored: int = terms.keyword(self.loss, "ignore_index", -100)
+        kept = targets != ignored
+        weight: Tensor | None = terms.keyword(self.loss, "weight")
+        if weight is None:
+            return kept
+        return weight.to(targets.device)[targets * kept] * kept
+
+
+def sampled_targets(
+    loss: Any, pairs: Iterable[tuple[Tensor, Tensor]], seed: int
+) -> Iterator[Tensor]:
+    """Targets drawn from the distribution whose -log is the loss, for every chunk.
+
+    Args:
+        loss: a cross-entropy, an NLL, a binary cross-entropy on logits (each without
+            weights or smoothing) or a squared error, whose density is a Gaussian of
+            variance 1/2.
+        pairs: (outputs, targets) of the chunks, in order; ignored targets stay so.
+        seed: of the draws, which do not depend on how the data are cut.
+    """
+    _check_distribution(loss)
+    generator = torch.Generator().manual_seed(seed)
+    for outputs, targets in pairs:
+        classes = terms.is_class_loss(loss)
+        shape = outputs.select(1, 0).shape if classes else outputs.shape
+        # One uniform number each, so that the sequence is the same in chunks of any size.
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        yield _drawn(loss, outputs.detach(), targets, uniform.to(outputs.device))
+
+
+def _drawn(loss: Any, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
+    if terms.is_class_loss(loss):
+        # NLL takes log-probabilities, which softmax leaves as they are.
+        below = outputs.double().softmax(1).cumsum(1)[:, :-1] < uniform.unsqueeze(1)
+        drawn = below.sum(1)
+        if targets.is_floating_point():
+            return drawn
+        ignored: int = terms.keyword(loss, "ignore_index", -100)
+        return torch.where(targets == ignored, targets, drawn)
+    if _is_squared(loss):
+        return (outputs + 0.5**0.5 * torch.special.ndtri(uniform)).to(outputs.dtype)
+    return (uniform < outputs.double().sigmoid()).to(outputs.dtype)
+
+
+def _is_squared(loss: Any) -> bool:
+    return terms.is_any(loss, nn.MSELoss, F.mse_loss)
+
+
+def _check_distribution(loss: Any) -> None:
+    binary = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+    known = terms.is_class_loss(loss) or _is_squared(loss) or terms.is_any(loss, *binary)
+    changed = [
+        name
+        for name in ("weight", "pos_weight", "label_smoothing")
+        if terms.keyword(loss, name) not in (None, 0)
+    ]
+    if not known or changed:
+        what = changed[0] + " set" if changed else type(loss).__name__
+        raise ValueError(
+            "`loss` must be the -log of a density to sample targets from (cross-entropy, "
+            f"NLL, binary cross-entropy on logits, squared error); got {what}. "
+            "Use matrix='gauss_newton' or 'empirical_fisher'."
+        )

@@ -1,0 +1,236 @@
+"""The mean loss over fixed data, cut into chunks that fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpness.risk import batches, linearised, memory
+from sharpness.risk.cases import Cases, sampled_targets
+from sharpness.risk.kept_graph import ChunkedSum
+from sharpness.risk.linearised import Linearise
+from sharpness.risk.memory import Footprint
+from sharpness.risk.model_state import batchnorm_layers, evaluation
+from sharpness.risk.objective import Objective, gradients
+from sharpness.risk.terms import LossTerms, asked_reduction, loss_terms, num_rows
+
+_PROBE = 16  # samples whose graph is measured to predict the memory of a chunk
+# Larger chunks fall out of the processor's cache; docs/decisions.md has the timings.
+_CPU_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of the data that is evaluated at once, and the loss terms it holds."""
+
+    batch: Any
+    count: float
+
+
+class ChunkedMean:
+    """f as a weighted sum of the means over chunks.
+
+    Args:
+        objective: what is evaluated on a batch.
+        given: the batches, on the device.
+        terms: as in `EmpiricalRisk`.
+        batchnorm: as in `EmpiricalRisk`.
+        batchnorm_batch: as in `EmpiricalRisk`.
+        chunk_size: as in `EmpiricalRisk`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        given: Sequence[Any],
+        *,
+        terms: Callable[[Any], float] | None,
+        batchnorm: str,
+        batchnorm_batch: int,
+        chunk_size: int | str,
+    ) -> None:
+        self._objective, self._batchnorm = objective, batchnorm
+        self._closed = objective.closure is not None
+        self.num_samples = int(sum(num_rows(batch) for batch in given))
+        by_parts = batchnorm == "batch" and not self._closed
+        if by_parts:
+            given = self._batchnorm_parts(given, batchnorm_batch)
+        self._terms = self._find_terms(given[0], terms)
+        self.budget = memory.budget_bytes(objective.device)
+        self.chunk_size: int | None = None
+        if by_parts:
+            self._check_fits(given, batchnorm_batch)
+        elif not self._closed:
+            self.chunk_size = self._chosen_chunk_size(given[0], chunk_size)
+            given = [part for b in given for part in batches.cut(b, self.chunk_size)]
+        self._set(given)
+
+    def shares(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
+        """What each chunk adds to f, one at a time."""
+        for chunk in self.counted:
+            reduced = self._objective.reduced(leaves, chunk.batch)
+            yield self.mean(reduced, chunk.batch) * self._weight(chunk)
+
+    def mean(self, reduced: Tensor, batch: Any) -> Tensor:
+        """The mean over one chunk, from what the loss returned."""
+        return self._terms.mean(reduced, self._terms.size(self._counted_in(batch)))
+
+    def work(self, matrix: str, seed: int) -> ChunkedSum:
+        """One of the matrices, linearised at theta chunk by chunk."""
+        linearise = self._linearise(matrix)
+        leaves = self._objective.leaves(self._objective.theta)
+        parts = [chunk.batch for chunk in self.counted]
+        if matrix == "sampled_fisher":
+            parts = self._with_sampled_targets(parts, leaves, seed)
+        weights = [self._weight(chunk) for chunk in self.counted]
+        return ChunkedSum(linearise, leaves, parts, weights)
+
+    def footprint(self, linearise: Linearise, batch: Any) -> Footprint:
+        """Memory of one chunk's product, predicted from a few of its samples.
+
+        A closure's batch cannot be cut, so its own graph is built and measured.
+        """
+        rows = int(num_rows(batch))
+        if self._closed or rows <= _PROBE:
+            return self._measured(linearise, batch)
+        sizes = (_PROBE // 2, _PROBE)
+        few, many = (self._measured(linearise, batches.rows(batch, 0, n)) for n in sizes)
+        return many.at(rows, few, sizes)
+
+    def halve(self, trouble: str) -> None:
+        """Chunks of half the size; the mean stays what it is.
+
+        Raises:
+            MemoryError: chunks cannot be cut: they are single samples, parts that define
+                BatchNorm's statistics, or a closure's batches.
+        """
+        if not self.chunk_size or self.chunk_size == 1:
+            what = "batchnorm_batch" if self._batchnorm == "batch" else "data"
+            raise MemoryError(
+                f"`{what}` must come in parts that fit the memory; got up to "
+                f"{max(int(num_rows(c.batch)) for c in self.all)} samples evaluated at "
+                f"once ({trouble}). Pass smaller ones, or another `device`."
+            )
+        self.chunk_size = -(-self.chunk_size // 2)
+        self._set(
+            [part for c in self.all for part in batches.cut(c.batch, self.chunk_size)]
+        )
+
+    # -- building ----------------------------------------------------------------------
+
+    def _set(self, parts: Sequence[Any]) -> None:
+        counts = [float(self._terms.count(self._counted_in(part))) for part in parts]
+        self.all = [Chunk(part, n) for part, n in zip(parts, counts, strict=True)]
+        # A mean over no terms at all would be NaN.
+        self.counted = [chunk for chunk in self.all if chunk.count]
+        self.num_terms = sum(chunk.count for chunk in self.counted)
+        if not self.counted:
+            raise ValueError(
+                "`data` must hold at least one loss term; got none that counts (every "
+                "target equals `ignore_index`, or every weight is 0)."
+            )
+
+    def _weight(self, chunk: Chunk) -> float:
+        size = self._terms.size(self._counted_in(chunk.batch))
+        return self._terms.weight(chunk.count, size, self.num_terms)
+
+    def _counted_in(self, batch: Any) -> Any:
+        """What terms are counted in: the targets, or all that a closure gets."""
+        return batch if self._closed else batch[1]
+
+    def _find_terms(self, first: Any, terms: Callable[[Any], float] | None) -> LossTerms:
+        objective, loss = self._objective, self._objective.loss
+        if terms is not None:
+            return LossTerms(asked_reduction(loss) or "mean", terms, num_rows)
+        if loss is None:
+            return LossTerms("mean", num_rows, num_rows)
+        batch = batches.rows(first, 0, _PROBE)
+        with evaluation(objective.model, self._batchnorm), torch.no_grad():
+            outputs = objective.outputs(objective.pieces(objective.theta), batch)
+        return loss_terms(loss, outputs, batch[1])
+
+    def _chosen_chunk_size(self, first: Any, asked: int | str) -> int:
+        if isinstance(asked, int):
+            return asked
+        rows = min(len(first[1]), _CPU_CHUNK)
+        chunk = self._bytes_of(batches.rows(first, 0, rows))
+        most = max(1, int(self.budget / 4 / chunk.peak * rows))
+        return min(most, _CPU_CHUNK) if self._objective.device.type == "cpu" else most
+
+    def _batchnorm_parts(self, given: Sequence[Any], most: int) -> list[Any]:
+        parts = [part for pair in given for part in batches.cut_evenly(pair, most)]
+        smallest = min(len(part[1]) for part in parts)
+        if smallest < 2 and batchnorm_layers(self._objective.model):
+            raise ValueError(
+                "`batchnorm_batch` must leave at least two samples in each part; got "
+                f"{most} (a part has {smallest} sample). Choose another."
+            )
+        return parts
+
+    def _check_fits(self, parts: Sequence[Any], most: int) -> None:
+        largest = max(parts, key=lambda part: len(part[1]))
+        rows, need = len(largest[1]), self._bytes_of(largest).peak
+        free = int(self.budget / memory.SHARE)
+        if need > free:
+            raise ValueError(
+                f"`batchnorm_batch` must fit the memory; got {most} (a part of {rows} "
+                f"samples takes {need / 1e9:.1f} of {free / 1e9:.1f} GB). Pass at most "
+                f"{max(2, int(rows * free / need))}."
+            )
+
+    def _bytes_of(self, batch: Any) -> Footprint:
+        """Memory of the Hessian's product; of the gradient, where there is no second."""
+        try:
+            return self.footprint(self._linearise("hessian"), batch)
+        except (RuntimeError, NotImplementedError):
+            return self.footprint(self._gradient_only, batch)
+
+    def _gradient_only(self, leaves: Sequence[Tensor], batch: Any) -> linearised.Apply:
+        with torch.enable_grad():
+            value = self.mean(self._objective.reduced(leaves, batch), batch)
+        return lambda _: gradients(value, leaves, retain_graph=True)
+
+    def _measured(self, linearise: Linearise, batch: Any) -> Footprint:
+        objective = self._objective
+        leaves = objective.leaves(objective.theta)
+        ones = [torch.ones_like(leaf) for leaf in leaves]
+
+        def build() -> Callable[[], Any]:
+            apply = linearise(leaves, batch)
+            return lambda: apply(ones)
+
+        with evaluation(objective.model, self._batchnorm):
+            return memory.footprint(build)
+
+    # -- matrices ----------------------------------------------------------------------
+
+    def _linearise(self, matrix: str) -> Linearise:
+        objective = self._objective
+        if matrix == "hessian":
+            return linearised.hessian(objective, self.mean)
+        if self._closed:
+            raise TypeError(
+                f"`matrix` must be 'hessian' for a risk with a `closure`; got {matrix!r} "
+                "(not available for a closure). Pass `loss=` and pairs."
+            )
+        if matrix == "gauss_newton":
+            return linearised.gauss_newton(objective, self.mean)
+        if self._batchnorm == "batch" and batchnorm_layers(objective.model):
+            raise ValueError(
+                f"`batchnorm` must be 'running' for matrix={matrix!r}; got 'batch' (a "
+                "sample has no gradient of its own there)."
+            )
+        cases = Cases(objective.loss, elementwise=matrix == "sampled_fisher")
+        return linearised.fisher(objective, self.mean, cases)
+
+    def _with_sampled_targets(
+        self, parts: Sequence[Any], leaves: Sequence[Tensor], seed: int
+    ) -> list[Any]:
+        with torch.no_grad():
+            pairs = ((self._objective.outputs(leaves, part), part[1]) for part in parts)
+            drawn = sampled_targets(self._objective.loss, pairs, seed)
+            return [(part[0], y) for part, y in zip(parts, drawn, strict=True)]

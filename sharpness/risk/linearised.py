@@ -1,0 +1,133 @@
+r"""The matrices a risk is multiplied with, one chunk at a time.
+
+Each function here returns `linearise(leaves, batch) -> apply`: what does not depend on
+the direction happens once, and `apply(pieces)` is one product of the chunk's matrix.
+Every matrix is that of the mean over the chunk; the caller weights the chunks.
+
+With z the outputs, J = dz/dtheta, l the loss and c its cases (samples; unmasked targets
+of a cross-entropy), a_c their weights in the mean and g_c the gradient of one case:
+
+    hessian              d^2 f / dtheta^2
+    gauss_newton         J^T (d^2 l / dz^2) J                      (Schraudolph 2002)
+    empirical_fisher     sum_c a_c g_c g_c^T                       targets as given
+    sampled_fisher       sum_c a_c g_c g_c^T                       targets ~ the model
+    gradient_covariance  sum_c a_c (g_c - g)(g_c - g)^T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sharpness.risk.cases import Cases
+from sharpness.risk.objective import Objective, gradients
+
+Matrix = Literal[
+    "hessian",
+    "gauss_newton",
+    "empirical_fisher",
+    "sampled_fisher",
+    "gradient_covariance",
+]
+Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Linearise = Callable[[Sequence[Tensor], Any], Apply]
+Mean = Callable[[Tensor, Any], Tensor]  # the value of a batch -> its mean
+
+
+def hessian(objective: Objective, mean: Mean) -> Linearise:
+    """Reverse mode twice: the gradient with a graph, and one pass back through it."""
+
+    def linearise(leaves: Sequence[Tensor], batch: Any) -> Apply:
+        with torch.enable_grad():
+            value = mean(objective.reduced(leaves, batch), batch)
+            slopes = gradients(value, leaves, create_graph=True)
+        return _pullback(slopes, leaves)
+
+    return linearise
+
+
+def gauss_newton(objective: Objective, mean: Mean) -> Linearise:
+    """J v by reverse mode twice, the loss' curvature in its outputs, then J^T.
+
+    Forward mode would do for J v, but many kernels lack it.
+    """
+
+    def linearise(leaves: Sequence[Tensor], batch: Any) -> Apply:
+        pushforward, outputs = _pushforward(objective, leaves, batch)
+        with torch.enable_grad():
+            at = outputs.detach().requires_grad_()
+            value = mean(objective.loss_of(leaves, batch, at), batch)
+            slope = gradients(value, [at], create_graph=True)
+        curvature, pullback = _pullback(slope, [at]), _pullback([outputs], leaves)
+        return lambda pieces: pullback(curvature(pushforward(pieces)))
+
+    return linearise
+
+
+def fisher(objective: Objective, mean: Mean, cases: Cases) -> Linearise:
+    """Outer products of the cases' gradients: J^T S S^T J, S_c = dl_c/dz."""
+
+    def linearise(leaves: Sequence[Tensor], batch: Any) -> Apply:
+        pushforward, outputs = _pushforward(objective, leaves, batch)
+        with torch.enable_grad():
+            at = outputs.detach().requires_grad_()
+            value = mean(objective.loss_of(leaves, batch, at), batch)
+            (slope,) = gradients(value, [at])  # a_c dl_c/dz
+        weight, dims = cases.weights(at.detach(), batch[1]), cases.dims(outputs)
+        scaled = torch.where(weight > 0, slope / weight, torch.zeros_like(slope))
+        pullback = _pullback([outputs], leaves)
+
+        def apply(pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+            along = slope * pushforward(pieces)[0]
+            return pullback([scaled * (along.sum(dims, keepdim=True) if dims else along)])
+
+        return apply
+
+    return linearise
+
+
+def _pushforward(
+    objective: Objective, leaves: Sequence[Tensor], batch: Any
+) -> tuple[Apply, Tensor]:
+    """The map v -> [J v], and the outputs with their graph.
+
+    u -> J^T u is linear; its own pullback is v -> J v.
+    """
+    with torch.enable_grad():
+        outputs = objective.outputs(leaves, batch)
+        if not isinstance(outputs, Tensor):
+            raise TypeError(
+                "`model` must return one tensor for this matrix; got "
+                f"{type(outputs).__name__}. Wrap it, or use matrix='hessian'."
+            )
+        u = torch.zeros_like(outputs, requires_grad=True)
+        if outputs.requires_grad:
+            slopes = gradients(outputs, leaves, grad_outputs=u, create_graph=True)
+        else:
+            slopes = [torch.zeros_like(leaf) for leaf in leaves]
+    return _pullback(slopes, [u]), outputs
+
+
+def _pullback(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> Apply:
+    """The map pieces -> (d values / d leaves)^T pieces.
+
+    Values without a graph (a parameter that is unused or enters linearly) add nothing.
+    """
+    curved = [(j, value) for j, value in enumerate(values) if value.requires_grad]
+
+    def apply(pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not curved:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        return torch.autograd.grad(
+            [value for _, value in curved],
+            leaves,
+            [pieces[j].to(value.dtype) for j, value in curved],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+    return apply

@@ -1,0 +1,157 @@
+"""Model and loss as a pure function of theta's pieces and one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sharpness import _tensors
+from sharpness.risk.model_state import seed_generators
+
+
+class Objective:
+    """What is evaluated on a batch, with everything but theta copied and held fixed.
+
+    Args:
+        model: the network.
+        loss: `loss(outputs, targets)`, or None with a closure.
+        closure: `closure(model, batch)`, or None with a loss.
+        params: names or globs of the parameters in theta; None means all that require
+            a gradient.
+        device: where to compute.
+        autocast: type of the forward pass under `torch.autocast`, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor] | None,
+        closure: Callable[[nn.Module, Any], Tensor] | None,
+        *,
+        params: str | Sequence[str] | None,
+        device: torch.device | None,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.model, self.loss, self.closure = model, loss, closure
+        self.names = _selected(model, params)
+        chosen = [dict(model.named_parameters())[name] for name in self.names]
+        self.device = device if device is not None else chosen[0].device
+        self.shapes = [p.shape for p in chosen]
+        self.dtypes = [p.dtype for p in chosen]
+        self.theta = _wide(_tensors.flatten(p.detach() for p in chosen)).to(self.device)
+        self._autocast = autocast
+        self._whole = _Whole(model, loss, closure)
+        self.fixed = self._copied_state()
+
+    def pieces(self, theta: Tensor) -> list[Tensor]:
+        """A flat vector (n,) as new tensors in the parameters' shapes and types."""
+        pieces = _tensors.split(theta.detach(), self.shapes)
+        return [p.detach().to(d) for p, d in zip(pieces, self.dtypes, strict=True)]
+
+    def leaves(self, theta: Tensor) -> list[Tensor]:
+        """The same, to be differentiated in."""
+        return [piece.requires_grad_() for piece in self.pieces(theta)]
+
+    def reduced(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        """What the loss or the closure returns."""
+        value = self._call(leaves, batch)
+        if self.closure is not None and value.ndim:
+            raise ValueError(
+                "`closure` must return one value, the mean over the batch; got shape "
+                f"{tuple(value.shape)}. Average it."
+            )
+        return value
+
+    def outputs(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        """What the model returns for the inputs of a pair."""
+        return self._call(leaves, batch, outputs_only=True)
+
+    def loss_of(self, leaves: Sequence[Tensor], batch: Any, outputs: Tensor) -> Tensor:
+        """The loss of outputs that are already there."""
+        return self._call(leaves, batch, outputs=outputs)
+
+    def _call(self, leaves: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        seed_generators()  # what a batch draws does not depend on the batches before
+        moving = {"model." + k: v for k, v in zip(self.names, leaves, strict=True)}
+        with self._precision():
+            result: Tensor = functional_call(
+                self._whole, {**self.fixed, **moving}, args, kwargs
+            )
+        return result
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        if self._autocast is None:
+            yield
+            return
+        with torch.autocast(self.device.type, dtype=self._autocast):
+            yield
+
+    def _copied_state(self) -> dict[str, Tensor]:
+        """Everything a call needs beside theta: buffers, and parameters held fixed."""
+        moving = {"model." + name for name in self.names}
+        state: dict[str, Tensor] = dict(self._whole.named_parameters())
+        state |= dict(self._whole.named_buffers())
+        return {
+            k: v.detach().to(self.device, copy=True)
+            for k, v in state.items()
+            if k not in moving
+        }
+
+
+class _Whole(nn.Module):
+    """Model and loss as one module, so that parameters of both can be handed in."""
+
+    def __init__(self, model: nn.Module, loss: Any, closure: Any) -> None:
+        super().__init__()
+        self.model, self.loss, self.closure = model, loss, closure
+
+    def forward(self, batch: Any, outputs: Any = None, outputs_only: bool = False) -> Any:
+        if self.closure is not None:
+            return self.closure(self.model, batch)
+        if outputs is None:
+            outputs = _applied(self.model, batch[0])
+        return outputs if outputs_only else self.loss(outputs, batch[1])
+
+
+def gradients(value: Tensor, leaves: Sequence[Tensor], **how: Any) -> Sequence[Tensor]:
+    """`torch.autograd.grad` with zeros for leaves that `value` does not depend on."""
+    if not value.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(
+        value, leaves, allow_unused=True, materialize_grads=True, **how
+    )
+
+
+def _applied(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _wide(vector: Tensor) -> Tensor:
+    """At least float32: Krylov vectors and steps of half precision would be noise."""
+    return vector.to(torch.promote_types(vector.dtype, torch.float32))
+
+
+def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
+    """Names of the parameters in theta, in `named_parameters()` order."""
+    named = dict(model.named_parameters())
+    if params is None:
+        names = [name for name, p in named.items() if p.requires_grad]
+    else:
+        globs = [params] if isinstance(params, str) else list(params)
+        names = [k for k in named if any(fnmatchcase(k, glob) for glob in globs)]
+    if not names:
+        raise ValueError(
+            "`params` must match at least one parameter of `model`; got "
+            f"{params!r} (model parameters: {', '.join(list(named)[:5]) or 'none'}, …). "
+            "Use names or globs from `model.named_parameters()`."
+        )
+    return names

@@ -1,0 +1,71 @@
+"""Which engine multiplies, and how much it keeps: a rule without a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Engine = Literal["kept_graph", "compiled", "differences"]
+ENGINES: tuple[str, ...] = get_args(Engine)
+
+# Measured on two CPU cores (docs/decisions.md): compiling takes about this long for each
+# parameter tensor, and a compiled product saves about this long for each GB of graph.
+_SECONDS_A_TENSOR = 1.0
+_SECONDS_SAVED_A_GB = 0.35
+# Rows x parameters up to which a block of directions beats one after another: on a CPU
+# measured, on a GPU a guess.
+_BLOCK_WORK = {"cpu": 2e6, "cuda": 1e8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the products of one matrix are carried out."""
+
+    matrix: str
+    engine: str
+    reason: str
+    chunk_size: int | None  # rows; None where batches are evaluated whole
+    num_chunks: int
+    num_kept: int  # chunks whose graph is held between products
+    directions_at_once: int
+    predicted_bytes: int  # peak: what is held, and one chunk being worked on
+    relative_error: float | None = None  # of differences of gradients, estimated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a record; `EmpiricalRisk(engine=...)` takes them back."""
+        return asdict(self)
+
+
+def asked_engine(asked: str | Mapping[str, Any]) -> str:
+    """The engine's name in what a person passed: a name, or an earlier plan.
+
+    Raises:
+        ValueError: neither.
+    """
+    name = asked.get("engine") if isinstance(asked, Mapping) else asked
+    if name not in ("auto", *ENGINES):
+        raise ValueError(
+            f"`engine` must be 'auto', {', '.join(map(repr, ENGINES))}, or the plan of an "
+            f"earlier risk; got {asked!r}."
+        )
+    return str(name)
+
+
+def worth_compiling(
+    num_products: int, graph_bytes: int, num_tensors: int, device: str, recurrent: bool
+) -> bool:
+    """Whether so many products repay the time that compiling takes.
+
+    On a CPU only, where it was measured. Loops over time steps give traces of thousands
+    of nodes.
+    """
+    if device != "cpu" or recurrent:
+        return False
+    saved = num_products * graph_bytes / 1e9 * _SECONDS_SAVED_A_GB
+    return saved > _SECONDS_A_TENSOR * num_tensors
+
+
+def directions_at_once(rows: int, n: int, device: str) -> int:
+    """How many directions one backward pass takes, for small networks."""
+    return 8 if rows * n <= _BLOCK_WORK.get(device, 0) else 1
