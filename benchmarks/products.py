@@ -42,7 +42,6 @@ The peers come with `pip install -e '.[bench]'`.
 import argparse
 import copy
 import gc
-import inspect
 import json
 import math
 import os
@@ -282,13 +281,12 @@ def eager_gradient(problem: Problem) -> Contender:
 
 def sharpness(engine: str) -> Builder:
     def built(problem: Problem) -> Contender:
-        known = "engine" in inspect.signature(EmpiricalRisk).parameters
         risk = EmpiricalRisk(
             problem.own_model(),
             problem.loss,
             problem.batches,
             chunk_size=problem.case.rows_of_a_batch,
-            **({"engine": engine} if known else {}),
+            engine=engine,
         )
 
         def facts() -> dict[str, Any]:

@@ -82,7 +82,8 @@ def _drawn(loss: Any, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tens
         ignored: int = terms.keyword(loss, "ignore_index", -100)
         return torch.where(targets == ignored, targets, drawn)
     if _is_squared(loss):
-        return (outputs + 0.5**0.5 * torch.special.ndtri(uniform)).to(outputs.dtype)
+        noise: Tensor = torch.special.ndtri(uniform)
+        return (outputs + 0.5**0.5 * noise).to(outputs.dtype)
     return (uniform < outputs.double().sigmoid()).to(outputs.dtype)
 
 
