@@ -10,8 +10,11 @@ from sharpness.measures.landscape import Interpolation as Interpolation
 from sharpness.measures.landscape import interpolation as interpolation
 from sharpness.record import Records as Records
 from sharpness.record import read_records as read_records
+from sharpness.results import NondeterministicRiskError as NondeterministicRiskError
 from sharpness.results import NotConvergedError as NotConvergedError
 from sharpness.results import Status as Status
+from sharpness.risk.checks import Checkup as Checkup
+from sharpness.risk.checks import doctor as doctor
 from sharpness.risk.empirical import EmpiricalRisk as EmpiricalRisk
 
 __version__ = version("sharpness")

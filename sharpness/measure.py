@@ -10,6 +10,7 @@ from sharpness import _command, checkpoint
 from sharpness.lab import data, measurement
 from sharpness.record import append_record, to_line
 from sharpness.report import tables
+from sharpness.risk.plan import ENGINES
 
 
 def _parser() -> _command.Parser:
@@ -48,6 +49,18 @@ def _parser() -> _command.Parser:
     add("--seed", type=int, default=0, help="of samples and starts (default: 0)")
     add("--max-seconds", type=float, help="time limit of each measure")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    add(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="how Hessian-vector products are computed (default: auto, by a rule)",
+    )
+    add(
+        "--doctor",
+        action="store_true",
+        help="check the model and data first: determinism, symmetry, differences of "
+        "gradients, BatchNorm, dropout, unused parameters; exit 1 if a check fails",
+    )
     add("--data-dir", help="folder of the data set's files (also $SHARPNESS_DATA)")
     return parser
 
@@ -65,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subspace_dim=options.subspace_dim,
         seed=options.seed,
         max_seconds=options.max_seconds,
+        engine=options.engine,
+        doctor=options.doctor,
     )
 
     def command() -> int:
@@ -81,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(to_line(found.record))
         else:
             _print(found, output)
-        ok = all(status.ok for status in found.statuses)
+        healthy = found.checkup is None or found.checkup.ok
+        ok = healthy and all(status.ok for status in found.statuses)
         return _command.OK if ok else _command.NOT_CONVERGED
 
     return _command.guarded("sharpness.measure", command)
@@ -97,6 +113,8 @@ def _print(found: measurement.Measurement, output: Path) -> None:
         f"loss {tables.number(found.value)} · accuracy {found.accuracy:.1%}"
         + (f" · test accuracy {test:.1%}" if test is not None else "")
     )
+    if found.checkup:
+        out.print(f"doctor: {found.checkup}")
     out.print(tables.measurement_table(found))
     for status in {status for status in found.statuses if not status.ok}:
         out.print(f"{status}: {status.advice}")

@@ -51,6 +51,17 @@ class NotConvergedError(RuntimeError):
         self.result = result
 
 
+class NondeterministicRiskError(RuntimeError):
+    """Two evaluations of the same risk gave two values, `.first` and `.second`."""
+
+    def __init__(self, first: float, second: float) -> None:
+        super().__init__(
+            "`risk` must be one function; got two evaluations at the same theta that "
+            f"differ (f = {first!r} and {second!r}). Remove what varies from call to call."
+        )
+        self.first, self.second = first, second
+
+
 class Result:
     """Base of every result: the status check, and a small table for notebooks."""
 

@@ -24,6 +24,8 @@ def result() -> HessianEigenpairs:
         which="LA",
         tol=1e-2,
         seed=0,
+        matrix="hessian",
+        engine="kept_graph",
     )
 
 

@@ -17,6 +17,7 @@ from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
 from sharpness.record import new_record
 from sharpness.results import Status
+from sharpness.risk.checks import Checkup, doctor
 from sharpness.risk.empirical import BatchNorm, EmpiricalRisk
 
 
@@ -33,6 +34,8 @@ class Settings:
     subspace_dim: int | None = None
     seed: int = 0
     max_seconds: float | None = None  # for each measure
+    engine: str = "auto"
+    doctor: bool = False  # check the risk first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class Measurement:
     eigenpairs: HessianEigenpairs
     epsilon_sharpness: list[EpsilonSharpness]
     record: dict[str, Any]
+    checkup: Checkup | None = None
 
     @property
     def statuses(self) -> list[Status]:
@@ -97,6 +101,7 @@ def risk_of(
         samples(dataset, settings),
         batchnorm=settings.batchnorm,
         device=device,
+        engine=settings.engine,
     )
 
 
@@ -127,6 +132,7 @@ def measured(
             f"`{path}` must give a finite loss; got f(theta) = {value}. Its parameters "
             "or the data hold NaN or infinite values."
         )
+    checkup = doctor(risk) if settings.doctor else None
     common: dict[str, Any] = {
         "seed": settings.seed,
         "progress": progress,
@@ -147,6 +153,7 @@ def measured(
             "accuracy": accuracy,
             "eigenpairs": pairs,
             "epsilon_sharpness": list(phi),
+            **({"doctor": checkup} if checkup else {}),
         },
     )
     return Measurement(
@@ -155,6 +162,7 @@ def measured(
         eigenpairs=pairs,
         epsilon_sharpness=list(phi),
         record=record,
+        checkup=checkup,
     )
 
 

@@ -22,8 +22,17 @@ from sharpness.krylov.lanczos import (
 )
 from sharpness.results import Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.linearised import Matrix
 
 Which = Literal["LA", "SA"]
+_USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted
+_PRODUCTS = {
+    "hessian": "Hessian-vector products",
+    "gauss_newton": "Gauss-Newton products",
+    "empirical_fisher": "empirical Fisher products",
+    "sampled_fisher": "sampled Fisher products",
+    "gradient_covariance": "gradient covariance products",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +59,8 @@ class HessianEigenpairs(Result):
     which: str
     tol: float
     seed: int
+    matrix: str
+    engine: str  # that multiplied
 
     @property
     def lambda_max(self) -> float:
@@ -70,7 +81,7 @@ class HessianEigenpairs(Result):
         return (
             f"{name} {float(value):.4g} ± {float(bound):.1g}   "
             f"({self.num_converged} of {len(self.eigenvalues)} converged, "
-            f"{self.num_hvps} Hessian-vector products, {self.seconds:.1f} s)"
+            f"{self.num_hvps} {_PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
         )
 
 
@@ -79,6 +90,7 @@ def eigenpairs(
     k: int = 1,
     *,
     which: Which = "LA",
+    matrix: Matrix = "hessian",
     tol: float = 1e-2,
     seed: int = 0,
     v0: Tensor | None = None,
@@ -102,6 +114,7 @@ def eigenpairs(
         risk: the mean loss f, held at the parameters theta.
         k: how many eigenpairs, 1 <= k <= n.
         which: `"LA"` the largest algebraic, `"SA"` the smallest.
+        matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
         tol: error bound wanted, relative to each value; > 0.
         seed: of the random start vector.
         v0: start vector (n,), or eigenvectors (j, n) of an earlier result.
@@ -118,7 +131,8 @@ def eigenpairs(
             or a `v0` of the wrong length.
 
     Cost: about 5 to 30 products for k <= 5 at `tol=1e-2`, each about two gradients;
-    memory (products + k) n.
+    memory (products + k) n. Where products are differences of gradients, their estimated
+    error is part of every bound.
 
     References:
         Lanczos (1950); Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
@@ -129,7 +143,8 @@ def eigenpairs(
     most = min(risk.n, max_hvps or 100 + 10 * k)
     generator = torch.Generator().manual_seed(seed)
     start = _start_vector(risk, v0, generator)
-    states = lanczos(lambda v: sign * risk.hvp(v), start, generator)
+    plan = risk.prepare(_USUAL_PRODUCTS + 4 * k, matrix)
+    states = lanczos(lambda v: sign * risk.product(v, matrix), start, generator)
     state: LanczosState | None = None
     settled, status = 0, Status.MAX_HVPS
     with _progress.bar("Hessian-vector products", None, progress) as bar:
@@ -152,7 +167,7 @@ def eigenpairs(
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
     trusted = tol if status is Status.CONVERGED else None
-    found = _extracted(state, k, sign, risk, trusted)
+    found = _extracted(state, k, sign, risk, trusted, plan.relative_error or 0.0)
     upper = None
     if state is not None and v0 is None and which == "LA":
         upper = upper_bound(state, risk.n)
@@ -166,6 +181,8 @@ def eigenpairs(
         which=which,
         tol=tol,
         seed=seed,
+        matrix=matrix,
+        engine=plan.engine,
     )
 
 
@@ -182,6 +199,7 @@ def _extracted(
     sign: float,
     risk: EmpiricalRisk,
     trusted: float | None,
+    product_error: float,
 ) -> dict[str, Tensor]:
     """Eigenpairs of H from a Lanczos state of sign * H, in descending order.
 
@@ -195,9 +213,10 @@ def _extracted(
         names = ("eigenvalues", "error_bounds", "residuals")
         return {**dict.fromkeys(names, none), "eigenvectors": vectors}
     pairs: RitzPairs = ritz_pairs(state, k)
-    bounds = state.noise + pairs.residuals
+    inexact = product_error * np.abs(pairs.values).max()
+    bounds = state.noise + pairs.residuals + inexact
     if trusted is not None:
-        floor = np.maximum(pairs.bounds, trusted * np.abs(pairs.values))
+        floor = np.maximum(pairs.bounds + inexact, trusted * np.abs(pairs.values))
         bounds = np.minimum(bounds, floor)
     order = np.argsort(-sign * pairs.values, kind="stable")
     coefficients = torch.from_numpy(pairs.coefficients[order]).to(state.basis)

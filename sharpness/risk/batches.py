@@ -16,11 +16,13 @@ Batch = Any  # (inputs, targets), or whatever a closure takes
 Pair = tuple[Any, Tensor]  # inputs: a tensor, or several in a tuple, list or dict
 
 
-def materialised(data: Any, device: torch.device, *, pairs: bool) -> list[Batch]:
+def materialised(
+    data: Any, device: torch.device, *, pairs: bool, seed: int = 0
+) -> list[Batch]:
     """`data` as a list of batches on `device`: one (x, y), a list of them, a loader.
 
     A loader is run through once, so shuffling, augmentation or a one-shot generator
-    cannot change the risk from one evaluation to the next.
+    cannot change the risk from one evaluation to the next. `seed` is that of its draws.
     """
     if pairs and _is_pair(data):
         data = [data]
@@ -29,7 +31,7 @@ def materialised(data: Any, device: torch.device, *, pairs: bool) -> list[Batch]
             "`data` must be a pair (inputs, targets), a list of batches or a DataLoader;"
             f" got {type(data).__name__}. Wrap a single batch in a list."
         )
-    with random_generators_kept():  # a loader draws a seed as it starts
+    with random_generators_kept(seed):  # a loader draws a seed as it starts
         batches = [_moved(batch, device) for batch in data]
     if pairs:
         batches = _joined([_checked_pair(batch) for batch in batches])

@@ -83,7 +83,7 @@ def _drawn(loss: Any, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tens
         return torch.where(targets == ignored, targets, drawn)
     if _is_squared(loss):
         noise: Tensor = torch.special.ndtri(uniform)
-        return (outputs + 0.5**0.5 * noise).to(outputs.dtype)
+        return outputs + noise.mul(0.5**0.5).to(outputs.dtype)
     return (uniform < outputs.double().sigmoid()).to(outputs.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,13 +11,13 @@ from torch import Tensor
 from sharpness import _tensors
 
 Gradient = Callable[[Tensor], Tensor]
-_STEPS = 7  # step lengths that are tried once, each a quarter of the one before
+_LENGTHS = 12  # step lengths that are tried once, each half of the one before
 
 
 class Differences:
     """v -> (g(theta + h v) - g(theta - h v)) / 2h, two gradients a product.
 
-    The step is chosen once, for a random direction: of seven lengths the one whose
+    The step is chosen once, for a random direction: of twelve lengths the one whose
     product changes least when the step is doubled, which balances rounding (short
     steps) against curvature that changes (long ones).
 
@@ -31,11 +32,13 @@ class Differences:
 
     def __init__(self, gradient: Gradient, theta: Tensor) -> None:
         self._gradient, self._theta = gradient, theta
-        probe = _tensors.random_unit(theta, torch.Generator().manual_seed(0))
-        reach = 1.0 + float(_tensors.norm64(theta))
-        steps = [reach * 0.1 * 4.0**-i for i in range(_STEPS)]
+        v = _tensors.random_unit(theta, torch.Generator().manual_seed(0))
+        longest = 0.2 * (1.0 + float(_tensors.norm64(theta)))
+        lengths = [longest * 0.5**i for i in range(_LENGTHS)]
+        products = [self._along(v, length) for length in lengths]
         self.relative_error, self._step = min(
-            (self._change(probe, step), step) for step in steps
+            (_change(near, far), length)
+            for length, near, far in zip(lengths[1:], products[1:], products, strict=False)
         )
 
     def __call__(self, v: Tensor) -> Tensor:
@@ -49,8 +52,8 @@ class Differences:
         ahead = self._gradient(self._theta + step * v)
         return (ahead - self._gradient(self._theta - step * v)) / (2 * step)
 
-    def _change(self, v: Tensor, step: float) -> float:
-        near, far = self._along(v, step), self._along(v, 2 * step)
-        size = float(_tensors.norm64(near))
-        change = float(_tensors.norm64(near - far))
-        return change / size if size else float(change > 0)
+
+def _change(near: Tensor, far: Tensor) -> float:
+    size, change = float(_tensors.norm64(near)), float(_tensors.norm64(near - far))
+    relative = change / size if size else float(change > 0)
+    return relative if math.isfinite(relative) else math.inf

@@ -72,4 +72,4 @@ class KeptGraph:
 def _views(v: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     parts = v.split([leaf.numel() for leaf in leaves], dim=-1)
     shaped = zip(parts, leaves, strict=True)
-    return [part.view(*v.shape[:-1], *leaf.shape) for part, leaf in shaped]
+    return [part.view((*v.shape[:-1], *leaf.shape)) for part, leaf in shaped]

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from sharpness.risk.cases import Cases
 from sharpness.risk.objective import Objective, gradients
@@ -44,6 +45,7 @@ def hessian(objective: Objective, mean: Mean) -> Linearise:
         with torch.enable_grad():
             value = mean(objective.reduced(leaves, batch), batch)
             slopes = gradients(value, leaves, create_graph=True)
+        _check_differentiable(slopes, value)
         return _pullback(slopes, leaves)
 
     return linearise
@@ -108,6 +110,7 @@ def _pushforward(
             slopes = gradients(outputs, leaves, grad_outputs=u, create_graph=True)
         else:
             slopes = [torch.zeros_like(leaf) for leaf in leaves]
+    _check_differentiable(slopes, outputs)
     return _pullback(slopes, [u]), outputs
 
 
@@ -131,3 +134,31 @@ def _pullback(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> Apply:
         )
 
     return apply
+
+
+def _check_differentiable(slopes: Sequence[Tensor], value: Tensor) -> None:
+    """Refuse a graph that a once-differentiable function has cut.
+
+    Autograd puts an error node there, which `torch.autograd.grad` never visits, since no
+    parameter lies behind it: the second derivative would lack a part without a word.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(slopes)):
+        custom = {
+            type(node).__name__.removesuffix("Backward")
+            for node in _nodes([value])
+            if isinstance(node, torch.autograd.function.BackwardCFunction)
+        }
+        raise NotImplementedError(
+            f"a function that is marked once_differentiable ({', '.join(sorted(custom))})"
+        )
+
+
+def _nodes(values: Sequence[Tensor]) -> set[Node]:
+    found: set[Node] = set()
+    waiting = [value.grad_fn for value in values]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return found

@@ -97,12 +97,12 @@ def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
 
 
 @contextmanager
-def random_generators_kept() -> Iterator[None]:
+def random_generators_kept(seed: int = 0) -> Iterator[None]:
     """Any draw inside (a functional dropout, say) is the same each time and unseen."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        seed_generators()
+        seed_generators(seed)
         try:
             yield
         finally:
@@ -110,13 +110,13 @@ def random_generators_kept() -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def seed_generators() -> None:
+def seed_generators(seed: int = 0) -> None:
     """One state of every generator a forward pass may draw from."""
-    torch.default_generator.manual_seed(0)  # torch.manual_seed would queue a CUDA seed
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a CUDA seed
     if torch.cuda.is_initialized():
-        torch.cuda.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002
-    random.seed(0)
+        torch.cuda.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    random.seed(seed)
 
 
 def batchnorm_layers(model: nn.Module) -> list[str]:
