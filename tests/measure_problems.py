@@ -68,7 +68,7 @@ def symmetric(
 def with_products(matrix: Tensor) -> EmpiricalRisk:
     """A risk whose products are plain `matrix @ v`: fast, for many runs."""
     risk = quadratic(torch.ones(len(matrix), dtype=matrix.dtype))
-    risk.hvp = lambda v: matrix @ v
+    risk.product = lambda v, matrix_name="hessian": matrix @ v
     return risk
 
 

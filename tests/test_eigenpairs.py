@@ -61,16 +61,16 @@ def interrupted_at(
     risk: sh.EmpiricalRisk, call: int, by: BaseException | float
 ) -> sh.EmpiricalRisk:
     """The risk, whose `call`-th product raises, or is multiplied by, `by`."""
-    product, calls = risk.hvp, 0
+    product, calls = risk.product, 0
 
-    def hvp(v: Tensor) -> Tensor:
+    def counted(v: Tensor, matrix: str) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == call and isinstance(by, BaseException):
             raise by
         return product(v) * (by if calls == call else 1.0)
 
-    risk.hvp = hvp
+    risk.product = counted
     return risk
 
 
@@ -293,8 +293,8 @@ def test_asymmetric_products_show_in_the_noise_floor_and_in_the_bounds():
     skew = torch.randn(60, 60, generator=torch.Generator().manual_seed(3)).double()
     skew = 1e-5 * (skew - skew.T)
     risk = quadratic(spectrum)
-    product = risk.hvp
-    risk.hvp = lambda v: product(v) + skew @ v
+    product = risk.product
+    risk.product = lambda v, _: product(v) + skew @ v
     noisy = sh.eigenpairs(risk, 2)
     assert quiet.noise_floor < 1e-12
     assert noisy.noise_floor > 1e-5
@@ -418,8 +418,8 @@ def test_an_interrupt_before_the_first_product_returns_an_empty_result():
 @pytest.mark.parametrize("max_hvps", [1, 4])
 def test_the_budget_stops_the_run_and_is_never_passed(max_hvps):
     risk = mlp_risk()
-    product, calls = risk.hvp, []
-    risk.hvp = lambda v: (calls.append(0), product(v))[1]
+    product, calls = risk.product, []
+    risk.product = lambda v, _: (calls.append(0), product(v))[1]
     found = sh.eigenpairs(risk, 3, tol=1e-12, max_hvps=max_hvps)
     assert len(calls) == found.num_hvps == max_hvps
     assert found.status == "max_hvps"

@@ -23,6 +23,7 @@ from sharpness.krylov.lanczos import (
 from sharpness.results import Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
+from sharpness.risk.plan import Plan
 
 Which = Literal["LA", "SA"]
 _USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted
@@ -60,7 +61,7 @@ class HessianEigenpairs(Result):
     tol: float
     seed: int
     matrix: str
-    engine: str  # that multiplied
+    engine: str | None  # that multiplied; None when interrupted before
 
     @property
     def lambda_max(self) -> float:
@@ -143,12 +144,13 @@ def eigenpairs(
     most = min(risk.n, max_hvps or 100 + 10 * k)
     generator = torch.Generator().manual_seed(seed)
     start = _start_vector(risk, v0, generator)
-    plan = risk.prepare(_USUAL_PRODUCTS + 4 * k, matrix)
     states = lanczos(lambda v: sign * risk.product(v, matrix), start, generator)
     state: LanczosState | None = None
+    plan: Plan | None = None
     settled, status = 0, Status.MAX_HVPS
     with _progress.bar("Hessian-vector products", None, progress) as bar:
         try:
+            plan = risk.prepare(_USUAL_PRODUCTS + 4 * k, matrix)
             for new in states:
                 if not math.isfinite(new.alphas[-1] + new.betas[-1]):
                     status = Status.NON_FINITE
@@ -167,7 +169,8 @@ def eigenpairs(
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
     trusted = tol if status is Status.CONVERGED else None
-    found = _extracted(state, k, sign, risk, trusted, plan.relative_error or 0.0)
+    inexact = plan.relative_error if plan and plan.relative_error else 0.0
+    found = _extracted(state, k, sign, risk, trusted, inexact)
     upper = None
     if state is not None and v0 is None and which == "LA":
         upper = upper_bound(state, risk.n)
@@ -182,7 +185,7 @@ def eigenpairs(
         tol=tol,
         seed=seed,
         matrix=matrix,
-        engine=plan.engine,
+        engine=plan.engine if plan else None,
     )
 
 
