@@ -90,7 +90,7 @@ def differenced(gradient, theta, v, step=0.01):
     return differenced_hvp(near, theta, v)
 
 
-def assert_right(risk, model, objective, rtol=DIFFERENCED):
+def assert_right(risk, model, objective, *, engine="kept_graph"):
     """Value, gradient and products, one by one and in a block, are the oracle's."""
     value, gradient = oracle(model, objective)
     theta, v = risk.theta.clone(), directions(2, risk.n)
@@ -103,12 +103,16 @@ def assert_right(risk, model, objective, rtol=DIFFERENCED):
     assert evaluated == pytest.approx(expected, rel=ROUNDING)
     assert_near(slope, gradient(theta), ROUNDING)
     assert_near(alone, block[0], ROUNDING)
+    plan = risk.settings()["engine"]
+    rtol = max(DIFFERENCED, 10 * (plan["relative_error"] or 0))
     for row, product in zip(v, block, strict=True):
         assert_near(product, differenced(gradient, theta, row), rtol)
-    assert risk.settings()["engine"]["engine"] == "kept_graph"
+    assert plan["engine"] == engine
 
 
-def assert_network_is_right(layers, inputs, *, training=True, **settings):
+def assert_network_is_right(
+    layers, inputs, *, training=True, engine="kept_graph", **settings
+):
     """The network under a mean squared error to random targets, in chunks of two."""
     model = filled(layers.double(), generator(0)).train(training)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -118,7 +122,10 @@ def assert_network_is_right(layers, inputs, *, training=True, **settings):
     settings = {"chunk_size": 2, **settings}
     with untouched(model):
         risk = EmpiricalRisk(model, nn.MSELoss(), (inputs, y), **settings)
-    assert_right(risk, model, lambda network: ((network(*inputs) - y) ** 2).mean())
+    assert_right(
+        risk, model, lambda other: ((other(*inputs) - y) ** 2).mean(), engine=engine
+    )
+    return risk
 
 
 class Applied(nn.Module):
@@ -254,14 +261,6 @@ OTHERS = {
         ),
         vectors,
     ),
-    "EmbeddingBag": (
-        lambda: nn.Sequential(nn.EmbeddingBag(5, 4, padding_idx=0), nn.Tanh(), linear()),
-        tokens,
-    ),
-    "EmbeddingBag by sum": (
-        lambda: nn.Sequential(nn.EmbeddingBag(5, 4, mode="sum"), nn.Tanh(), linear()),
-        tokens,
-    ),
     "weight_norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(linear()), nn.Tanh(), linear()),
         vectors,
@@ -294,3 +293,230 @@ def test_networks_of_images_have_products(name):
 def test_graphs_of_any_shape_have_products(name):
     build, inputs = OTHERS[name]
     assert_network_is_right(build(), inputs())
+
+
+def grid_sampled(m, x):
+    grid = torch.tanh(m.layer(vectors(len(x), 3, 3, 2)))
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+UNDIFFERENTIABLE = {
+    "EmbeddingBag": (
+        lambda: nn.Sequential(nn.EmbeddingBag(5, 4), nn.Tanh(), linear()),
+        tokens,
+    ),
+    "EmbeddingBag by sum": (
+        lambda: nn.Sequential(nn.EmbeddingBag(5, 4, mode="sum"), nn.Tanh()),
+        tokens,
+    ),
+    "grid_sample": (lambda: Applied(grid_sampled, layer=nn.Linear(2, 2)), images),
+}
+
+
+@pytest.mark.parametrize("name", UNDIFFERENTIABLE)
+def test_where_pytorch_has_no_second_derivative_products_are_differences(name):
+    build, inputs = UNDIFFERENTIABLE[name]
+    risk = assert_network_is_right(build(), inputs(), engine="differences")
+    plan = risk.settings()["engine"]
+    assert "no second derivative: NotImplementedError" in plan["reason"]
+    assert 0 < plan["relative_error"] < 1e-4
+
+
+def test_the_padding_row_of_an_embedding_is_not_moved():
+    layers = [nn.Embedding(5, 4, padding_idx=0), nn.Tanh(), linear()]
+    model = filled(nn.Sequential(*layers).double(), generator(0))
+    y = vectors(5, 3, 4)
+    risk = EmpiricalRisk(model, nn.MSELoss(), (tokens(), y), chunk_size=2)
+    _, gradient = oracle(model, lambda other: ((other(tokens()) - y) ** 2).mean())
+    v = directions(1, risk.n)[0]
+    still = torch.cat([torch.zeros(4).double(), v[4:]])
+    product = risk.hvp(v)
+    assert product[:4].tolist() == risk.gradient()[:4].tolist() == [0.0] * 4
+    expected = differenced(gradient, risk.theta, still)
+    assert_near(product, expected, DIFFERENCED)
+    assert_near(risk.hvp(still), expected, DIFFERENCED)
+
+
+# -- attention ---------------------------------------------------------------------------
+
+
+def attended(m, x, **settings):
+    n, length, _ = x.shape
+    q, k, v = m.qkv(x).view(n, length, 3, 2, 2).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, **settings)
+
+
+def self_attended(m, x, **settings):
+    return m.attention(x, x, x, **settings)[0]
+
+
+def with_its_weights(m, x):
+    out, weights = m.attention(x, x, x, average_attn_weights=False)
+    return torch.cat([out.flatten(1), weights.flatten(1)], 1)
+
+
+def attention(**settings):
+    return nn.MultiheadAttention(4, 2, batch_first=True, **settings)
+
+
+def last_is_padding(x):
+    return (torch.arange(3) == 2).expand(len(x), 3)
+
+
+LATE = torch.ones(3, 3).triu(1).bool()
+SCALED = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "masked": {"attn_mask": ~LATE},
+    "biased": {"attn_mask": torch.linspace(-1, 1, 9).view(3, 3).double()},
+    "scaled": {"scale": 2.0},
+}
+ATTENTION = {
+    "with weights": (attention, {}),
+    "without weights": (attention, {"need_weights": False}),
+    "weights of each head": (attention, {"average_attn_weights": False}),
+    "masked": (attention, {"attn_mask": LATE}),
+    "causal": (attention, {"attn_mask": LATE, "is_causal": True, "need_weights": False}),
+    "dropout": (lambda: attention(dropout=0.5), {"need_weights": False}),
+    "own key and value sizes": (lambda: attention(kdim=4, vdim=4, add_bias_kv=True), {}),
+    "zero attention": (lambda: attention(add_zero_attn=True, bias=False), {}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_dot_product_attention_in_4d_has_products_R27(name):
+    layers = Applied(lambda m, x: attended(m, x, **SCALED[name]), qkv=nn.Linear(4, 12))
+    assert_network_is_right(layers, sequences())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_multi_head_attention_has_products_R27(name, training):
+    build, settings = ATTENTION[name]
+    layers = Applied(lambda m, x: self_attended(m, x, **settings), attention=build())
+    assert_network_is_right(layers, sequences(), training=training)
+
+
+def test_weights_of_attention_may_be_in_the_loss_R27():
+    assert_network_is_right(Applied(with_its_weights, attention=attention()), sequences())
+
+
+def encoder_layer(**settings):
+    return nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, **settings)
+
+
+def decoder_layer(**settings):
+    return nn.TransformerDecoderLayer(4, 2, 6, batch_first=True, **settings)
+
+
+TRANSFORMERS = {
+    "encoder layer": lambda: encoder_layer(),
+    "norm first": lambda: encoder_layer(norm_first=True, activation="gelu", bias=False),
+    "encoder": lambda: nn.TransformerEncoder(encoder_layer(), 2),
+    "encoder with norm": lambda: nn.TransformerEncoder(
+        encoder_layer(norm_first=True), 2, nn.LayerNorm(4), enable_nested_tensor=False
+    ),
+    "causal encoder": lambda: Applied(
+        lambda m, x: m.encoder(x, mask=LATE, is_causal=True),
+        encoder=nn.TransformerEncoder(encoder_layer(), 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformer_encoders_have_products_in_either_mode_R28(name, training):
+    assert_network_is_right(TRANSFORMERS[name](), sequences(), training=training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_transformer_decoders_have_products_in_either_mode_R28(layers, training):
+    model = nn.TransformerDecoder(decoder_layer(), layers) if layers > 1 else decoder_layer()
+    inputs = sequences(), vectors(5, 2, 4)
+    assert_network_is_right(model, inputs, training=training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_padded_sequences_have_one_risk_in_an_encoder_R28(nested, training):
+    # Without gradients the fast path would set what is padded to zero.
+    encoder = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=nested)
+    padded = lambda m, x: m.encoder(x, src_key_padding_mask=last_is_padding(x))
+    model = filled(Applied(padded, encoder=encoder).double(), generator(0)).train(training)
+    x, y = sequences(), vectors(5, 3, 4) + 1
+    risk = EmpiricalRisk(model, nn.MSELoss(), (x, y), chunk_size=2)
+    assert_right(risk, model, lambda other: ((other(x) - y) ** 2).mean())
+
+
+# -- recurrent networks ------------------------------------------------------------------
+
+RECURRENT = {
+    "LSTM": lambda **settings: nn.LSTM(4, 2, **settings),
+    "LSTM with projections": lambda **settings: nn.LSTM(4, 3, proj_size=2, **settings),
+    "GRU": lambda **settings: nn.GRU(4, 2, **settings),
+    "RNN": lambda **settings: nn.RNN(4, 2, **settings),
+    "RNN of ReLU": lambda **settings: nn.RNN(4, 2, nonlinearity="relu", **settings),
+}
+CELLS = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell, "RNN": nn.RNNCell}
+
+
+def recurrent(m, x):
+    if m.layer.batch_first:
+        return m.layer(x)[0]
+    return m.layer(x.transpose(0, 1))[0].transpose(0, 1)
+
+
+def packed(m, x):
+    lengths = torch.tensor([2, 3, 1, 3, 2])[: len(x)]
+    sequence = nn.utils.rnn.pack_padded_sequence(
+        x, lengths, batch_first=True, enforce_sorted=False
+    )
+    last = m.layer(sequence)[1]
+    return (last[0] if isinstance(last, tuple) else last)[-1]
+
+
+def unrolled(m, x):
+    state = None
+    for step in x.unbind(1):
+        state = m.cell(step, state)
+    return state[0] if isinstance(state, tuple) else state
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_deep_recurrent_networks_have_products_R29(name, batch_first, training):
+    layer = RECURRENT[name](
+        num_layers=2, dropout=0.5, bidirectional=True, batch_first=batch_first
+    )
+    layers = Applied(recurrent, layer=layer)
+    assert_network_is_right(layers, sequences(), training=training)
+    assert all(
+        any(weight is p for p in layer.parameters()) for weight in layer._flat_weights
+    )
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_recurrent_cells_have_products_R29(name):
+    assert_network_is_right(Applied(unrolled, cell=CELLS[name](4, 3)), sequences())
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_packed_sequences_have_products_R29(name):
+    layer = RECURRENT[name](batch_first=True)
+    assert_network_is_right(Applied(packed, layer=layer), sequences(), chunk_size=5)
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN needs a CUDA device")
+def test_on_cuda_recurrent_networks_have_the_products_of_the_cpu_R29(name):
+    layer = RECURRENT[name](num_layers=2, bidirectional=True, batch_first=True)
+    model = filled(Applied(recurrent, layer=layer).double(), generator(0))
+    data, v = (sequences(), vectors(5, 3, 4)), directions(2, len(flat(model)))
+    here = EmpiricalRisk(model, nn.MSELoss(), data)
+    there = EmpiricalRisk(copy.deepcopy(model).cuda(), nn.MSELoss(), data, chunk_size=2)
+    assert torch.backends.cudnn.enabled
+    assert_near(there.hvp(v).cpu(), here.hvp(v), 1e-10)
+    assert there.settings()["engine"]["engine"] == "kept_graph"
+    assert torch.backends.cudnn.enabled
