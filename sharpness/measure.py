@@ -32,10 +32,10 @@ def _parser() -> _command.Parser:
     add("--split", choices=("train", "test"), default="train")
     add(
         "--batchnorm",
-        choices=("running", "batch"),
+        choices=("running", "batch", "recalibrated"),
         default="running",
-        help="'running' statistics (evaluation mode), or 'batch' statistics as in "
-        "Keskar et al. (default: running)",
+        help="'running' statistics (evaluation mode), 'batch' statistics as in Keskar et "
+        "al., or running ones 'recalibrated' at the point measured (default: running)",
     )
     add("--k", type=int, default=1, help="eigenvalues wanted (default: 1)")
     add("--tol", type=float, default=1e-2, help="their relative error (default: 1e-2)")

@@ -111,7 +111,7 @@ def test_products_by_differences_are_noted_with_their_error():
     assert found["differences"].value == risk.prepare().relative_error
 
 
-def test_the_inventory_names_what_is_there():
+def test_the_inventory_names_what_is_there_R10():
     class Rich(nn.Module):
         def __init__(self):
             super().__init__()

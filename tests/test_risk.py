@@ -1,3 +1,4 @@
+import copy
 import gc
 import math
 import os
@@ -1213,3 +1214,43 @@ def test_a_dropped_risk_gives_its_graphs_back_at_once():
         assert gone() is None
     finally:
         gc.enable()
+
+
+# -- recalibrated BatchNorm ---------------------------------------------------------------
+
+
+def recalibrated_by_pytorch(problem, theta):
+    """A copy of the model at theta whose averages `update_bn` has re-estimated."""
+    model = copy.deepcopy(problem.model).double()
+    nn.utils.vector_to_parameters(theta, model.parameters())
+    x, _ = problem.data
+    torch.optim.swa_utils.update_bn([part for part in x.tensor_split(3)], model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+def test_recalibrated_statistics_are_those_of_pytorch_at_every_theta_R19(chunk_size):
+    problem = tiny_mlp(batchnorm=True)
+    before = {k: b.clone() for k, b in problem.model.named_buffers()}
+    risk = problem.risk(batchnorm="recalibrated", batchnorm_batch=8, chunk_size=chunk_size)
+    x, y = problem.data
+    for theta in (problem.theta, problem.theta + 0.1):
+        model = recalibrated_by_pytorch(problem, theta)
+        f = mlp_by_hand(model, x, y)
+        assert risk.value(theta) == pytest.approx(float(f(theta)), rel=ROUNDING)
+        assert_near(risk.gradient(theta), torch.func.grad(f)(theta), EXACT)
+    model = recalibrated_by_pytorch(problem, problem.theta)
+    assert_near(dense(risk), hessian_of(mlp_by_hand(model, x, y))(problem.theta), EXACT)
+    assert risk.settings()["batchnorm"] == "recalibrated"
+    assert risk.settings()["batchnorm_parts"] == 3
+    for name, buffer in problem.model.named_buffers():
+        assert torch.equal(buffer, before[name])
+    assert problem.model[1].momentum == 0.1
+
+
+def test_differences_hold_recalibrated_statistics_fixed():
+    problem = tiny_mlp(batchnorm=True)
+    exact = problem.risk(batchnorm="recalibrated")
+    by_differences = problem.risk(batchnorm="recalibrated", engine="differences")
+    v = directions(1, exact.n)[0]
+    assert_near(by_differences.hvp(v), exact.hvp(v), 1e-6)

@@ -33,7 +33,7 @@ def interpolation(
     """Risk and accuracy at (1 - alpha) theta + alpha `other`.
 
     Buffers stay those of the model: with `batchnorm="running"` the statistics fit only
-    alpha = 0, so the paper's picture needs `batchnorm="batch"`.
+    alpha = 0, so the paper's picture needs `batchnorm="batch"` (or `"recalibrated"`).
 
     Args:
         risk: f and theta, the point at alpha = 0 (in the paper: small batch).

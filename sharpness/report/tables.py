@@ -105,6 +105,7 @@ def headline(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     normalisation = {
         "batch": "BatchNorm on batch statistics",
         "running": "BatchNorm on running statistics",
+        "recalibrated": "BatchNorm on recalibrated statistics",
         None: "no BatchNorm",
     }[settings["risk"]["batchnorm"]]
     return (

@@ -171,7 +171,7 @@ def _differences(risk: EmpiricalRisk) -> Finding:
     if plan.relative_error is not None:
         text = f"products are differences of gradients, good to {plan.relative_error:.1g}"
         return Finding("differences", NOTE, text, plan.relative_error)
-    differences = Differences(risk.gradient, risk.theta)
+    differences = Differences(risk.gradient_nearby, risk.theta)
     exact = risk.hvp(differences.probe)
     size = float(_tensors.norm64(exact))
     apart = float(_tensors.norm64(differences.product - exact)) / size if size else 0.0

@@ -56,6 +56,7 @@ class ChunkedMean:
         self._objective, self._batchnorm = objective, batchnorm
         self._closed = objective.closure is not None
         self.num_samples = int(sum(num_rows(batch) for batch in given))
+        self._given = given
         by_parts = batchnorm == "batch" and not self._closed
         if by_parts:
             given = self._batchnorm_parts(given, batchnorm_batch)
@@ -68,6 +69,12 @@ class ChunkedMean:
             self.chunk_size = self._chosen_chunk_size(given[0], chunk_size)
             given = [part for b in given for part in batches.cut(b, self.chunk_size)]
         self._set(given)
+
+    def statistics_parts(self, most: int) -> list[Any]:
+        """The data in near-equal parts of at most `most` rows, however they are cut."""
+        if self._closed:
+            return [chunk.batch for chunk in self.all]
+        return [part for pair in self._given for part in batches.cut_evenly(pair, most)]
 
     def shares(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
         """What each chunk adds to f, one at a time."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -26,7 +27,7 @@ from sharpness.risk.objective import Objective, gradients
 from sharpness.risk.plan import Plan, asked_engine
 from sharpness.risk.products import Products, Task
 
-BatchNorm = Literal["running", "batch"]
+BatchNorm = Literal["running", "batch", "recalibrated"]
 MATRICES: tuple[str, ...] = get_args(Matrix)
 _Computed = TypeVar("_Computed")
 
@@ -60,10 +61,13 @@ class EmpiricalRisk:
             or losses that differentiate the model. Each batch is then evaluated whole.
         params: names or globs of the parameters that form theta; None means all that
             require a gradient.
-        batchnorm: `"running"` (evaluation mode) or `"batch"` (batch statistics, as in
-            Keskar et al.'s Keras models). With `"batch"` the data are cut into
+        batchnorm: `"running"` (evaluation mode), `"batch"` (batch statistics, as in
+            Keskar et al.'s Keras models) or `"recalibrated"` (running statistics
+            re-estimated at the theta that is evaluated, as
+            `torch.optim.swa_utils.update_bn` does). With `"batch"` the data are cut into
             ceil(N / `batchnorm_batch`) near-equal parts, each evaluated whole: they are
-            part of the definition of f.
+            part of the definition of f, as they are of recalibrated statistics.
+            Gradients and products hold recalibrated statistics fixed.
         batchnorm_batch: the most samples in such a part, >= 2; Keskar et al. used 5000.
         chunk_size: samples evaluated at once; `"auto"` fits the memory. Changes no
             number beyond rounding. Halved where a GPU runs out of memory.
@@ -135,6 +139,8 @@ class EmpiricalRisk:
         )
         self._products: dict[str, Products] = {}
         self._gradient: Tensor | None = None
+        if batchnorm == "recalibrated":
+            self._objective.fixed |= self._statistics(self._pieces(None))
 
     # -- what it is ------------------------------------------------------------------
 
@@ -178,7 +184,7 @@ class EmpiricalRisk:
             "num_terms": self.num_terms,
             "num_parameters": self.n,
             "batchnorm": self.batchnorm if has_batchnorm else None,
-            "batchnorm_parts": len(self._mean.all) if self.batchnorm == "batch" else None,
+            "batchnorm_parts": self._num_batchnorm_parts() if has_batchnorm else None,
             "chunk_size": self.chunk_size,
             "engine": plans[0].to_dict() if plans else {"engine": self._asked},
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -204,7 +210,7 @@ class EmpiricalRisk:
 
         def evaluate() -> float:
             leaves = [piece.requires_grad_(closed) for piece in self._pieces(theta)]
-            with evaluation(self.model, self.batchnorm), torch.set_grad_enabled(closed):
+            with self._evaluating(theta), torch.set_grad_enabled(closed):
                 parts = [part.detach().double() for part in self._mean.shares(leaves)]
             return float(torch.stack(parts).sum())
 
@@ -214,6 +220,20 @@ class EmpiricalRisk:
         """Gradient of f at `theta`, (n,). Cost: one pass over the data."""
         return self.value_and_gradient(theta)[1]
 
+    def gradient_nearby(self, theta: Tensor) -> Tensor:
+        """Gradient at `theta` with BatchNorm's statistics as they are at the risk's own.
+
+        The derivative of this one is the Hessian; it parts from `gradient` with
+        `batchnorm="recalibrated"` alone. Cost: one pass over the data.
+        """
+        held = self.batchnorm
+        if held == "recalibrated":
+            self.batchnorm = "running"
+        try:
+            return self.gradient(theta)
+        finally:
+            self.batchnorm = held
+
     @torch.inference_mode(False)
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
         """The risk and its gradient (n,) at `theta`. Cost: one pass over the data."""
@@ -221,7 +241,7 @@ class EmpiricalRisk:
         def evaluate() -> tuple[float, Tensor]:
             leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
             parts, gradient = [], torch.zeros_like(self.theta)
-            with evaluation(self.model, self.batchnorm), torch.enable_grad():
+            with self._evaluating(theta), torch.enable_grad():
                 for share in self._mean.shares(leaves):
                     pieces = gradients(share, leaves)
                     gradient += _tensors.flatten(g.to(self.dtype) for g in pieces)
@@ -312,7 +332,7 @@ class EmpiricalRisk:
         """
         self._refuse_closure("outputs")
         leaves = self._pieces(theta)
-        with evaluation(self.model, self.batchnorm), torch.no_grad():
+        with self._evaluating(theta), torch.no_grad():
             parts = [self._objective.outputs(leaves, c.batch) for c in self._mean.all]
         return torch.cat(parts)
 
@@ -343,6 +363,26 @@ class EmpiricalRisk:
             )
         return self._objective.pieces(theta.to(self.device))
 
+    @contextmanager
+    def _evaluating(self, theta: Tensor | None) -> Iterator[None]:
+        """Evaluation as `batchnorm` says, with the statistics of `theta`."""
+        with ExitStack() as stack:
+            if self.batchnorm == "recalibrated" and theta is not None:
+                buffers = self._statistics(self._pieces(theta))
+                stack.enter_context(self._objective.holding(buffers))
+            stack.enter_context(evaluation(self.model, self.batchnorm))
+            yield
+
+    def _statistics(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+        parts = self._mean.statistics_parts(self.batchnorm_batch)
+        with evaluation(self.model, "estimating"):
+            return self._objective.estimated_statistics(leaves, parts)
+
+    def _num_batchnorm_parts(self) -> int | None:
+        if self.batchnorm == "running":
+            return None
+        return len(self._mean.statistics_parts(self.batchnorm_batch))
+
     def _products_of(self, matrix: str, num_products: int) -> Products:
         if matrix not in MATRICES:
             raise ValueError(
@@ -360,7 +400,7 @@ class EmpiricalRisk:
             matrix=matrix,
             work=self._mean.work(matrix, self.seed),
             footprint=self._mean.footprint,
-            gradient=lambda theta: this.gradient(theta),
+            gradient=lambda theta: this.gradient_nearby(theta),
             theta=self.theta,
             chunk_size=self.chunk_size,
             budget=self._mean.budget,
@@ -395,10 +435,10 @@ def _check_batchnorm(model: nn.Module, batchnorm: str) -> None:
         for name, m in model.named_modules()
         if isinstance(m, _BatchNorm) and m.running_mean is None
     ]
-    if batchnorm == "running" and untracked:
+    if batchnorm != "batch" and untracked:
         raise ValueError(
             "`batchnorm` must be 'batch' for layers with track_running_stats=False; got "
-            f"'running' ({untracked[0]} has no running averages). Pass 'batch'."
+            f"{batchnorm!r} ({untracked[0]} has no running averages). Pass 'batch'."
         )
 
 
@@ -411,10 +451,10 @@ def _check_arguments(
             f"`loss` must be given, or `closure` instead of it; got {both}. "
             "Pass `loss(outputs, targets)`, or `closure(model, batch)`."
         )
-    if batchnorm not in ("running", "batch"):
+    if batchnorm not in get_args(BatchNorm):
         raise ValueError(
-            f"`batchnorm` must be 'running' or 'batch'; got {batchnorm!r}. "
-            "'running' is evaluation mode."
+            "`batchnorm` must be 'running', 'batch' or 'recalibrated'; got "
+            f"{batchnorm!r}. 'running' is evaluation mode."
         )
     if batchnorm_batch < 2:
         raise ValueError(

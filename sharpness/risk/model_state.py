@@ -75,7 +75,8 @@ def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
     """Per-module flags; batch statistics without touching the running averages.
 
     `track_running_stats=False` makes BatchNorm pass no buffers to its kernel, so there
-    is nothing that could be updated.
+    is nothing that could be updated. "estimating" updates the buffers it is given:
+    `momentum=None` makes them plain averages over the batches.
     """
     before = [(m, m.training) for m in model.modules()]
     tracked = [
@@ -83,13 +84,22 @@ def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
         for m in model.modules()
         if batchnorm == "batch" and isinstance(m, _BatchNorm)
     ]
+    estimated = [
+        (m, m.momentum)
+        for m in model.modules()
+        if batchnorm == "estimating" and isinstance(m, _BatchNorm)
+    ]
     try:
         for module, _ in before:
             module.training = False
         for module, _ in tracked:
             module.training, module.track_running_stats = True, False
+        for module, _ in estimated:
+            module.training, module.momentum = True, None
         yield
     finally:
+        for module, momentum in estimated:
+            module.momentum = momentum
         for module, tracks in tracked:
             module.track_running_stats = tracks
         for module, training in before:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sharpness import _tensors
-from sharpness.risk.model_state import seed_generators
+from sharpness.risk.model_state import batchnorm_layers, seed_generators
 
 
 class Objective:
@@ -75,6 +75,35 @@ class Objective:
     def loss_of(self, leaves: Sequence[Tensor], batch: Any, outputs: Tensor) -> Tensor:
         """The loss of outputs that are already there."""
         return self._call(leaves, batch, outputs=outputs)
+
+    def estimated_statistics(
+        self, leaves: Sequence[Tensor], parts: Sequence[Any]
+    ) -> dict[str, Tensor]:
+        """BatchNorm's running averages at these parameters, over these batches.
+
+        As `torch.optim.swa_utils.update_bn` has them: every batch is normalised by its
+        own statistics, and their plain average is kept. To be called in the mode
+        "estimating".
+        """
+        found = {
+            f"model.{name}.{buffer}": torch.zeros_like(value)
+            for name in batchnorm_layers(self.model)
+            for buffer, value in self.model.get_submodule(name).named_buffers()
+        }
+        with self.holding(found), torch.no_grad():
+            for part in parts:
+                self._call(leaves, part, outputs_only=True)
+        return found
+
+    @contextmanager
+    def holding(self, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """With these in place of the buffers that were copied."""
+        before = self.fixed
+        self.fixed = {**before, **buffers}
+        try:
+            yield
+        finally:
+            self.fixed = before
 
     def _call(self, leaves: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         seed_generators()  # what a batch draws does not depend on the batches before
