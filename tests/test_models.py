@@ -5,8 +5,11 @@ its gradients.
 """
 
 import copy
+import math
 from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,14 +18,21 @@ from problems import (
     differenced_hvp,
     directions,
     filled,
+    flat,
     generator,
     normal,
+    quadratic_risk,
+    softmax_regression,
+    tiny_mlp,
 )
+from scipy.sparse.linalg import eigsh
 from test_risk_untouched import assert_same, assert_states, fingerprint, random_states
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sharpness import EmpiricalRisk
+from sharpness import EmpiricalRisk, eigenpairs
 
 DIFFERENCED = 1e-8  # fourth-order differences of float64 gradients
 ROUNDING = 1e-12  # the same sum in another order, in float64
@@ -34,7 +44,7 @@ def everything(model):
     return {
         "buffers": {k: b.clone() for k, b in model.named_buffers()},
         "attributes": {
-            (name, key): value.detach().clone()
+            (name, key, value.grad_fn is None): value.detach().clone()
             for name, m in model.named_modules()
             for key, value in vars(m).items()
             if isinstance(value, torch.Tensor)
@@ -68,7 +78,7 @@ def untouched(model):
 
 
 def oracle(model, objective):
-    """theta -> value, and theta -> gradient, of a copy in evaluation mode."""
+    """theta -> value, and theta -> gradient, on a copy in evaluation mode."""
     other = copy.deepcopy(model).eval()
     leaves = [p for p in other.parameters() if p.requires_grad]
 
@@ -90,11 +100,10 @@ def differenced(gradient, theta, v, step=0.01):
     return differenced_hvp(near, theta, v)
 
 
-def assert_right(risk, model, objective, *, engine="kept_graph"):
+def assert_right(risk, value, gradient, *, engine="kept_graph"):
     """Value, gradient and products, one by one and in a block, are the oracle's."""
-    value, gradient = oracle(model, objective)
     theta, v = risk.theta.clone(), directions(2, risk.n)
-    with untouched(model):
+    with untouched(risk.model):
         here, slope = risk.value_and_gradient()
         alone, block = risk.hvp(v[0]), risk.hvp(v)
         evaluated = risk.value()
@@ -117,14 +126,12 @@ def assert_network_is_right(
     model = filled(layers.double(), generator(0)).train(training)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     with torch.no_grad():
-        shape = copy.deepcopy(model).eval()(*inputs).shape
-    y = normal(generator(1), *shape)
+        y = normal(generator(1), *copy.deepcopy(model).eval()(*inputs).shape)
+    expected = oracle(model, lambda other: ((other(*inputs) - y) ** 2).mean())
     settings = {"chunk_size": 2, **settings}
     with untouched(model):
         risk = EmpiricalRisk(model, nn.MSELoss(), (inputs, y), **settings)
-    assert_right(
-        risk, model, lambda other: ((other(*inputs) - y) ** 2).mean(), engine=engine
-    )
+    assert_right(risk, *expected, engine=engine)
     return risk
 
 
@@ -224,6 +231,19 @@ def cholesky_and_determinant(m, x):
     return torch.linalg.cholesky(matrix) @ x.T + torch.logdet(matrix)
 
 
+def grid_sampled(m, x):
+    grid = torch.tanh(m.layer(x[:, :, :3, :3].permute(0, 2, 3, 1)))
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def checkpointed(m, x):
+    return checkpoint(lambda z: torch.tanh(m.layer(z)), x, use_reentrant=False)
+
+
+def slopes(m, x):
+    return torch.func.vmap(torch.func.jacrev(lambda z: torch.tanh(m.layer(z))))(x)
+
+
 def linear():
     return nn.Linear(4, 4)
 
@@ -261,6 +281,19 @@ OTHERS = {
         ),
         vectors,
     ),
+    "grid_sample": (lambda: Applied(grid_sampled, layer=nn.Linear(2, 2)), images),
+    "checkpointed": (lambda: Applied(checkpointed, layer=linear()), vectors),
+    "vmap of a Jacobian": (lambda: Applied(slopes, layer=linear()), vectors),
+    "singular values": (
+        lambda: Applied(
+            lambda m, x: torch.linalg.svdvals(m.layer.weight) * m.layer(x), layer=linear()
+        ),
+        vectors,
+    ),
+    "Fourier transform": (
+        lambda: Applied(lambda m, x: torch.fft.rfft(m.layer(x)).abs(), layer=linear()),
+        vectors,
+    ),
     "weight_norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(linear()), nn.Tanh(), linear()),
         vectors,
@@ -295,11 +328,6 @@ def test_graphs_of_any_shape_have_products(name):
     assert_network_is_right(build(), inputs())
 
 
-def grid_sampled(m, x):
-    grid = torch.tanh(m.layer(x[:, :, :3, :3].permute(0, 2, 3, 1)))
-    return F.grid_sample(x, grid, align_corners=False)
-
-
 UNDIFFERENTIABLE = {
     "EmbeddingBag": (
         lambda: nn.Sequential(nn.EmbeddingBag(5, 4), nn.Tanh(), linear()),
@@ -309,7 +337,12 @@ UNDIFFERENTIABLE = {
         lambda: nn.Sequential(nn.EmbeddingBag(5, 4, mode="sum"), nn.Tanh()),
         tokens,
     ),
-    "grid_sample": (lambda: Applied(grid_sampled, layer=nn.Linear(2, 2)), images),
+    "cdist": (
+        lambda: Applied(
+            lambda m, x: torch.cdist(m.layer(x), m.layer.weight), layer=linear()
+        ),
+        vectors,
+    ),
 }
 
 
@@ -326,8 +359,8 @@ def test_the_padding_row_of_an_embedding_is_not_moved():
     layers = [nn.Embedding(5, 4, padding_idx=0), nn.Tanh(), linear()]
     model = filled(nn.Sequential(*layers).double(), generator(0))
     y = vectors(5, 3, 4)
-    risk = EmpiricalRisk(model, nn.MSELoss(), (tokens(), y), chunk_size=2)
     _, gradient = oracle(model, lambda other: ((other(tokens()) - y) ** 2).mean())
+    risk = EmpiricalRisk(model, nn.MSELoss(), (tokens(), y), chunk_size=2)
     v = directions(1, risk.n)[0]
     still = torch.cat([torch.zeros(4).double(), v[4:]])
     product = risk.hvp(v)
@@ -432,7 +465,9 @@ def test_transformer_encoders_have_products_in_either_mode_R28(name, training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_transformer_decoders_have_products_in_either_mode_R28(layers, training):
-    model = nn.TransformerDecoder(decoder_layer(), layers) if layers > 1 else decoder_layer()
+    model = (
+        nn.TransformerDecoder(decoder_layer(), layers) if layers > 1 else decoder_layer()
+    )
     inputs = sequences(), vectors(5, 2, 4)
     assert_network_is_right(model, inputs, training=training)
 
@@ -445,8 +480,9 @@ def test_padded_sequences_have_one_risk_in_an_encoder_R28(nested, training):
     padded = lambda m, x: m.encoder(x, src_key_padding_mask=last_is_padding(x))
     model = filled(Applied(padded, encoder=encoder).double(), generator(0)).train(training)
     x, y = sequences(), vectors(5, 3, 4) + 1
+    expected = oracle(model, lambda other: ((other(x) - y) ** 2).mean())
     risk = EmpiricalRisk(model, nn.MSELoss(), (x, y), chunk_size=2)
-    assert_right(risk, model, lambda other: ((other(x) - y) ** 2).mean())
+    assert_right(risk, *expected)
 
 
 # -- recurrent networks ------------------------------------------------------------------
@@ -524,3 +560,202 @@ def test_on_cuda_recurrent_networks_have_the_products_of_the_cpu_R29(name):
     assert_near(there.hvp(v).cpu(), here.hvp(v), 1e-10)
     assert there.settings()["engine"]["engine"] == "kept_graph"
     assert torch.backends.cudnn.enabled
+
+
+# -- wrappers ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_compiler():
+    torch.compiler.reset()  # else what earlier tests compiled counts towards the limit
+
+
+class Counted:
+    """A backend for `torch.compile` that compiles nothing, and counts."""
+
+    def __init__(self):
+        self.num_graphs = self.num_calls = 0
+
+    def __call__(self, graph, _):
+        self.num_graphs += 1
+
+        def run(*args):
+            self.num_calls += 1
+            return graph(*args)
+
+        return run
+
+
+def compiled_whole(model, backend):
+    return torch.compile(model, backend=backend)
+
+
+def compiled_and_run(model, backend):
+    model = torch.compile(model, backend=backend)
+    model(tiny_mlp().data[0]).sum().backward()
+    model.zero_grad()
+    return model
+
+
+def compiled_in_place(model, backend):
+    model.compile(backend=backend)
+    return model
+
+
+def compiled_submodule(model, backend):
+    return nn.Sequential(torch.compile(model[0], backend=backend), *model[1:])
+
+
+def compiled_submodule_in_place(model, backend):
+    model[2].compile(backend=backend)
+    return model
+
+
+COMPILED = [
+    compiled_whole,
+    compiled_and_run,
+    compiled_in_place,
+    compiled_submodule,
+    compiled_submodule_in_place,
+]
+
+
+def assert_same_risk(risk, expected):
+    v = directions(2, expected.n)
+    assert risk.value() == expected.value()
+    assert torch.equal(risk.gradient(), expected.gradient())
+    assert torch.equal(risk.hvp(v), expected.hvp(v))
+
+
+def assert_noted(risk, what):
+    assert any(what in note for note in risk.notes)
+    assert risk.settings()["notes"] == risk.notes
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_of_a_compiled_model_the_original_is_measured_R30(compiled, backend):
+    problem = tiny_mlp()
+    model = compiled(tiny_mlp().model, backend)
+    with untouched(model):
+        risk = EmpiricalRisk(model, problem.loss, problem.data, chunk_size=7)
+        assert_same_risk(risk, problem.risk(chunk_size=7))
+    assert_noted(risk, "torch.compile")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_of_a_model_that_inductor_has_compiled_the_original_is_measured_R30():
+    problem = tiny_mlp()
+    model = compiled_and_run(tiny_mlp().model, "inductor")
+    risk = EmpiricalRisk(model, problem.loss, problem.data, chunk_size=7)
+    assert_same_risk(risk, problem.risk(chunk_size=7))
+    assert_noted(risk, "torch.compile")
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("compiled", COMPILED)
+def test_a_compiled_model_runs_compiled_as_before_R30(compiled):
+    problem, backend = tiny_mlp(), Counted()
+    model = compiled(problem.model, backend)
+    first = model(problem.data[0])
+    before = backend.num_graphs, backend.num_calls
+    EmpiricalRisk(model, problem.loss, problem.data, chunk_size=7).hvp(directions(2, 44))
+    assert (backend.num_graphs, backend.num_calls) == before
+    assert torch.equal(model(problem.data[0]), first)
+    assert (backend.num_graphs, backend.num_calls) == (before[0], before[1] + 1)
+
+
+def test_parameters_of_a_compiled_model_keep_their_names_R30():
+    problem = tiny_mlp()
+    model = compiled_whole(problem.model, "eager")
+    risk = EmpiricalRisk(model, problem.loss, problem.data, params="0.*")
+    assert risk.n == 20
+
+
+def masked_targets():
+    return torch.where(torch.arange(23) % 5 < 2, -100, torch.arange(23) % 4)
+
+
+def masked_loss(outputs, targets):
+    return F.cross_entropy(outputs, targets, ignore_index=-100)
+
+
+LOSSES = {
+    "module": nn.CrossEntropyLoss(),
+    "weighted": nn.CrossEntropyLoss(weight=torch.arange(1.0, 5).double()),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "function": F.cross_entropy,
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_compiled_loss_is_asked_for_its_terms_like_the_original_R2_R30(name):
+    model, x, y = tiny_mlp().model, tiny_mlp().data[0], masked_targets()
+    loss = torch.compile(LOSSES[name], backend="eager")
+    expected = EmpiricalRisk(model, LOSSES[name], (x, y), chunk_size=7)
+    risk = EmpiricalRisk(model, loss, (x, y), chunk_size=7)
+    assert risk.num_terms == expected.num_terms
+    assert_same_risk(risk, expected)
+    assert_noted(risk, "torch.compile")
+
+
+def test_a_compiled_function_inside_a_closure_is_measured_as_it_is_R30():
+    problem = tiny_mlp()
+    function = torch.compile(lambda m, x: torch.tanh(m(x)), backend="aot_eager")
+    rows = list(zip(*(part.split(7) for part in problem.data), strict=True))
+    risks = [
+        EmpiricalRisk(
+            problem.model,
+            closure=lambda m, b, f=f: F.cross_entropy(f(m, b[0]), b[1]),
+            data=rows,
+        )
+        for f in (function, lambda m, x: torch.tanh(m(x)))
+    ]
+    assert_same_risk(*risks)
+
+
+@pytest.fixture
+def _process_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+PARALLEL = {
+    "DistributedDataParallel": [nn.parallel.DistributedDataParallel],
+    "DataParallel": [nn.DataParallel],
+    "compiled DistributedDataParallel": [
+        nn.parallel.DistributedDataParallel,
+        partial(torch.compile, backend="eager"),
+    ],
+    "DistributedDataParallel of compiled": [
+        partial(torch.compile, backend="eager"),
+        nn.parallel.DistributedDataParallel,
+    ],
+}
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("name", PARALLEL)
+def test_of_a_parallel_model_the_module_inside_is_measured(name):
+    problem, model = tiny_mlp(), tiny_mlp().model
+    for wrap in PARALLEL[name]:
+        model = wrap(model)
+    with untouched(model):
+        settings = {"chunk_size": 7, "params": "2.*"}
+        risk = EmpiricalRisk(model, problem.loss, problem.data, **settings)
+        assert_same_risk(risk, problem.risk(**settings))
+    for part in name.replace("compiled", "torch.compile").replace("of ", "").split():
+        assert_noted(risk, part)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_a_parallel_model_trains_on_after_a_measurement():
+    problem, plain = tiny_mlp(), tiny_mlp()
+    model = nn.parallel.DistributedDataParallel(problem.model)
+    EmpiricalRisk(model, problem.loss, problem.data).hvp(directions(1, 44))
+    for network in (model, plain.model):
+        plain.loss(network(plain.data[0]), plain.data[1]).backward()
+    pairs = zip(problem.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(p.grad, q.grad) for p, q in pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,7 +95,8 @@ class ChunkedMean:
         if matrix == "sampled_fisher":
             parts = self._with_sampled_targets(parts, leaves, seed)
         weights = [self._weight(chunk) for chunk in self.counted]
-        return ChunkedSum(linearise, leaves, parts, weights)
+        evaluating = partial(evaluation, self._objective.model, self._batchnorm)
+        return ChunkedSum(linearise, leaves, parts, weights, evaluating)
 
     def footprint(self, linearise: Linearise, batch: Any) -> Footprint:
         """Memory of one chunk's product, predicted from a few of its samples.
@@ -237,7 +239,7 @@ class ChunkedMean:
     def _with_sampled_targets(
         self, parts: Sequence[Any], leaves: Sequence[Tensor], seed: int
     ) -> list[Any]:
-        with torch.no_grad():
+        with evaluation(self._objective.model, self._batchnorm), torch.no_grad():
             pairs = ((self._objective.outputs(leaves, part), part[1]) for part in parts)
             drawn = sampled_targets(self._objective.loss, pairs, seed)
             return [(part[0], y) for part, y in zip(parts, drawn, strict=True)]

@@ -294,11 +294,7 @@ class EmpiricalRisk:
             )
         v = v.detach().to(device=self.device, dtype=self.dtype)
 
-        def evaluate() -> Tensor:
-            with evaluation(self.model, self.batchnorm):
-                return self._products_of(matrix, 1)(v)
-
-        product = self._fitting(evaluate)
+        product = self._fitting(lambda: self._products_of(matrix, 1)(v))
         if matrix != "gradient_covariance":
             return product
         if self._gradient is None:
@@ -316,9 +312,8 @@ class EmpiricalRisk:
         """
 
         def evaluate() -> Plan:
-            with evaluation(self.model, self.batchnorm):
-                products = self._products_of(matrix, num_products)
-                products.expect(num_products)
+            products = self._products_of(matrix, num_products)
+            products.expect(num_products)
             return products.plan
 
         return self._fitting(evaluate)

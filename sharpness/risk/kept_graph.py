@@ -7,8 +7,9 @@ takes three, and no forward pass). Chunks beyond the budget are linearised each 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,12 +26,18 @@ class ChunkedSum:
     leaves: Sequence[Tensor]
     batches: Sequence[Any]
     weights: Sequence[float]
+    evaluating: Callable[[], AbstractContextManager[None]]  # around every linearisation
+
+    def linearised(self, chunk: int) -> Apply:
+        """One chunk's product, with all that does not depend on the direction done."""
+        with self.evaluating():
+            return self.linearise(self.leaves, self.batches[chunk])
 
     def of(self, chunks: Sequence[int]) -> ChunkedSum:
         """Some of the terms."""
         batches = [self.batches[i] for i in chunks]
         weights = [self.weights[i] for i in chunks]
-        return ChunkedSum(self.linearise, self.leaves, batches, weights)
+        return replace(self, batches=batches, weights=weights)
 
     def split(self, v: Tensor) -> list[Tensor]:
         """(n,) or (b, n) as pieces in the leaves' shapes and types."""
@@ -63,7 +70,7 @@ class KeptGraph:
     def _linearised(self, i: int) -> Apply:
         if i in self._kept:
             return self._kept[i]
-        apply = self._work.linearise(self._work.leaves, self._work.batches[i])
+        apply = self._work.linearised(i)
         if i < self._num_kept:
             self._kept[i] = apply
         return apply

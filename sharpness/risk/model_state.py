@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,13 +23,11 @@ def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(random_generators_kept())
         stack.enter_context(_modes(model, batchnorm))
-        # The fused attention kernels have no second derivative, cuDNN's recurrent ones
-        # neither, and compiled functions cannot be differentiated twice.
+        # The fused attention kernels have no second derivative, nor have cuDNN's
+        # recurrent ones.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if is_recurrent(model):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_no_generation_cache(model))
         yield
 

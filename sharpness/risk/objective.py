@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -108,7 +109,7 @@ class Objective:
     def _call(self, leaves: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
         seed_generators()  # what a batch draws does not depend on the batches before
         moving = {"model." + k: v for k, v in zip(self.names, leaves, strict=True)}
-        with self._precision():
+        with self._precision(), _compiled_parts_run_eagerly():
             result: Tensor = functional_call(
                 self._whole, {**self.fixed, **moving}, args, kwargs
             )
@@ -147,6 +148,16 @@ class _Whole(nn.Module):
         if outputs is None:
             outputs = _applied(self.model, batch[0])
         return outputs if outputs_only else self.loss(outputs, batch[1])
+
+
+@contextmanager
+def _compiled_parts_run_eagerly() -> Iterator[None]:
+    """What `torch.compile` has made cannot be differentiated twice."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def gradients(value: Tensor, leaves: Sequence[Tensor], **how: Any) -> Sequence[Tensor]:

@@ -8,7 +8,6 @@ which `torch.compile` fuses. What crosses from one to the other is kept.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,7 +85,7 @@ class Traced:
         draw = torch.Generator().manual_seed(0)
         pieces = [torch.randn(x.shape, generator=draw).to(x) for x in leaves]
         mine = self._tangent(*pieces, *self._kept[i])
-        other = self._work.linearise(leaves, self._work.batches[i])(pieces)
+        other = self._work.linearised(i)(pieces)
         apart = sum(
             float((a - b).double().norm() ** 2) for a, b in zip(mine, other, strict=True)
         )
@@ -113,7 +112,8 @@ def traced(work: ChunkedSum, chunk: int) -> fx.GraphModule:
 
     leaves = [leaf.detach() for leaf in work.leaves]
     arguments = (leaves, [torch.ones_like(x) for x in leaves], _tensors_of(parts))
-    graph: fx.GraphModule = make_fx(product)(*arguments)
+    with work.evaluating():
+        graph: fx.GraphModule = make_fx(product)(*arguments)
     if any(_writes(node) for node in graph.graph.nodes):
         flat = [tensor for group in arguments for tensor in group]
         graph = make_fx(functionalize(_of_flat(graph, arguments), remove="mutations"))(
@@ -214,9 +214,14 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _compiled(tangent: fx.GraphModule) -> Callable[..., Sequence[Tensor]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.compile(tangent, fullgraph=True, dynamic=False)
+    compiled = torch.compile(tangent, fullgraph=True, dynamic=False)
+
+    def run(*tensors: Tensor) -> Sequence[Tensor]:
+        with torch.no_grad():  # always, or a change of mode would compile again
+            result: Sequence[Tensor] = compiled(*tensors)
+        return result
+
+    return run
 
 
 def _tensors_of(batch: Any) -> list[Tensor]:
