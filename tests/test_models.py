@@ -5,7 +5,6 @@ its gradients.
 """
 
 import copy
-import math
 from contextlib import contextmanager
 from functools import partial
 
@@ -21,7 +20,6 @@ from problems import (
     flat,
     generator,
     normal,
-    quadratic_risk,
     softmax_regression,
     tiny_mlp,
 )
@@ -96,7 +94,10 @@ def oracle(model, objective):
 
 def differenced(gradient, theta, v, step=0.01):
     """H v by steps of a hundredth of the usual, which do not cross the kinks of a max."""
-    near = lambda there: gradient(theta + step * (there - theta)) / step
+
+    def near(there):
+        return gradient(theta + step * (there - theta)) / step
+
     return differenced_hvp(near, theta, v)
 
 
@@ -396,6 +397,10 @@ def last_is_padding(x):
     return (torch.arange(3) == 2).expand(len(x), 3)
 
 
+def padded(m, x):
+    return m.encoder(x, src_key_padding_mask=last_is_padding(x))
+
+
 LATE = torch.ones(3, 3).triu(1).bool()
 SCALED = {
     "plain": {},
@@ -477,7 +482,6 @@ def test_transformer_decoders_have_products_in_either_mode_R28(layers, training)
 def test_padded_sequences_have_one_risk_in_an_encoder_R28(nested, training):
     # Without gradients the fast path would set what is padded to zero.
     encoder = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=nested)
-    padded = lambda m, x: m.encoder(x, src_key_padding_mask=last_is_padding(x))
     model = filled(Applied(padded, encoder=encoder).double(), generator(0)).train(training)
     x, y = sequences(), vectors(5, 3, 4) + 1
     expected = oracle(model, lambda other: ((other(x) - y) ** 2).mean())
@@ -586,6 +590,15 @@ class Counted:
         return run
 
 
+class Own(nn.Sequential):
+    """A class of the user's: those of PyTorch are not compiled in place."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
 def compiled_whole(model, backend):
     return torch.compile(model, backend=backend)
 
@@ -598,6 +611,7 @@ def compiled_and_run(model, backend):
 
 
 def compiled_in_place(model, backend):
+    model = Own(*model)
     model.compile(backend=backend)
     return model
 
@@ -607,8 +621,9 @@ def compiled_submodule(model, backend):
 
 
 def compiled_submodule_in_place(model, backend):
-    model[2].compile(backend=backend)
-    return model
+    last = Own(model[2])
+    last.compile(backend=backend)
+    return nn.Sequential(*model[:2], last)
 
 
 COMPILED = [
@@ -656,12 +671,12 @@ def test_of_a_model_that_inductor_has_compiled_the_original_is_measured_R30():
 @pytest.mark.parametrize("compiled", COMPILED)
 def test_a_compiled_model_runs_compiled_as_before_R30(compiled):
     problem, backend = tiny_mlp(), Counted()
-    model = compiled(problem.model, backend)
-    first = model(problem.data[0])
+    model, run = compiled(problem.model, backend), torch.no_grad()(lambda m, x: m(x))
+    first = run(model, problem.data[0])
     before = backend.num_graphs, backend.num_calls
     EmpiricalRisk(model, problem.loss, problem.data, chunk_size=7).hvp(directions(2, 44))
     assert (backend.num_graphs, backend.num_calls) == before
-    assert torch.equal(model(problem.data[0]), first)
+    assert torch.equal(run(model, problem.data[0]), first)
     assert (backend.num_graphs, backend.num_calls) == (before[0], before[1] + 1)
 
 
@@ -759,3 +774,653 @@ def test_a_parallel_model_trains_on_after_a_measurement():
         plain.loss(network(plain.data[0]), plain.data[1]).backward()
     pairs = zip(problem.model.parameters(), plain.model.parameters(), strict=True)
     assert all(torch.equal(p.grad, q.grad) for p, q in pairs)
+
+
+# -- Hugging Face ------------------------------------------------------------------------
+
+IDS = torch.tensor([[5, 3, 8, 1, 9, 2], [7, 7, 4, 6, 0, 0], [1, 5, 2, 0, 0, 0]])
+IDS = torch.cat([IDS, torch.tensor([[6, 9, 3, 8, 4, 0], [8, 2, 0, 0, 0, 0]])])
+LENGTHS = torch.tensor([6, 4, 3, 5, 2])
+CLASSES = torch.tensor([0, 2, 1, 1, 0])
+ATTENTIONS = ["sdpa", "eager"]
+
+
+def text(labels=None):
+    """Five sentences, padded on the right; by default each token is to be predicted."""
+    mask = (torch.arange(6) < LENGTHS[:, None]).long()
+    labels = IDS.masked_fill(mask == 0, -100) if labels is None else labels
+    return {"input_ids": IDS, "attention_mask": mask, "labels": labels}
+
+
+def ragged(batch, sizes=(2, 3)):
+    """The same in batches, each as long as its longest sentence."""
+    parts = zip(*(tensor.split(sizes) for tensor in batch.values()), strict=True)
+    parts = [dict(zip(batch, tensors, strict=True)) for tensors in parts]
+    longest = [int(part["attention_mask"].sum(1).max()) for part in parts]
+    return [
+        {k: v[:, :length] if v.ndim == 2 else v for k, v in part.items()}
+        for part, length in zip(parts, longest, strict=True)
+    ]
+
+
+def gpt2(attention="sdpa", **settings):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=10, n_positions=6, n_embd=4, n_layer=2, n_head=2, **settings
+    )
+    assert config.use_cache
+    model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+    return filled(model.double(), generator(0)).train()
+
+
+def bert(attention="sdpa"):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=10,
+        hidden_size=4,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=6,
+        max_position_embeddings=6,
+        num_labels=3,
+        problem_type="single_label_classification",  # else written at the first call
+    )
+    model = transformers.BertForSequenceClassification._from_config(
+        config, attn_implementation=attention
+    )
+    return filled(model.double(), generator(0)).train()
+
+
+def next_tokens(model, batch):
+    """The loss of a language model; its own is computed in float32."""
+    logits = model(**batch).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def num_predicted(batch):
+    return (batch["labels"][:, 1:] != -100).sum()
+
+
+def language_risk(model, closure, batches, **settings):
+    return EmpiricalRisk(
+        model, closure=closure, data=batches, terms=num_predicted, **settings
+    )
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 1, 1, 1, 1)])
+def test_a_language_model_counts_each_predicted_token_once_R2(sizes, attention):
+    model = gpt2(attention)
+    expected = oracle(model, lambda other: next_tokens(other, text()))
+    with untouched(model):
+        risk = language_risk(model, next_tokens, ragged(text(), sizes))
+    assert risk.num_terms == 15
+    assert_right(risk, *expected)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_own_loss_of_a_language_model_is_right_to_its_float32_R2(attention):
+    model, few = gpt2(attention), 100 * torch.finfo(torch.float32).eps
+    exact = language_risk(model, next_tokens, [text()])
+    with untouched(model):
+        risk = language_risk(model, lambda m, b: m(**b).loss, ragged(text()))
+        value, gradient = risk.value_and_gradient()
+        v = directions(2, risk.n)
+        products = risk.hvp(v)
+    assert model.config.use_cache
+    assert value == pytest.approx(exact.value(), rel=few)
+    assert risk.value() == pytest.approx(exact.value(), rel=few)
+    assert_near(gradient, exact.gradient(), few)
+    assert_near(products, exact.hvp(v), few)
+
+
+def test_embeddings_that_a_language_model_ties_are_one_R12():
+    model = gpt2()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    risk = language_risk(model, next_tokens, [text()])
+    assert risk.n == len(flat(model))
+    params = "transformer.wte.*"
+    only = language_risk(model, next_tokens, [text()], params=params)
+    v = directions(1, only.n)[0]
+    whole = torch.cat([v, torch.zeros(risk.n - only.n).double()])
+    assert_near(only.hvp(v), risk.hvp(whole)[: only.n], ROUNDING)
+    untied = gpt2(tie_word_embeddings=False)
+    apart = language_risk(untied, next_tokens, [text()])
+    assert apart.n == risk.n + only.n
+
+
+def test_a_frozen_body_leaves_the_hessian_of_the_head_R11():
+    model, batch = bert(), text(CLASSES)
+    model.bert.requires_grad_(False)
+    expected = oracle(model, lambda m: F.cross_entropy(m(**batch).logits, CLASSES))
+    risk = EmpiricalRisk(model, closure=lambda m, b: m(**b).loss, data=[batch])
+    assert risk.n == 15
+    assert_right(risk, *expected)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("sizes", [(5,), (3, 2)])
+def test_a_classifier_of_padded_text_has_products(sizes, attention):
+    model, batch = bert(attention), text(CLASSES)
+    expected = oracle(model, lambda m: F.cross_entropy(m(**batch).logits, CLASSES))
+    with untouched(model):
+        data = ragged(batch, sizes)
+        risk = EmpiricalRisk(model, closure=lambda m, b: m(**b).loss, data=data)
+    assert_right(risk, *expected)
+
+
+def test_a_classifier_of_text_takes_pairs_with_a_dict_of_inputs():
+    model, batch = bert(), text(CLASSES)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    expected = oracle(model, lambda m: F.cross_entropy(m(**batch).logits, CLASSES))
+    risk = EmpiricalRisk(
+        model,
+        lambda outputs, labels: F.cross_entropy(outputs.logits, labels),
+        (inputs, CLASSES),
+        terms=len,
+        chunk_size=2,
+    )
+    assert_right(risk, *expected)
+
+
+class Sentences(Dataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return {k: v[i] for k, v in text().items()}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_of_sentences_is_read_once_R26(shuffle):
+    model = gpt2()
+    loader = DataLoader(Sentences(), batch_size=2, shuffle=shuffle)
+    with untouched(model):
+        risk = language_risk(model, next_tokens, loader)
+        expected = language_risk(model, next_tokens, [text()])
+    v = directions(1, risk.n)[0]
+    assert risk.value() == pytest.approx(expected.value(), rel=ROUNDING)
+    assert_near(risk.hvp(v), expected.hvp(v), ROUNDING)
+    assert torch.equal(risk.hvp(v), risk.hvp(v))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("use", ["value", "gradient", "hvp"])
+def test_a_closure_that_raises_midway_leaves_all_as_before_R23_R24(use, error):
+    model = gpt2()
+    model.transformer.h[0].eval()
+    model.transformer.wpe.requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    calls = []
+
+    def closure(m, batch):
+        calls.append(len(batch["labels"]))
+        loss = next_tokens(m, batch)
+        if calls[-1] == 3:
+            raise error
+        return loss
+
+    risk = language_risk(model, closure, ragged(text()))
+    uses = {"value": risk.value, "gradient": risk.gradient}
+    with untouched(model), pytest.raises(type(error)):
+        uses.get(use, lambda: risk.hvp(directions(1, risk.n)))()
+    assert 3 in calls
+
+
+# -- types -------------------------------------------------------------------------------
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def low_and_high(name, dtype, wide=torch.float64):
+    """Risks of a network in `dtype`, and of the same numbers in a wider type."""
+    build, inputs = LOW[name]
+    model = filled(build().double(), generator(0)).to(dtype)
+    wider, x = copy.deepcopy(model).to(wide), inputs().to(dtype)
+    with torch.no_grad():
+        y = torch.sin(10 * wider(x.to(wide))).to(dtype)
+    low = EmpiricalRisk(model, nn.MSELoss(), (x, y), chunk_size=2)
+    return low, EmpiricalRisk(wider, nn.MSELoss(), (x.to(wide), y.to(wide)))
+
+
+def convolutions():
+    layers = [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+LOW = {
+    "attention": (encoder_layer, sequences),
+    "convolutions": (convolutions, images),
+    "GRU": (lambda: Applied(recurrent, layer=nn.GRU(4, 2, batch_first=True)), sequences),
+    "LSTM": (lambda: Applied(recurrent, layer=nn.LSTM(4, 2, batch_first=True)), sequences),
+}
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("name", LOW)
+def test_networks_of_low_precision_are_right_to_that_precision_R15(name, dtype):
+    low, high = low_and_high(name, dtype)
+    v = directions(2, low.n)
+    with untouched(low.model):
+        value, gradient = low.value_and_gradient()
+        products = low.hvp(v)
+    assert {gradient.dtype, products.dtype, low.theta.dtype} == {torch.float32}
+    few = 10 * torch.finfo(dtype).eps
+    assert value == pytest.approx(high.value(), rel=few)
+    assert_near(gradient.double(), high.gradient(), few)
+    scale = eigenpairs(high).lambda_max * float(v.norm())
+    assert float((products.double() - high.hvp(v)).norm()) <= few * scale
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["attention", "convolutions", "GRU"])
+def test_lambda_max_of_half_precision_is_that_of_float32_R15(name, dtype):
+    low, high = low_and_high(name, dtype, torch.float32)
+    rough, sharp = eigenpairs(low), eigenpairs(high)
+    bounds = float(rough.error_bounds[0] + sharp.error_bounds[0])
+    rounding = 10 * torch.finfo(dtype).eps * sharp.lambda_max
+    assert abs(rough.lambda_max - sharp.lambda_max) <= bounds + rounding
+    assert rough.noise_floor > sharp.noise_floor  # a smaller value is not called flat
+    assert rough.eigenvectors.dtype == torch.float32
+
+
+def test_scipy_works_on_the_operator_of_a_bfloat16_model_R15():
+    low, high = low_and_high("convolutions", torch.bfloat16, torch.float32)
+    operator = low.linear_operator()
+    v0 = np.ones(low.n, dtype=np.float32)
+    assert operator.dtype == v0.dtype
+    found = eigsh(operator, 1, which="LA", v0=v0, tol=1e-3, return_eigenvectors=False)
+    rounding = 10 * torch.finfo(torch.bfloat16).eps
+    assert float(found[0]) == pytest.approx(eigenpairs(high).lambda_max, rel=rounding)
+
+
+def test_a_network_of_several_types_is_as_wide_as_its_widest_R14():
+    layers = [nn.Linear(4, 6).bfloat16(), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)]
+    layers[3].double()
+
+    def forward(m, x):
+        hidden = m.norm(torch.tanh(m.first(x.bfloat16())).float())
+        return m.last(hidden.double())
+
+    parts = {"first": layers[0], "norm": layers[2], "last": layers[3]}
+    model = Applied(forward, **parts)
+    x, y = vectors(), vectors(5, 3)
+    exact = copy.deepcopy(model).double()
+    exact.function = lambda m, x: m.last(m.norm(torch.tanh(m.first(x))))
+    risk = EmpiricalRisk(model, nn.MSELoss(), (x, y), chunk_size=2)
+    expected = EmpiricalRisk(exact, nn.MSELoss(), (x.bfloat16().double(), y))
+    few, v = 10 * torch.finfo(torch.bfloat16).eps, directions(2, risk.n)
+    assert risk.dtype == risk.hvp(v).dtype == torch.float64
+    assert torch.equal(risk.theta, expected.theta)
+    assert_near(risk.gradient(), expected.gradient(), few)
+    scale = eigenpairs(expected).lambda_max * float(v.norm())
+    assert float((risk.hvp(v) - expected.hvp(v)).norm()) <= few * scale
+
+
+@pytest.mark.parametrize("autocast", HALF)
+def test_under_autocast_vectors_stay_float32_and_bounds_cover_the_rounding_R16(autocast):
+    problem = tiny_mlp(dtype=torch.float32)
+    with untouched(problem.model):
+        risk = problem.risk(autocast=autocast, chunk_size=7)
+        rough, v = eigenpairs(risk), directions(2, risk.n).float()
+        products = risk.hvp(v)
+    plain = problem.risk()
+    sharp = eigenpairs(plain)
+    assert {products.dtype, risk.theta.dtype, risk.gradient().dtype} == {torch.float32}
+    assert not torch.equal(products, plain.hvp(v))
+    assert torch.equal(products, risk.hvp(v))
+    few = 10 * torch.finfo(autocast).eps
+    assert float((products - plain.hvp(v)).norm()) <= few * sharp.lambda_max * v.norm()
+    bounds = float(rough.error_bounds[0] + sharp.error_bounds[0])
+    assert abs(rough.lambda_max - sharp.lambda_max) <= bounds + few * sharp.lambda_max
+    assert rough.noise_floor > sharp.noise_floor
+    assert risk.settings()["autocast"] == str(autocast).removeprefix("torch.")
+
+
+def test_autocast_around_a_measurement_changes_no_number_R16():
+    problem = tiny_mlp(dtype=torch.float32)
+    expected = problem.risk(chunk_size=7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_risk(problem.risk(chunk_size=7), expected)
+
+
+def test_the_default_type_changes_no_number_R14():
+    problem = tiny_mlp(dtype=torch.float32)
+    expected = eigenpairs(problem.risk(chunk_size=7))
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = eigenpairs(problem.risk(chunk_size=7))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.eigenvalues, expected.eigenvalues)
+    assert torch.equal(found.eigenvectors, expected.eigenvectors)
+
+
+# -- several inputs ----------------------------------------------------------------------
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, a, b):
+        return torch.tanh(self.first(a)) * self.second(b)
+
+
+class Rows(Dataset):
+    """Samples made by `form(a, b, y)`."""
+
+    def __init__(self, form, parts):
+        self.form, self.parts = form, parts
+
+    def __len__(self):
+        return len(self.parts[0])
+
+    def __getitem__(self, i):
+        return self.form(*(part[i] for part in self.parts))
+
+
+def as_tuple(a, b, y):
+    return (a, b), y
+
+
+def as_list(a, b, y):
+    return [[a, b], y]
+
+
+def as_dict(a, b, y):
+    return {"b": b, "a": a}, y
+
+
+CONTAINERS = {
+    "whole": lambda form, parts: form(*parts),
+    "batches": lambda form, parts: [
+        form(*rows) for rows in zip(*(part.split(5) for part in parts), strict=True)
+    ],
+    "loader": lambda form, parts: DataLoader(Rows(form, parts), batch_size=5),
+    "generator_R25": lambda form, parts: (
+        form(*rows) for rows in zip(*(part.split(4) for part in parts), strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 4])
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("form", [as_tuple, as_list, as_dict])
+def test_several_inputs_come_in_a_tuple_a_list_or_a_dict(form, container, chunk_size):
+    model = filled(TwoInputs().double(), generator(0))
+    parts = a, b, y = vectors(11, 3), vectors(11, 2), vectors(11, 2) ** 2
+    expected = oracle(model, lambda other: ((other(a, b) - y) ** 2).mean())
+    data = CONTAINERS[container](form, parts)
+    with untouched(model):
+        risk = EmpiricalRisk(model, nn.MSELoss(), data, chunk_size=chunk_size)
+    assert risk.num_samples == 11
+    assert_right(risk, *expected)
+    with torch.no_grad():
+        assert_near(risk.outputs(), model(a, b), ROUNDING)
+
+
+# -- closures ----------------------------------------------------------------------------
+
+
+def by_autograd(m, x):
+    x = x.clone().requires_grad_()
+    u = m(x)
+    (du,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (ddu,) = torch.autograd.grad(du.sum(), x, create_graph=True)
+    return ddu
+
+
+def by_transforms(m, x):
+    second = torch.func.jacfwd(torch.func.jacrev(lambda z: m(z)[0]))
+    return torch.func.vmap(second)(x).squeeze(1)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by jacfwd
+@pytest.mark.parametrize("second_derivative", [by_autograd, by_transforms])
+@pytest.mark.parametrize("size", [11, 4])
+def test_a_closure_may_hold_a_differential_equation(second_derivative, size):
+    layers = [nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)]
+    model = filled(nn.Sequential(*layers).double(), generator(0))
+
+    def closure(m, batch):  # u'' = -sin x, u(0) = 0
+        residual = second_derivative(m, batch["x"]) + torch.sin(batch["x"])
+        return (residual**2).mean() + m(torch.zeros(1, 1).double()).square().sum()
+
+    x = torch.linspace(-2, 2, 11).double()[:, None]
+    expected = oracle(model, lambda other: closure(other, {"x": x}))
+    data = [{"x": part} for part in x.split(size)]
+    with untouched(model):
+        risk = EmpiricalRisk(model, closure=closure, data=data)
+    assert risk.num_samples == 11
+    assert_right(risk, *expected)
+
+
+def test_a_closure_may_hold_weight_decay_and_use_the_model_by_its_own_name():
+    problem = softmax_regression()
+    model, (x, y) = problem.model, problem.data
+    risk = EmpiricalRisk(
+        model,
+        closure=lambda _, b: (
+            F.cross_entropy(model(b[0]), b[1]) + 3 * (model.weight**2).sum()
+        ),
+        data=[(x[:20], y[:20]), (x[20:], y[20:])],
+    )
+    decay = 6 * torch.cat([torch.ones(12), torch.zeros(4)]).double()
+    eye = torch.eye(16).double()
+    assert_near(risk.hvp(eye), problem.hessian + torch.diag(decay), 1e-10)
+
+
+# -- data --------------------------------------------------------------------------------
+
+
+def closed(data, model=None):
+    return EmpiricalRisk(
+        model or softmax_regression().model,
+        closure=lambda m, b: F.cross_entropy(m(b["x"]), b["y"]),
+        data=data,
+    )
+
+
+class Samples(Dataset):
+    """Softmax regression's, each look with other noise where asked."""
+
+    def __init__(self, noise=0.0):
+        self.pairs, self.noise = list(zip(*softmax_regression().data, strict=True)), noise
+
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, i):
+        x, y = self.pairs[i]
+        return {"x": x + self.noise * torch.randn(3) if self.noise else x, "y": y}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        samples = Samples()
+        return (samples[i] for i in range(23))
+
+
+LOADERS = {
+    "a generator_R25": lambda: (batch for batch in DataLoader(Samples(), 7)),
+    "an iterator_R25": lambda: iter(DataLoader(Samples(), 7)),
+    "shuffled_R26": lambda: DataLoader(Samples(), 7, shuffle=True),
+    "a stream": lambda: DataLoader(Stream(), 7),
+    "another process": lambda: DataLoader(Samples(), 7, num_workers=1),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_batches_for_a_closure_come_from_any_loader(name):
+    problem, loader = softmax_regression(), LOADERS[name]()
+    generators = random_states()
+    risk = closed(loader, problem.model)
+    assert_states(generators, random_states())
+    assert risk.num_samples == 23
+    assert_near(risk.hvp(torch.eye(16)), problem.hessian, 1e-10)
+
+
+def test_an_augmenting_loader_for_a_closure_is_read_once_R26():
+    loader = DataLoader(Samples(noise=0.5), 7, shuffle=True)
+    risk, other = closed(loader), closed(loader)
+    v = directions(1, 16)[0]
+    assert torch.equal(risk.hvp(v), risk.hvp(v))
+    assert risk.value() == risk.value() == risk.value_and_gradient()[0]
+    assert risk.value() != softmax_regression().risk().value()
+    assert other.num_samples == 23
+
+
+@pytest.mark.parametrize("kind", ["pairs", "closure"])
+def test_what_drop_last_leaves_out_is_not_in_the_mean_R26(kind):
+    problem = softmax_regression()
+    x, y = problem.data
+    expected = EmpiricalRisk(problem.model, problem.loss, (x[:20], y[:20]))
+    if kind == "closure":
+        risk = closed(DataLoader(Samples(), 5, drop_last=True))
+    else:
+        loader = DataLoader(Rows(lambda *pair: pair, (x, y)), 5, drop_last=True)
+        risk = EmpiricalRisk(problem.model, problem.loss, loader)
+    v = directions(1, 16)[0]
+    assert risk.num_samples == risk.num_terms == 20
+    assert risk.value() == pytest.approx(expected.value(), rel=ROUNDING)
+    assert_near(risk.hvp(v), expected.hvp(v), ROUNDING)
+
+
+def test_a_loader_shuffles_on_as_if_it_had_not_been_read_R22():
+    draw, other = generator(3), generator(3)
+    loader = DataLoader(Samples(), 7, shuffle=True, generator=draw)
+    closed(loader)
+    assert torch.equal(draw.get_state(), other.get_state())
+
+
+# -- models that change themselves -------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Its output depends on how often it was called and on the largest input so far."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.linear, self.in_place = linear().double(), in_place
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("largest", torch.ones(4).double(), persistent=False)
+
+    def forward(self, x):
+        largest = torch.maximum(self.largest, x.max(0).values)
+        if self.in_place:
+            self.calls.add_(1)
+            self.largest.copy_(largest)
+        else:
+            self.calls, self.largest = self.calls + 1, largest
+        return torch.tanh(self.linear(x)) * self.calls / self.largest
+
+
+@pytest.mark.parametrize("chunk_size", [2, 5])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_that_counts_its_calls_is_one_function_and_keeps_its_count(
+    in_place, chunk_size
+):
+    model, (x, y) = Counting(in_place), (vectors(), vectors())
+    first_call = Applied(
+        lambda m, x: torch.tanh(m.linear(x)) / x.max(0).values.clamp(min=1),
+        linear=copy.deepcopy(model.linear),
+    )
+    risks = []
+    with untouched(model):
+        for network in (model, first_call):
+            risks.append(
+                EmpiricalRisk(network, nn.MSELoss(), (x, y), chunk_size=chunk_size)
+            )
+        for _ in range(2):
+            assert_same_risk(*risks)
+
+
+NORMED = {
+    "spectral_norm": parametrizations.spectral_norm,
+    "spectral_norm by hook": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NORMED)
+def test_a_spectral_norm_keeps_its_vectors_and_its_weight(name, training):
+    layers = nn.Sequential(NORMED[name](linear()), nn.Tanh(), linear())
+    risk = assert_network_is_right(layers, vectors(), training=training)
+    model = risk.model
+    with untouched(model):
+        risk.value(risk.theta + 1)
+        risk.gradient(risk.theta + 1)
+
+
+# -- models that cannot be measured ------------------------------------------------------
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 4, dtype=torch.complex128))
+
+    def forward(self, x):
+        return (x.to(self.weight.dtype) @ self.weight).abs()
+
+
+def meta_part():
+    return nn.Sequential(nn.Linear(3, 3).double(), nn.Linear(3, 4, device="meta"))
+
+
+REFUSED = {
+    "lazy": (lambda: nn.LazyLinear(4), "initiali[sz]ed"),
+    "lazy part": (
+        lambda: nn.Sequential(nn.Linear(3, 3).double(), nn.LazyLinear(4)),
+        "initiali[sz]ed",
+    ),
+    "lazy buffers": (
+        lambda: nn.Sequential(linear().double(), nn.LazyBatchNorm1d(affine=False)),
+        "initiali[sz]ed",
+    ),
+    "meta": (lambda: nn.Linear(3, 4, device="meta"), "meta"),
+    "meta part": (meta_part, "meta"),
+    "complex": (Complex, "complex"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_cannot_be_measured_is_refused_in_one_line(name):
+    build, what = REFUSED[name]
+    data = vectors(5, 3), vectors(5, 4)
+    with pytest.raises((TypeError, ValueError), match=f"`model` must .*{what}") as caught:
+        EmpiricalRisk(build(), nn.MSELoss(), data)
+    assert "\n" not in str(caught.value)
+
+
+SEVERAL_OUTPUTS = {
+    "tuple": (lambda m, x: (m.layer(x), x), lambda o, y: F.mse_loss(o[0], y)),
+    "dict": (lambda m, x: {"z": m.layer(x)}, lambda o, y: F.mse_loss(o["z"], y)),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL_OUTPUTS)
+def test_a_loss_of_several_outputs_is_told_to_say_its_terms(name):
+    forward, loss = SEVERAL_OUTPUTS[name]
+    model, data = Applied(forward, layer=linear().double()), (vectors(), vectors())
+    with pytest.raises((TypeError, ValueError), match="`terms=`") as caught:
+        EmpiricalRisk(model, loss, data)
+    assert "\n" not in str(caught.value)
+    risk = EmpiricalRisk(model, loss, data, terms=len)
+    with pytest.raises(TypeError, match=r"`(model|outputs)` must"):
+        risk.outputs()
+
+
+def test_sparse_gradients_of_an_embedding_are_measured():
+    y = vectors(5, 3, 4)
+    risks = []
+    for sparse in (True, False):
+        layers = [nn.Embedding(5, 4, sparse=sparse), nn.Tanh(), linear()]
+        model = filled(nn.Sequential(*layers).double(), generator(0))
+        risks.append(EmpiricalRisk(model, nn.MSELoss(), (tokens(), y)))
+    v = directions(1, risks[0].n)[0]
+    assert_near(*(risk.gradient() for risk in risks), ROUNDING)
+    assert_near(*(risk.hvp(v) for risk in risks), 1e-5)

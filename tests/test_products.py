@@ -180,7 +180,7 @@ def by_definition(name):
     a = torch.ones_like(each(z, y)) if counts is None else counts.to(z)
     a = (a / a.sum()).flatten()
     jacobian = torch.func.jacrev(outputs)(theta, x).reshape(-1, 44)
-    inner = torch.func.hessian(lambda z: (a * each(z, y).flatten()).sum())(z)
+    inner = hessian_of(lambda z: (a * each(z, y).flatten()).sum())(z)
     g = torch.func.jacrev(lambda theta: each(outputs(theta, x), y).flatten())(theta)
     centred = g - a @ g
     return {
@@ -440,7 +440,7 @@ def test_gauss_newton_goes_through_the_statistics_of_a_batch():
     expected = 0
     for a, b in ((x[:12], y[:12]), (x[12:], y[12:])):
         jacobian = torch.func.jacrev(z)(theta, a).reshape(-1, risk.n)
-        inner = torch.func.hessian(lambda z, b=b: hard(z, b).sum() / 23)(z(theta, a))
+        inner = hessian_of(lambda z, b=b: hard(z, b).sum() / 23)(z(theta, a))
         size = 2 * [4 * len(a)]
         expected = expected + jacobian.T @ inner.reshape(size) @ jacobian
     assert_near(dense(risk, "gauss_newton"), expected, EXACT)
@@ -496,7 +496,7 @@ def in_place_matrices():
 
     z = in_place_outputs(theta, x)
     jacobian = torch.func.jacrev(in_place_outputs)(theta, x).reshape(-1, 44)
-    inner = torch.func.hessian(lambda z: a @ hard(z, y))(z).reshape(92, 92)
+    inner = hessian_of(lambda z: a @ hard(z, y))(z).reshape(92, 92)
     g = torch.func.jacrev(each)(theta)
     return {
         "hessian": hessian_of(lambda theta: a @ each(theta))(theta),
@@ -553,7 +553,7 @@ def test_200_compiled_products_leave_nothing_behind_R31(in_place):
 
 @pytest.fixture
 def compilations(monkeypatch):
-    """Runs of what `torch.compile` compiled, by a compiler that warns and changes nothing."""
+    """Every run of what was compiled, by a compiler that warns and changes nothing."""
     runs, compile_ = [], torch.compile
 
     def backend(graph, _):
@@ -817,7 +817,7 @@ def applied(function, **settings):
 
 
 def relative_errors(risk, hessian):
-    """Of products, relative to the norm of the Hessian, along random directions and its top."""
+    """Of products along random directions and the top, relative to the Hessian's norm."""
     top = torch.linalg.eigh(hessian).eigenvectors[:, -1:].T
     v = torch.cat([F.normalize(directions(5, len(hessian))), top])
     apart = risk.hvp(v.to(risk.dtype)).double() - v @ hessian
@@ -837,7 +837,6 @@ def test_differences_know_how_far_off_they_are(dtype, seed):
     hessian = hessian_of(mlp_by_hand(model.double(), x.double(), y))(flat(model))
     errors = relative_errors(risk, hessian)
     assert (found.engine, found.reason) == ("differences", "asked for")
-    assert errors.max() / 100 <= found.relative_error / 100 <= errors.max()
     assert 0.1 * errors.max() <= found.relative_error <= 100 * errors.max()
     assert found.relative_error < torch.finfo(dtype).eps ** 0.4
 
@@ -949,13 +948,13 @@ UNCUT = {
 }
 
 
-@pytest.mark.parametrize("method", ["value", "gradient", "prepare"])
+@pytest.mark.parametrize("method", ["value", "gradient", "hvp"])
 @pytest.mark.parametrize("name", UNCUT)
 def test_what_cannot_be_cut_is_refused_in_one_line(name, method):
     build, message = UNCUT[name]
     risk = build()
     with pytest.raises(MemoryError, match=message + ".*Tried to allocate 2 GiB") as caught:
-        getattr(risk, method)()
+        getattr(risk, method)(*[risk.theta] * (method == "hvp"))
     assert "\n" not in str(caught.value)
 
 
@@ -979,7 +978,7 @@ def convolutions():
 def test_the_predicted_peak_is_that_of_a_product(monkeypatch, build, matrix, share):
     def risk():
         model, x = build()
-        return EmpiricalRisk(model, CE, (x, torch.arange(1000) % 10), chunk_size=125)
+        return EmpiricalRisk(model, CE, (x, torch.arange(1000) % 10), chunk_size=250)
 
     everything = risk().prepare(matrix=matrix).predicted_bytes
     monkeypatch.setattr(memory, "budget_bytes", lambda _: int(2 * share * everything))
