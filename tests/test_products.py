@@ -27,13 +27,13 @@ from problems import (
 )
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from sharpness import EmpiricalRisk
 from sharpness.risk import memory, plan
 
 EXACT = 1e-10  # against another formula, in float64
 ROUNDING = 1e-12  # the same sum in another order, in float64
-CHUNKS = [1, 4, 11]  # of 11 samples: the last of 4 is uneven
 PER_CASE = ["empirical_fisher", "sampled_fisher", "gradient_covariance"]
 MATRICES = ["gauss_newton", *PER_CASE]
 WEIGHT = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
@@ -138,10 +138,12 @@ FAMILIES = {
         lambda z, y: ((z - y) ** 4).sum(-1),
     ),
 }
-REDUCTIONS = [
-    (name, reduction)
+CUTS = [("mean", 1), ("mean", 4), ("sum", 4), ("none", 11)]
+EVERY = [
+    (name, *cut)
     for name, family in FAMILIES.items()
-    for reduction in (["mean", "sum", "none"] if family.keywords is not None else ["own"])
+    for cut in CUTS
+    if family.keywords is not None or cut[0] == "mean"  # a callable has its own reduction
 ]
 
 
@@ -196,8 +198,7 @@ def gauss_newton_by_definition(name):
     return 0 * dense if "nll" in name else dense
 
 
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize(("name", "reduction"), REDUCTIONS)
+@pytest.mark.parametrize(("name", "reduction", "chunk_size"), EVERY)
 def test_gauss_newton_is_the_curvature_of_the_loss_between_two_jacobians(
     name, reduction, chunk_size
 ):
@@ -210,14 +211,11 @@ def test_gauss_newton_is_the_curvature_of_the_loss_between_two_jacobians(
         assert_near(product, expected, EXACT)
 
 
-@pytest.mark.parametrize("matrix", ["empirical_fisher", "gradient_covariance"])
-@pytest.mark.parametrize("chunk_size", CHUNKS)
-@pytest.mark.parametrize(("name", "reduction"), REDUCTIONS)
-def test_every_case_adds_the_outer_product_of_its_gradient(
-    name, reduction, chunk_size, matrix
-):
+@pytest.mark.parametrize(("name", "reduction", "chunk_size"), EVERY)
+def test_every_case_adds_the_outer_product_of_its_gradient(name, reduction, chunk_size):
     risk, v = risk_of(name, reduction, chunk_size=chunk_size), directions(3, 44)
-    assert_near(risk.product(v, matrix), v @ by_definition(name)[matrix], EXACT)
+    for matrix in ("empirical_fisher", "gradient_covariance"):
+        assert_near(risk.product(v, matrix), v @ by_definition(name)[matrix], EXACT)
 
 
 @pytest.mark.parametrize("problem", [linear_regression(), softmax_regression()])
@@ -267,9 +265,9 @@ def test_rows_of_uneven_length_weigh_what_they_hold(chunk_size):
 
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_a_block_is_its_rows_one_by_one(matrix):
-    risk, v = risk_of("weight 0" if matrix == "gauss_newton" else "tokens"), None
-    v = directions(9, risk.n)
+    risk, v = risk_of("tokens"), directions(9, 44)
     block = risk.product(v, matrix)
+    assert risk.prepare(matrix=matrix).directions_at_once > 1
     assert_near(block, torch.stack([risk.product(row, matrix) for row in v]), ROUNDING)
     assert risk.product(v[:0], matrix).shape == (0, risk.n)
 
@@ -285,20 +283,20 @@ def test_scipy_multiplies_with_each_matrix(matrix):
 
 # -- targets that are drawn --------------------------------------------------------------
 
-DRAWN = ["class", "ignored", "masked tokens", "soft tokens", "nll", "mse", "bce"]
+DRAWN = ["ignored", "masked tokens", "soft", "nll", "mse", "bce"]
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_sampled_fisher_is_gauss_newton_on_average(name):
-    seeds, repeat, v = 30, 20, directions(4, 44)
+    seeds, repeat, v = 12, 50, directions(4, 44)
     drawn = [
         (risk_of(name, repeat=repeat, seed=s).product(v, "sampled_fisher") * v).sum(1)
         for s in range(seeds)
     ]
     mean, error = torch.stack(drawn).mean(0), torch.stack(drawn).std(0) / seeds**0.5
     expected = (v @ by_definition(name)["gauss_newton"] * v).sum(1)
-    assert (error < 0.03 * expected).all()
-    assert ((mean - expected).abs() <= 4 * error).all()
+    assert (error < 0.05 * expected).all()
+    assert ((mean - expected).abs() <= 5 * error).all()
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -328,14 +326,8 @@ class Named(nn.Module):
 
 
 def loss_risk(loss):
-    real = (
-        isinstance(loss, nn.BCEWithLogitsLoss | nn.L1Loss)
-        or callable(loss)
-        and not (isinstance(loss, nn.Module))
-    )
-    return EmpiricalRisk(
-        softmax_regression().model, loss, (inputs("mse"), reals(11, 4) if real else Y)
-    )
+    y = Y if isinstance(loss, nn.CrossEntropyLoss) else reals(11, 4)
+    return EmpiricalRisk(softmax_regression().model, loss, (inputs("mse"), y))
 
 
 def closure_risk(**settings):
@@ -531,7 +523,7 @@ def test_compiled_products_of_a_network_that_writes_in_place_repeat(in_place):
     risk, v = in_place["compiled"], directions(2, 44)
     theta, first = risk.theta.clone(), risk.hvp(v)
     assert torch.equal(risk.hvp(v), first)
-    assert torch.equal(risk.hvp(v[0]), first[0])
+    assert_near(risk.hvp(v[0]), first[0], ROUNDING)
     assert torch.equal(risk.theta, theta)
 
 
@@ -569,7 +561,7 @@ def compilations(monkeypatch):
     return runs
 
 
-def test_what_was_compiled_is_what_multiplies_R31(compilations):
+def test_what_was_compiled_is_what_multiplies(compilations):
     problem = tiny_mlp(num_samples=24)
     risk, v = problem.risk(chunk_size=8, engine="compiled"), directions(1, 44)[0]
     assert risk.prepare().engine == "compiled", risk.prepare().reason
@@ -581,21 +573,20 @@ def test_what_was_compiled_is_what_multiplies_R31(compilations):
 
 
 @pytest.mark.parametrize("budget", [1, 1 << 40])
-@pytest.mark.parametrize("chunk_size", [1, 5, 7, 23])
-def test_traced_products_are_those_of_the_kept_graph(monkeypatch, chunk_size, budget):
+def test_traced_products_are_those_of_the_kept_graph(monkeypatch, budget):
     monkeypatch.setattr(torch, "compile", uncompiled)
     monkeypatch.setattr(memory, "budget_bytes", lambda _: budget)
     problem, v = tiny_mlp(batchnorm=True), directions(2, 54)
     kept, traced = (
-        problem.risk(chunk_size=chunk_size, engine=e) for e in ("kept_graph", "compiled")
+        problem.risk(chunk_size=7, engine=e) for e in ("kept_graph", "compiled")
     )
-    for matrix in ("hessian", *MATRICES):
-        expected = kept.product(v, matrix)
-        assert_near(traced.product(v, matrix), expected, ROUNDING)
-        assert_near(traced.product(v, matrix), expected, ROUNDING)
+    for matrix in ("hessian", "sampled_fisher"):
         found = traced.prepare(matrix=matrix)
         assert found.engine == "compiled"
-        assert (found.num_kept == 1) == (budget == 1 or chunk_size == 23)
+        assert found.num_kept == (1 if budget == 1 else 3)
+        expected = kept.product(v, matrix)
+        for _ in range(2):
+            assert_near(traced.product(v, matrix), expected, ROUNDING)
 
 
 def by_index(outputs, y):
@@ -851,6 +842,25 @@ def test_without_a_second_derivative_products_are_differences_and_the_plan_says_
     assert torch.equal(risk.hvp(0 * risk.theta), 0 * risk.theta)
 
 
+class Recomputing(Applied):
+    def forward(self, x):
+        def body(x):
+            return self.function(self.first(x))
+
+        return self.last(checkpoint(body, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("engine", ["kept_graph", "differences"])
+def test_layers_that_are_computed_again_are_computed_at_theta(engine):
+    problem, model = tiny_mlp(), Recomputing(torch.tanh)
+    risk = EmpiricalRisk(model, CE, problem.data, chunk_size=7, engine=engine)
+    nn.init.zeros_(model.first.weight)  # theta stays where it was
+    product = hessian_of(problem.f)(problem.theta) @ risk.theta
+    gradient = torch.func.grad(problem.f)(problem.theta + 0.1)
+    assert_near(risk.gradient(risk.theta + 0.1), gradient, EXACT)
+    assert_near(risk.hvp(risk.theta), product, 1e-6)
+
+
 @pytest.mark.parametrize("engine", ["kept_graph", "compiled"])
 def test_an_exact_engine_that_was_asked_for_is_not_replaced_by_differences(engine):
     with pytest.raises((RuntimeError, NotImplementedError), match="once_differentiable"):
@@ -973,7 +983,7 @@ def convolutions():
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 1e-6])  # all graphs, some, one
-@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "empirical_fisher"])
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("build", [dense_layers, convolutions])
 def test_the_predicted_peak_is_that_of_a_product(monkeypatch, build, matrix, share):
     def risk():
@@ -988,3 +998,98 @@ def test_the_predicted_peak_is_that_of_a_product(monkeypatch, build, matrix, sha
     found = fresh.prepare(matrix=matrix)
     assert found.directions_at_once == 1
     assert found.predicted_bytes == pytest.approx(counted, rel=0.2)
+
+
+GROWTH = """
+import torch
+from sharpness import EmpiricalRisk
+from sharpness.lab.networks import f1
+
+def resident(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+
+def risk(num_samples):
+    data = torch.randn(num_samples, 784), torch.arange(num_samples) % 10
+    return EmpiricalRisk(model, torch.nn.CrossEntropyLoss(), data, chunk_size=512)
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = f1()
+risk(32).hvp(torch.ones(1_462_794))  # what PyTorch loads once
+whole = risk(2048)
+predicted, before = whole.prepare().predicted_bytes, resident("VmRSS")
+whole.hvp(whole.theta)
+print(predicted, resident("VmHWM") - before)
+"""
+
+
+# With a heap, freed memory between what is kept stays with the process.
+ALLOCATORS = {"as it comes": {}, "without a heap": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+
+
+@pytest.fixture(scope="module")
+def growths():
+    """Predicted and actual bytes, in a process of its own for every allocator."""
+    command = [sys.executable, "-c", GROWTH]
+    running = {
+        name: subprocess.Popen(command, env=os.environ | how, stdout=subprocess.PIPE)
+        for name, how in ALLOCATORS.items()
+    }
+    return {name: process.communicate()[0].split() for name, process in running.items()}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_the_predicted_peak_is_what_the_process_grows_by(growths, allocator):
+    predicted, growth = map(int, growths[allocator])
+    assert predicted > 100e6
+    assert predicted == pytest.approx(growth, rel=0.2)
+
+
+# -- several directions at once ----------------------------------------------------------
+
+
+class Times(torch.autograd.Function):
+    """A product without a rule for several directions."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, slope):
+        a, b = ctx.saved_tensors
+        return slope * b, slope * a
+
+
+class SingleTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        return Times.apply(slope, 1 - x.tanh() ** 2)
+
+
+@pytest.mark.parametrize(
+    ("function", "several"), [(torch.tanh, True), (SingleTanh.apply, False)]
+)
+@pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "empirical_fisher"])
+def test_blocks_go_at_once_where_every_operation_can(function, several, matrix):
+    risk, plain = applied(function, chunk_size=7), tiny_mlp().risk()
+    v = directions(11, 44)
+    found = risk.prepare(matrix=matrix)
+    assert found.engine == "kept_graph"
+    assert (found.directions_at_once > 1) is several
+    one_by_one = torch.stack([plain.product(row, matrix) for row in v])
+    assert_near(risk.product(v, matrix), one_by_one, ROUNDING)
+
+
+def test_directions_of_a_large_network_go_one_by_one():
+    problem = tiny_mlp(num_samples=100_000)
+    assert problem.risk(chunk_size=100_000).prepare().directions_at_once == 1

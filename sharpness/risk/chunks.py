@@ -213,7 +213,12 @@ class ChunkedMean:
             return lambda: apply(ones)
 
         with evaluation(objective.model, self._batchnorm):
-            return memory.footprint(build)
+            if not memory.nests_transforms(build):
+                return memory.footprint(build)
+            with torch.enable_grad():
+                value = self.mean(objective.reduced(leaves, batch), batch)
+                held = memory.saved_bytes(gradients(value, leaves, create_graph=True))
+            return Footprint(held, 2 * held)  # the peak is a guess
 
     # -- matrices ----------------------------------------------------------------------
 

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from sharpness.risk.cases import Cases
+from sharpness.risk.memory import graph_nodes
 from sharpness.risk.objective import Objective, gradients
 
 Matrix = Literal[
@@ -142,23 +142,12 @@ def _check_differentiable(slopes: Sequence[Tensor], value: Tensor) -> None:
     Autograd puts an error node there, which `torch.autograd.grad` never visits, since no
     parameter lies behind it: the second derivative would lack a part without a word.
     """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(slopes)):
+    if any(node.name() == "torch::autograd::Error" for node in graph_nodes(slopes)):
         custom = {
             type(node).__name__.removesuffix("Backward")
-            for node in _nodes([value])
+            for node in graph_nodes([value])
             if isinstance(node, torch.autograd.function.BackwardCFunction)
         }
         raise NotImplementedError(
             f"a function that is marked once_differentiable ({', '.join(sorted(custom))})"
         )
-
-
-def _nodes(values: Sequence[Tensor]) -> set[Node]:
-    found: set[Node] = set()
-    waiting = [value.grad_fn for value in values]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [parent for parent, _ in node.next_functions]
-    return found

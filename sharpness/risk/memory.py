@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,6 +57,45 @@ def footprint(build: Callable[[], Callable[[], Any]]) -> Footprint:
     peak = storages.peak
     del result, work
     return Footprint(max(1, held), max(1, peak))
+
+
+def nests_transforms(build: Callable[[], Any]) -> bool:
+    """Whether the graph comes from `torch.func.grad` and the like, used inside.
+
+    Going back through such a graph (forward over reverse mode) under a dispatch mode ends
+    the process in PyTorch 2.13. The transforms forbid hooks on saved tensors, which
+    tells them apart.
+    """
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            build()
+    except RuntimeError as error:
+        return "saved tensor hooks" in str(error)
+    return False
+
+
+def saved_bytes(values: Iterable[Tensor]) -> int:
+    """Bytes of what the graphs that lead to these values have saved."""
+    sizes = {}
+    for node in graph_nodes(values):
+        for name in dir(node):
+            saved = getattr(node, name, None) if name.startswith("_saved_") else None
+            for tensor in tree_leaves(saved):
+                if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                    sizes[id(tensor)] = tensor.nbytes
+    return max(1, sum(sizes.values()))
+
+
+def graph_nodes(values: Iterable[Tensor]) -> set[Node]:
+    """All nodes of the graphs that lead to these values."""
+    found: set[Node] = set()
+    waiting = [value.grad_fn for value in values]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return found
 
 
 class _Storages(TorchDispatchMode):

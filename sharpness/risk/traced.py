@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sharpness.risk.kept_graph import ChunkedSum, KeptGraph
+from sharpness.risk.memory import nests_transforms
 
 
 class UnsuitableError(RuntimeError):
@@ -113,6 +114,8 @@ def traced(work: ChunkedSum, chunk: int) -> fx.GraphModule:
     leaves = [leaf.detach() for leaf in work.leaves]
     arguments = (leaves, [torch.ones_like(x) for x in leaves], _tensors_of(parts))
     with work.evaluating():
+        if nests_transforms(lambda: work.linearise(work.leaves, work.batches[chunk])):
+            raise UnsuitableError("it uses the transforms of torch.func inside")
         graph: fx.GraphModule = make_fx(product)(*arguments)
     if any(_writes(node) for node in graph.graph.nodes):
         flat = [tensor for group in arguments for tensor in group]
