@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,19 @@ class Cases:
         return weight.to(targets.device)[targets * kept] * kept
 
 
+_IGNORED = -100  # no class, unlike what a loss may ignore
+
+
+def loss_of_sampled(loss: Any) -> Any:
+    """The loss for sampled targets: a class that the loss ignores may be drawn too."""
+    reduction = terms.keyword(loss, "reduction", "mean")
+    if terms.is_any(loss, nn.NLLLoss, F.nll_loss):
+        return partial(F.nll_loss, reduction=reduction)
+    if terms.is_class_loss(loss):
+        return partial(F.cross_entropy, reduction=reduction)
+    return loss
+
+
 def sampled_targets(
     loss: Any, pairs: Iterable[tuple[Tensor, Tensor]], seed: int
 ) -> Iterator[Tensor]:
@@ -80,7 +94,7 @@ def _drawn(loss: Any, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tens
         if targets.is_floating_point():
             return drawn
         ignored: int = terms.keyword(loss, "ignore_index", -100)
-        return torch.where(targets == ignored, targets, drawn)
+        return torch.where(targets == ignored, _IGNORED, drawn)
     if _is_squared(loss):
         noise: Tensor = torch.special.ndtri(uniform)
         return outputs + noise.mul(0.5**0.5).to(outputs.dtype)
@@ -97,7 +111,8 @@ def _check_distribution(loss: Any) -> None:
     changed = [
         name
         for name in ("weight", "pos_weight", "label_smoothing")
-        if terms.keyword(loss, name) not in (None, 0)
+        if isinstance(terms.keyword(loss, name, 0), Tensor)
+        or terms.keyword(loss, name) not in (None, 0)
     ]
     if not known or changed:
         what = changed[0] + " set" if changed else type(loss).__name__

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpness.risk import batches, linearised, memory
-from sharpness.risk.cases import Cases, sampled_targets
+from sharpness.risk.cases import Cases, loss_of_sampled, sampled_targets
 from sharpness.risk.kept_graph import ChunkedSum
 from sharpness.risk.linearised import Linearise
 from sharpness.risk.memory import Footprint
@@ -61,7 +61,8 @@ class ChunkedMean:
         by_parts = batchnorm == "batch" and not self._closed
         if by_parts:
             given = self._batchnorm_parts(given, batchnorm_batch)
-        self._terms = self._find_terms(given[0], terms)
+        most = chunk_size if isinstance(chunk_size, int) else _PROBE
+        self._terms = self._find_terms(given[0], terms, most)
         self.budget = memory.budget_bytes(objective.device)
         self.chunk_size: int | None = None
         if by_parts:
@@ -93,7 +94,7 @@ class ChunkedMean:
         leaves = self._objective.leaves(self._objective.theta)
         parts = [chunk.batch for chunk in self.counted]
         if matrix == "sampled_fisher":
-            parts = self._with_sampled_targets(parts, leaves, seed)
+            parts = self._with_sampled_targets(leaves, seed)
         weights = [self._weight(chunk) for chunk in self.counted]
         evaluating = partial(evaluation, self._objective.model, self._batchnorm)
         return ChunkedSum(linearise, leaves, parts, weights, evaluating)
@@ -118,7 +119,8 @@ class ChunkedMean:
                 BatchNorm's statistics, or a closure's batches.
         """
         if not self.chunk_size or self.chunk_size == 1:
-            what = "batchnorm_batch" if self._batchnorm == "batch" else "data"
+            by_parts = self._batchnorm == "batch" and not self._closed
+            what = "batchnorm_batch" if by_parts else "data"
             raise MemoryError(
                 f"`{what}` must come in parts that fit the memory; got up to "
                 f"{max(int(num_rows(c.batch)) for c in self.all)} samples evaluated at "
@@ -151,13 +153,15 @@ class ChunkedMean:
         """What terms are counted in: the targets, or all that a closure gets."""
         return batch if self._closed else batch[1]
 
-    def _find_terms(self, first: Any, terms: Callable[[Any], float] | None) -> LossTerms:
+    def _find_terms(
+        self, first: Any, terms: Callable[[Any], float] | None, most: int
+    ) -> LossTerms:
         objective, loss = self._objective, self._objective.loss
         if terms is not None:
             return LossTerms(asked_reduction(loss) or "mean", terms, num_rows)
         if loss is None:
             return LossTerms("mean", num_rows, num_rows)
-        batch = batches.rows(first, 0, _PROBE)
+        batch = batches.rows(first, 0, min(_PROBE, most))
         with evaluation(objective.model, self._batchnorm), torch.no_grad():
             outputs = objective.outputs(objective.pieces(objective.theta), batch)
         return loss_terms(loss, outputs, batch[1])
@@ -238,13 +242,17 @@ class ChunkedMean:
                 f"`batchnorm` must be 'running' for matrix={matrix!r}; got 'batch' (a "
                 "sample has no gradient of its own there)."
             )
-        cases = Cases(objective.loss, elementwise=matrix == "sampled_fisher")
+        if matrix == "sampled_fisher":
+            cases = Cases(loss_of_sampled(objective.loss), elementwise=True)
+        else:
+            cases = Cases(objective.loss)
         return linearised.fisher(objective, self.mean, cases)
 
-    def _with_sampled_targets(
-        self, parts: Sequence[Any], leaves: Sequence[Tensor], seed: int
-    ) -> list[Any]:
-        with evaluation(self._objective.model, self._batchnorm), torch.no_grad():
-            pairs = ((self._objective.outputs(leaves, part), part[1]) for part in parts)
-            drawn = sampled_targets(self._objective.loss, pairs, seed)
-            return [(part[0], y) for part, y in zip(parts, drawn, strict=True)]
+    def _with_sampled_targets(self, leaves: Sequence[Tensor], seed: int) -> list[Any]:
+        # Chunks without a counted term draw too: a seed means the same in any chunks.
+        objective, parts = self._objective, [chunk.batch for chunk in self.all]
+        with evaluation(objective.model, self._batchnorm), torch.no_grad():
+            pairs = ((objective.outputs(leaves, part), part[1]) for part in parts)
+            drawn = list(sampled_targets(objective.loss, pairs, seed))
+        sampled = zip(self.all, parts, drawn, strict=True)
+        return [(part[0], y) for chunk, part, y in sampled if chunk.count]

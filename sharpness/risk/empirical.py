@@ -177,7 +177,8 @@ class EmpiricalRisk:
 
     def settings(self) -> dict[str, Any]:
         """Plain values that say how f is defined and computed, for a record."""
-        plans = [products.plan for products in self._products.values()]
+        known = sorted(self._products, key=lambda matrix: matrix != "hessian")
+        plans = [self._products[matrix].plan for matrix in known]
         has_batchnorm = bool(batchnorm_layers(self.model))
         return {
             "num_samples": self.num_samples,
@@ -327,9 +328,13 @@ class EmpiricalRisk:
         """
         self._refuse_closure("outputs")
         leaves = self._pieces(theta)
-        with self._evaluating(theta), torch.no_grad():
-            parts = [self._objective.outputs(leaves, c.batch) for c in self._mean.all]
-        return torch.cat(parts)
+
+        def evaluate() -> Tensor:
+            with self._evaluating(theta), torch.no_grad():
+                parts = [self._objective.outputs(leaves, c.batch) for c in self._mean.all]
+            return torch.cat(parts)
+
+        return self._fitting(evaluate)
 
     def accuracy(self, theta: Tensor | None = None) -> float:
         """Share of samples whose largest output is their class, in [0, 1]."""
@@ -383,8 +388,6 @@ class EmpiricalRisk:
             raise ValueError(
                 f"`matrix` must be one of {', '.join(MATRICES)}; got {matrix!r}."
             )
-        if matrix == "gradient_covariance":
-            matrix = "empirical_fisher"
         if matrix not in self._products:
             self._products[matrix] = Products(self._task(matrix), num_products)
         return self._products[matrix]

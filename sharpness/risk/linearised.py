@@ -70,13 +70,16 @@ def gauss_newton(objective: Objective, mean: Mean) -> Linearise:
 
 
 def fisher(objective: Objective, mean: Mean, cases: Cases) -> Linearise:
-    """Outer products of the cases' gradients: J^T S S^T J, S_c = dl_c/dz."""
+    """Outer products of the cases' gradients: J^T S S^T J, S_c = dl_c/dz.
+
+    The loss is that of the cases: sampled targets may have another than given ones.
+    """
 
     def linearise(leaves: Sequence[Tensor], batch: Any) -> Apply:
         pushforward, outputs = _pushforward(objective, leaves, batch)
         with torch.enable_grad():
             at = outputs.detach().requires_grad_()
-            value = mean(objective.loss_of(leaves, batch, at), batch)
+            value = mean(objective.loss_of(leaves, batch, at, cases.loss), batch)
             (slope,) = gradients(value, [at])  # a_c dl_c/dz
         weight, dims = cases.weights(at.detach(), batch[1]), cases.dims(outputs)
         scaled = torch.where(weight > 0, slope / weight, torch.zeros_like(slope))

@@ -73,9 +73,14 @@ class Objective:
         """What the model returns for the inputs of a pair."""
         return self._call(leaves, batch, outputs_only=True)
 
-    def loss_of(self, leaves: Sequence[Tensor], batch: Any, outputs: Tensor) -> Tensor:
-        """The loss of outputs that are already there."""
-        return self._call(leaves, batch, outputs=outputs)
+    def loss_of(
+        self, leaves: Sequence[Tensor], batch: Any, outputs: Tensor, loss: Any = None
+    ) -> Tensor:
+        """The loss, or another one, of outputs that are already there."""
+        if loss is None or loss is self.loss:
+            return self._call(leaves, batch, outputs=outputs)
+        value: Tensor = loss(outputs, batch[1])
+        return value
 
     def estimated_statistics(
         self, leaves: Sequence[Tensor], parts: Sequence[Any]

@@ -61,7 +61,7 @@ class Products:
             if task.asked != "auto" or isinstance(error, torch.OutOfMemoryError):
                 raise
             task.gradient(task.theta)  # fails likewise if the trouble is another
-            self._use_differences(f"no second derivative: {_first_line(error)}")
+            self._use_differences(f"no second derivative: {_in_short(error)}")
             return
         if task.asked == "compiled":
             self._use_compiled("asked for")
@@ -106,7 +106,7 @@ class Products:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # tracers and compilers fail in many ways
-            self._use_kept_graph(f"compiling stepped aside: {_first_line(error)}")
+            self._use_kept_graph(f"compiling stepped aside: {_in_short(error)}")
             self._task = replace(self._task, asked="kept_graph")  # and is not tried again
             return
         self._engine = engine
@@ -158,7 +158,7 @@ class Products:
         )
 
 
-def _first_line(error: Exception) -> str:
+def _in_short(error: Exception) -> str:
     kind = "" if isinstance(error, UnsuitableError) else f"{type(error).__name__}: "
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return (kind + (lines[0] if lines else "")).strip()[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (kind + " ".join(lines[:2])).strip()[:200]

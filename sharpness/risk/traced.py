@@ -8,6 +8,7 @@ which `torch.compile` fuses. What crosses from one to the other is kept.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,7 +86,9 @@ class Traced:
         leaves = self._work.leaves
         draw = torch.Generator().manual_seed(0)
         pieces = [torch.randn(x.shape, generator=draw).to(x) for x in leaves]
-        mine = self._tangent(*pieces, *self._kept[i])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # compilers warn of themselves
+            mine = self._tangent(*pieces, *self._kept[i])
         other = self._work.linearised(i)(pieces)
         apart = sum(
             float((a - b).double().norm() ** 2) for a, b in zip(mine, other, strict=True)
@@ -122,10 +125,25 @@ def traced(work: ChunkedSum, chunk: int) -> fx.GraphModule:
         graph = make_fx(functionalize(_of_flat(graph, arguments), remove="mutations"))(
             *flat
         )
+    if any(torch.Tag.dynamic_output_shape in _tags(n) for n in graph.graph.nodes):
+        _FixedShapes(graph).run(*(tensor for group in arguments for tensor in group))
     drawing = [str(n.target) for n in graph.graph.nodes if _draws(n)]
     if drawing:
         raise UnsuitableError(f"it draws random numbers ({drawing[0]})")
     return graph
+
+
+class _FixedShapes(fx.Interpreter):
+    """Runs a graph, and refuses shapes that depend on values: a trace holds them fast."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Refuse `nonzero` and the like, and indexing by masks."""
+        if torch.Tag.dynamic_output_shape in getattr(target, "tags", ()):
+            indices = [t for t in tree_flatten(args[1:])[0] if isinstance(t, Tensor)]
+            masks = [t for t in indices if t.dtype in (torch.bool, torch.uint8)]
+            if masks or not indices:
+                raise UnsuitableError(f"shapes depend on values ({target})")
+        return super().call_function(target, args, kwargs)
 
 
 def _of_flat(graph: fx.GraphModule, arguments: Sequence[Sequence[Tensor]]) -> Any:
@@ -200,8 +218,13 @@ def _base(node: fx.Node) -> fx.Node:
     return node
 
 
+def _tags(node: fx.Node) -> Sequence[torch.Tag]:
+    tags: Sequence[torch.Tag] = getattr(node.target, "tags", ())
+    return tags
+
+
 def _draws(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in _tags(node)
 
 
 def _is_view(node: fx.Node) -> bool:
