@@ -720,6 +720,22 @@ def test_for_few_products_of_a_small_network_nothing_is_compiled(monkeypatch):
 
 
 @pytest.mark.usefixtures("cheap_compiler")
+def test_what_cannot_be_compiled_is_not_tried_again(monkeypatch):
+    tried = []
+
+    def compile_(function, **_):
+        tried.append(function)
+        raise RuntimeError(NO_COMPILER)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    risk = tiny_mlp().risk()
+    found = risk.prepare(10**7)
+    assert (found.engine, "stepped aside" in found.reason) == ("kept_graph", True)
+    assert risk.prepare(10**7) == found
+    assert len(tried) == 1
+
+
+@pytest.mark.usefixtures("cheap_compiler")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_the_rule_does_not_compile_recurrent_networks(kind):
     class Recurrent(nn.Module):
@@ -982,22 +998,36 @@ def convolutions():
     return nn.Sequential(*first, *last), torch.randn(1000, 1, 14, 14)
 
 
+def chunked(build, **settings):
+    (model, x), y = build(), torch.arange(1000) % 10
+    return EmpiricalRisk(model, CE, (x, y), chunk_size=250, **settings)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5, 1e-6])  # all graphs, some, one
 @pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("build", [dense_layers, convolutions])
 def test_the_predicted_peak_is_that_of_a_product(monkeypatch, build, matrix, share):
-    def risk():
-        model, x = build()
-        return EmpiricalRisk(model, CE, (x, torch.arange(1000) % 10), chunk_size=250)
-
-    everything = risk().prepare(matrix=matrix).predicted_bytes
+    everything = chunked(build).prepare(matrix=matrix).predicted_bytes
     monkeypatch.setattr(memory, "budget_bytes", lambda _: int(2 * share * everything))
-    fresh = risk()
-    v = torch.randn(fresh.n)
-    counted = memory.footprint(lambda: lambda: fresh.product(v, matrix)).peak
-    found = fresh.prepare(matrix=matrix)
-    assert found.directions_at_once == 1
+    risk = chunked(build)
+    v = torch.randn(risk.n)
+    counted = memory.footprint(lambda: lambda: risk.product(v, matrix)).peak
+    found = risk.prepare(matrix=matrix)
+    assert (found.engine, found.directions_at_once) == ("kept_graph", 1)
     assert found.predicted_bytes == pytest.approx(counted, rel=0.2)
+
+
+@pytest.mark.parametrize("engine", ["kept_graph", "compiled"])
+def test_what_is_held_between_products_is_what_the_budget_allows(monkeypatch, engine):
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    held = {}
+    for budget in (1, 1 << 40):
+        monkeypatch.setattr(memory, "budget_bytes", lambda _, b=budget: b)
+        risk = chunked(dense_layers, engine=engine)
+        v = torch.randn(risk.n)
+        counted = memory.footprint(lambda r=risk, v=v: (r.hvp(v), lambda: None)[1])
+        held[risk.prepare().num_kept] = counted.held
+    assert held[4] == pytest.approx(4 * held[1], rel=0.1)
 
 
 GROWTH = """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -31,7 +32,10 @@ def materialised(
             "`data` must be a pair (inputs, targets), a list of batches or a DataLoader;"
             f" got {type(data).__name__}. Wrap a single batch in a list."
         )
-    with random_generators_kept(seed):  # a loader draws a seed as it starts
+    with (
+        random_generators_kept(seed),
+        _own_generators_kept(data),
+    ):  # a loader draws a seed as it starts
         batches = [_moved(batch, device) for batch in data]
     if pairs:
         batches = _joined([_checked_pair(batch) for batch in batches])
@@ -41,6 +45,19 @@ def materialised(
             "or a loader that has not been used up."
         )
     return batches
+
+
+@contextmanager
+def _own_generators_kept(data: Any) -> Iterator[None]:
+    """A loader and its sampler may have generators of their own."""
+    holders = (data, getattr(data, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    states = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def cut(pair: Pair, size: int) -> list[Pair]:

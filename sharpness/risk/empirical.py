@@ -21,6 +21,7 @@ from sharpness.risk.model_state import (
     batchnorm_layers,
     evaluation,
     is_recurrent,
+    original,
     unwrapped,
 )
 from sharpness.risk.objective import Objective, gradients
@@ -114,7 +115,9 @@ class EmpiricalRisk:
         if isinstance(engine, Mapping) and chunk_size == "auto":
             chunk_size = engine.get("chunk_size") or "auto"
         _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
-        self.model, self.notes = unwrapped(model)
+        self.model, of_model = unwrapped(model)
+        loss, of_loss = original(loss)
+        self.notes = [*of_model, *of_loss]
         self.batchnorm: BatchNorm = batchnorm
         self.batchnorm_batch = batchnorm_batch
         self.autocast, self.seed = autocast, seed
@@ -332,6 +335,11 @@ class EmpiricalRisk:
         def evaluate() -> Tensor:
             with self._evaluating(theta), torch.no_grad():
                 parts = [self._objective.outputs(leaves, c.batch) for c in self._mean.all]
+            if not all(isinstance(part, Tensor) for part in parts):
+                raise TypeError(
+                    f"`model` must return one tensor; got {type(parts[0]).__name__} "
+                    "(its outputs cannot be joined)."
+                )
             return torch.cat(parts)
 
         return self._fitting(evaluate)
@@ -410,7 +418,9 @@ class EmpiricalRisk:
         """Evaluate; where the device runs out of memory, again in smaller chunks."""
         while True:
             try:
-                return evaluate()
+                # An autocast around the call would reach into backward passes.
+                with torch.autocast(self.device.type, enabled=False):
+                    return evaluate()
             except torch.OutOfMemoryError as error:
                 trouble = str(error).split(". ")[0]
             # Outside the handler, so that what the failed evaluation held is free.

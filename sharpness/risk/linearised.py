@@ -140,11 +140,14 @@ def _pullback(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> Apply:
 
 
 def _check_differentiable(slopes: Sequence[Tensor], value: Tensor) -> None:
-    """Refuse a graph that a once-differentiable function has cut.
+    """Refuse a graph whose second derivative would be wrong without a word.
 
-    Autograd puts an error node there, which `torch.autograd.grad` never visits, since no
-    parameter lies behind it: the second derivative would lack a part without a word.
+    A once-differentiable function cuts it: autograd puts an error node there, which
+    `torch.autograd.grad` never visits, since no parameter lies behind it. And PyTorch's
+    fused weight normalisation forgets that the norm depends on the weight (2.13).
     """
+    if any("WeightNormInterface" in node.name() for node in graph_nodes([value])):
+        raise NotImplementedError("PyTorch's weight_norm, whose second derivative is wrong")
     if any(node.name() == "torch::autograd::Error" for node in graph_nodes(slopes)):
         custom = {
             type(node).__name__.removesuffix("Backward")

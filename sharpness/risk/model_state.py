@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,10 +28,22 @@ def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
         # The fused attention kernels have no second derivative, nor have cuDNN's
         # recurrent ones.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_one_path_of_encoders())
+        stack.enter_context(_attributes_kept(model))
         if is_recurrent(model):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_no_generation_cache(model))
         yield
+
+
+def original(loss: Any) -> tuple[Any, list[str]]:
+    """What `torch.compile` has wrapped, for a loss is recognised by what it is."""
+    inside = getattr(loss, "_orig_mod", None)
+    if inside is None and hasattr(loss, "_torchdynamo_orig_callable"):
+        inside = inspect.unwrap(loss._torchdynamo_orig_callable)
+    if inside is None:
+        return loss, []
+    return inside, ["torch.compile: the original loss is evaluated"]
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -45,7 +59,60 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
             model = model.module
             notes.append(f"{name}: the module inside is measured")
         else:
-            return model, notes
+            break
+    inside = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    ]
+    if inside:
+        notes.append(f"torch.compile: {inside[0] or 'the model'} is run uncompiled")
+    return model, notes
+
+
+@contextmanager
+def _one_path_of_encoders() -> Iterator[None]:
+    """Transformer encoders take a shortcut (nested tensors) where nothing needs grad."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Tensors in plain attributes, which hooks (pruning, spectral norm) set anew.
+
+    And sparse gradients of embeddings off: they have no second derivative.
+    """
+    before = [
+        (vars(m), {k: _shallow(v) for k, v in vars(m).items() if _holds_tensors(v)})
+        for m in model.modules()
+    ]
+    sparse: list[Any] = [m for m in model.modules() if getattr(m, "sparse", None) is True]
+    try:
+        for module in sparse:
+            module.sparse = False
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True
+        for attributes, kept in before:
+            attributes.update({k: _shallow(v) for k, v in kept.items()})
+
+
+def _holds_tensors(value: Any) -> bool:
+    """A tensor; or a list of them, or of references, as recurrent layers keep."""
+    kinds = (torch.Tensor, weakref.ref, type(None))
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, kinds) for item in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _shallow(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
 
 
 def is_recurrent(model: nn.Module) -> bool:

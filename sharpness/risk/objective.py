@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sharpness import _tensors
 from sharpness.risk.model_state import batchnorm_layers, seed_generators
@@ -40,6 +42,7 @@ class Objective:
         autocast: torch.dtype | None,
     ) -> None:
         self.model, self.loss, self.closure = model, loss, closure
+        _check_model(model)
         self.names = _selected(model, params)
         chosen = [dict(model.named_parameters())[name] for name in self.names]
         self.device = device if device is not None else chosen[0].device
@@ -49,6 +52,7 @@ class Objective:
         self._autocast = autocast
         self._whole = _Whole(model, loss, closure)
         self.fixed = self._copied_state()
+        self._written: set[str] | None = None  # what a forward pass writes into
 
     def pieces(self, theta: Tensor) -> list[Tensor]:
         """A flat vector (n,) as new tensors in the parameters' shapes and types."""
@@ -111,21 +115,38 @@ class Objective:
         finally:
             self.fixed = before
 
-    def _call(self, leaves: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def _call(self, leaves: Sequence[Tensor], batch: Any, **kwargs: Any) -> Tensor:
         seed_generators()  # what a batch draws does not depend on the batches before
         moving = {"model." + k: v for k, v in zip(self.names, leaves, strict=True)}
+        state, batch = self._safe_to_write(batch)
         with self._precision(), _compiled_parts_run_eagerly():
             result: Tensor = functional_call(
-                self._whole, {**self.fixed, **moving}, args, kwargs
+                self._whole, {**state, **moving}, (batch,), kwargs
             )
+        if self._written is None:
+            self._written = _changed({**state, "batch": batch})
         return result
+
+    def _safe_to_write(self, batch: Any) -> tuple[dict[str, Tensor], Any]:
+        """The fixed state and the batch; copies of what the forward pass writes into.
+
+        The first call gets copies of all and shows what that is. A batch's containers
+        are always new: a closure may take them apart.
+        """
+        written = self._written
+
+        def copied(tensor: Any) -> Any:
+            return tensor.clone() if isinstance(tensor, Tensor) else tensor
+
+        if written is None:
+            return {k: v.clone() for k, v in self.fixed.items()}, tree_map(copied, batch)
+        state = {k: v.clone() if k in written else v for k, v in self.fixed.items()}
+        return state, tree_map(copied if "batch" in written else lambda x: x, batch)
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        if self._autocast is None:
-            yield
-            return
-        with torch.autocast(self.device.type, dtype=self._autocast):
+        on = self._autocast is not None
+        with torch.autocast(self.device.type, dtype=self._autocast, enabled=on):
             yield
 
     def _copied_state(self) -> dict[str, Tensor]:
@@ -153,6 +174,15 @@ class _Whole(nn.Module):
         if outputs is None:
             outputs = _applied(self.model, batch[0])
         return outputs if outputs_only else self.loss(outputs, batch[1])
+
+
+def _changed(state: Mapping[str, Any]) -> set[str]:
+    """Names of fresh copies that have been written into."""
+    return {
+        name
+        for name, value in state.items()
+        if any(isinstance(t, Tensor) and t._version for t in tree_leaves(value))
+    }
 
 
 @contextmanager
@@ -183,6 +213,20 @@ def _applied(model: nn.Module, inputs: Any) -> Any:
 def _wide(vector: Tensor) -> Tensor:
     """At least float32: Krylov vectors and steps of half precision would be noise."""
     return vector.to(torch.promote_types(vector.dtype, torch.float32))
+
+
+def _check_model(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        wrong = None
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            wrong = "be initialised", "not initialised yet", "Run it on a batch first"
+        elif tensor.device.type == "meta":
+            wrong = "hold its values", "on the meta device", "Load its parameters"
+        elif isinstance(tensor, nn.Parameter) and tensor.is_complex():
+            wrong = "have real parameters", "complex", "Use real and imaginary parts"
+        if wrong:
+            must, got, advice = wrong
+            raise ValueError(f"`model` must {must}; got {name}, which is {got}. {advice}.")
 
 
 def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:

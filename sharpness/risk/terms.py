@@ -140,6 +140,12 @@ def _element_count(targets: Tensor) -> float:
 
 
 def _observed_reduction(loss: Any, outputs: Tensor, targets: Any) -> str:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            "`loss` must say its number of terms where the model returns a "
+            f"{type(outputs).__name__}. Pass `terms=`, a function of the targets that "
+            "returns how many terms the loss averages."
+        )
     with torch.no_grad():
         once = loss(outputs, targets)
         if once.ndim:
