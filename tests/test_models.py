@@ -326,7 +326,9 @@ def test_networks_of_images_have_products(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_graphs_of_any_shape_have_products(name):
     build, inputs = OTHERS[name]
-    assert_network_is_right(build(), inputs())
+    # PyTorch's own second derivative of weight_norm is wrong.
+    engine = "differences" if name == "weight_norm" else "kept_graph"
+    assert_network_is_right(build(), inputs(), engine=engine)
 
 
 UNDIFFERENTIABLE = {

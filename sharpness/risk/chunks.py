@@ -15,11 +15,17 @@ from sharpness.risk.cases import Cases, loss_of_sampled, sampled_targets
 from sharpness.risk.kept_graph import ChunkedSum
 from sharpness.risk.linearised import Linearise
 from sharpness.risk.memory import Footprint
-from sharpness.risk.model_state import batchnorm_layers, evaluation
+from sharpness.risk.model_state import (
+    batchnorm_layers,
+    evaluation,
+    no_layers_computed_again,
+)
 from sharpness.risk.objective import Objective, gradients
 from sharpness.risk.terms import LossTerms, asked_reduction, loss_terms, num_rows
 
-_PROBE = 16  # samples whose graph is measured to predict the memory of a chunk
+# Samples whose graph is measured to predict the memory of a chunk, at least and at most:
+# few show the parameters' part of the peak only.
+_PROBE, _MOST_PROBED = 16, 128
 # Larger chunks fall out of the processor's cache; docs/decisions.md has the timings.
 _CPU_CHUNK = 1024
 
@@ -107,7 +113,8 @@ class ChunkedMean:
         rows = int(num_rows(batch))
         if self._closed or rows <= _PROBE:
             return self._measured(linearise, batch)
-        sizes = (_PROBE // 2, _PROBE)
+        probed = min(max(_PROBE, rows // 4), _MOST_PROBED)
+        sizes = (probed // 2, probed)
         few, many = (self._measured(linearise, batches.rows(batch, 0, n)) for n in sizes)
         return many.at(rows, few, sizes)
 
@@ -214,7 +221,12 @@ class ChunkedMean:
 
         def build() -> Callable[[], Any]:
             apply = linearise(leaves, batch)
-            return lambda: apply(ones)
+
+            def work() -> Any:
+                with no_layers_computed_again(objective.model):
+                    return apply(ones)
+
+            return work
 
         with evaluation(objective.model, self._batchnorm):
             if not memory.nests_transforms(build):

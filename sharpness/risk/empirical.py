@@ -21,6 +21,7 @@ from sharpness.risk.model_state import (
     batchnorm_layers,
     evaluation,
     is_recurrent,
+    no_layers_computed_again,
     original,
     unwrapped,
 )
@@ -142,6 +143,7 @@ class EmpiricalRisk:
         )
         self._products: dict[str, Products] = {}
         self._gradient: Tensor | None = None
+        self._checked = False  # that no layer is computed again in a backward pass
         if batchnorm == "recalibrated":
             self._objective.fixed |= self._statistics(self._pieces(None))
 
@@ -247,7 +249,7 @@ class EmpiricalRisk:
             parts, gradient = [], torch.zeros_like(self.theta)
             with self._evaluating(theta), torch.enable_grad():
                 for share in self._mean.shares(leaves):
-                    pieces = gradients(share, leaves)
+                    pieces = self._first_checked(share, leaves)
                     gradient += _tensors.flatten(g.to(self.dtype) for g in pieces)
                     parts.append(share.detach().double())
             return float(torch.stack(parts).sum()), gradient
@@ -370,6 +372,14 @@ class EmpiricalRisk:
                 f"`theta` must have shape (n,) with n={self.n}; got {tuple(theta.shape)}."
             )
         return self._objective.pieces(theta.to(self.device))
+
+    def _first_checked(self, share: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self._checked:
+            return gradients(share, leaves)
+        with no_layers_computed_again(self.model):
+            pieces = gradients(share, leaves)
+        self._checked = True
+        return pieces
 
     @contextmanager
     def _evaluating(self, theta: Tensor | None) -> Iterator[None]:

@@ -62,10 +62,13 @@ class KeptGraph:
         """M v, one row at a time or all rows of a block at once."""
         pieces, total = self._work.split(v), torch.zeros_like(v)
         for i in range(len(self._work.batches)):
-            apply = self._linearised(i)
-            product = apply(pieces) if v.ndim == 1 else torch.vmap(apply)(pieces)
-            self._work.add(total, product, i)
+            self._work.add(total, self._product(i, pieces, v.ndim), i)
         return total
+
+    def _product(self, i: int, pieces: Sequence[Tensor], ndim: int) -> Sequence[Tensor]:
+        # A function of its own: a graph that is not kept is gone before the next is built.
+        apply = self._linearised(i)
+        return apply(pieces) if ndim == 1 else torch.vmap(apply)(pieces)
 
     def _linearised(self, i: int) -> Apply:
         if i in self._kept:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 _PARALLEL = (DataParallel, DistributedDataParallel)
@@ -34,6 +35,30 @@ def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_no_generation_cache(model))
         yield
+
+
+@contextmanager
+def no_layers_computed_again(model: nn.Module) -> Iterator[None]:
+    """Refuse gradient checkpointing: its second forward pass would miss theta.
+
+    Raises:
+        ValueError: a layer is called inside, that is, during a backward pass.
+    """
+    names = {module: name for name, module in model.named_modules()}
+
+    def refuse(module: nn.Module, *_: Any) -> None:
+        if module in names:
+            raise ValueError(
+                "`model` must not compute layers again in its backward pass; got "
+                f"{names[module] or type(module).__name__} (gradient checkpointing). "
+                "Switch it off: `chunk_size` bounds the memory here."
+            )
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def original(loss: Any) -> tuple[Any, list[str]]:

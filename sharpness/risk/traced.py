@@ -67,11 +67,15 @@ class Traced:
         total = self._rest(v) if self._rest else torch.zeros_like(v)
         pieces = self._work.split(v)
         for place, i in enumerate(self._own):
-            kept = self._kept.get(i) or self._residuals(i)
-            if place < self.num_kept:
-                self._kept[i] = kept
-            self._work.add(total, self._tangent(*pieces, *kept), i)
+            self._work.add(total, self._product(place, pieces), i)
         return total
+
+    def _product(self, place: int, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        i = self._own[place]
+        kept = self._kept.get(i) or self._residuals(i)
+        if place < self.num_kept:
+            self._kept[i] = kept
+        return self._tangent(*pieces, *kept)
 
     def _residuals(self, i: int) -> Sequence[Tensor]:
         leaves = [leaf.detach() for leaf in self._work.leaves]
