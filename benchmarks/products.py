@@ -291,7 +291,8 @@ def sharpness(engine: str) -> Builder:
 
         def facts() -> dict[str, Any]:
             settings = risk.settings()
-            return {"asked": engine, "engine": settings["engine"], "settings": settings}
+            ran = settings["engine"]["engine"]
+            return {"asked": engine, "engine": ran, "settings": settings}
 
         return Contender(lambda: risk.hvp(problem.v), facts)
 

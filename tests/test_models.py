@@ -212,7 +212,7 @@ IMAGE_LAYERS = {
 }
 
 
-def half_reused(m, x):
+def reused(m, x):
     return m.layer(torch.tanh(m.layer(x))) + x @ m.layer.weight
 
 
@@ -229,16 +229,12 @@ def written_in_place(m, x):
 
 def cholesky_and_determinant(m, x):
     matrix = m.layer.weight @ m.layer.weight.T + torch.eye(4).double()
-    return torch.linalg.cholesky(matrix) @ x.T + torch.logdet(matrix)
+    return x @ torch.linalg.cholesky(matrix) + torch.logdet(matrix)
 
 
 def grid_sampled(m, x):
     grid = torch.tanh(m.layer(x[:, :, :3, :3].permute(0, 2, 3, 1)))
     return F.grid_sample(x, grid, align_corners=False)
-
-
-def checkpointed(m, x):
-    return checkpoint(lambda z: torch.tanh(m.layer(z)), x, use_reentrant=False)
 
 
 def slopes(m, x):
@@ -254,8 +250,12 @@ def number(value=0.0):
 
 
 OTHERS = {
-    "a parameter used twice": (lambda: Applied(half_reused, layer=linear()), vectors),
+    "a parameter used twice": (lambda: Applied(reused, layer=linear()), vectors),
     "linalg.solve": (lambda: Applied(solved, layer=linear()), vectors),
+    "linalg.cholesky": (
+        lambda: Applied(cholesky_and_determinant, layer=linear()),
+        vectors,
+    ),
     "written in place": (lambda: Applied(written_in_place, layer=linear()), vectors),
     "einsum": (
         lambda: Applied(
@@ -283,7 +283,6 @@ OTHERS = {
         vectors,
     ),
     "grid_sample": (lambda: Applied(grid_sampled, layer=nn.Linear(2, 2)), images),
-    "checkpointed": (lambda: Applied(checkpointed, layer=linear()), vectors),
     "vmap of a Jacobian": (lambda: Applied(slopes, layer=linear()), vectors),
     "singular values": (
         lambda: Applied(
@@ -693,10 +692,6 @@ def masked_targets():
     return torch.where(torch.arange(23) % 5 < 2, -100, torch.arange(23) % 4)
 
 
-def masked_loss(outputs, targets):
-    return F.cross_entropy(outputs, targets, ignore_index=-100)
-
-
 LOSSES = {
     "module": nn.CrossEntropyLoss(),
     "weighted": nn.CrossEntropyLoss(weight=torch.arange(1.0, 5).double()),
@@ -807,11 +802,14 @@ def ragged(batch, sizes=(2, 3)):
 
 def gpt2(attention="sdpa", **settings):
     transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 10, "n_positions": 6, "n_embd": 4, "n_layer": 2, "n_head": 2}
     config = transformers.GPT2Config(
-        vocab_size=10, n_positions=6, n_embd=4, n_layer=2, n_head=2, **settings
+        **sizes, bos_token_id=None, eos_token_id=None, **settings
     )
     assert config.use_cache
-    model = transformers.GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention
+    )
     return filled(model.double(), generator(0)).train()
 
 
@@ -827,7 +825,7 @@ def bert(attention="sdpa"):
         num_labels=3,
         problem_type="single_label_classification",  # else written at the first call
     )
-    model = transformers.BertForSequenceClassification._from_config(
+    model = transformers.AutoModelForSequenceClassification.from_config(
         config, attn_implementation=attention
     )
     return filled(model.double(), generator(0)).train()
@@ -1020,7 +1018,7 @@ def test_lambda_max_of_half_precision_is_that_of_float32_R15(name, dtype):
     low, high = low_and_high(name, dtype, torch.float32)
     rough, sharp = eigenpairs(low), eigenpairs(high)
     bounds = float(rough.error_bounds[0] + sharp.error_bounds[0])
-    rounding = 10 * torch.finfo(dtype).eps * sharp.lambda_max
+    rounding = torch.finfo(dtype).eps * sharp.lambda_max
     assert abs(rough.lambda_max - sharp.lambda_max) <= bounds + rounding
     assert rough.noise_floor > sharp.noise_floor  # a smaller value is not called flat
     assert rough.eigenvectors.dtype == torch.float32
@@ -1064,17 +1062,17 @@ def test_under_autocast_vectors_stay_float32_and_bounds_cover_the_rounding_R16(a
     problem = tiny_mlp(dtype=torch.float32)
     with untouched(problem.model):
         risk = problem.risk(autocast=autocast, chunk_size=7)
-        rough, v = eigenpairs(risk), directions(2, risk.n).float()
+        rough, v = eigenpairs(risk, tol=1e-4), directions(2, risk.n).float()
         products = risk.hvp(v)
     plain = problem.risk()
-    sharp = eigenpairs(plain)
+    sharp = eigenpairs(plain, tol=1e-4)
     assert {products.dtype, risk.theta.dtype, risk.gradient().dtype} == {torch.float32}
     assert not torch.equal(products, plain.hvp(v))
     assert torch.equal(products, risk.hvp(v))
     few = 10 * torch.finfo(autocast).eps
     assert float((products - plain.hvp(v)).norm()) <= few * sharp.lambda_max * v.norm()
     bounds = float(rough.error_bounds[0] + sharp.error_bounds[0])
-    assert abs(rough.lambda_max - sharp.lambda_max) <= bounds + few * sharp.lambda_max
+    assert 0 < abs(rough.lambda_max - sharp.lambda_max) <= bounds
     assert rough.noise_floor > sharp.noise_floor
     assert risk.settings()["autocast"] == str(autocast).removeprefix("torch.")
 
@@ -1185,7 +1183,7 @@ def by_transforms(m, x):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by jacfwd
-@pytest.mark.parametrize("second_derivative", [by_autograd])
+@pytest.mark.parametrize("second_derivative", [by_autograd, by_transforms])
 @pytest.mark.parametrize("size", [11, 4])
 def test_a_closure_may_hold_a_differential_equation(second_derivative, size):
     layers = [nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)]
@@ -1413,10 +1411,58 @@ def test_a_model_that_writes_into_its_input_is_one_function(how):
     if how == "pairs":
         risk = EmpiricalRisk(model, problem.loss, (2 * x + 1, y), chunk_size=7)
     else:
-        closure = lambda m, b: F.cross_entropy(m(b[0]), b[1])  # noqa: E731
-        risk = EmpiricalRisk(model, closure=closure, data=[(2 * x + 1, y)])
+        risk = EmpiricalRisk(
+            model,
+            closure=lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+            data=[(2 * x + 1, y)],
+        )
     value = float(problem.f(problem.theta))
     assert [risk.value(), risk.value()] == pytest.approx([value] * 2, rel=ROUNDING)
+    assert_near(risk.hvp(torch.eye(16)), problem.hessian, 1e-10)
+
+
+class OwnLoss(nn.Module):
+    """A cross-entropy with layers and a count of its own."""
+
+    def __init__(self, *layers, counts=False):
+        super().__init__()
+        self.layers, self.counts = nn.Sequential(*layers).double(), counts
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, outputs, targets):
+        scale = self.calls.add_(1) if self.counts else 1
+        return F.cross_entropy(self.layers(outputs), targets) * scale
+
+
+OWN_LOSSES = {
+    "dropout": lambda: OwnLoss(nn.Dropout(0.5)),
+    "BatchNorm": lambda: OwnLoss(nn.BatchNorm1d(4, eps=1e-15)),
+    "count": lambda: OwnLoss(counts=True),
+}
+
+
+@pytest.mark.parametrize("terms", [None, len])
+@pytest.mark.parametrize("name", OWN_LOSSES)
+def test_layers_and_buffers_of_a_loss_are_held_and_left_like_those_of_a_model(name, terms):
+    problem, loss = softmax_regression(), OWN_LOSSES[name]()
+    settings = {"chunk_size": 7, "terms": terms}
+    with untouched(problem.model), untouched(loss):
+        risk = EmpiricalRisk(problem.model, loss, problem.data, **settings)
+        values, product = [risk.value(), risk.value()], risk.hvp(torch.eye(16))
+    assert values == pytest.approx([float(problem.f(problem.theta))] * 2, rel=ROUNDING)
+    assert_near(product, problem.hessian, 1e-10)
+
+
+@pytest.mark.parametrize("terms", [None, len])
+def test_a_loss_that_writes_into_its_targets_is_one_function(terms):
+    problem, (x, y) = softmax_regression(), softmax_regression().data
+
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets.sub_(1))
+
+    risk = EmpiricalRisk(problem.model, loss, (x, y + 1), chunk_size=7, terms=terms)
+    values = [risk.value(), risk.value()]
+    assert values == pytest.approx([float(problem.f(problem.theta))] * 2, rel=ROUNDING)
     assert_near(risk.hvp(torch.eye(16)), problem.hessian, 1e-10)
 
 
@@ -1460,6 +1506,27 @@ def test_a_model_that_cannot_be_measured_is_refused_in_one_line(name):
     with pytest.raises((TypeError, ValueError), match=f"`model` must .*{what}") as caught:
         EmpiricalRisk(build(), nn.MSELoss(), data)
     assert "\n" not in str(caught.value)
+
+
+def computed_again(m, x):
+    return checkpoint(lambda z: torch.tanh(m.layer(z)), x, use_reentrant=False)
+
+
+def computed_again_without_a_layer(m, x):
+    return checkpoint(lambda z: torch.tanh(z @ m.layer.weight), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("forward", [computed_again, computed_again_without_a_layer])
+def test_gradient_checkpointing_is_refused_or_right_away_from_theta_too(forward):
+    model, x, y = Applied(forward, layer=linear().double()), vectors(), vectors(5, 4) + 1
+    _, gradient = oracle(model, lambda other: ((other(x) - y) ** 2).mean())
+    there = flat(model) + 1
+    try:
+        found = EmpiricalRisk(model, nn.MSELoss(), (x, y)).gradient(there)
+    except ValueError as error:
+        assert "gradient checkpointing" in str(error)  # noqa: PT017
+    else:
+        assert_near(found, gradient(there), ROUNDING)
 
 
 SEVERAL_OUTPUTS = {

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_doctor
 import test_eigenpairs
 import test_epsilon
 import test_lanczos
 import test_landscape
 import test_optimize
+import test_products
 import torch
 from measure_problems import second_minimum
 
@@ -20,7 +22,7 @@ from sharpness import _tensors
 from sharpness.krylov import lanczos
 from sharpness.measures import eigenvalues, epsilon, landscape
 from sharpness.optimize import lbfgsb, line_search
-from sharpness.risk import empirical, terms
+from sharpness.risk import cases, checks, empirical, linearised, terms
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
 MUTANTS: list[tuple[Mutate, Callable[[], None]]] = []
@@ -55,6 +57,28 @@ def training_mode_is_not_restored(patch):
         yield
 
     patch.setattr(empirical, "evaluation", evaluation)
+
+
+@seen_by(
+    test_products.test_every_case_adds_the_outer_product_of_its_gradient, "mse", "mean", 4
+)
+def every_case_weighs_one(patch):
+    patch.setattr(cases.Cases, "weights", lambda self, z, y: torch.ones_like(z))
+
+
+@seen_by(
+    test_products.test_without_a_second_derivative_products_are_differences_and_the_plan_says_so
+)
+def a_graph_that_was_cut_is_trusted(patch):
+    patch.setattr(linearised, "_check_differentiable", lambda slopes, value: None)
+
+
+@seen_by(test_doctor.test_a_model_that_varies_from_call_to_call_is_named_and_raised)
+def two_evaluations_are_not_compared(patch):
+    def deterministic(values, first, second):
+        return checks.Finding("deterministic", "ok", "not looked at")
+
+    patch.setattr(checks, "_deterministic", deterministic)
 
 
 # -- Lanczos and the eigenpairs ----------------------------------------------------

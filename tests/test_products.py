@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections import namedtuple
+from contextlib import suppress
 from functools import cache, partial
 
 import pytest
@@ -38,6 +39,11 @@ PER_CASE = ["empirical_fisher", "sampled_fisher", "gradient_covariance"]
 MATRICES = ["gauss_newton", *PER_CASE]
 WEIGHT = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
 CE = nn.CrossEntropyLoss()
+
+
+def num_tensors():
+    gc.collect()
+    return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
 
 
 def dense(risk, matrix="hessian"):
@@ -82,6 +88,10 @@ def squared(z, y):
     return ((z - y) ** 2).mean(-1)
 
 
+def fourth(z, y):
+    return ((z - y) ** 4).sum(-1)
+
+
 def binary(z, y):
     return ((1 + z.exp()).log() - y * z).mean(-1)
 
@@ -97,7 +107,8 @@ def reals(*shape):
     return normal(generator(6), *shape)
 
 
-Y, TOKENS = classes(11), classes(11, 3)
+Y, TOKENS, REALS = classes(11), classes(11, 3), reals(11, 4)
+COUNTS = WEIGHT[Y] * (Y != 2)
 FAMILIES = {
     "class": Family(nn.CrossEntropyLoss, {}, Y, hard),
     "tokens": Family(nn.CrossEntropyLoss, {}, TOKENS, hard),
@@ -107,8 +118,8 @@ FAMILIES = {
     "ignored": Family(nn.CrossEntropyLoss, {"ignore_index": 2}, Y, hard, Y != 2),
     "weighted": Family(nn.CrossEntropyLoss, {"weight": WEIGHT}, Y, hard, WEIGHT[Y]),
     "weight 0": Family(
-        nn.CrossEntropyLoss, {"weight": WEIGHT * (WEIGHT != 0.5)}, Y, hard, Y != 2
-    )._replace(counts=WEIGHT[Y] * (Y != 2)),
+        nn.CrossEntropyLoss, {"weight": WEIGHT * (WEIGHT != 0.5)}, Y, hard, COUNTS
+    ),
     "smoothed": Family(nn.CrossEntropyLoss, {"label_smoothing": 0.1}, Y, smoothed),
     "smoothed and weighted": Family(
         nn.CrossEntropyLoss,
@@ -117,26 +128,16 @@ FAMILIES = {
         smoothed_and_weighted,
         WEIGHT[Y],
     ),
-    "soft": Family(nn.CrossEntropyLoss, {}, reals(11, 4).softmax(1), soft),
+    "soft": Family(nn.CrossEntropyLoss, {}, REALS.softmax(1), soft),
     "soft tokens": Family(nn.CrossEntropyLoss, {}, reals(11, 4, 3).softmax(1), soft),
     "nll": Family(nn.NLLLoss, {}, Y, hard),
     "nll weighted": Family(
-        F.nll_loss, {"weight": WEIGHT, "ignore_index": 2}, Y, hard, WEIGHT[Y] * (Y != 2)
+        F.nll_loss, {"weight": WEIGHT, "ignore_index": 2}, Y, hard, COUNTS
     ),
-    "mse": Family(nn.MSELoss, {}, reals(11, 4), squared),
-    "bce": Family(nn.BCEWithLogitsLoss, {}, reals(11, 4).sigmoid(), binary),
-    "callable": Family(
-        lambda o, t: ((o - t) ** 4).sum(1).mean(),
-        None,
-        reals(11, 4),
-        lambda z, y: ((z - y) ** 4).sum(-1),
-    ),
-    "callable sum": Family(
-        lambda o, t: ((o - t) ** 4).sum(),
-        None,
-        reals(11, 4),
-        lambda z, y: ((z - y) ** 4).sum(-1),
-    ),
+    "mse": Family(nn.MSELoss, {}, REALS, squared),
+    "bce": Family(nn.BCEWithLogitsLoss, {}, REALS.sigmoid(), binary),
+    "callable": Family(lambda o, t: fourth(o, t).mean(), None, REALS, fourth),
+    "callable sum": Family(lambda o, t: fourth(o, t).sum(), None, REALS, fourth),
 }
 CUTS = [("mean", 1), ("mean", 4), ("sum", 4), ("none", 11)]
 EVERY = [
@@ -225,27 +226,14 @@ def test_of_a_linear_model_gauss_newton_is_the_hessian_of_the_textbook(problem):
         assert_near(dense(risk, "gauss_newton"), problem.hessian, EXACT)
 
 
-@pytest.mark.parametrize("name", ["masked tokens", "weighted", "mse", "bce"])
+@pytest.mark.parametrize("name", ["masked tokens", "ignored", "mse", "bce"])
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_the_matrices_are_symmetric_and_have_no_negative_eigenvalue(name, matrix):
-    risk = EmpiricalRisk(
-        network(name),
-        FAMILIES[name].kind(),
-        (inputs(name), FAMILIES[name].y),
-        chunk_size=4,
-    )
-    found = dense(risk, matrix)
+    found = dense(risk_of(name, chunk_size=4), matrix)
     values = torch.linalg.eigvalsh(found)
     assert_near(found, found.T, ROUNDING)
     assert values[0] >= -ROUNDING * values[-1]
     assert values[-1] > 0
-
-
-def test_the_covariance_is_what_the_mean_gradient_leaves_of_the_fisher():
-    risk, v = risk_of("weighted", chunk_size=4), directions(3, 44)
-    g = risk.gradient()
-    expected = risk.product(v, "empirical_fisher") - torch.outer(v @ g, g)
-    assert_near(risk.product(v, "gradient_covariance"), expected, EXACT)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 100])
@@ -326,7 +314,7 @@ class Named(nn.Module):
 
 
 def loss_risk(loss):
-    y = Y if isinstance(loss, nn.CrossEntropyLoss) else reals(11, 4)
+    y = Y if isinstance(loss, nn.CrossEntropyLoss) else REALS
     return EmpiricalRisk(softmax_regression().model, loss, (inputs("mse"), y))
 
 
@@ -531,10 +519,6 @@ def test_compiled_products_of_a_network_that_writes_in_place_repeat(in_place):
 def test_200_compiled_products_leave_nothing_behind_R31(in_place):
     risk, v = in_place["compiled"], directions(1, 44)[0]
 
-    def num_tensors():
-        gc.collect()
-        return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
-
     for _ in range(5):
         risk.hvp(v)
     before = num_tensors()
@@ -590,31 +574,39 @@ def test_traced_products_are_those_of_the_kept_graph(monkeypatch, budget):
 
 
 def by_index(outputs, y):
-    counted = y > 0
-    return ((outputs.tanh() - y) ** 2)[counted].sum() / counted.sum()
+    return (outputs.tanh() - y)[y > 0].pow(2).sum() / (y > 0).sum()
 
 
 def by_length(outputs, y):
-    counted = y > 0
-    return ((outputs.tanh() - y) ** 2 * counted).sum() / len(counted.nonzero())
+    return (outputs.tanh() - y).pow(2).sum() / len((y > 0).nonzero())
 
 
-@pytest.mark.parametrize("loss", [by_index, by_length])
-def test_shapes_that_depend_on_values_are_no_constants_R2(monkeypatch, loss):
+def by_list(outputs, y):
+    return (outputs.tanh() - y).pow(2).sum() / sum((y > 0).flatten().tolist())
+
+
+def by_array(outputs, y):
+    return (outputs.tanh() - y).pow(2).sum() / int((y.numpy() > 0).sum())
+
+
+@pytest.mark.parametrize("loss", [by_index, by_length, by_list, by_array])
+def test_what_depends_on_the_values_of_a_chunk_is_no_constant_of_the_trace_R2(
+    monkeypatch, loss
+):
     monkeypatch.setattr(torch, "compile", uncompiled)
-    risks = [
+    kept, traced = (
         EmpiricalRisk(
             softmax_regression().model,
             loss,
-            (inputs("mse"), reals(11, 4)),
+            (inputs("mse"), REALS),
             chunk_size=4,
             terms=lambda y: (y > 0).sum(),
             engine=engine,
         )
         for engine in ("kept_graph", "compiled")
-    ]
+    )
     v = directions(2, 16)
-    assert_near(risks[1].hvp(v), risks[0].hvp(v), ROUNDING)
+    assert_near(traced.hvp(v), kept.hvp(v), ROUNDING)
 
 
 # -- stepping aside ----------------------------------------------------------------------
@@ -877,6 +869,22 @@ def test_layers_that_are_computed_again_are_refused(engine, use):
         getattr(risk, use)()
 
 
+class Reading(Applied):
+    def forward(self, x):
+        def body(x):
+            return F.linear(x, self.first.weight, self.first.bias).tanh()
+
+        return self.last(checkpoint(body, x, use_reentrant=False))
+
+
+def test_parameters_that_are_read_again_in_a_backward_pass_are_refused_or_theta():
+    problem = tiny_mlp()
+    risk = EmpiricalRisk(Reading(None), CE, problem.data)
+    there = risk.theta + 0.1
+    with suppress(ValueError):
+        assert_near(risk.gradient(there), torch.func.grad(problem.f)(there), EXACT)
+
+
 @pytest.mark.parametrize("engine", ["kept_graph", "compiled"])
 def test_an_exact_engine_that_was_asked_for_is_not_replaced_by_differences(engine):
     with pytest.raises((RuntimeError, NotImplementedError), match="once_differentiable"):
@@ -1003,18 +1011,39 @@ def chunked(build, **settings):
     return EmpiricalRisk(model, CE, (x, y), chunk_size=250, **settings)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.5, 1e-6])  # all graphs, some, one
+@pytest.mark.parametrize(("share", "num_kept"), [(2, 4), (0.5, 2), (1e-6, 1)])
 @pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("build", [dense_layers, convolutions])
-def test_the_predicted_peak_is_that_of_a_product(monkeypatch, build, matrix, share):
+def test_the_predicted_peak_is_that_of_a_product(
+    monkeypatch, build, matrix, share, num_kept
+):
     everything = chunked(build).prepare(matrix=matrix).predicted_bytes
-    monkeypatch.setattr(memory, "budget_bytes", lambda _: int(2 * share * everything))
+    monkeypatch.setattr(memory, "budget_bytes", lambda _: int(share * everything))
     risk = chunked(build)
     v = torch.randn(risk.n)
     counted = memory.footprint(lambda: lambda: risk.product(v, matrix)).peak
     found = risk.prepare(matrix=matrix)
-    assert (found.engine, found.directions_at_once) == ("kept_graph", 1)
+    assert (found.num_kept, found.directions_at_once) == (num_kept, 1)
     assert found.predicted_bytes == pytest.approx(counted, rel=0.2)
+
+
+DROPPED = {
+    "kept graph": partial(tiny_mlp().risk, chunk_size=7),
+    "compiled": partial(tiny_mlp().risk, chunk_size=7, engine="compiled"),
+    "differences": partial(tiny_mlp().risk, engine="differences"),
+    "closure": closure_risk,
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_a_dropped_risk_leaves_no_tensor_behind_R31(monkeypatch, name):
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    before = num_tensors()
+    for _ in range(2):
+        risk = DROPPED[name]()
+        risk.hvp(risk.theta)
+        del risk
+    assert num_tensors() == before
 
 
 @pytest.mark.parametrize("engine", ["kept_graph", "compiled"])
@@ -1025,9 +1054,9 @@ def test_what_is_held_between_products_is_what_the_budget_allows(monkeypatch, en
         monkeypatch.setattr(memory, "budget_bytes", lambda _, b=budget: b)
         risk = chunked(dense_layers, engine=engine)
         v = torch.randn(risk.n)
-        counted = memory.footprint(lambda r=risk, v=v: (r.hvp(v), lambda: None)[1])
+        counted = memory.footprint(lambda r=risk, v=v: (r.hvp(v), gc.collect(), int)[2])
         held[risk.prepare().num_kept] = counted.held
-    assert held[4] == pytest.approx(4 * held[1], rel=0.1)
+    assert held[4] == pytest.approx(4 * held[1], rel=0.2)
 
 
 GROWTH = """
@@ -1054,25 +1083,13 @@ print(predicted, resident("VmHWM") - before)
 """
 
 
-# With a heap, freed memory between what is kept stays with the process.
-ALLOCATORS = {"without a heap": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
-
-
-@pytest.fixture(scope="module")
-def growths():
-    """Predicted and actual bytes, in a process of its own for every allocator."""
-    command = [sys.executable, "-c", GROWTH]
-    running = {
-        name: subprocess.Popen(command, env=os.environ | how, stdout=subprocess.PIPE)
-        for name, how in ALLOCATORS.items()
-    }
-    return {name: process.communicate()[0].split() for name, process in running.items()}
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
-@pytest.mark.parametrize("allocator", ALLOCATORS)
-def test_the_predicted_peak_is_what_the_process_grows_by(growths, allocator):
-    predicted, growth = map(int, growths[allocator])
+def test_the_predicted_peak_is_what_the_process_grows_by():
+    # In a heap, freed memory between what is kept would stay with the process.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", GROWTH]
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    predicted, growth = map(int, printed.stdout.split())
     assert predicted > 100e6
     assert predicted == pytest.approx(growth, rel=0.2)
 
