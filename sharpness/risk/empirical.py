@@ -19,6 +19,7 @@ from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.linearised import Matrix
 from sharpness.risk.model_state import (
     batchnorm_layers,
+    convolves,
     evaluation,
     is_recurrent,
     no_layers_computed_again,
@@ -421,7 +422,7 @@ class EmpiricalRisk:
             chunk_size=self.chunk_size,
             budget=self._mean.budget,
             asked=self._asked,
-            recurrent=is_recurrent(self.model),
+            compiling_seldom_pays=is_recurrent(self.model) or convolves(self.model),
         )
 
     def _fitting(self, evaluate: Callable[[], _Computed]) -> _Computed:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -143,6 +144,11 @@ def _shallow(value: Any) -> Any:
 def is_recurrent(model: nn.Module) -> bool:
     """Whether a layer loops over time steps."""
     return any(isinstance(m, nn.RNNBase | nn.RNNCellBase) for m in model.modules())
+
+
+def convolves(model: nn.Module) -> bool:
+    """Whether a layer is a convolution."""
+    return any(isinstance(m, _ConvNd) for m in model.modules())
 
 
 @contextmanager

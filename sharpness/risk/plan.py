@@ -53,14 +53,14 @@ def asked_engine(asked: str | Mapping[str, Any]) -> str:
 
 
 def worth_compiling(
-    num_products: int, graph_bytes: int, num_tensors: int, device: str, recurrent: bool
+    num_products: int, graph_bytes: int, num_tensors: int, device: str, seldom: bool
 ) -> bool:
     """Whether so many products repay the time that compiling takes.
 
-    On a CPU only, where it was measured. Loops over time steps give traces of thousands
-    of nodes.
+    On a CPU only, where it was measured. `seldom` marks networks it seldom pays for:
+    convolutions gained nothing, loops over time steps give traces of thousands of nodes.
     """
-    if device != "cpu" or recurrent:
+    if device != "cpu" or seldom:
         return False
     saved = num_products * graph_bytes / 1e9 * _SECONDS_SAVED_A_GB
     return saved > _SECONDS_A_TENSOR * num_tensors

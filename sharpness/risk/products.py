@@ -31,7 +31,7 @@ class Task:
     chunk_size: int | None
     budget: int
     asked: str  # an engine's name, or "auto"
-    recurrent: bool
+    compiling_seldom_pays: bool  # for this kind of network
 
 
 class Products:
@@ -86,8 +86,8 @@ class Products:
         if task.asked != "auto" or not isinstance(self._engine, KeptGraph):
             return
         held, leaves = self._chunk.held * len(task.work.batches), task.work.leaves
-        device = task.theta.device.type
-        if worth_compiling(num_products, held, len(leaves), device, task.recurrent):
+        device, seldom = task.theta.device.type, task.compiling_seldom_pays
+        if worth_compiling(num_products, held, len(leaves), device, seldom):
             self._use_compiled(f"repaid by {num_products} products")
 
     def _use_kept_graph(self, reason: str) -> None:
