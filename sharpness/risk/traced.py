@@ -58,7 +58,8 @@ class Traced:
         self.num_kept = min(len(self._own), max(1, budget // max(1, self.held_bytes)))
         self._kept = {first: kept}
         self._tangent = _compiled(tangent)
-        self._check(first)
+        for i in self._own:  # a constant of the first may be wrong for another
+            self._check(i)
 
     def __call__(self, v: Tensor) -> Tensor:
         """M v for (n,), or for each row of (b, n)."""
@@ -92,7 +93,7 @@ class Traced:
         pieces = [torch.randn(x.shape, generator=draw).to(x) for x in leaves]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # compilers warn of themselves
-            mine = self._tangent(*pieces, *self._kept[i])
+            mine = self._tangent(*pieces, *(self._kept.get(i) or self._residuals(i)))
         other = self._work.linearised(i)(pieces)
         apart = sum(
             float((a - b).double().norm() ** 2) for a, b in zip(mine, other, strict=True)
