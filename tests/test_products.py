@@ -868,14 +868,6 @@ def test_layers_that_are_computed_again_are_refused(engine, use):
         getattr(risk, use)()
 
 
-class Reading(Applied):
-    def forward(self, x):
-        def body(x):
-            return F.linear(x, self.first.weight, self.first.bias).tanh()
-
-        return self.last(checkpoint(body, x, use_reentrant=False))
-
-
 @pytest.mark.parametrize("engine", ["kept_graph", "compiled"])
 def test_an_exact_engine_that_was_asked_for_is_not_replaced_by_differences(engine):
     with pytest.raises((RuntimeError, NotImplementedError), match="once_differentiable"):
@@ -1002,6 +994,14 @@ def chunked(build, **settings):
     return EmpiricalRisk(model, CE, (x, y), chunk_size=250, **settings)
 
 
+@pytest.mark.usefixtures("cheap_compiler")
+@pytest.mark.parametrize(
+    ("build", "engine"), [(dense_layers, "compiled"), (convolutions, "kept_graph")]
+)
+def test_the_rule_compiles_dense_layers_and_no_convolutions(build, engine):
+    assert chunked(build).prepare(10**7).engine == engine
+
+
 @pytest.mark.parametrize(("share", "num_kept"), [(2, 4), (0.5, 2), (1e-6, 1)])
 @pytest.mark.parametrize("matrix", ["hessian", "gauss_newton"])
 @pytest.mark.parametrize("build", [dense_layers, convolutions])
@@ -1018,26 +1018,18 @@ def test_the_predicted_peak_is_that_of_a_product(
     assert found.predicted_bytes == pytest.approx(counted, rel=0.2)
 
 
-DROPPED = {
-    "kept graph": partial(tiny_mlp().risk, chunk_size=7),
-    "compiled": partial(tiny_mlp().risk, chunk_size=7, engine="compiled"),
-    "differences": partial(tiny_mlp().risk, engine="differences"),
-    "closure": closure_risk,
-}
-
-
-@pytest.mark.parametrize("name", DROPPED)
-def test_a_dropped_risk_leaves_no_tensor_behind_R31(monkeypatch, name):
+def test_dropped_risks_leave_no_tensor_behind_R31(monkeypatch):
     monkeypatch.setattr(torch, "compile", uncompiled)
     before = num_tensors()
-    for _ in range(2):
-        risk = DROPPED[name]()
-        risk.hvp(risk.theta)
-        del risk
+    for engine in ("kept_graph", "compiled", "differences"):
+        for build in (tiny_mlp().risk, closure_risk):
+            risk = build(engine=engine)
+            risk.hvp(risk.theta)
+    del risk, build
     assert num_tensors() == before
 
 
-@pytest.mark.parametrize("engine", ["kept_graph"])
+@pytest.mark.parametrize("engine", ["kept_graph", "compiled"])
 def test_what_is_held_between_products_is_what_the_budget_allows(monkeypatch, engine):
     monkeypatch.setattr(torch, "compile", uncompiled)
     held = {}
