@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 
+_STRETCH = 1 << 18  # entries; fits a processor's cache
+
+
 def flatten(tensors: Iterable[Tensor]) -> Tensor:
     """One flat vector (n,) from tensors in order; always a copy."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -20,15 +23,15 @@ def split(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 def dot64(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two vectors (n,), summed in float64; 0-d, on their device.
+    """Inner product of two vectors (n,) in float64; 0-d, on their device.
 
-    Products are taken in the vectors' type, in float32 at least. A device without
-    float64 (MPS) sums in float32.
+    A stretch at a time, so that no second vector is made. A device without float64
+    (MPS) takes float32.
     """
-    if a.dtype in (torch.bfloat16, torch.float16):
-        a, b = a.float(), b.float()
     wide = torch.float32 if a.device.type == "mps" else torch.float64
-    return torch.sum(a * b, dtype=wide)
+    pairs = zip(a.split(_STRETCH), b.split(_STRETCH), strict=True)
+    parts = [torch.dot(x.to(wide), y.to(wide)) for x, y in pairs]
+    return torch.stack(parts).sum()
 
 
 def norm64(a: Tensor) -> Tensor:

@@ -1175,7 +1175,7 @@ def test_a_footprint_counts_what_is_held_and_the_peak():
 
         return work
 
-    assert memory.footprint(build) == memory.Footprint(held=1000, peak=5000)
+    assert memory.footprint(build) == memory.Footprint(held=1000, peak=5000, largest=4000)
     assert memory.footprint(lambda: lambda: torch.ones(10)).peak == 40
 
 

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sharpness import _progress, _tensors
-from sharpness.krylov.lanczos import (
-    LanczosState,
-    RitzPairs,
-    lanczos,
-    meets,
-    ritz_pairs,
-    upper_bound,
-)
+from sharpness.krylov.lanczos import WHICH, Which, upper_bound
+from sharpness.krylov.search import Found, Search
 from sharpness.results import Result, Status
+from sharpness.risk import memory
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
 from sharpness.risk.plan import Plan
 
-Which = Literal["LA", "SA"]
 _USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted
-_PRODUCTS = {
+_SPARE = 10  # least basis vectors beside the k wanted, of use in a thick restart
+PRODUCTS = {
     "hessian": "Hessian-vector products",
     "gauss_newton": "Gauss-Newton products",
     "empirical_fisher": "empirical Fisher products",
@@ -52,6 +47,7 @@ class HessianEigenpairs(Result):
     error_bounds: Tensor  # (k,) float64, same unit
     residuals: Tensor  # (k,) float64, ||H v - lambda v||
     eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n), rows orthonormal
+    explicit_residual: float | None  # of the leading pair, by a product of its own
     lambda_max_upper: float | None  # 95 %; None with `v0=` or `which="SA"`
     noise_floor: float  # rounding and asymmetry of the products, same unit
     status: Status
@@ -61,29 +57,70 @@ class HessianEigenpairs(Result):
     tol: float
     seed: int
     matrix: str
+    preconditioned: bool  # eigenpairs of P^-1/2 H P^-1/2
     engine: str | None  # that multiplied; None when interrupted before
 
     @property
     def lambda_max(self) -> float:
-        """The largest eigenvalue found."""
-        return float(self.eigenvalues[0]) if len(self.eigenvalues) else math.nan
+        """The largest eigenvalue; NaN where that end was not asked for."""
+        return self._end(0, self.which in ("LA", "BE"), 1.0)
+
+    @property
+    def lambda_min(self) -> float:
+        """The smallest eigenvalue; NaN where that end was not asked for."""
+        at_bottom = self.which == "SA" or (self.which == "BE" and len(self.eigenvalues) > 1)
+        return self._end(-1, at_bottom, -1.0)
 
     @property
     def num_converged(self) -> int:
         """How many values meet `tol`."""
-        return int(_met(self.eigenvalues, self.error_bounds, self).sum())
+        if self.num_hvps >= self.eigenvectors.shape[1]:
+            return len(self.eigenvalues)  # the whole space
+        floor = self.eigenvalues.abs().clamp(min=self.noise_floor)
+        return int((self.error_bounds <= self.tol * floor).sum())
 
     def __str__(self) -> str:
-        name = "lambda_max" if self.which == "LA" else "lambda_min"
+        name = _NAMES[self.which]
         if not len(self.eigenvalues):
             return f"{name} unknown ({self.status}, {self.num_hvps} products)"
-        index = 0 if self.which == "LA" else -1
-        value, bound = self.eigenvalues[index], self.error_bounds[index]
+        lead = leading(self.eigenvalues.numpy(), self.which)
+        text = f"{name} {_value_and_bound(self, lead)}"
+        if self.which == "BE" and len(self.eigenvalues) > 1:
+            text += f", lambda_min {_value_and_bound(self, -1)}"
+        of_adam = " of P^-1/2 H P^-1/2" if self.preconditioned else ""
         return (
-            f"{name} {float(value):.4g} ± {float(bound):.1g}   "
+            f"{text}{of_adam}   "
             f"({self.num_converged} of {len(self.eigenvalues)} converged, "
-            f"{self.num_hvps} {_PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
+            f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
         )
+
+    def _end(self, index: int, asked: bool, sign: float) -> float:
+        if not len(self.eigenvalues):
+            return math.nan
+        value = float(self.eigenvalues[index])
+        # What is largest in modulus among the positive is largest of all.
+        beyond_doubt = self.which == "LM" and sign * value > 0
+        complete = len(self.eigenvalues) == self.eigenvectors.shape[1]
+        return value if asked or beyond_doubt or complete else math.nan
+
+
+_NAMES = {
+    "LA": "lambda_max",
+    "SA": "lambda_min",
+    "LM": "eigenvalue of largest modulus",
+    "BE": "lambda_max",
+}
+
+
+def _value_and_bound(pairs: HessianEigenpairs, i: int) -> str:
+    return f"{float(pairs.eigenvalues[i]):.4g} ± {float(pairs.error_bounds[i]):.1g}"
+
+
+def leading(values: np.ndarray, which: str) -> int:
+    """Position of the value that the search was for, in descending values."""
+    if which == "LM":
+        return int(np.argmax(np.abs(values)))
+    return len(values) - 1 if which == "SA" else 0
 
 
 def eigenpairs(
@@ -92,19 +129,22 @@ def eigenpairs(
     *,
     which: Which = "LA",
     matrix: Matrix = "hessian",
+    preconditioner: Tensor | None = None,
     tol: float = 1e-2,
     seed: int = 0,
     v0: Tensor | None = None,
+    basis_size: int | None = None,
+    basis_device: str | torch.device | None = None,
     max_hvps: int | None = None,
     max_seconds: float | None = None,
     progress: bool | None = None,
 ) -> HessianEigenpairs:
     r"""The k largest (or smallest) eigenvalues of the Hessian of f, and eigenvectors.
 
-    Lanczos with full reorthogonalisation, stopped when, twice in a row, the error bound
-    of every wanted value is at most `tol` times the value (or times the noise floor, if
-    that is larger). On trained networks stopping at the first time left a value out in
-    one run of four, stopping at the second in one of fifteen.
+    Thick-restart Lanczos with full reorthogonalisation, stopped when, twice in a row,
+    the error bound of every wanted value is at most `tol` times the value (or times the
+    noise floor, if that is larger). One more product then gives the residual of the
+    leading pair explicitly, independent of the recurrence.
     It is the largest *algebraic* value that the literature calls sharpness, so a large
     negative eigenvalue is never returned in its place.
 
@@ -114,11 +154,20 @@ def eigenpairs(
     Args:
         risk: the mean loss f, held at the parameters theta.
         k: how many eigenpairs, 1 <= k <= n.
-        which: `"LA"` the largest algebraic, `"SA"` the smallest.
+        which: `"LA"` the largest algebraic, `"SA"` the smallest, `"LM"` the largest in
+            modulus, `"BE"` from both ends (k odd: one more at the top).
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
+        preconditioner: P > 0, (n,): eigenpairs of $P^{-1/2} H P^{-1/2}$ instead, as
+            `adam_preconditioner` gives it (Cohen et al. 2022).
         tol: error bound wanted, relative to each value; > 0.
         seed: of the random start vector.
-        v0: start vector (n,), or eigenvectors (j, n) of an earlier result.
+        v0: start vector (n,), or eigenvectors (j, n) of an earlier result: following a
+            training run then costs a few products a time.
+        basis_size: most Lanczos vectors held at once, at least k + 10 (or n). By default
+            as many as half the free memory holds; the basis is shrunk when it is full,
+            which costs products, not accuracy.
+        basis_device: where they are held, such as "cpu" beside a full GPU; by default
+            where the risk is.
         max_hvps: most products; by default 100 + 10 k, at most n.
         max_seconds: stop after the product that passes this time.
         progress: show a bar; by default on a terminal.
@@ -128,107 +177,169 @@ def eigenpairs(
         what has been earned so far, with a status that says so.
 
     Raises:
-        ValueError: `k` outside [1, n], `tol` <= 0, `max_hvps` < 1, an unknown `which`
-            or a `v0` of the wrong length.
+        ValueError: `k` outside [1, n], `tol` <= 0, `max_hvps` < 1, an unknown `which`,
+            a `v0` or `preconditioner` of the wrong shape, a `basis_size` too small.
+        MemoryError: not even the smallest basis fits.
 
     Cost: about 5 to 30 products for k <= 5 at `tol=1e-2`, each about two gradients;
-    memory (products + k) n. Where products are differences of gradients, their estimated
-    error is part of every bound.
+    memory (basis_size + 4) n beside the products' own. Where products are differences of
+    gradients, their estimated error is part of every bound.
 
     References:
-        Lanczos (1950); Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
+        Lanczos (1950); Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22(2), for the
+        restart; Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
     """
     _check(risk, k, which, tol, max_hvps)
     began = time.monotonic()
-    sign = 1.0 if which == "LA" else -1.0
     most = min(risk.n, max_hvps or 100 + 10 * k)
+    held_on = torch.device(basis_device) if basis_device is not None else risk.device
     generator = torch.Generator().manual_seed(seed)
-    start = _start_vector(risk, v0, generator)
-    states = lanczos(lambda v: sign * risk.product(v, matrix), start, generator)
-    state: LanczosState | None = None
-    plan: Plan | None = None
-    settled, status = 0, Status.MAX_HVPS
-    with _progress.bar("Hessian-vector products", None, progress) as bar:
+    start = _start_vector(risk, v0, generator).to(held_on)
+    multiply = _multiplication(risk, matrix, preconditioner, held_on)
+    _check_basis_size(basis_size, k, risk.n)
+    search, plan, status = None, None, Status.MAX_HVPS
+    with _progress.bar(PRODUCTS[matrix], None, progress) as bar:
         try:
             plan = risk.prepare(_USUAL_PRODUCTS + 4 * k, matrix)
-            for new in states:
-                if not math.isfinite(new.alphas[-1] + new.betas[-1]):
-                    status = Status.NON_FINITE
-                    break
-                state = new
+            size = basis_size or _affordable(risk, plan, k, most, held_on)
+            search = Search(start, generator, k=k, which=which, tol=tol, basis_size=size)
+            del start
+            while search.num_products < most:
+                search.absorb(multiply(search.direction()))
                 bar.update()
-                settled = settled + 1 if meets(state, k, tol) else 0
-                if settled >= 2 or (settled and state.invariant):
+                if search.is_converged:
                     status = Status.CONVERGED
-                    break
-                if len(state.alphas) >= most:
                     break
                 if max_seconds is not None and time.monotonic() - began > max_seconds:
                     status = Status.MAX_SECONDS
                     break
+        except FloatingPointError:
+            status = Status.NON_FINITE
         except KeyboardInterrupt:
             status = Status.INTERRUPTED
-    trusted = tol if status is Status.CONVERGED else None
-    inexact = plan.relative_error if plan and plan.relative_error else 0.0
-    found = _extracted(state, k, sign, risk, trusted, inexact)
-    upper = None
-    if state is not None and v0 is None and which == "LA":
-        upper = upper_bound(state, risk.n)
-    return HessianEigenpairs(
-        **found,
-        lambda_max_upper=upper,
-        noise_floor=state.noise if state else math.nan,
+    return _result(
+        risk,
+        search,
+        plan,
+        multiply=multiply,
+        verify=status is Status.CONVERGED and search is not None,
+        most=most,
+        began=began,
         status=status,
-        num_hvps=len(state.alphas) if state else 0,
-        seconds=time.monotonic() - began,
+        random_start=v0 is None,
         which=which,
         tol=tol,
         seed=seed,
         matrix=matrix,
-        engine=plan.engine if plan else None,
+        preconditioned=preconditioner is not None,
     )
 
 
-def _met(values: Tensor, bounds: Tensor, result: HessianEigenpairs) -> Tensor:
-    floor = values.abs().clamp(min=result.noise_floor)
-    if result.num_hvps >= result.eigenvectors.shape[1]:
-        return torch.ones_like(values, dtype=torch.bool)  # the whole space
-    return bounds <= result.tol * floor
-
-
-def _extracted(
-    state: LanczosState | None,
-    k: int,
-    sign: float,
+def _result(
     risk: EmpiricalRisk,
-    trusted: float | None,
-    product_error: float,
-) -> dict[str, Tensor]:
-    """Eigenpairs of H from a Lanczos state of sign * H, in descending order.
+    search: Search | None,
+    plan: Plan | None,
+    *,
+    multiply: Callable[[Tensor], Tensor],
+    verify: bool,
+    most: int,
+    began: float,
+    random_start: bool,
+    **settings: object,
+) -> HessianEigenpairs:
+    """What a search has earned; with its leading residual verified by one product."""
+    which, inexact = str(settings["which"]), (plan and plan.relative_error) or 0.0
+    upper, explicit = None, None
+    if search is None or not search.num_products:
+        none = np.empty(0)
+        found = Found(none, none, none, risk.theta.new_empty((0, risk.n)))
+    else:
+        first, noise = search.run.state.first, search.noise
+        if random_start and which != "SA":
+            upper = upper_bound(first, risk.n, noise)
+        whole = search.run.is_whole
+        found = search.found(inexact)
+        if verify and not whole and search.num_products < most:
+            explicit = _verified(found, leading(found.values, which), noise, multiply)
+    products = search.num_products if search else 0
+    return HessianEigenpairs(
+        eigenvalues=torch.from_numpy(found.values),
+        error_bounds=torch.from_numpy(found.bounds),
+        residuals=torch.from_numpy(found.residuals),
+        eigenvectors=found.vectors,
+        explicit_residual=explicit,
+        lambda_max_upper=upper,
+        noise_floor=search.noise if search else math.nan,
+        num_hvps=products + (explicit is not None),
+        seconds=time.monotonic() - began,
+        engine=plan.engine if plan else None,
+        **settings,  # type: ignore[arg-type]
+    )
 
-    The error bound is the residual, which is proven; or `trusted` times the value, if
-    the run ended because r^2 / gap is below that. The quotient itself is not reported:
-    close eigenvalues that the Krylov space has not told apart beat it by far.
+
+def _verified(
+    found: Found, i: int, noise: float, multiply: Callable[[Tensor], Tensor]
+) -> float | None:
+    """The residual of pair i by a product of its own; None when interrupted.
+
+    One that is larger than the recurrence had it takes the claim of `tol` back.
     """
-    if state is None:
-        none = torch.empty(0, dtype=torch.float64)
-        vectors = risk.theta.new_empty((0, risk.n))
-        names = ("eigenvalues", "error_bounds", "residuals")
-        return {**dict.fromkeys(names, none), "eigenvectors": vectors}
-    pairs: RitzPairs = ritz_pairs(state, k)
-    inexact = product_error * np.abs(pairs.values).max()
-    bounds = state.noise + pairs.residuals + inexact
-    if trusted is not None:
-        floor = np.maximum(pairs.bounds + inexact, trusted * np.abs(pairs.values))
-        bounds = np.minimum(bounds, floor)
-    order = np.argsort(-sign * pairs.values, kind="stable")
-    coefficients = torch.from_numpy(pairs.coefficients[order]).to(state.basis)
-    return {
-        "eigenvalues": torch.from_numpy(sign * pairs.values[order]),
-        "error_bounds": torch.from_numpy(bounds[order]),
-        "residuals": torch.from_numpy(pairs.residuals[order]),
-        "eigenvectors": coefficients @ state.basis,
-    }
+    v = found.vectors[i]
+    try:
+        difference = torch.add(multiply(v), v, alpha=-float(found.values[i]))
+    except KeyboardInterrupt:
+        return None
+    residual = float(_tensors.norm64(difference))
+    doubtful = residual > 2 * (found.residuals[i] + noise)
+    found.residuals[i] = residual
+    proven = residual + noise
+    found.bounds[i] = proven if doubtful else min(found.bounds[i], proven)
+    return residual
+
+
+def _multiplication(
+    risk: EmpiricalRisk, matrix: Matrix, preconditioner: Tensor | None, held_on: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """v -> M v, or P^-1/2 M P^-1/2 v, for vectors on the basis' device."""
+    if preconditioner is None:
+        return lambda v: risk.product(v, matrix).to(held_on)
+    p = preconditioner.detach().to(risk.theta)
+    if p.shape != risk.theta.shape or not bool(((p > 0) & p.isfinite()).all()):
+        raise ValueError(
+            f"`preconditioner` must be positive, finite and of shape (n,) with n={risk.n}; "
+            f"got shape {tuple(p.shape)}, smallest {float(p.min()) if len(p) else 0:.3g}. "
+            "`adam_preconditioner(risk, optimizer.state_dict())` gives one."
+        )
+    scale = p.rsqrt()
+    return lambda v: (
+        risk.product(v.to(scale.device) * scale, matrix).mul_(scale).to(held_on)
+    )
+
+
+def _affordable(
+    risk: EmpiricalRisk, plan: Plan, k: int, most: int, held_on: torch.device
+) -> int:
+    """Lanczos vectors that half of the free memory holds, beside the products' own."""
+    needed = min(risk.n, k + _SPARE)
+    free = memory.budget_bytes(held_on) / memory.SHARE
+    if held_on == risk.device:
+        free -= plan.predicted_bytes
+    fit = int(free / 2 / risk.theta.nbytes)
+    if 2 * fit < needed:
+        raise MemoryError(
+            f"`k` must leave room for a basis of {needed} vectors; got k={k}, and memory "
+            f"for {max(0, 2 * fit)} of {risk.theta.nbytes / 1e9:.2f} GB each on {held_on}. "
+            "Pass a smaller `k` or another `basis_device`."
+        )
+    return max(needed, min(most, fit))
+
+
+def _check_basis_size(basis_size: int | None, k: int, n: int) -> None:
+    if basis_size is not None and basis_size < min(n, k + _SPARE):
+        raise ValueError(
+            f"`basis_size` must be at least k + {_SPARE} (or n={n}); got {basis_size} "
+            f"(k={k}). Leave it out for what the memory holds."
+        )
 
 
 def _start_vector(
@@ -254,9 +365,10 @@ def _check(
             f"`k` must lie in [1, n]; got k={k} (n={risk.n} parameters). "
             "Ask for between 1 and n eigenpairs."
         )
-    if which not in ("LA", "SA"):
+    if which not in WHICH:
         raise ValueError(
-            f"`which` must be 'LA' (largest algebraic) or 'SA' (smallest); got {which!r}."
+            "`which` must be 'LA' (largest algebraic), 'SA' (smallest), 'LM' (largest in "
+            f"modulus) or 'BE' (both ends); got {which!r}."
         )
     if not tol > 0:
         raise ValueError(f"`tol` must be positive; got {tol}. The default is 1e-2.")

@@ -38,7 +38,7 @@ def materialised(
     ):  # a loader draws a seed as it starts
         batches = [_moved(batch, device) for batch in data]
     if pairs:
-        batches = _joined([_checked_pair(batch) for batch in batches])
+        batches = joined([_checked_pair(batch) for batch in batches])
     if not batches:
         raise ValueError(
             "`data` must hold at least one sample; got none. Pass (inputs, targets), "
@@ -78,6 +78,21 @@ def rows(pair: Pair, start: int, stop: int) -> Pair:
     """Samples `start` to `stop`; views."""
     cut: Pair = tree_map(lambda part: part[start:stop], pair)
     return cut
+
+
+def taken(pair: Pair, index: Tensor) -> Pair:
+    """Samples at these positions; copies."""
+    some: Pair = tree_map(lambda part: part[index], pair)
+    return some
+
+
+def joined(pairs: Sequence[Pair]) -> list[Pair]:
+    """One pair where the shapes allow it (all but sequences of uneven length)."""
+    pairs = [pair for pair in pairs if len(pair[1])]
+    kinds = {_row_kind(pair) for pair in pairs}
+    if len(kinds) != 1 or len(pairs) == 1:
+        return list(pairs)
+    return [tree_map(lambda *parts: torch.cat(parts), *pairs)]
 
 
 def _is_pair(data: Any) -> bool:
@@ -120,15 +135,6 @@ def _checked_pair(batch: Batch) -> Pair:
                 f"{len(part)} inputs and {len(targets)} targets."
             )
     return inputs, targets
-
-
-def _joined(pairs: Sequence[Pair]) -> list[Pair]:
-    """One pair where the shapes allow it (all but sequences of uneven length)."""
-    pairs = [pair for pair in pairs if len(pair[1])]
-    kinds = {_row_kind(pair) for pair in pairs}
-    if len(kinds) != 1 or len(pairs) == 1:
-        return list(pairs)
-    return [tree_map(lambda *parts: torch.cat(parts), *pairs)]
 
 
 def _row_kind(pair: Pair) -> tuple[Any, ...]:

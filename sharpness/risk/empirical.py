@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -156,6 +157,16 @@ class EmpiricalRisk:
         return self.theta.numel()
 
     @property
+    def names(self) -> list[str]:
+        """Names of the parameters in theta, in order."""
+        return list(self._objective.names)
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Their shapes."""
+        return list(self._objective.shapes)
+
+    @property
     def num_samples(self) -> int:
         """Number of samples (with a closure: rows of the batches)."""
         return self._mean.num_samples
@@ -307,6 +318,53 @@ class EmpiricalRisk:
         if self._gradient is None:
             self._gradient = self.gradient()
         return product - (v @ self._gradient).unsqueeze(-1) * self._gradient
+
+    @torch.inference_mode(False)
+    def block_products(
+        self,
+        blocks: Sequence[Sequence[str]],
+        vectors: Sequence[Tensor],
+        matrix: Matrix = "hessian",
+    ) -> list[Tensor]:
+        """Diagonal blocks of a curvature matrix times a vector each: M_bb v_b.
+
+        Args:
+            blocks: names of the parameters of each block; blocks may overlap.
+            vectors: (n_b,) each, the parameters flat and in the block's order.
+            matrix: as in `product`, but for the gradient covariance.
+
+        Cost: one sweep over the data; for each block at most a product, and for the
+        Hessian only the part of the graph that lies behind the block.
+        """
+        if matrix == "gradient_covariance":
+            raise ValueError(
+                "`matrix` must be another one for diagonal blocks; got "
+                "'gradient_covariance'. 'empirical_fisher' differs by g g^T."
+            )
+        position = {name: i for i, name in enumerate(self.names)}
+        places = [[position[name] for name in block] for block in blocks]
+        moved = [v.detach().to(device=self.device, dtype=self.dtype) for v in vectors]
+        return self._fitting(
+            lambda: self._products_of(matrix, 1).of_blocks(places, moved)
+        )
+
+    def subset(self, index: Sequence[int] | Tensor) -> EmpiricalRisk:
+        """The mean over some of the samples, at the same theta. They may repeat.
+
+        Raises:
+            TypeError: a risk from a closure, whose batches cannot be cut.
+            ValueError: BatchNorm depends on the data, so a subset is another function.
+        """
+        self._refuse_closure("data")
+        if self.batchnorm != "running" and batchnorm_layers(self.model):
+            raise ValueError(
+                "`batchnorm` must be 'running' for a subset of the data; got "
+                f"{self.batchnorm!r} (its statistics would change with the samples)."
+            )
+        other = copy.copy(self)
+        other._mean = self._mean.subset(torch.as_tensor(index, device=self.device))
+        other._products, other._gradient = {}, None
+        return other
 
     @torch.inference_mode(False)
     def prepare(self, num_products: int = 1, matrix: Matrix = "hessian") -> Plan:

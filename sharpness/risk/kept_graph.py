@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpness.risk.linearised import Apply, Linearise
+from sharpness.risk.linearised import Apply, Linearise, Pullback
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,16 @@ class ChunkedSum:
         weights = [self.weights[i] for i in chunks]
         return replace(self, batches=batches, weights=weights)
 
+    def among(self, block: Sequence[int]) -> ChunkedSum:
+        """The same sum over some of the leaves: for vectors of one diagonal block."""
+        return replace(self, leaves=[self.leaves[i] for i in block])
+
+    def places(self, block: Sequence[int]) -> Tensor:
+        """Where the entries of a block stand in a flat vector (n,)."""
+        sizes = [leaf.numel() for leaf in self.leaves]
+        all_places = torch.arange(sum(sizes), device=self.leaves[0].device).split(sizes)
+        return torch.cat([all_places[i] for i in block])
+
     def split(self, v: Tensor) -> list[Tensor]:
         """(n,) or (b, n) as pieces in the leaves' shapes and types."""
         pieces = _views(v, self.leaves)
@@ -48,6 +58,9 @@ class ChunkedSum:
         """Add one chunk's product to a flat vector (n,), or (b, n)."""
         for view, piece in zip(_views(total, self.leaves), product, strict=True):
             view.add_(piece, alpha=self.weights[chunk])
+
+
+Block = Sequence[int]  # positions of its parameters among the leaves
 
 
 class KeptGraph:
@@ -64,6 +77,31 @@ class KeptGraph:
         for i in range(len(self._work.batches)):
             self._work.add(total, self._product(i, pieces, v.ndim), i)
         return total
+
+    def of_blocks(self, blocks: Sequence[Block], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """M_bb v_b for each diagonal block, in one sweep over the chunks."""
+        parts = [self._work.among(block) for block in blocks]
+        pieces = [part.split(v) for part, v in zip(parts, vectors, strict=True)]
+        totals = [torch.zeros_like(v) for v in vectors]
+        for i in range(len(self._work.batches)):
+            apply = self._linearised(i)
+            for block, part, piece, total in zip(
+                blocks, parts, pieces, totals, strict=True
+            ):
+                part.add(total, self._within(apply, block, piece), i)
+            del apply
+        return totals
+
+    def _within(
+        self, apply: Apply, block: Block, pieces: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        if isinstance(apply, Pullback):
+            return apply.within(block, pieces)
+        padded = [torch.zeros_like(leaf) for leaf in self._work.leaves]
+        for i, piece in zip(block, pieces, strict=True):
+            padded[i] = piece
+        product = apply(padded)
+        return [product[i] for i in block]
 
     def _product(self, i: int, pieces: Sequence[Tensor], ndim: int) -> Sequence[Tensor]:
         # A function of its own: a graph that is not kept is gone before the next is built.

@@ -46,7 +46,7 @@ def hessian(objective: Objective, mean: Mean) -> Linearise:
             value = mean(objective.reduced(leaves, batch), batch)
             slopes = gradients(value, leaves, create_graph=True)
         _check_differentiable(slopes, value)
-        return _pullback(slopes, leaves)
+        return Pullback(slopes, leaves)
 
     return linearise
 
@@ -63,7 +63,7 @@ def gauss_newton(objective: Objective, mean: Mean) -> Linearise:
             at = outputs.detach().requires_grad_()
             value = mean(objective.loss_of(leaves, batch, at), batch)
             slope = gradients(value, [at], create_graph=True)
-        curvature, pullback = _pullback(slope, [at]), _pullback([outputs], leaves)
+        curvature, pullback = Pullback(slope, [at]), Pullback([outputs], leaves)
         return lambda pieces: pullback(curvature(pushforward(pieces)))
 
     return linearise
@@ -83,7 +83,7 @@ def fisher(objective: Objective, mean: Mean, cases: Cases) -> Linearise:
             (slope,) = gradients(value, [at])  # a_c dl_c/dz
         weight, dims = cases.weights(at.detach(), batch[1]), cases.dims(outputs)
         scaled = torch.where(weight > 0, slope / weight, torch.zeros_like(slope))
-        pullback = _pullback([outputs], leaves)
+        pullback = Pullback([outputs], leaves)
 
         def apply(pieces: Sequence[Tensor]) -> Sequence[Tensor]:
             along = slope * pushforward(pieces)[0]
@@ -114,17 +114,34 @@ def _pushforward(
         else:
             slopes = [torch.zeros_like(leaf) for leaf in leaves]
     _check_differentiable(slopes, outputs)
-    return _pullback(slopes, [u]), outputs
+    return Pullback(slopes, [u]), outputs
 
 
-def _pullback(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> Apply:
+class Pullback:
     """The map pieces -> (d values / d leaves)^T pieces.
 
     Values without a graph (a parameter that is unused or enters linearly) add nothing.
     """
-    curved = [(j, value) for j, value in enumerate(values) if value.requires_grad]
 
-    def apply(pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+    def __init__(self, values: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+        self._values, self._leaves = values, leaves
+
+    def __call__(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        """From a piece for each value to one for each leaf."""
+        return self._back(self._values, self._leaves, pieces)
+
+    def within(self, block: Sequence[int], pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        """From some of the values to the same of the leaves: a diagonal block.
+
+        Autograd walks only the part of the graph that connects them.
+        """
+        values, leaves = ([all_[i] for i in block] for all_ in (self._values, self._leaves))
+        return self._back(values, leaves, pieces)
+
+    def _back(
+        self, values: Sequence[Tensor], leaves: Sequence[Tensor], pieces: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        curved = [(j, value) for j, value in enumerate(values) if value.requires_grad]
         if not curved:
             return [torch.zeros_like(leaf) for leaf in leaves]
         return torch.autograd.grad(
@@ -135,8 +152,6 @@ def _pullback(values: Sequence[Tensor], leaves: Sequence[Tensor]) -> Apply:
             allow_unused=True,
             materialize_grads=True,
         )
-
-    return apply
 
 
 def _check_differentiable(slopes: Sequence[Tensor], value: Tensor) -> None:

@@ -30,6 +30,7 @@ class Footprint:
 
     held: int
     peak: int
+    largest: int = 0  # of a single tensor
 
     def at(self, rows: int, smaller: Footprint, from_rows: tuple[int, int]) -> Footprint:
         """Extrapolated to `rows`, from `smaller` and this one at `from_rows`.
@@ -42,6 +43,7 @@ class Footprint:
         return Footprint(
             max(1, round(self.held + more * (self.held - smaller.held))),
             max(1, round(self.peak + more * (self.peak - smaller.peak))),
+            max(self.largest, round(self.largest + more * (self.largest - smaller.largest))),
         )
 
 
@@ -54,9 +56,9 @@ def footprint(build: Callable[[], Callable[[], Any]]) -> Footprint:
         work = build()
         held = storages.now
         result = work()
-    peak = storages.peak
+    peak, largest = storages.peak, storages.largest
     del result, work
-    return Footprint(max(1, held), max(1, peak))
+    return Footprint(max(1, held), max(1, peak), largest)
 
 
 def nests_transforms(build: Callable[[], Any]) -> bool:
@@ -107,7 +109,7 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = self.peak = self.largest = 0
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -129,6 +131,7 @@ class _Storages(TorchDispatchMode):
             return
         self._known[key] = storage.nbytes() if counted else 0
         self.now += self._known[key]
+        self.largest = max(self.largest, self._known[key])
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._freed, key)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpness.risk.differences import Differences
-from sharpness.risk.kept_graph import ChunkedSum, KeptGraph
+from sharpness.risk.kept_graph import Block, ChunkedSum, KeptGraph
 from sharpness.risk.linearised import Linearise
 from sharpness.risk.memory import Footprint
 from sharpness.risk.plan import Plan, directions_at_once, worth_compiling
@@ -79,6 +79,18 @@ class Products:
         if block == 1:
             return torch.stack([self._engine(row) for row in v])
         return torch.cat([self._engine(rows) for rows in v.split(block)])
+
+    def of_blocks(self, blocks: Sequence[Block], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """M_bb v_b for each diagonal block; of whole products where nothing is kept."""
+        if isinstance(self._engine, KeptGraph):
+            return self._engine.of_blocks(blocks, vectors)
+        work, products = self._task.work, []
+        for block, v in zip(blocks, vectors, strict=True):
+            places = work.places(block)
+            whole = torch.zeros_like(self._task.theta)
+            whole[places] = v
+            products.append(self._engine(whole)[places])
+        return products
 
     def expect(self, num_products: int) -> None:
         """Compile, if so many more products repay it."""

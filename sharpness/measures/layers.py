@@ -1,0 +1,242 @@
+"""Which layers are curved? Eigenpairs of the diagonal blocks of the Hessian."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from sharpness import _progress, _tensors
+from sharpness.krylov.lanczos import WHICH, Which
+from sharpness.krylov.search import Found, Search
+from sharpness.results import Result, Status
+from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.linearised import Matrix
+
+Blocks = Callable[[str], str | None] | Sequence[str] | Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockEigenpairs:
+    """Extreme eigenpairs of one diagonal block, largest algebraic value first."""
+
+    name: str
+    parameters: tuple[str, ...]
+    n: int
+    eigenvalues: Tensor  # (k,) float64, or fewer where n < k
+    error_bounds: Tensor  # (k,) as in `HessianEigenpairs`
+    residuals: Tensor  # (k,)
+    eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n)
+    noise_floor: float
+    num_products: int
+    status: Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerwiseEigenpairs(Result):
+    """Eigenpairs of every diagonal block; `result["layer"]` gives one of them."""
+
+    blocks: tuple[BlockEigenpairs, ...]
+    status: Status  # converged, if all blocks are
+    num_sweeps: int  # over the data
+    num_products: int  # of all blocks together, each at most a Hessian-vector product
+    seconds: float
+    which: str
+    tol: float
+    seed: int
+    matrix: str
+
+    def __getitem__(self, name: str) -> BlockEigenpairs:
+        return {block.name: block for block in self.blocks}[name]
+
+    def rows(self) -> list[dict[str, object]]:
+        """One plain row a block, for a table or a data frame."""
+        return [
+            {
+                "block": block.name,
+                "n": block.n,
+                "eigenvalues": block.eigenvalues.tolist(),
+                "error_bounds": block.error_bounds.tolist(),
+                "num_products": block.num_products,
+                "status": str(block.status),
+            }
+            for block in self.blocks
+        ]
+
+    def __str__(self) -> str:
+        wide = max([len("block"), *(len(block.name) for block in self.blocks)])
+        lines = [f"{'block':{wide}}  {'n':>9}  {'eigenvalues':24}  status"]
+        for block in self.blocks:
+            pairs = zip(block.eigenvalues.tolist(), block.error_bounds.tolist(), strict=True)
+            values = ", ".join(f"{value:.4g} ± {bound:.1g}" for value, bound in pairs)
+            lines.append(f"{block.name:{wide}}  {block.n:9}  {values:24}  {block.status}")
+        lines.append(
+            f"({self.num_sweeps} sweeps over the data, {self.num_products} products of "
+            f"blocks, {self.seconds:.1f} s)"
+        )
+        return "\n".join(lines)
+
+
+def layerwise_eigenpairs(
+    risk: EmpiricalRisk,
+    blocks: Blocks | None = None,
+    *,
+    k: int = 1,
+    which: Which = "LA",
+    matrix: Matrix = "hessian",
+    tol: float = 1e-2,
+    seed: int = 0,
+    max_sweeps: int | None = None,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> LayerwiseEigenpairs:
+    r"""Extreme eigenpairs of the diagonal blocks $\partial^2 f / \partial \theta_b^2$.
+
+    All blocks advance by one Lanczos step in each sweep over the data; a block that has
+    converged drops out. No block is larger than the whole: its largest eigenvalue is at
+    most that of the Hessian.
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        blocks: None for one block a layer (the parameters of a module); globs of
+            parameter names, one block each; a function from a parameter's name to its
+            block's (None leaves it out); or a dict from a block's name to its
+            parameters'.
+        k: eigenpairs of each block (all, where it has fewer).
+        which: as in `eigenpairs`.
+        matrix: as in `eigenpairs`, but for the gradient covariance.
+        tol: error bound wanted, relative to each value; > 0.
+        seed: of the random start vectors.
+        max_sweeps: most sweeps; by default 100 + 10 k.
+        max_seconds: stop after the sweep that passes this time.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `LayerwiseEigenpairs`; also after an interrupt (Ctrl-C), with what was earned.
+
+    Raises:
+        ValueError: no parameter in a block, an unknown `which`, `k` < 1, `tol` <= 0.
+
+    Cost: 5 to 30 sweeps; in each, a block costs the part of a Hessian-vector product
+    that lies behind it. Memory (sweeps) n in all.
+    """
+    _check(k, which, tol)
+    began = time.monotonic()
+    named = _named_blocks(risk.names, blocks)
+    generator = torch.Generator().manual_seed(seed)
+    most = max_sweeps if max_sweeps is not None else 100 + 10 * k
+    sizes = dict(zip(risk.names, (shape.numel() for shape in risk.shapes), strict=True))
+    searches = {}
+    for name, parameters in named.items():
+        n = sum(sizes[parameter] for parameter in parameters)
+        start = _tensors.random_unit(risk.theta.new_empty(n), generator)
+        searches[name] = Search(
+            start, generator, k=min(k, n), which=which, tol=tol, basis_size=min(n, most)
+        )
+    status = dict.fromkeys(named, Status.MAX_HVPS)
+    open_, sweeps, end = list(named), 0, None
+    with _progress.bar("sweeps", None, progress) as bar:
+        try:
+            risk.prepare(1, matrix)
+            while open_ and sweeps < most and end is None:
+                products = risk.block_products(
+                    [named[name] for name in open_],
+                    [searches[name].direction() for name in open_],
+                    matrix,
+                )
+                sweeps += 1
+                for name, product in zip(list(open_), products, strict=True):
+                    ended = _absorbed(searches[name], product)
+                    if ended is not None:
+                        status[name] = ended
+                        open_.remove(name)
+                bar.update()
+                if max_seconds is not None and time.monotonic() - began > max_seconds:
+                    end = Status.MAX_SECONDS
+        except KeyboardInterrupt:
+            end = Status.INTERRUPTED
+    if end is not None:
+        status |= dict.fromkeys(open_, end)
+    results = tuple(_block(name, named[name], searches[name], status[name]) for name in named)
+    return LayerwiseEigenpairs(
+        blocks=results,
+        status=next((b.status for b in results if not b.status.ok), Status.CONVERGED),
+        num_sweeps=sweeps,
+        num_products=sum(block.num_products for block in results),
+        seconds=time.monotonic() - began,
+        which=which,
+        tol=tol,
+        seed=seed,
+        matrix=matrix,
+    )
+
+
+def _absorbed(search: Search, product: Tensor) -> Status | None:
+    try:
+        search.absorb(product)
+    except FloatingPointError:
+        return Status.NON_FINITE
+    done = search.is_converged or search.run.is_whole
+    return Status.CONVERGED if done else None
+
+
+def _block(
+    name: str, parameters: Sequence[str], search: Search, status: Status
+) -> BlockEigenpairs:
+    n = search.run.n
+    if search.num_products:
+        found = search.found()
+    else:
+        none = torch.empty(0, dtype=torch.float64).numpy()
+        found = Found(none, none, none, torch.empty(0, n))
+    return BlockEigenpairs(
+        name=name,
+        parameters=tuple(parameters),
+        n=n,
+        eigenvalues=torch.from_numpy(found.values),
+        error_bounds=torch.from_numpy(found.bounds),
+        residuals=torch.from_numpy(found.residuals),
+        eigenvectors=found.vectors,
+        noise_floor=search.noise if search.num_products else math.nan,
+        num_products=search.num_products,
+        status=status,
+    )
+
+
+def _named_blocks(names: Sequence[str], blocks: Blocks | None) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    if isinstance(blocks, str):
+        blocks = [blocks]
+    if isinstance(blocks, Mapping):
+        found = {block: list(parameters) for block, parameters in blocks.items()}
+    elif blocks is None or callable(blocks):
+        for name in names:
+            block = blocks(name) if blocks else name.rpartition(".")[0] or name
+            if block is not None:
+                found.setdefault(block, []).append(name)
+    else:
+        found = {glob: [n for n in names if fnmatchcase(n, glob)] for glob in blocks}
+    for block, parameters in found.items():
+        unknown = [name for name in parameters if name not in names]
+        if not parameters or unknown:
+            raise ValueError(
+                f"`blocks` must name parameters of theta; got {block!r} with "
+                f"{unknown[0] if unknown else 'none'}. They are {', '.join(names[:4])}, …"
+            )
+    if not found:
+        raise ValueError("`blocks` must give at least one block; got none.")
+    return found
+
+
+def _check(k: int, which: str, tol: float) -> None:
+    if not (isinstance(k, int) and k >= 1):
+        raise ValueError(f"`k` must be at least 1; got {k}. Ask for 1 or more.")
+    if which not in WHICH:
+        raise ValueError(f"`which` must be 'LA', 'SA', 'LM' or 'BE'; got {which!r}.")
+    if not tol > 0:
+        raise ValueError(f"`tol` must be positive; got {tol}. The default is 1e-2.")
