@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-
 _STRETCH = 1 << 18  # entries; fits a processor's cache
 
 

@@ -36,7 +36,7 @@ class Basis:
         return torch.cat([block @ w for block in self._upto(m)])
 
     def subtract(self, w: Tensor, coefficients: Tensor) -> None:
-        """w -= sum_i coefficients_i q_i, in place."""
+        """W -= sum_i coefficients_i q_i, in place."""
         m = len(coefficients)
         parts = coefficients.split([len(block) for block in self._upto(m)])
         for block, part in zip(self._upto(m), parts, strict=True):
@@ -79,5 +79,5 @@ class Basis:
             m -= len(block)
         return found
 
-    def _parts(self, mixed: Tensor) -> tuple[Tensor, ...]:
-        return mixed.split([len(block) for block in self._upto(len(mixed))])
+    def _parts(self, mixed: Tensor) -> list[Tensor]:
+        return list(mixed.split([len(block) for block in self._upto(len(mixed))]))

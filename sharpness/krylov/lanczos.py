@@ -98,9 +98,7 @@ class Lanczos:
     Cost: one product and 4 m n operations a step; memory m n.
     """
 
-    def __init__(
-        self, v0: Tensor, generator: torch.Generator, num_first: int = 16
-    ) -> None:
+    def __init__(self, v0: Tensor, generator: torch.Generator, num_first: int = 16) -> None:
         self.n = v0.numel()
         self._eps = torch.finfo(v0.dtype).eps
         self._generator = generator
@@ -305,7 +303,9 @@ def _end_meets(
     return bool(reach <= scores[best[-1]] + allowed[-1])
 
 
-def upper_bound(first: Tridiagonal, n: int, noise: float, confidence: float = 0.95) -> float:
+def upper_bound(
+    first: Tridiagonal, n: int, noise: float, confidence: float = 0.95
+) -> float:
     r"""A bound that lambda_max exceeds with probability at most 1 - confidence.
 
     For a start drawn uniformly from the unit sphere. The Lanczos vectors are
@@ -324,16 +324,16 @@ def upper_bound(first: Tridiagonal, n: int, noise: float, confidence: float = 0.
     if first.invariant:
         return low + noise
     high = low + float(first.betas.max())
-    while _christoffel(high, first) < limit:
+    while christoffel(high, first) < limit:
         high += high - low
     for _ in range(60):
         middle = (low + high) / 2
-        inside = _christoffel(middle, first) < limit
+        inside = christoffel(middle, first) < limit
         low, high = (middle, high) if inside else (low, middle)
     return high + noise
 
 
-def _christoffel(x: float, first: Tridiagonal) -> float:
+def christoffel(x: float, first: Tridiagonal) -> float:
     """Sum of p_j(x)^2, j = 0..m, by the three-term recurrence; inf on overflow."""
     total, previous, current, before = 1.0, 0.0, 1.0, 0.0
     for alpha, beta in zip(first.alphas, first.betas, strict=True):

@@ -298,9 +298,12 @@ def _verified(
 
 
 def _multiplication(
-    risk: EmpiricalRisk, matrix: Matrix, preconditioner: Tensor | None, held_on: torch.device
+    risk: EmpiricalRisk,
+    matrix: Matrix,
+    preconditioner: Tensor | None,
+    held_on: torch.device,
 ) -> Callable[[Tensor], Tensor]:
-    """v -> M v, or P^-1/2 M P^-1/2 v, for vectors on the basis' device."""
+    """The map v -> M v, or P^-1/2 M P^-1/2 v, for vectors on the basis' device."""
     if preconditioner is None:
         return lambda v: risk.product(v, matrix).to(held_on)
     p = preconditioner.detach().to(risk.theta)

@@ -72,7 +72,9 @@ class LayerwiseEigenpairs(Result):
         wide = max([len("block"), *(len(block.name) for block in self.blocks)])
         lines = [f"{'block':{wide}}  {'n':>9}  {'eigenvalues':24}  status"]
         for block in self.blocks:
-            pairs = zip(block.eigenvalues.tolist(), block.error_bounds.tolist(), strict=True)
+            pairs = zip(
+                block.eigenvalues.tolist(), block.error_bounds.tolist(), strict=True
+            )
             values = ", ".join(f"{value:.4g} ± {bound:.1g}" for value, bound in pairs)
             lines.append(f"{block.name:{wide}}  {block.n:9}  {values:24}  {block.status}")
         lines.append(
@@ -162,7 +164,9 @@ def layerwise_eigenpairs(
             end = Status.INTERRUPTED
     if end is not None:
         status |= dict.fromkeys(open_, end)
-    results = tuple(_block(name, named[name], searches[name], status[name]) for name in named)
+    results = tuple(
+        _block(name, named[name], searches[name], status[name]) for name in named
+    )
     return LayerwiseEigenpairs(
         blocks=results,
         status=next((b.status for b in results if not b.status.ok), Status.CONVERGED),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from sharpness.measures.spectrum import SpectralDensity
 
 _LOSS, _ACCURACY = "#1f4e9c", "#b3261e"
 
@@ -60,3 +63,42 @@ def parametric_plot(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
+
+
+def density_plot(
+    density: SpectralDensity, path: str | Path | None = None, *, title: str = ""
+) -> Figure:
+    """A spectral density with its band, on a logarithmic scale.
+
+    Args:
+        density: what to draw.
+        path: where the PNG goes, if anywhere.
+        title: the line above.
+    """
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    x, (low, high) = density.grid, density.band
+    # One eigenvalue of n, at its peak: what lies far below is nothing.
+    peak = 1 / (density.n * density.sigma * math.sqrt(2 * math.pi))
+    axes.fill_between(
+        x,
+        low,
+        high,
+        color=_LOSS,
+        alpha=0.25,
+        linewidth=0,
+        label=f"{density.confidence:.0%} band",
+    )
+    axes.plot(x, density.density, color=_LOSS, linewidth=1.2, label="density")
+    axes.axhline(peak, color="0.6", linewidth=0.8, linestyle=":", label="one eigenvalue")
+    axes.set_yscale("log")
+    axes.set_ylim(peak / 10, 3 * float(high.max()))
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("density")
+    axes.set_title(title or str(density).split("   ")[0], fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure

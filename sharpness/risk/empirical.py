@@ -344,9 +344,7 @@ class EmpiricalRisk:
         position = {name: i for i, name in enumerate(self.names)}
         places = [[position[name] for name in block] for block in blocks]
         moved = [v.detach().to(device=self.device, dtype=self.dtype) for v in vectors]
-        return self._fitting(
-            lambda: self._products_of(matrix, 1).of_blocks(places, moved)
-        )
+        return self._fitting(lambda: self._products_of(matrix, 1).of_blocks(places, moved))
 
     def subset(self, index: Sequence[int] | Tensor) -> EmpiricalRisk:
         """The mean over some of the samples, at the same theta. They may repeat.

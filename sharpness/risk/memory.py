@@ -43,7 +43,9 @@ class Footprint:
         return Footprint(
             max(1, round(self.held + more * (self.held - smaller.held))),
             max(1, round(self.peak + more * (self.peak - smaller.peak))),
-            max(self.largest, round(self.largest + more * (self.largest - smaller.largest))),
+            max(
+                self.largest, round(self.largest + more * (self.largest - smaller.largest))
+            ),
         )
 
 

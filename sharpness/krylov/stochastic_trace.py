@@ -1,0 +1,203 @@
+"""Stochastic estimates of a trace: Hutchinson, Hutch++ and XTrace.
+
+All three give estimates whose mean is the value and whose spread is its error. A is
+symmetric, (n, n), and known by `multiply`: (b, n) -> (b, n), row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Multiply = Callable[[Tensor], Tensor]
+
+
+class Probes:
+    """Random signs (n,), each by its own number: drawn again instead of kept."""
+
+    def __init__(self, like: Tensor, seed: int) -> None:
+        self._like, self._seed = like, seed  # seed >= 0
+
+    def __call__(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`, (stop - start, n)."""
+        return torch.stack([self._row(i) for i in range(start, stop)])
+
+    def _row(self, i: int) -> Tensor:
+        # PyTorch's CPU generator looks at 32 bits of its seed.
+        mixed = int(np.random.SeedSequence((self._seed, i)).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(mixed)
+        shape = (self._like.numel(),)
+        bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
+        return bits.to(self._like).mul_(2).sub_(1)
+
+
+class Estimator(Protocol):
+    """Estimates of a trace that can be made more precise."""
+
+    products_a_probe: int
+    estimates: np.ndarray  # (s,); their mean is the value
+
+    def grow(self, multiply: Multiply, num: int) -> None:
+        """Have `num` estimates. What an interrupt leaves is as before, or further."""
+
+
+class Hutchinson:
+    """z^T A z for random signs z (Girard 1989; Hutchinson 1990).
+
+    Variance of one: twice the squared Frobenius norm of A without its diagonal.
+    """
+
+    products_a_probe = 1
+
+    def __init__(self, like: Tensor, seed: int) -> None:
+        self._probes = Probes(like, seed)
+        self.estimates = np.empty(0)
+
+    def grow(self, multiply: Multiply, num: int) -> None:
+        """Have `num` estimates, one product each."""
+        for i in range(len(self.estimates), num):
+            z = self._probes(i, i + 1)
+            self.estimates = np.append(self.estimates, _dots(z, multiply(z)))
+
+
+class Sketch:
+    """An orthonormal basis Q (s, n) of A times random signs, and T = Q A Q^T.
+
+    In it lie, nearly, the largest eigenvectors.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.q = like.new_empty((0, like.numel()))
+        self.t = np.empty((0, 0))
+        self.r = np.empty((0, 0))  # of what was taken in: Y = R^T Q
+
+    def extended(self, y: Tensor, multiply: Multiply) -> tuple[Sketch, Tensor]:
+        """With the rows of y taken in, and A times the new rows of Q."""
+        added, above, corner = _orthonormal(y, self.q)
+        z = multiply(added)
+        new = Sketch(self.q[0] if len(self.q) else y[0])
+        new.q = torch.cat([self.q, added])
+        side, last = _gram(self.q, z), _gram(added, z)
+        new.t = np.block([[self.t, side], [side.T, (last + last.T) / 2]])
+        zeros = np.zeros((len(added), len(self.q)))
+        new.r = np.block([[self.r, above], [zeros, corner]])
+        return new, z
+
+    def overlaps(self, rows: Tensor) -> np.ndarray:
+        """Q times each row, (s, rows)."""
+        return _gram(self.q, rows)
+
+    def without(self, rows: Tensor) -> Tensor:
+        """The rows, freed of the sketch."""
+        return rows - (rows @ self.q.T) @ self.q
+
+
+class HutchPlusPlus:
+    """The trace on a sketch exactly, and Hutchinson's estimate of the rest.
+
+    Meyer, Musco, Musco, Woodruff (2021), SOSA, algorithm 1: a third of the products each
+    for the sketch, for A on it, and for the rest.
+    """
+
+    products_a_probe = 3
+
+    def __init__(self, like: Tensor, seed: int) -> None:
+        self._sketching, self._probes = Probes(like, 2 * seed), Probes(like, 2 * seed + 1)
+        self._sketch = Sketch(like)
+        self._a, self._w, self._h = np.empty(0), np.empty((0, 0)), np.empty((0, 0))
+        self.estimates = np.empty(0)
+
+    def grow(self, multiply: Multiply, num: int) -> None:
+        """Have `num` estimates: as many directions in the sketch, as many probes."""
+        old = len(self._a)
+        sketch, z = self._sketch.extended(multiply(self._sketching(old, num)), multiply)
+        w, h = self._w, self._h
+        if old:  # the earlier probes in the new directions
+            before = self._probes(0, old)
+            w = np.vstack([w, _gram(sketch.q[old:], before)])
+            h = np.vstack([h, _gram(z, before)])
+        g = self._probes(old, num)
+        product = multiply(g)
+        w, h = _beside(w, sketch.overlaps(g)), _beside(h, sketch.overlaps(product))
+        self._a = np.append(self._a, _dots(g, product))
+        self._sketch, self._w, self._h = sketch, w, h
+        rest = self._a - 2 * (w * h).sum(0) + (w * (sketch.t @ w)).sum(0)
+        self.estimates = np.trace(sketch.t) + rest
+
+
+class XTrace:
+    """Hutch++ with every probe also in the sketch of all the others.
+
+    Epperly, Tropp, Webber (2024), SIAM J. Matrix Anal. Appl. 45(1), section 2.1. The
+    estimates are exchangeable, not independent: their spread is an error estimate, not a
+    standard error.
+    """
+
+    products_a_probe = 2
+
+    def __init__(self, like: Tensor, seed: int) -> None:
+        self._probes, self._sketch = Probes(like, seed), Sketch(like)
+        self._a, self._w = np.empty(0), np.empty((0, 0))
+        self.estimates = np.empty(0)
+
+    def grow(self, multiply: Multiply, num: int) -> None:
+        """Have `num` leave-one-out estimates."""
+        old = len(self._a)
+        g = self._probes(old, num)
+        y = multiply(g)
+        sketch, _ = self._sketch.extended(y, multiply)
+        w = self._w
+        if old:
+            w = np.vstack([w, _gram(sketch.q[old:], self._probes(0, old))])
+        self._w = _beside(w, sketch.overlaps(g))
+        self._a = np.append(self._a, _dots(g, y))
+        self._sketch = sketch
+        self.estimates = self._leave_one_out()
+
+    def _leave_one_out(self) -> np.ndarray:
+        t, w, h = self._sketch.t, self._w, self._sketch.r
+        # Column i is orthogonal to the products of all other probes.
+        left = np.linalg.pinv(self._sketch.r).T
+        norms = np.linalg.norm(left, axis=0)
+        left = np.where(norms > 0, left / np.where(norms > 0, norms, 1), np.eye(len(t)))
+        reduced = w - left * (left * w).sum(0)
+        rest = self._a - 2 * (reduced * h).sum(0) + (reduced * (t @ reduced)).sum(0)
+        estimates: np.ndarray = np.trace(t) - (left * (t @ left)).sum(0) + rest
+        return estimates
+
+
+def _orthonormal(y: Tensor, q: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Rows that span those of y beside those of q: y = above^T q + corner^T rows.
+
+    Twice, since what is left of y after the first pass may be rounding.
+    """
+    above, corner, rows = np.zeros((len(q), len(y))), np.eye(len(y)), y
+    for _ in range(2):
+        part = _gram(q, rows)
+        rows = rows - torch.from_numpy(part.T).to(q) @ q
+        columns, r = torch.linalg.qr(rows.T)
+        above = above + part @ corner
+        rows, corner = columns.T.contiguous(), _small(r) @ corner
+    return rows, above, corner
+
+
+def _gram(a: Tensor, b: Tensor) -> np.ndarray:
+    return _small(a @ b.T)
+
+
+def _dots(a: Tensor, b: Tensor) -> np.ndarray:
+    """Inner products row by row, in float64."""
+    pairs = zip(a, b, strict=True)
+    return np.array([float(torch.dot(x.double(), y.double())) for x, y in pairs])
+
+
+def _small(a: Tensor) -> np.ndarray:
+    return np.asarray(a.double().cpu().numpy())
+
+
+def _beside(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return b if not a.size else np.hstack([a, b])

@@ -1,0 +1,339 @@
+"""How are the eigenvalues spread? Spectral density with a band, and integrals of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.stats import norm
+
+from sharpness import _progress, _tensors
+from sharpness.krylov.lanczos import Lanczos, Tridiagonal
+from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
+from sharpness.measures.eigenvalues import PRODUCTS
+from sharpness.results import Result, Status
+from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.linearised import Matrix
+
+_WIDTH = 0.01  # of the Gaussians, in ranges of the spectrum
+_MARGIN = 5  # Gaussian widths that the grid reaches beyond the spectrum
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralIntegral:
+    """An integral of a spectral density, with its confidence interval."""
+
+    value: float
+    standard_error: float  # over random starts
+    quadrature_error: float  # of finitely many steps: half a proven bracket, or estimated
+    interval: tuple[float, float]  # both errors together
+    confidence: float
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.4g}   ({self.confidence:.0%}: {low:.4g} to {high:.4g})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralDensity(Result):
+    r"""The density of the n eigenvalues, each drawn as a Gaussian of width `sigma`.
+
+    `band` covers, at each grid point by itself, the density
+    $\frac{1}{n} \sum_i N(x; \lambda_i, \sigma^2)$ with probability `confidence`: from the
+    number of starts, whose variance is known, and from the number of steps, whose effect
+    is seen by comparing with three quarters of them.
+    """
+
+    grid: np.ndarray = field(repr=False)  # (g,) unit of an eigenvalue
+    density: np.ndarray = field(repr=False)  # (g,), integrates to 1
+    band: np.ndarray = field(repr=False)  # (2, g) lower and upper end
+    sigma: float
+    confidence: float
+    n: int
+    num_starts: int  # completed
+    num_steps: int  # asked for in each
+    status: Status
+    num_hvps: int
+    seconds: float
+    seed: int
+    matrix: str
+    rules: tuple[Rule, ...] = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        if not self.num_starts:
+            return f"spectral density unknown ({self.status}, {self.num_hvps} products)"
+        low, high = self.ends
+        return (
+            f"spectral density from {low:.4g} to {high:.4g}, sigma {self.sigma:.2g}   "
+            f"({self.num_starts} starts of {self.num_steps} steps, {self.status}, "
+            f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
+        )
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest Ritz value: inside of the spectrum's ends."""
+        low = min(float(rule.nodes[0]) for rule in self.rules)
+        return low, max(float(rule.nodes[-1]) for rule in self.rules)
+
+    def integral(self, function: Callable[[np.ndarray], np.ndarray]) -> SpectralIntegral:
+        r"""$\sum_i F(\lambda_i)$ over all n eigenvalues, for a continuous function F.
+
+        Args:
+            function: of an array of eigenvalues, entry by entry.
+        """
+        self._refuse_nothing()
+        parts = []
+        for rule in self.rules:
+            values = function(rule.nodes)
+            coarse = float(function(rule.coarse_nodes) @ rule.coarse_weights)
+            fine, square = float(values @ rule.weights), float(values**2 @ rule.weights)
+            parts.append((fine, coarse, square, float(values.min())))
+        fine, coarse, square, least = np.array(parts).T
+        error = abs(float((fine - coarse).mean()))
+        ends = (float(fine.mean()), float(fine.mean()))
+        return self._of_mean(ends, float(square.mean()), error, least.min() >= 0)
+
+    def count_above(self, t: float) -> SpectralIntegral:
+        """How many eigenvalues lie above t.
+
+        The bracket from the quadrature is proven (Chebyshev, Markov, Stieltjes), wide
+        where t lies among eigenvalues that the steps do not tell apart, and vanishes in
+        gaps. Exact zeros, of which trained networks have many, lie on no side of t = 0.
+        """
+        self._refuse_nothing()
+        brackets = np.array([rule.mass_above(t) for rule in self.rules])
+        low, high = (float(end) for end in brackets.mean(0))
+        return self._of_mean((low, high), (low + high) / 2, (high - low) / 2, True)
+
+    def negative_mass(self) -> SpectralIntegral:
+        r"""Share of negative curvature, $\sum_{\lambda_i < 0} |\lambda_i| / n$.
+
+        The integral of |lambda| over the negative part of the density: zeros add nothing.
+        """
+        return self._over_n(self.integral(lambda x: np.maximum(-x, 0)))
+
+    def effective_dimension(self, ridge: float) -> SpectralIntegral:
+        r"""$\sum_i \lambda_i / (\lambda_i + \alpha)$ over positive eigenvalues, alpha > 0.
+
+        How many directions the data determine against a ridge (or prior precision) alpha
+        (MacKay 1992; Maddox, Benton, Wilson 2020).
+        """
+        if not ridge > 0:
+            raise ValueError(f"`ridge` must be positive; got {ridge}. It is a curvature.")
+        return self.integral(lambda x: np.maximum(x, 0) / (np.maximum(x, 0) + ridge))
+
+    def _of_mean(
+        self, ends: tuple[float, float], square: float, error: float, nonnegative: bool
+    ) -> SpectralIntegral:
+        """N times a mean over starts that lies between `ends`, give or take `error`."""
+        starts, mean = len(self.rules), (ends[0] + ends[1]) / 2
+        means = np.array([*ends, mean])
+        squares = np.maximum(square, means**2)
+        errors = standard_error(means, squares, self.n, starts)
+        if nonnegative:
+            low, high = interval(means, squares, self.n, starts, self.confidence)
+        else:
+            half = float(norm.ppf((1 + self.confidence) / 2)) * errors
+            low, high = means - half, means + half
+        bracketed = ends[0] < ends[1]  # the error is in the ends already
+        beyond = 0.0 if bracketed else error
+        return SpectralIntegral(
+            value=self.n * mean,
+            standard_error=self.n * float(errors[2]),
+            quadrature_error=self.n * error,
+            interval=(self.n * float(low[0] - beyond), self.n * float(high[1] + beyond)),
+            confidence=self.confidence,
+        )
+
+    def _over_n(self, total: SpectralIntegral) -> SpectralIntegral:
+        low, high = total.interval
+        return SpectralIntegral(
+            value=total.value / self.n,
+            standard_error=total.standard_error / self.n,
+            quadrature_error=total.quadrature_error / self.n,
+            interval=(max(0.0, low / self.n), high / self.n),
+            confidence=total.confidence,
+        )
+
+    def _refuse_nothing(self) -> None:
+        if not self.rules:
+            raise ValueError(
+                f"`density` must have a completed start; got none ({self.status}). "
+                "Give it more time."
+            )
+
+    def plot(self, path: str | None = None, *, title: str = "") -> object:
+        """A figure of density and band, logarithmic; written to `path` as PNG if given."""
+        from sharpness.report.figures import density_plot
+
+        return density_plot(self, path, title=title)
+
+
+def spectral_density(
+    risk: EmpiricalRisk,
+    *,
+    num_starts: int = 10,
+    num_steps: int = 80,
+    matrix: Matrix = "hessian",
+    sigma: float | None = None,
+    grid: np.ndarray | int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> SpectralDensity:
+    r"""The spectral density of the Hessian by stochastic Lanczos quadrature.
+
+    $$\phi(x) = \frac{1}{n} \sum_i N(x; \lambda_i, \sigma^2)$$
+
+    Each random start on the unit sphere gives, by `num_steps` of Lanczos with full
+    reorthogonalisation, a Gauss quadrature for its own spectral measure, whose mean over
+    starts is the density.
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        num_starts: random starts, >= 1.
+        num_steps: Lanczos steps (products) each, >= 2.
+        matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
+        sigma: width of the Gaussians, in the unit of an eigenvalue; by default 1 % of
+            the range of the spectrum. The literature has no common value.
+        grid: where the density is wanted, or how many points, evenly over the spectrum.
+        confidence: of the band, in (0, 1).
+        seed: of the starts.
+        max_seconds: stop after the product that passes this time.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `SpectralDensity`. An interrupt (Ctrl-C) or `max_seconds` give the density from
+        the starts completed; `.integral`, `.count_above`, `.negative_mass` and
+        `.effective_dimension` cost nothing more.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Cost: `num_starts * num_steps` products (fewer where n is smaller); memory
+    `num_steps` n, or a few times that where small networks take several starts at once.
+
+    References:
+        Golub and Meurant (1994); Ubaru, Chen, Saad (2017); Ghorbani, Krishnan, Xiao
+        (2019) for networks. The band is ours: Var(z^T F z) = 2 / (n + 2) Var(F) for z on
+        the sphere, and the chi^2 approximation of Satterthwaite (1946).
+    """
+    _check(num_starts, num_steps, sigma, confidence)
+    began = time.monotonic()
+    generator = torch.Generator().manual_seed(seed)
+    runs: list[Tridiagonal] = []
+    status, num_hvps = Status.COMPLETED, 0
+    with _progress.bar(PRODUCTS[matrix], num_starts * num_steps, progress) as bar:
+        try:
+            plan = risk.prepare(num_starts * num_steps, matrix)
+            for batch in _batches(num_starts, plan.directions_at_once):
+                starts = [_tensors.random_unit(risk.theta, generator) for _ in range(batch)]
+                for products, ended in _lockstep(
+                    risk, matrix, starts, generator, num_steps
+                ):
+                    num_hvps += products
+                    bar.update(products)
+                    runs += ended
+                    elapsed = time.monotonic() - began
+                    if max_seconds is not None and elapsed > max_seconds:
+                        raise TimeoutError
+        except TimeoutError:
+            status = Status.MAX_SECONDS
+        except FloatingPointError:
+            status = Status.NON_FINITE
+        except KeyboardInterrupt:
+            status = Status.INTERRUPTED
+    if status is Status.MAX_SECONDS and len(runs) == num_starts:
+        status = Status.COMPLETED
+    rules = tuple(Rule.of(run) for run in runs)
+    width = sigma or _default_sigma(rules)
+    points = _grid(grid, rules, width)
+    density, band = _band(rules, points, width, risk.n, confidence)
+    return SpectralDensity(
+        grid=points,
+        density=density,
+        band=band,
+        sigma=width,
+        confidence=confidence,
+        n=risk.n,
+        num_starts=len(rules),
+        num_steps=num_steps,
+        status=status,
+        num_hvps=num_hvps,
+        seconds=time.monotonic() - began,
+        seed=seed,
+        matrix=matrix,
+        rules=rules,
+    )
+
+
+def _batches(total: int, at_once: int) -> Iterator[int]:
+    for start in range(0, total, at_once):
+        yield min(at_once, total - start)
+
+
+def _lockstep(
+    risk: EmpiricalRisk,
+    matrix: Matrix,
+    starts: list[torch.Tensor],
+    generator: torch.Generator,
+    num_steps: int,
+) -> Iterator[tuple[int, list[Tridiagonal]]]:
+    """Advance all starts by a step a time: products made, and runs that have ended."""
+    open_ = [Lanczos(start, generator) for start in starts]
+    while open_:
+        directions = torch.stack([run.direction() for run in open_])
+        for run, product in zip(open_, risk.product(directions, matrix), strict=True):
+            run.absorb(product)
+        over = [
+            run
+            for run in open_
+            if run.state.first.invariant or run.state.num_products >= num_steps
+        ]
+        made, open_ = len(open_), [run for run in open_ if run not in over]
+        yield made, [run.state.first for run in over]
+
+
+def _band(
+    rules: tuple[Rule, ...], grid: np.ndarray, sigma: float, n: int, confidence: float
+) -> tuple[np.ndarray, np.ndarray]:
+    if not rules:
+        nothing = np.full(len(grid), np.nan)
+        return nothing, np.stack([nothing, nothing])
+    fine, coarse, square = np.mean([smoothed(rule, grid, sigma) for rule in rules], 0)
+    low, high = interval(fine, square, n, len(rules), confidence)
+    error = np.abs(fine - coarse) + np.finfo(float).eps * fine.max()
+    return fine, np.stack([np.maximum(low - error, 0), high + error])
+
+
+def _default_sigma(rules: tuple[Rule, ...]) -> float:
+    if not rules:
+        return math.nan
+    nodes = np.concatenate([rule.nodes for rule in rules])
+    scale = float(np.ptp(nodes)) or float(np.abs(nodes).max())
+    return _WIDTH * scale or _WIDTH  # of the zero matrix, any width will do
+
+
+def _grid(grid: np.ndarray | int, rules: tuple[Rule, ...], sigma: float) -> np.ndarray:
+    if not isinstance(grid, int):
+        return np.asarray(grid, float)
+    if not rules:
+        return np.empty(0)
+    nodes = np.concatenate([rule.nodes for rule in rules])
+    return np.linspace(nodes.min() - _MARGIN * sigma, nodes.max() + _MARGIN * sigma, grid)
+
+
+def _check(num_starts: int, num_steps: int, sigma: float | None, confidence: float) -> None:
+    if num_starts < 1:
+        raise ValueError(f"`num_starts` must be at least 1; got {num_starts}. Pass 10.")
+    if num_steps < 2:
+        raise ValueError(f"`num_steps` must be at least 2; got {num_steps}. Pass 80.")
+    if sigma is not None and not sigma > 0:
+        raise ValueError(f"`sigma` must be positive; got {sigma}. Leave it out for 1 %.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` must lie in (0, 1); got {confidence}. Pass 0.95.")
