@@ -31,8 +31,8 @@ class Status(StrEnum):
 _ADVICE = {
     Status.CONVERGED: "Every wanted value met `tol`.",
     Status.COMPLETED: "The stated budget was used in full.",
-    Status.MAX_HVPS: "Stopped at `max_hvps` before every error bound met `tol`. "
-    "Raise `max_hvps` or loosen `tol`.",
+    Status.MAX_HVPS: "Stopped at `max_hvps` (`max_sweeps` for layers) before every "
+    "error met its tolerance. Raise `max_hvps` or loosen `tol` (`rtol`).",
     Status.MAX_SECONDS: "Stopped at `max_seconds`; the bounds reached so far hold. "
     "Raise `max_seconds` or loosen `tol`.",
     Status.INTERRUPTED: "Interrupted; the bounds reached so far hold.",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
+from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,8 +31,11 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 import sharpness as sh
-from sharpness.measures import eigenvalues
+from sharpness.krylov import search
+from sharpness.risk import memory
 
+ENDS = ["LA", "SA", "LM", "BE"]
+EPS = float(np.finfo(float).eps)
 # One value far out, four close behind it, the rest a bulk.
 GAPPED = np.concatenate([np.linspace(-0.5, 1.5, 115), [2.0, 3.0, 4.0, 5.0, 10.0]])
 SEPARATED = {
@@ -40,6 +46,17 @@ SEPARATED = {
     "tiny": 1e-8 * np.append(np.linspace(-0.1, 0.1, 55), [1.0, 2.0, 3.5, 5.0, 8.0]),
     "huge": 1e8 * np.append(np.linspace(-0.1, 0.1, 55), [1.0, 2.0, 3.5, 5.0, 8.0]),
 }
+RESTARTED: dict[str, Callable[[int], np.ndarray]] = {
+    "geometric": lambda n: 20 * 0.9 ** np.arange(n),
+    "clustered": lambda n: np.append(
+        np.random.default_rng(0).uniform(-0.1, 0.1, n - 60),
+        np.repeat(np.linspace(1, 6, 12), 5) + np.tile(1e-3 * np.arange(5), 12),
+    ),
+    "indefinite": lambda n: np.append(
+        np.random.default_rng(1).uniform(-0.2, 0.2, n - 60),
+        np.linspace(0.5, 4, 60) * np.tile([1, -1.1], 30),
+    ),
+}
 
 
 def dense_rounding(true: np.ndarray) -> float:
@@ -48,9 +65,13 @@ def dense_rounding(true: np.ndarray) -> float:
 
 
 def end_of(spectrum: np.ndarray, k: int, which: str) -> np.ndarray:
-    """The k largest or smallest values, descending."""
+    """The k values at that end of the spectrum, or at both, descending."""
     descending = np.sort(spectrum)[::-1]
-    return descending[:k] if which == "LA" else descending[-k:]
+    if which == "LM":
+        return np.sort(descending[np.argsort(-np.abs(descending))[:k]])[::-1]
+    at_bottom = {"LA": 0, "SA": k, "BE": k // 2}[which]
+    top, bottom = descending[: k - at_bottom], descending[len(descending) - at_bottom :]
+    return np.concatenate([top, bottom])
 
 
 def nearest(values: Tensor, true: np.ndarray) -> np.ndarray:
@@ -77,7 +98,7 @@ def interrupted_at(
 # -- the values --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["LA", "SA"])
+@pytest.mark.parametrize("which", ENDS)
 @pytest.mark.parametrize("name", SEPARATED)
 def test_separated_values_equal_the_dense_ones_within_their_bounds(name, which):
     a = symmetric(SEPARATED[name])
@@ -90,7 +111,7 @@ def test_separated_values_equal_the_dense_ones_within_their_bounds(name, which):
     assert torch.all(found.error_bounds <= 1e-6 * scale)
 
 
-@pytest.mark.parametrize("which", ["LA", "SA"])
+@pytest.mark.parametrize("which", ENDS)
 def test_the_mlp_agrees_with_scipy_on_its_dense_hessian(which):
     risk = mlp_risk()
     dense = mlp_hessian(risk.theta).numpy()
@@ -134,17 +155,54 @@ def test_default_settings_find_the_largest_value_to_a_percent_r5():
     assert "0 of 1 converged" in str(early)
 
 
-@pytest.mark.parametrize("which", ["LA", "SA"])
+CLOSE_PAIR = [0.9, -0.8, 0.7, -0.6, 0.5, -0.45, 0.352, -0.336]  # the last two
+
+
+@pytest.mark.parametrize("which", ENDS)
 def test_a_close_pair_of_opposite_signs_keeps_signs_and_order_r6(which):
-    large = [0.9, -0.8, 0.7, -0.6, 0.5, -0.45, 0.352, -0.336]
-    a = symmetric(np.concatenate([large, np.linspace(-0.05, 0.05, 42)]))
-    true = np.linalg.eigvalsh(a.numpy())
+    a = symmetric(np.concatenate([CLOSE_PAIR, np.linspace(-0.05, 0.05, 42)]))
+    expected = {
+        "LA": [[0.9, 0.7, 0.5, 0.352]],
+        "SA": [[-0.336, -0.45, -0.6, -0.8]],
+        "LM": [
+            [0.9, 0.7, 0.5, 0.352, -0.336, -0.45, -0.6, -0.8],
+            [0.9, 0.7, 0.5, 0.352, -0.45, -0.6, -0.8],
+        ],
+        "BE": [
+            [0.9, 0.7, 0.5, 0.352, -0.336, -0.45, -0.6, -0.8],
+            [0.9, 0.7, 0.5, 0.352, -0.45, -0.6, -0.8],
+        ],
+    }[which]
+    rounding = dense_rounding(np.array(CLOSE_PAIR))
     for seed in range(30):
-        found = sh.eigenpairs(with_products(a), 4, which=which, tol=1e-4, seed=seed)
-        error = np.abs(found.eigenvalues.numpy() - end_of(true, 4, which))
-        assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
-        assert torch.all(found.eigenvalues.diff() < 0)
-        assert torch.all(found.eigenvalues.sign() == (1 if which == "LA" else -1))
+        for true in expected:
+            k = len(true)
+            found = sh.eigenpairs(with_products(a), k, which=which, tol=1e-4, seed=seed)
+            error = np.abs(found.eigenvalues.numpy() - true)
+            assert np.all(error <= found.error_bounds.numpy() + rounding)
+            assert torch.all(found.eigenvalues.diff() < 0)
+            assert np.array_equal(found.eigenvalues.sign().numpy(), np.sign(true))
+            assert found.status == "converged"
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6, 7])
+def test_both_ends_with_an_odd_k_have_one_more_at_the_top(k):
+    a = symmetric(SEPARATED["indefinite"])
+    true = np.linalg.eigvalsh(a.numpy())
+    found = sh.eigenpairs(with_products(a), k, which="BE", tol=1e-6)
+    top, bottom = -(-k // 2), k // 2
+    expected = [*true[::-1][:top], *true[:bottom][::-1]]
+    error = np.abs(found.eigenvalues.numpy() - expected)
+    assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
+
+
+def test_the_ends_agree_with_scipy_on_a_dense_matrix():
+    a = symmetric(np.concatenate([GAPPED, -GAPPED[-3:] * 1.1]))
+    for which in ENDS:
+        expected = eigsh(a.numpy(), 4, which=which, tol=1e-12, v0=np.ones(len(a)))[0]
+        found = sh.eigenpairs(with_products(a), 4, which=which, tol=1e-8)
+        error = np.abs(found.eigenvalues.numpy() - np.sort(expected)[::-1])
+        assert np.all(error <= found.error_bounds.numpy() + 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -164,6 +222,22 @@ def test_values_scale_with_the_loss_r7(scale, dtype):
     assert scaled.eigenvectors.norm(dim=1) == pytest.approx([1.0] * 3, rel=exact)
 
 
+@pytest.mark.parametrize("which", ENDS)
+def test_values_scale_with_the_loss_through_restarts_too_r7(which):
+    a = symmetric(RESTARTED["indefinite"](120))
+    options = {"which": which, "tol": 1e-8, "basis_size": 14, "max_hvps": 120}
+    plain = sh.eigenpairs(with_products(a), 3, **options)
+    scaled = sh.eigenpairs(with_products(1e-8 * a), 3, **options)
+    assert plain.status == scaled.status == "converged"
+    assert plain.num_hvps > 2 * 14
+    torch.testing.assert_close(
+        1e8 * scaled.eigenvalues, plain.eigenvalues, rtol=1e-8, atol=0
+    )
+    true = end_of(np.linalg.eigvalsh(a.numpy()), 3, which)
+    error = np.abs(1e8 * scaled.eigenvalues.numpy() - true)
+    assert np.all(error <= 1e8 * scaled.error_bounds.numpy() + dense_rounding(true))
+
+
 def test_a_float32_risk_keeps_its_bounds_with_the_noise_in_them():
     for seed in range(20):
         a = symmetric(SEPARATED["indefinite"], seed, dtype=torch.float32)
@@ -180,12 +254,18 @@ def test_a_flat_risk_has_eigenvalues_zero_and_has_converged_r9():
         closure=lambda model, _: model.theta.sum(),
         data=ONE_SAMPLE,
     )
-    for risk in (quadratic([0.0] * 7), linear):
-        found = sh.eigenpairs(risk, 3)
+    for risk, which in itertools.product((quadratic([0.0] * 40), linear), ENDS[:3]):
+        found = sh.eigenpairs(risk, 3, which=which, basis_size=min(risk.n, 13))
         assert found.eigenvalues.tolist() == [0.0, 0.0, 0.0]
         assert found.error_bounds.tolist() == [0.0, 0.0, 0.0]
         assert found.status == "converged"
-        assert found.lambda_max_upper == 0.0
+        assert found.lambda_max_upper == (None if which == "SA" else 0.0)
+        assert found.explicit_residual in (0.0, None)
+
+
+def test_both_ends_of_a_flat_risk_are_three_zeros_r9():
+    found = sh.eigenpairs(quadratic([0.0] * 40), 3, which="BE")
+    assert found.eigenvalues.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_one_parameter_has_one_eigenvalue():
@@ -196,12 +276,14 @@ def test_one_parameter_has_one_eigenvalue():
     assert found.eigenvectors.abs().tolist() == [[1.0]]
 
 
-@pytest.mark.parametrize("which", ["LA", "SA"])
+@pytest.mark.parametrize("which", ENDS)
 def test_asking_for_all_n_gives_every_copy(which):
     a = symmetric([5.0, 5.0, 5.0, 1.0, 1.0, 0.5, -2.0, -2.0])
-    found = sh.eigenpairs(prescribed_hessian(a), 8, which=which)
+    found = sh.eigenpairs(prescribed_hessian(a), 8, which=which, basis_size=8)
     true = np.linalg.eigvalsh(a.numpy())[::-1]
     error = np.abs(found.eigenvalues.numpy() - true)
+    assert found.num_hvps == 8
+    assert found.num_converged == 8
     assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
     assert torch.all(found.error_bounds < 1e-12)
     assert found.status == "converged"
@@ -223,16 +305,19 @@ def test_two_seeds_together_span_the_eigenspace_of_a_double_value():
 # -- what is claimed of them -------------------------------------------------------
 
 
+@cache
 def random_problem(case: int) -> tuple[sh.HessianEigenpairs, np.ndarray]:
-    """Any k, end, tolerance and budget; and the true eigenvalues."""
+    """Any k, end, tolerance, basis and budget; and the true eigenvalues."""
     a = symmetric(random_spectrum(case), seed=case)
     rng = np.random.default_rng(1000 + case)
+    k = int(rng.integers(1, min(len(a), 6) + 1))
     found = sh.eigenpairs(
         with_products(a),
-        int(rng.integers(1, min(len(a), 6) + 1)),
-        which=("LA", "SA")[int(rng.integers(2))],
+        k,
+        which=ENDS[int(rng.integers(4))],
         tol=10.0 ** rng.uniform(-8, -0.5),
         max_hvps=int(rng.integers(1, len(a) + 1)),
+        basis_size=min(len(a), k + 10 + int(rng.integers(4))),
         seed=case,
     )
     return found, np.linalg.eigvalsh(a.numpy())
@@ -285,6 +370,8 @@ def test_only_a_random_start_at_the_top_earns_an_upper_bound():
     assert sh.eigenpairs(risk).lambda_max_upper is not None
     assert sh.eigenpairs(risk, v0=torch.ones(60)).lambda_max_upper is None
     assert sh.eigenpairs(risk, which="SA").lambda_max_upper is None
+    for which in ("LM", "BE"):
+        assert sh.eigenpairs(risk, which=which).lambda_max_upper is not None
 
 
 def test_asymmetric_products_show_in_the_noise_floor_and_in_the_bounds():
@@ -316,6 +403,351 @@ def test_ragged_chunks_give_the_value_of_the_whole_batch_r1():
         rtol=1e-10,
         atol=0,
     )
+
+
+# -- a basis smaller than the run --------------------------------------------------
+
+
+WITHIN_REACH = [
+    *itertools.product(["geometric", "clustered"], [10, 50], ["LA", "LM"]),
+    *itertools.product(["indefinite"], [10], ENDS),
+    *itertools.product(["indefinite"], [50], ["LM", "BE"]),
+]
+
+
+@cache
+def with_small_basis(
+    name: str, k: int, which: str
+) -> tuple[sh.HessianEigenpairs, Tensor, np.ndarray]:
+    a = symmetric(RESTARTED[name](250 if k == 10 else 200))
+    found = sh.eigenpairs(with_products(a), k, which=which, tol=1e-6, basis_size=k + 10)
+    assert found.num_hvps > k + 10  # restarted
+    return found, a, np.linalg.eigvalsh(a.numpy())
+
+
+@pytest.mark.parametrize(("name", "k", "which"), WITHIN_REACH)
+def test_a_small_basis_gives_the_values_of_the_dense_matrix(name, k, which):
+    found, _, true = with_small_basis(name, k, which)
+    assert found.status == "converged"
+    assert found.num_converged == k
+    error = np.abs(found.eigenvalues.numpy() - end_of(true, k, which))
+    assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
+
+
+@pytest.mark.parametrize("which", ENDS)
+@pytest.mark.parametrize("k", [10, 50])
+@pytest.mark.parametrize("name", RESTARTED)
+def test_what_a_small_basis_claims_holds_converged_or_not(name, k, which):
+    found, a, true = with_small_basis(name, k, which)
+    rounding = dense_rounding(true)
+    claimed = found.error_bounds.numpy() + rounding
+    assert np.all(nearest(found.eigenvalues, true) <= claimed)
+    v, values = found.eigenvectors, found.eigenvalues
+    norms = (v @ a - values[:, None] * v).norm(dim=1).numpy()
+    assert np.all(norms <= found.residuals.numpy() + found.noise_floor + rounding)
+    rounding = found.num_hvps * len(a) * EPS  # n eps for each product
+    torch.testing.assert_close(v @ v.T, torch.eye(k).double(), rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("which", ENDS)
+def test_many_restarts_converge_to_the_values_of_one_large_basis(which):
+    a = symmetric(RESTARTED["indefinite"](300))
+    true = end_of(np.linalg.eigvalsh(a.numpy()), 10, which)
+    options = {"which": which, "tol": 1e-6, "max_hvps": 300}
+    small, large = (
+        sh.eigenpairs(with_products(a), 10, basis_size=size, **options)
+        for size in (20, 300)
+    )
+    for found in (small, large):
+        error = np.abs(found.eigenvalues.numpy() - true)
+        assert found.status == "converged"
+        assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
+    assert small.num_hvps >= large.num_hvps
+    assert small.num_hvps > 20 + 5 * 5  # each restart makes room for five
+
+
+def test_two_hundred_values_of_five_hundred():
+    rng = np.random.default_rng(2)
+    a = symmetric(np.concatenate([rng.uniform(-0.5, 0.5, 280), 1 + 9 * rng.random(220)]))
+    true = np.linalg.eigvalsh(a.numpy())
+    found = sh.eigenpairs(with_products(a), 200, tol=1e-3, basis_size=260)
+    claimed = found.error_bounds.numpy() + dense_rounding(true)
+    assert found.eigenvalues.shape == (200,)
+    assert torch.all(found.eigenvalues.diff() <= 0)
+    assert np.all(nearest(found.eigenvalues, true) <= claimed)
+    gram = found.eigenvectors @ found.eigenvectors.T
+    rounding = found.num_hvps * len(a) * EPS  # n eps for each product
+    torch.testing.assert_close(gram, torch.eye(200).double(), rtol=0, atol=rounding)
+    assert found.status == "converged"
+    error = np.abs(found.eigenvalues.numpy() - end_of(true, 200, "LA"))
+    assert np.all(error <= claimed)
+
+
+@pytest.mark.parametrize("which", ENDS)
+@pytest.mark.parametrize("width", [0.0, 1e-12, 1e-6])
+def test_repeated_and_clustered_values_survive_restarts(width, which):
+    clusters = np.repeat([6.0, 4.0, -5.0], 4) + width * np.tile(np.arange(4), 3)
+    a = symmetric(np.concatenate([clusters, np.linspace(-1, 1, 100)]))
+    true = np.linalg.eigvalsh(a.numpy())
+    for seed in range(3):
+        found = sh.eigenpairs(
+            with_products(a), 3, which=which, tol=1e-5, basis_size=13, seed=seed
+        )
+        claimed = found.error_bounds.numpy() + dense_rounding(true)
+        assert np.all(nearest(found.eigenvalues, true) <= claimed)
+        ends = {"LA": [6], "SA": [-5], "LM": [6], "BE": [6, -5]}[which]
+        for end in ends:  # of each cluster asked for, at least one copy
+            assert np.abs(found.eigenvalues.numpy() - end).min() <= 1e-4 * abs(end)
+
+
+def test_a_budget_beyond_n_is_of_use_to_a_small_basis():
+    a = symmetric(np.linspace(0, 1, 24))
+    found = sh.eigenpairs(with_products(a), 5, tol=1e-8, basis_size=15, max_hvps=500)
+    true = np.linalg.eigvalsh(a.numpy())
+    assert found.status == "converged"
+    error = np.abs(found.eigenvalues.numpy() - end_of(true, 5, "LA"))
+    assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
+
+
+def test_n_products_of_a_small_basis_are_not_the_whole_space():
+    a = symmetric(np.linspace(0, 1, 24))
+    found = sh.eigenpairs(with_products(a), 5, tol=1e-8, basis_size=15, max_hvps=24)
+    assert found.status == "max_hvps"
+    met = found.error_bounds <= 1e-8 * found.eigenvalues.abs()
+    assert found.num_converged == int(met.sum()) == 0
+
+
+def test_an_interrupt_between_two_restarts_returns_valid_bounds_r32():
+    a = symmetric(RESTARTED["indefinite"](200))
+    true = np.linalg.eigvalsh(a.numpy())
+    for call in (1 + 13, 40, 41, 57):
+        risk = interrupted_at(with_products(a), call, KeyboardInterrupt())
+        found = sh.eigenpairs(risk, 3, tol=1e-12, basis_size=13)
+        budget = sh.eigenpairs(
+            with_products(a), 3, tol=1e-12, basis_size=13, max_hvps=call - 1
+        )
+        assert found.status == "interrupted"
+        assert found.num_hvps == call - 1
+        assert torch.equal(found.eigenvalues, budget.eigenvalues)
+        assert torch.equal(found.error_bounds, budget.error_bounds)
+        claimed = found.error_bounds.numpy() + dense_rounding(true)
+        assert np.all(nearest(found.eigenvalues, true) <= claimed)
+        v, values = found.eigenvectors, found.eigenvalues
+        norms = (v @ a - values[:, None] * v).norm(dim=1)
+        torch.testing.assert_close(norms, found.residuals, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [None, 13, 60])
+def test_the_basis_can_be_held_elsewhere(size):
+    risk = with_products(symmetric(SEPARATED["outliers"]))
+    here = sh.eigenpairs(risk, 3, basis_size=size)
+    there = sh.eigenpairs(risk, 3, basis_size=size, basis_device="cpu")
+    assert torch.equal(here.eigenvalues, there.eigenvalues)
+    assert torch.equal(here.eigenvectors, there.eigenvectors)
+    assert there.eigenvectors.device.type == "cpu"
+    assert torch.equal(
+        sh.eigenpairs(risk, 3, basis_device=torch.device("cpu")).eigenvalues,
+        sh.eigenpairs(risk, 3).eigenvalues,
+    )
+
+
+def test_a_basis_that_does_not_fit_is_refused_before_the_first_product(monkeypatch):
+    monkeypatch.setattr(memory, "budget_bytes", lambda device: int(0.6 * 60 * 8 * 9))
+    risk = with_products(symmetric(SEPARATED["outliers"]))
+    with pytest.raises(MemoryError, match="basis of 12 vectors; got k=2"):
+        sh.eigenpairs(risk, 2)
+
+
+def diagonal_risk(n: int) -> tuple[sh.EmpiricalRisk, Tensor]:
+    """1/2 sum h_i theta_i^2 in float32: a few values far out, the rest a bulk."""
+    h = torch.linspace(-1, 1, n)
+    h[:: n // 60] = torch.linspace(2, 30, len(h[:: n // 60]))
+    return quadratic(h), h
+
+
+def peak_and_allowed(n: int, k: int, basis_size: int, products: int) -> tuple[int, int]:
+    """Bytes of a restarted run, and (basis_size + 4) n beside the products' own."""
+    risk, h = diagonal_risk(n)
+    plan = risk.prepare(1)
+    with memory._Storages() as storages:
+        found = sh.eigenpairs(
+            risk, k, basis_size=basis_size, max_hvps=products, tol=1e-7, seed=1
+        )
+    assert found.num_hvps == products > basis_size
+    true = h.double().numpy()
+    assert np.all(nearest(found.eigenvalues, true) <= found.error_bounds.numpy())
+    assert storages.peak > basis_size * risk.theta.nbytes
+    return storages.peak, (basis_size + 4) * risk.theta.nbytes + plan.predicted_bytes
+
+
+def test_memory_stays_at_the_basis_and_four_vectors():
+    """At n = 15_000_000, k = 40, basis_size = 56 it was 66 vectors of 69 (87 s)."""
+    peak, allowed = peak_and_allowed(2_100_000, 2, 18, 22)
+    assert peak <= allowed
+
+
+def test_memory_stays_at_the_basis_where_a_vector_is_three_strips():
+    peak, allowed = peak_and_allowed(200_000, 50, 64, 75)
+    assert peak <= allowed
+
+
+def test_memory_stays_at_the_basis_whatever_the_blocks_hold():
+    peak, allowed = peak_and_allowed(2_100_000, 1, 18, 19)
+    assert peak <= allowed
+
+
+# -- one more product, which verifies ----------------------------------------------
+
+
+@pytest.mark.parametrize("which", ENDS)
+def test_the_explicit_residual_is_that_of_the_leading_pair(which):
+    a = symmetric(np.concatenate([GAPPED, [-20.0, -3.0]]))
+    found = sh.eigenpairs(with_products(a), 3, which=which)
+    lead = {"LA": 0, "BE": 0, "SA": 2, "LM": 2}[which]
+    value, v = found.eigenvalues[lead], found.eigenvectors[lead]
+    residual = float((a @ v - value * v).norm())
+    assert found.status == "converged"
+    assert found.explicit_residual == pytest.approx(residual, rel=1e-9)
+    assert found.residuals[lead] == found.explicit_residual
+    assert found.error_bounds[lead] <= found.explicit_residual + found.noise_floor
+
+
+def counting(risk: sh.EmpiricalRisk) -> tuple[sh.EmpiricalRisk, list[Tensor]]:
+    product, seen = risk.product, []
+    risk.product = lambda v, matrix="hessian": (seen.append(v.clone()), product(v))[1]
+    return risk, seen
+
+
+def test_the_verifying_product_is_counted_and_never_passes_the_budget():
+    a = symmetric(GAPPED)
+    free, seen = counting(with_products(a))
+    found = sh.eigenpairs(free, 2)
+    assert found.explicit_residual is not None
+    assert found.num_hvps == len(seen)
+    torch.testing.assert_close(seen[-1], found.eigenvectors[0], rtol=0, atol=0)
+    tight, seen = counting(with_products(a))
+    bounded = sh.eigenpairs(tight, 2, max_hvps=found.num_hvps - 1)
+    assert bounded.status == "converged"
+    assert bounded.num_hvps == len(seen) == found.num_hvps - 1
+    assert bounded.explicit_residual is None
+    assert torch.equal(bounded.eigenvalues, found.eigenvalues)
+    exact = sh.eigenpairs(with_products(a), 2, max_hvps=found.num_hvps)
+    assert exact.explicit_residual == found.explicit_residual
+
+
+@pytest.mark.parametrize("options", [{"max_hvps": 3}, {"max_seconds": 0}])
+def test_only_a_converged_run_is_verified(options):
+    found = sh.eigenpairs(mlp_risk(), **options)
+    assert found.explicit_residual is None
+
+
+def test_an_interrupt_while_verifying_keeps_the_converged_values():
+    a = symmetric(GAPPED)
+    plain = sh.eigenpairs(with_products(a))
+    risk = interrupted_at(with_products(a), plain.num_hvps, KeyboardInterrupt())
+    found = sh.eigenpairs(risk)
+    assert found.status == "converged"
+    assert found.explicit_residual is None
+    assert found.num_hvps == plain.num_hvps - 1
+    assert torch.equal(found.eigenvalues, plain.eigenvalues)
+
+
+@pytest.mark.parametrize("which", ENDS)
+def test_a_recurrence_that_lied_has_its_bound_raised(which):
+    """Halfway through, the products become those of another matrix."""
+    a = symmetric(np.concatenate([GAPPED, -GAPPED]))
+    b = symmetric(np.concatenate([GAPPED, -GAPPED]) * 1.3, seed=5)
+    honest = sh.eigenpairs(with_products(a), 2, which=which)
+    risk, calls = with_products(a), 0
+
+    def product(v: Tensor, matrix: str) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return (a if calls < honest.num_hvps else b) @ v
+
+    risk.product = product
+    found = sh.eigenpairs(risk, 2, which=which)
+    lead = 1 if which == "SA" else 0
+    lead = int(found.eigenvalues.abs().argmax()) if which == "LM" else lead
+    value, v = found.eigenvalues[lead], found.eigenvectors[lead]
+    residual = float((b @ v - value * v).norm())
+    assert found.num_hvps == honest.num_hvps
+    assert found.explicit_residual == pytest.approx(residual, rel=1e-12)
+    assert found.error_bounds[lead] >= residual > 10 * honest.error_bounds[lead]
+    true = np.linalg.eigvalsh(b.numpy())
+    assert nearest(found.eigenvalues, true)[lead] <= found.error_bounds[lead]
+    assert found.num_converged < honest.num_converged == 2
+
+
+# -- the ends, by name -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("which", "k", "largest", "smallest"),
+    [
+        ("LA", 2, 8.0, None),
+        ("SA", 2, None, -9.0),
+        ("BE", 1, 8.0, None),
+        ("BE", 2, 8.0, -9.0),
+        ("LM", 1, None, -9.0),
+        ("LM", 2, 8.0, -9.0),
+    ],
+)
+def test_an_end_that_was_not_asked_for_is_nan(which, k, largest, smallest):
+    risk = with_products(symmetric(SEPARATED["indefinite"]))
+    found = sh.eigenpairs(risk, k, which=which, tol=1e-6)
+    for value, expected in ((found.lambda_max, largest), (found.lambda_min, smallest)):
+        if expected is None:
+            assert np.isnan(value)
+        else:
+            assert value == pytest.approx(expected, rel=1e-6)
+
+
+def test_values_of_one_sign_leave_the_other_end_open():
+    risk = with_products(symmetric(SEPARATED["outliers"]))
+    found = sh.eigenpairs(risk, 3, which="LM")
+    assert found.lambda_max == float(found.eigenvalues[0])
+    assert np.isnan(found.lambda_min)
+
+
+@pytest.mark.parametrize("which", ENDS)
+def test_all_n_values_have_both_ends(which):
+    found = sh.eigenpairs(quadratic([3.0, 1.0, 2.0]), 3, which=which)
+    assert found.lambda_max == pytest.approx(3, rel=1e-14)
+    assert found.lambda_min == pytest.approx(1, rel=1e-14)
+
+
+# -- preconditioned ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ENDS)
+def test_a_preconditioner_gives_the_pairs_of_the_scaled_matrix(which):
+    risk = mlp_risk()
+    p = torch.logspace(-2, 2, risk.n, dtype=torch.float64)
+    p = p[torch.randperm(risk.n, generator=torch.Generator().manual_seed(0))]
+    scale = np.diag(p.numpy() ** -0.5)
+    dense = scale @ mlp_hessian(risk.theta).numpy() @ scale
+    found = sh.eigenpairs(risk, 3, which=which, preconditioner=p, tol=1e-6)
+    true = end_of(np.linalg.eigvalsh(dense), 3, which)
+    error = np.abs(found.eigenvalues.numpy() - true)
+    assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
+    for value, residual, v in zip(
+        found.eigenvalues, found.residuals, found.eigenvectors, strict=True
+    ):
+        left = float((torch.from_numpy(dense) @ v - value * v).norm())
+        assert left <= float(residual) + found.noise_floor + 1e-11
+    assert found.preconditioned
+    assert "of P^-1/2 H P^-1/2" in str(found)
+
+
+def test_a_preconditioner_may_have_another_type_and_stays_as_it_was():
+    risk = mlp_risk()
+    p = torch.linspace(1, 2, risk.n, requires_grad=True)  # float32
+    found = sh.eigenpairs(risk, 1, preconditioner=p)
+    other = sh.eigenpairs(risk, 1, preconditioner=p.detach().double())
+    assert torch.equal(found.eigenvalues, other.eigenvalues)
+    assert torch.equal(p.detach(), torch.linspace(1, 2, risk.n))
+    assert not sh.eigenpairs(risk).preconditioned
 
 
 # -- starts and seeds --------------------------------------------------------------
@@ -361,6 +793,22 @@ def test_a_start_from_before_two_values_changed_places_finds_the_new_largest():
     assert abs(found.lambda_max - 40) <= found.error_bounds[0]
 
 
+def test_following_slowly_changing_matrices_costs_fewer_products_than_cold_starts():
+    a, b = symmetric(GAPPED), symmetric(GAPPED, seed=1)
+    previous, cold, warm = None, 0, 0
+    for step in range(8):
+        matrix = a + 2e-3 * step * b
+        true = np.linalg.eigvalsh(matrix.numpy())
+        fresh = sh.eigenpairs(with_products(matrix), 3)
+        found = sh.eigenpairs(with_products(matrix), 3, v0=previous)
+        error = np.abs(found.eigenvalues.numpy() - end_of(true, 3, "LA"))
+        assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
+        previous = found.eigenvectors
+        cold += fresh.num_hvps
+        warm += found.num_hvps if step else fresh.num_hvps
+    assert warm < cold
+
+
 # -- how a run can end -------------------------------------------------------------
 
 
@@ -375,8 +823,18 @@ def test_a_start_from_before_two_values_changed_places_finds_the_new_largest():
         ({"tol": float("nan")}, "got nan"),
         ({"max_hvps": 0}, "got 0"),
         ({"max_hvps": -5}, "got -5"),
-        ({"which": "LM"}, "got 'LM'"),
-        ({"which": "BE"}, "got 'BE'"),
+        ({"which": "LR"}, "got 'LR'"),
+        ({"which": "la"}, "got 'la'"),
+        ({"which": None}, "got None"),
+        ({"basis_size": 10, "k": 1}, r"at least k \+ 10 \(or n=45\); got 10 \(k=1\)"),
+        ({"basis_size": 44, "k": 36}, r"\(or n=45\); got 44 \(k=36\)"),
+        ({"basis_size": 0}, "got 0"),
+        ({"preconditioner": torch.ones(44)}, r"n=45; got shape \(44,\)"),
+        ({"preconditioner": torch.ones(45, 1)}, r"n=45; got shape \(45, 1\)"),
+        ({"preconditioner": torch.arange(45.0) - 3}, "smallest -3"),
+        ({"preconditioner": torch.arange(45.0)}, "smallest 0"),
+        ({"preconditioner": torch.full((45,), float("inf"))}, "finite"),
+        ({"preconditioner": torch.full((45,), float("nan"))}, "finite"),
         ({"v0": torch.ones(44)}, r"n=45; got shape \(44,\)"),
         ({"v0": torch.ones(2, 44)}, r"n=45; got shape \(2, 44\)"),
         ({"v0": torch.tensor(1.0)}, r"n=45; got shape \(\)"),
@@ -497,6 +955,16 @@ def test_the_line_names_value_bound_and_cost():
     assert str(smallest).startswith("lambda_min 1 ± ")
 
 
+def test_the_line_names_the_end_that_was_asked_for():
+    risk = quadratic([-5.0, 1.0, 2.0, 4.0])
+    both = str(sh.eigenpairs(risk, 2, which="BE"))
+    assert both.startswith("lambda_max 4 ± ")
+    assert ", lambda_min -5 ± " in both
+    assert "lambda_min" not in str(sh.eigenpairs(risk, 1, which="BE"))
+    largest = str(sh.eigenpairs(risk, 2, which="LM"))
+    assert largest.startswith("eigenvalue of largest modulus -5 ± ")
+
+
 def test_neither_text_prints_the_vectors():
     found = sh.eigenpairs(mlp_risk(), 2)
     for text in (repr(found), str(found)):
@@ -535,14 +1003,16 @@ def test_progress_is_shown_on_stderr_only(capsys):
 
 def test_the_measure_uses_the_stopping_rule_twice_in_a_row(monkeypatch):
     asked = []
-    meets = eigenvalues.meets
+    meets = search.meets
 
     def noted(*args):
         asked.append(meets(*args))
         return asked[-1]
 
-    monkeypatch.setattr(eigenvalues, "meets", noted)
+    monkeypatch.setattr(search, "meets", noted)
     found = sh.eigenpairs(quadratic(GAPPED))
     assert found.status == "converged"
     assert asked[-2:] == [True, True]
-    assert len(asked) == found.num_hvps
+    assert True not in asked[:-2]
+    assert len(asked) == found.num_hvps - 1  # and one that verifies
+    assert found.explicit_residual is not None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,16 +14,26 @@ import test_eigenpairs
 import test_epsilon
 import test_lanczos
 import test_landscape
+import test_layers
 import test_optimize
 import test_products
 import torch
 from measure_problems import second_minimum
 
 from sharpness import _tensors
-from sharpness.krylov import lanczos
-from sharpness.measures import eigenvalues, epsilon, landscape
+from sharpness.krylov import basis, lanczos, search
+from sharpness.measures import eigenvalues, epsilon, landscape, preconditioner
 from sharpness.optimize import lbfgsb, line_search
-from sharpness.risk import cases, checks, empirical, linearised, terms
+from sharpness.risk import (
+    batches,
+    cases,
+    checks,
+    chunks,
+    empirical,
+    linearised,
+    products,
+    terms,
+)
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
 MUTANTS: list[tuple[Mutate, Callable[[], None]]] = []
@@ -36,6 +47,16 @@ def seen_by(test: Callable[..., None], *arguments: object) -> Callable[[Mutate],
         return mutate
 
     return register
+
+
+def patching(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that takes pytest's `monkeypatch` last, with one of its own."""
+
+    def run(*arguments: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            test(*arguments, patch)
+
+    return run
 
 
 # -- the risk ----------------------------------------------------------------------
@@ -85,12 +106,27 @@ def two_evaluations_are_not_compared(patch):
 
 
 @seen_by(test_lanczos.test_eighty_steps_in_float32_stay_orthogonal)
-def gram_schmidt_passes_only_once(patch):
-    def orthogonalised(w, basis):
-        overlaps = basis @ w
-        return w - overlaps @ basis, overlaps
+def vectors_are_not_freed_from_the_basis(patch):
+    def purge(self, w, m):
+        return self.state.store.overlaps(w, m).double().numpy()
 
-    patch.setattr(lanczos, "_orthogonalised", orthogonalised)
+    patch.setattr(lanczos.Lanczos, "_purge", purge)
+
+
+@seen_by(
+    test_lanczos.test_a_product_that_is_all_but_inside_the_space_leaves_an_orthogonal_direction
+)
+@seen_by(test_lanczos.test_the_zero_matrix_gives_zeros_and_nothing_else)
+def gram_schmidt_passes_only_once(patch):
+    original, last = lanczos.Lanczos._purge, []
+
+    def purge(self, w, m):
+        if last and last[0] is w:
+            return np.zeros(m)
+        last[:] = [w]
+        return original(self, w, m)
+
+    patch.setattr(lanczos.Lanczos, "_purge", purge)
 
 
 @seen_by(test_lanczos.test_an_error_bound_is_never_wider_than_its_residual, 0)
@@ -108,43 +144,149 @@ def bounds_are_tightened_without_a_gap(patch):
     1e-6,
 )
 def asymmetry_is_not_measured(patch):
-    patch.setattr(lanczos, "_outside_tridiagonal", lambda overlaps, betas: 0.0)
+    original = lanczos.Lanczos._purge
+
+    def purge(self, w, m):
+        drift = original(self, w, m)
+        drift[:-1] = 0
+        return drift
+
+    patch.setattr(lanczos.Lanczos, "_purge", purge)
 
 
 @seen_by(test_lanczos.test_a_next_interval_that_reaches_higher_forbids_stopping)
 def stopping_does_not_look_at_the_next_interval(patch):
     original = lanczos.ritz_pairs
 
-    def ritz_pairs(state, k):
-        pairs = original(state, k)
-        return SimpleNamespace(**{**vars(pairs), "next_upper": -np.inf})
+    def ritz_pairs(state):
+        pairs = original(state)
+        return replace(pairs, residuals=np.full_like(pairs.residuals, -np.inf))
 
     # The test looks at the honest one, `meets` at this one.
     patch.setattr(lanczos, "ritz_pairs", ritz_pairs)
 
 
+@seen_by(test_lanczos.test_a_restart_keeps_the_ritz_pairs_it_was_told_to)
+def a_restart_forgets_the_coupling(patch):
+    original = lanczos.Lanczos.restart
+
+    def restart(self, kept):
+        original(self, kept)
+        only_last = np.append(np.zeros(len(kept) - 1), self.state.coupling[-1])
+        self.state = replace(self.state, coupling=only_last)
+
+    patch.setattr(lanczos.Lanczos, "restart", restart)
+
+
+@seen_by(test_lanczos.test_the_step_after_a_restart_is_no_noise)
+def the_step_after_a_restart_looks_at_one_row(patch):
+    original = lanczos.Lanczos.restart
+
+    def restart(self, kept):
+        original(self, kept)
+        self.state = replace(self.state, newest=0)
+
+    patch.setattr(lanczos.Lanczos, "restart", restart)
+
+
+@seen_by(test_lanczos.test_a_restart_does_not_lose_what_asymmetry_has_left)
+def a_restart_forgets_the_noise(patch):
+    original = lanczos.Lanczos.restart
+
+    def restart(self, kept):
+        original(self, kept)
+        self.state = replace(self.state, noise=0.0)
+
+    patch.setattr(lanczos.Lanczos, "restart", restart)
+
+
+@seen_by(
+    patching(test_lanczos.test_ctrl_c_during_a_restart_waits_until_the_rotation_is_done)
+)
+def ctrl_c_is_not_held_back(patch):
+    patch.setattr(lanczos, "_uninterrupted", nullcontext)
+
+
+@seen_by(patching(test_lanczos.test_rows_combined_in_strips_are_the_product_of_matrices),
+         3, 18, 7)  # fmt: skip
+def rows_are_combined_one_after_another(patch):
+    def combine(self, coefficients):
+        rows, m = coefficients.shape
+        for i in range(rows):  # of which the later ones see the first overwritten
+            self[i] = torch.from_numpy(coefficients[i].copy()) @ self.rows(m)
+
+    patch.setattr(basis.Basis, "combine", combine)
+
+
 @seen_by(test_eigenpairs.test_a_close_pair_of_opposite_signs_keeps_signs_and_order_r6, "LA")
 def the_largest_magnitude_is_taken_for_the_largest_value(patch):
-    original = eigenvalues.ritz_pairs
+    original = search.wanted
+    patch.setattr(search, "wanted", lambda theta, k, which: original(theta, k, "LM"))
 
-    def ritz_pairs(state, k):
-        every = original(state, len(state.alphas))
-        best = np.argsort(-np.abs(every.values))[:k]
-        return lanczos.RitzPairs(
-            every.values[best],
-            every.residuals[best],
-            every.bounds[best],
-            every.coefficients[best],
-            every.next_upper,
-        )
 
-    patch.setattr(eigenvalues, "ritz_pairs", ritz_pairs)
+@seen_by(test_eigenpairs.test_a_close_pair_of_opposite_signs_keeps_signs_and_order_r6, "LM")
+def the_largest_value_is_taken_for_the_largest_magnitude(patch):
+    original = search.wanted
+    patch.setattr(search, "wanted", lambda theta, k, which: original(theta, k, "LA"))
+
+
+@seen_by(test_eigenpairs.test_both_ends_with_an_odd_k_have_one_more_at_the_top, 3)
+def both_ends_have_one_more_at_the_bottom(patch):
+    original = search.wanted
+
+    def mirrored(theta, k, which):
+        return len(theta) - 1 - original(-theta[::-1], k, which)[::-1]
+
+    patch.setattr(search, "wanted", mirrored)
+
+
+@seen_by(patching(test_eigenpairs.test_the_measure_uses_the_stopping_rule_twice_in_a_row))
+def the_rule_is_met_once(patch):
+    met_once = property(lambda self: self._settled >= 1)
+    patch.setattr(search.Search, "is_converged", met_once)
 
 
 @seen_by(test_eigenpairs.test_the_upper_bound_holds_for_19_starts_in_20, 5, 3.0)
 def the_upper_bound_holds_for_half_of_the_starts(patch):
     original = lanczos.upper_bound
-    patch.setattr(eigenvalues, "upper_bound", lambda s, n: original(s, n, 0.5))
+    half = lambda first, n, noise: original(first, n, noise, 0.5)  # noqa: E731
+    patch.setattr(eigenvalues, "upper_bound", half)
+
+
+@seen_by(test_eigenpairs.test_the_explicit_residual_is_that_of_the_leading_pair, "SA")
+def the_largest_pair_is_verified_whatever_was_asked_for(patch):
+    patch.setattr(eigenvalues, "leading", lambda values, which: 0)
+
+
+@seen_by(test_eigenpairs.test_a_recurrence_that_lied_has_its_bound_raised, "LA")
+def a_residual_that_lied_keeps_its_bound(patch):
+    original = eigenvalues._verified
+
+    def verified(found, *arguments):
+        bounds = found.bounds.copy()
+        residual = original(found, *arguments)
+        found.bounds[:] = bounds
+        return residual
+
+    patch.setattr(eigenvalues, "_verified", verified)
+
+
+@seen_by(test_eigenpairs.test_an_end_that_was_not_asked_for_is_nan, "LA", 2, 8.0, None)
+def the_last_value_is_called_the_smallest(patch):
+    def end(self, index, asked, sign):
+        return float(self.eigenvalues[index])
+
+    patch.setattr(eigenvalues.HessianEigenpairs, "_end", end)
+
+
+@seen_by(test_eigenpairs.test_a_preconditioner_gives_the_pairs_of_the_scaled_matrix, "LA")
+def the_preconditioner_is_applied_on_each_side_in_full(patch):
+    original = eigenvalues._multiplication
+    patch.setattr(
+        eigenvalues,
+        "_multiplication",
+        lambda risk, matrix, p, device: original(risk, matrix, p**2, device),
+    )
 
 
 @seen_by(test_eigenpairs.test_the_same_seed_gives_the_same_bits_and_no_generator_moves_r22)
@@ -154,6 +296,70 @@ def the_start_is_drawn_from_the_global_generator(patch):
         return v / v.norm()
 
     patch.setattr(_tensors, "random_unit", random_unit)
+
+
+# -- diagonal blocks, Adam and parts of the data -----------------------------------
+
+
+@seen_by(
+    test_layers.test_block_products_are_slices_of_the_dense_hessian, "auto", "kept_graph"
+)
+def parameters_of_a_block_are_put_in_order(patch):
+    original = products.Products.of_blocks
+
+    def of_blocks(self, blocks, vectors):
+        return original(self, [sorted(block) for block in blocks], vectors)
+
+    patch.setattr(products.Products, "of_blocks", of_blocks)
+
+
+@seen_by(
+    test_layers.test_a_sweep_builds_the_graph_of_a_chunk_once_however_many_blocks, 2, 1
+)
+def every_block_has_a_sweep_of_its_own(patch):
+    original = products.Products.of_blocks
+
+    def of_blocks(self, blocks, vectors):
+        pairs = zip(blocks, vectors, strict=True)
+        return [original(self, [block], [v])[0] for block, v in pairs]
+
+    patch.setattr(products.Products, "of_blocks", of_blocks)
+
+
+@seen_by(
+    test_layers.test_the_preconditioner_is_the_formula_after_real_steps,
+    torch.optim.Adam,
+    False,
+)
+def adams_bias_is_not_corrected(patch):
+    original = preconditioner._divisor
+
+    def divisor(name, shape, state, group):
+        return original(name, shape, {**state, "step": 1e9}, group)
+
+    patch.setattr(preconditioner, "_divisor", divisor)
+
+
+@seen_by(test_layers.test_amsgrad_uses_the_largest_second_moment)
+def amsgrad_is_taken_for_adam(patch):
+    original = preconditioner._divisor
+
+    def divisor(name, shape, state, group):
+        plain = {key: value for key, value in state.items() if key != "max_exp_avg_sq"}
+        return original(name, shape, plain, group)
+
+    patch.setattr(preconditioner, "_divisor", divisor)
+
+
+@seen_by(test_layers.test_a_subset_is_the_risk_of_the_indexed_data, "repeated", "auto")
+def repeated_samples_count_once(patch):
+    original = batches.taken
+    patch.setattr(batches, "taken", lambda pair, index: original(pair, index.unique()))
+
+
+@seen_by(test_layers.test_the_parent_of_a_subset_is_left_as_it_was)
+def a_subset_is_its_parent(patch):
+    patch.setattr(chunks, "copy", SimpleNamespace(copy=lambda parent: parent))
 
 
 # -- the maximisers ----------------------------------------------------------------

@@ -7,24 +7,25 @@ import torch
 from torch import Tensor
 
 _ROWS = 16  # of a block
-_COLUMNS = 1 << 16  # combined at once; the scratch memory is rows * this
+# Combined at once, or 1/256 of all: the scratch memory is less than a row.
+_COLUMNS = 1 << 12
 
 
 class Basis:
     """Rows q_1, q_2, ... of length n, in the type and on the device of `like`.
 
-    Memory comes in blocks of a few rows when it is needed. The first block holds
-    `num_first` rows: what is rotated there at the end outlives the others.
+    Memory comes in blocks of a few rows when it is needed, `most` in all. The first block
+    holds `num_first` rows: what is combined there at the end outlives the others.
     """
 
-    def __init__(self, like: Tensor, num_first: int = _ROWS) -> None:
-        self._like, self._num_first = like.new_empty(0), num_first
+    def __init__(self, like: Tensor, num_first: int, most: int) -> None:
+        self._like, self._num_first, self._most = like.new_empty(0), num_first, most
         self.n = like.numel()
         self._blocks: list[Tensor] = []
 
     def __setitem__(self, i: int, row: Tensor) -> None:
-        while i >= sum(map(len, self._blocks)):
-            size = _ROWS if self._blocks else self._num_first
+        while i >= (held := sum(map(len, self._blocks))):
+            size = min(_ROWS if held else self._num_first, self._most - held)
             self._blocks.append(self._like.new_empty((size, self.n)))
         self._row(i).copy_(row)
 
@@ -50,11 +51,13 @@ class Basis:
         rows, m = coefficients.shape
         blocks = self._upto(m)
         new = torch.from_numpy(np.ascontiguousarray(coefficients)).to(self._like)
-        for start in range(0, self.n, _COLUMNS):
-            strip = slice(start, start + _COLUMNS)
+        width = max(_COLUMNS, self.n >> 8)
+        for start in range(0, self.n, width):
+            strip = slice(start, start + width)
             mixed = new @ torch.cat([block[:, strip] for block in blocks])
             for block, part in zip(self._upto(rows), self._parts(mixed), strict=True):
                 block[:, strip] = part
+            del mixed, part
 
     def rows(self, m: int) -> Tensor:
         """The first m rows, (m, n): a view where one block holds them, else a copy."""

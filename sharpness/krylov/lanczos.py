@@ -94,11 +94,18 @@ class Lanczos:
         v0: start (n,), not necessarily normalised; its type and device are the basis'.
         generator: of random starts after an invariant space.
         num_first: rows that the first block of the basis holds.
+        basis_size: most rows; the caller restarts before they are exceeded.
 
     Cost: one product and 4 m n operations a step; memory m n.
     """
 
-    def __init__(self, v0: Tensor, generator: torch.Generator, num_first: int = 16) -> None:
+    def __init__(
+        self,
+        v0: Tensor,
+        generator: torch.Generator,
+        num_first: int = 16,
+        basis_size: int | None = None,
+    ) -> None:
         self.n = v0.numel()
         self._eps = torch.finfo(v0.dtype).eps
         self._generator = generator
@@ -106,7 +113,7 @@ class Lanczos:
         self._scale = 0.0
         self._tridiagonal = True  # no restart of any kind so far
         none = np.empty(0)
-        basis = Basis(v0, num_first)
+        basis = Basis(v0, num_first, basis_size or self.n)
         first = Tridiagonal(none, none)
         self.state = LanczosState(np.empty((0, 0)), none, 0.0, 0, 0, 0, first, basis)
 
@@ -201,9 +208,14 @@ class Lanczos:
 
 
 def wanted(theta: np.ndarray, k: int, which: str) -> np.ndarray:
-    """Positions of the k Ritz values at the end asked for, largest value first."""
-    chosen = {int(i) for score, num in _ends(k, which) for i in _best(score(theta), num)}
-    return np.array(sorted(chosen, key=lambda i: -theta[i]), dtype=int)
+    """Positions, among ascending Ritz values, of the k asked for; largest first."""
+    m = len(theta)
+    if which == "LM":
+        chosen = set(_best(np.abs(theta), k).tolist())
+    else:
+        at_top = _at_top(k, which)
+        chosen = {*range(max(0, m - at_top), m), *range(min(m, k - at_top))}
+    return np.array(sorted(chosen, reverse=True), dtype=int)
 
 
 def thick(theta: np.ndarray, k: int, which: str) -> np.ndarray:
@@ -215,9 +227,13 @@ def _ends(k: int, which: str) -> list[tuple[Score, int]]:
     """What is large at each end asked for, and how many are wanted there."""
     if which == "LM":
         return [(np.abs, k)]
-    at_top = {"LA": k, "SA": 0, "BE": -(-k // 2)}[which]
+    at_top = _at_top(k, which)
     ends: list[tuple[Score, int]] = [(np.positive, at_top), (np.negative, k - at_top)]
     return [end for end in ends if end[1]]
+
+
+def _at_top(k: int, which: str) -> int:
+    return {"LA": k, "SA": 0, "BE": -(-k // 2)}[which]
 
 
 def _best(scores: np.ndarray, num: int) -> np.ndarray:
@@ -262,7 +278,8 @@ def _tightened(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
         return residuals  # nothing is known of a gap
     distance = np.abs(theta[:, None] - theta[None, :]) - residuals[None, :]
     np.fill_diagonal(distance, np.inf)
-    gap = distance.min(axis=1)
+    # A bulk at 0 is the rule and may be unseen: no gap reaches beyond it.
+    gap = np.minimum(distance.min(axis=1), np.abs(theta))
     resolved = gap > 2 * residuals
     tightened = residuals.copy()
     np.divide(residuals**2, gap, out=tightened, where=resolved)

@@ -47,7 +47,7 @@ class Search:
         tol: float,
         basis_size: int,
     ) -> None:
-        self.run = Lanczos(v0, generator, num_first=k)
+        self.run = Lanczos(v0, generator, num_first=k, basis_size=basis_size)
         self._k, self._which, self._tol = k, which, tol
         self._basis_size = basis_size
         self._settled = 0

@@ -74,7 +74,7 @@ class HessianEigenpairs(Result):
     @property
     def num_converged(self) -> int:
         """How many values meet `tol`."""
-        if self.num_hvps >= self.eigenvectors.shape[1]:
+        if self.status is Status.CONVERGED and self.explicit_residual is None:
             return len(self.eigenvalues)  # the whole space
         floor = self.eigenvalues.abs().clamp(min=self.noise_floor)
         return int((self.error_bounds <= self.tol * floor).sum())
@@ -168,7 +168,7 @@ def eigenpairs(
             which costs products, not accuracy.
         basis_device: where they are held, such as "cpu" beside a full GPU; by default
             where the risk is.
-        max_hvps: most products; by default 100 + 10 k, at most n.
+        max_hvps: most products; by default 100 + 10 k.
         max_seconds: stop after the product that passes this time.
         progress: show a bar; by default on a terminal.
 
@@ -191,7 +191,7 @@ def eigenpairs(
     """
     _check(risk, k, which, tol, max_hvps)
     began = time.monotonic()
-    most = min(risk.n, max_hvps or 100 + 10 * k)
+    most = max_hvps or 100 + 10 * k
     held_on = torch.device(basis_device) if basis_device is not None else risk.device
     generator = torch.Generator().manual_seed(seed)
     start = _start_vector(risk, v0, generator).to(held_on)
@@ -334,7 +334,7 @@ def _affordable(
             f"for {max(0, 2 * fit)} of {risk.theta.nbytes / 1e9:.2f} GB each on {held_on}. "
             "Pass a smaller `k` or another `basis_device`."
         )
-    return max(needed, min(most, fit))
+    return max(needed, min(risk.n, most, fit))
 
 
 def _check_basis_size(basis_size: int | None, k: int, n: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,11 +128,11 @@ def layerwise_eigenpairs(
     Cost: 5 to 30 sweeps; in each, a block costs the part of a Hessian-vector product
     that lies behind it. Memory (sweeps) n in all.
     """
-    _check(k, which, tol)
+    _check(k, which, tol, max_sweeps)
     began = time.monotonic()
     named = _named_blocks(risk.names, blocks)
     generator = torch.Generator().manual_seed(seed)
-    most = max_sweeps if max_sweeps is not None else 100 + 10 * k
+    most = max_sweeps or 100 + 10 * k
     sizes = dict(zip(risk.names, (shape.numel() for shape in risk.shapes), strict=True))
     searches = {}
     for name, parameters in named.items():
@@ -141,10 +142,11 @@ def layerwise_eigenpairs(
             start, generator, k=min(k, n), which=which, tol=tol, basis_size=min(n, most)
         )
     status = dict.fromkeys(named, Status.MAX_HVPS)
-    open_, sweeps, end = list(named), 0, None
+    open_, sweeps, end, inexact = list(named), 0, None, 0.0
     with _progress.bar("sweeps", None, progress) as bar:
         try:
-            risk.prepare(1, matrix)
+            # Of whole products; a positive matrix exceeds its largest block by no more.
+            inexact = len(named) * (risk.prepare(1, matrix).relative_error or 0.0)
             while open_ and sweeps < most and end is None:
                 products = risk.block_products(
                     [named[name] for name in open_],
@@ -165,7 +167,8 @@ def layerwise_eigenpairs(
     if end is not None:
         status |= dict.fromkeys(open_, end)
     results = tuple(
-        _block(name, named[name], searches[name], status[name]) for name in named
+        _block(name, parameters, searches[name], status[name], inexact)
+        for name, parameters in named.items()
     )
     return LayerwiseEigenpairs(
         blocks=results,
@@ -190,14 +193,18 @@ def _absorbed(search: Search, product: Tensor) -> Status | None:
 
 
 def _block(
-    name: str, parameters: Sequence[str], search: Search, status: Status
+    name: str,
+    parameters: Sequence[str],
+    search: Search,
+    status: Status,
+    product_error: float,
 ) -> BlockEigenpairs:
     n = search.run.n
     if search.num_products:
-        found = search.found()
+        found = search.found(product_error)
     else:
-        none = torch.empty(0, dtype=torch.float64).numpy()
-        found = Found(none, none, none, torch.empty(0, n))
+        none = np.empty(0)
+        found = Found(none, none, none, search.run.state.basis)
     return BlockEigenpairs(
         name=name,
         parameters=tuple(parameters),
@@ -237,10 +244,15 @@ def _named_blocks(names: Sequence[str], blocks: Blocks | None) -> dict[str, list
     return found
 
 
-def _check(k: int, which: str, tol: float) -> None:
+def _check(k: int, which: str, tol: float, max_sweeps: int | None) -> None:
     if not (isinstance(k, int) and k >= 1):
         raise ValueError(f"`k` must be at least 1; got {k}. Ask for 1 or more.")
     if which not in WHICH:
         raise ValueError(f"`which` must be 'LA', 'SA', 'LM' or 'BE'; got {which!r}.")
     if not tol > 0:
         raise ValueError(f"`tol` must be positive; got {tol}. The default is 1e-2.")
+    if max_sweeps is not None and max_sweeps < 1:
+        raise ValueError(
+            f"`max_sweeps` must be at least 1; got {max_sweeps}. Leave it out for the "
+            "default."
+        )

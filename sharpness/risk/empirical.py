@@ -351,7 +351,8 @@ class EmpiricalRisk:
 
         Raises:
             TypeError: a risk from a closure, whose batches cannot be cut.
-            ValueError: BatchNorm depends on the data, so a subset is another function.
+            ValueError: BatchNorm depends on the data, so a subset is another function;
+                no positions, or one outside of [0, num_samples).
         """
         self._refuse_closure("data")
         if self.batchnorm != "running" and batchnorm_layers(self.model):
@@ -359,8 +360,16 @@ class EmpiricalRisk:
                 "`batchnorm` must be 'running' for a subset of the data; got "
                 f"{self.batchnorm!r} (its statistics would change with the samples)."
             )
+        places = torch.as_tensor(index, device=self.device)
+        inside = (places >= 0) & (places < self.num_samples)
+        if not len(places) or places.is_floating_point() or not bool(inside.all()):
+            wrong = places[~inside].tolist()[:1] if len(places) else "none"
+            raise ValueError(
+                f"`index` must hold positions in [0, {self.num_samples}); got {wrong}. "
+                "They count from 0 and may repeat."
+            )
         other = copy.copy(self)
-        other._mean = self._mean.subset(torch.as_tensor(index, device=self.device))
+        other._mean = self._mean.subset(places)
         other._products, other._gradient = {}, None
         return other
 
