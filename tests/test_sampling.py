@@ -229,20 +229,20 @@ def test_the_interval_covers_the_population_of_a_linear_regression(
     without_measuring_memory(monkeypatch)
     found = [
         sh.lambda_max_sampling(samples(num_samples, seed), seed=seed, num_folds=8)
-        for seed in range(25)
+        for seed in range(16)
     ]
     hits = sum(r.interval[0] <= 8 <= r.interval[1] for r in found)
-    print("coverage", hits / 25)
+    print("coverage", hits / 16)
     plug_in = np.array([result.plug_in for result in found])
     crossed = np.array([result.cross_fitted for result in found])
     with capsys.disabled():
         print(
-            f"\nregression, {num_samples} samples: covered {hits} times of 25, plug-in "
+            f"\nregression, {num_samples} samples: covered {hits} times of 16, plug-in "
             f"{plug_in.mean() / 8 - 1:+.1%}, cross-fitted {crossed.mean() / 8 - 1:+.1%}",
             end="",
         )
-    assert hits >= stats.binom.ppf(1e-3, 25, 0.95)
-    three = stats.norm.isf(1e-3) / math.sqrt(25)
+    assert hits >= stats.binom.ppf(1e-3, 16, 0.95)
+    three = stats.norm.isf(1e-3) / math.sqrt(16)
     assert plug_in.mean() >= 8 - three * plug_in.std()
     assert crossed.mean() <= 8 + three * crossed.std()
 

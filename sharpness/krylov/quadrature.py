@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import LinAlgError, eigh_tridiagonal, solve_banded
+from scipy.linalg import eigh_tridiagonal
 from scipy.special import chdtriv
 
 from sharpness.krylov.lanczos import Tridiagonal, christoffel
 
+_LEAST_WEIGHT = 1e-4  # of an eigenvalue, in 1/n: less is as rare as 1 in 100
 _COARSER = 0.75  # of the steps: the difference shows the error of the quadrature
 
 
@@ -55,30 +56,33 @@ class Rule:
 
 def _with_node(run: Tridiagonal, t: float) -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Radau: one more row, chosen so that t is a node (Golub 1973)."""
-    m = len(run.alphas)
-    bands = np.zeros((3, m))
-    bands[0, 1:], bands[2, :-1] = run.betas[:-1], run.betas[:-1]
-    bands[1] = run.alphas - t
-    right = np.zeros(m)
-    right[-1] = run.betas[-1] ** 2
-    try:
-        last = t + solve_banded((1, 1), bands, right)[-1]
-    except LinAlgError:  # t is a Ritz value already
-        last = run.alphas[-1]
+    pivot = run.alphas[0] - t
+    for alpha, beta in zip(run.alphas[1:], run.betas[:-1], strict=True):
+        pivot = alpha - t - beta**2 / (pivot or np.finfo(float).tiny)
+    scale = float(np.abs(run.alphas).max() + run.betas.max())
+    if abs(pivot) * 1e6 * scale < run.betas[-1] ** 2:
+        return run.nodes_and_weights()  # t is one of them
+    last = t + run.betas[-1] ** 2 / pivot
     nodes, vectors = eigh_tridiagonal(np.append(run.alphas, last), run.betas)
     return nodes, vectors[0] ** 2
 
 
-def smoothed(rule: Rule, grid: np.ndarray, sigma: float) -> tuple[np.ndarray, ...]:
-    """Density with Gaussians of width sigma: value, coarser value, mean square kernel."""
+def smoothed(rule: Rule, grid: np.ndarray, sigma: float, n: int) -> tuple[np.ndarray, ...]:
+    """Density with Gaussians of width sigma on a grid (g,), from one start.
 
-    def kernel(nodes: np.ndarray) -> np.ndarray:
+    Returns:
+        The density, the same with fewer steps, the mean square of the Gaussians, and the
+        largest of them that an eigenvalue can be behind.
+    """
+
+    def gaussians(nodes: np.ndarray) -> np.ndarray:
         z = (grid[:, None] - nodes[None, :]) / sigma
         return np.asarray(np.exp(-0.5 * z**2) / (sigma * np.sqrt(2 * np.pi)))
 
-    fine = kernel(rule.nodes)
-    coarse = kernel(rule.coarse_nodes) @ rule.coarse_weights
-    return fine @ rule.weights, coarse, fine**2 @ rule.weights
+    fine = gaussians(rule.nodes)
+    coarse = gaussians(rule.coarse_nodes) @ rule.coarse_weights
+    real = rule.weights > _LEAST_WEIGHT / n
+    return fine @ rule.weights, coarse, fine**2 @ rule.weights, fine[:, real].max(1)
 
 
 def standard_error(mean: np.ndarray, square: np.ndarray, n: int, starts: int) -> np.ndarray:
@@ -92,27 +96,42 @@ def standard_error(mean: np.ndarray, square: np.ndarray, n: int, starts: int) ->
 
 
 def interval(
-    mean: np.ndarray, square: np.ndarray, n: int, starts: int, confidence: float
+    mean: np.ndarray,
+    square: np.ndarray,
+    largest: np.ndarray,
+    n: int,
+    starts: int,
+    confidence: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where the expectation of z^T F z lies, F >= 0, from the average over starts.
 
     A sum of squared Gaussians is close to c times a chi^2 with d degrees of freedom
     (Satterthwaite 1946). The ratio of mean square and mean gives c, and d is inverted
     from what was seen: exact for d / starts equal eigenvalues, also for a single one,
-    where a Student t interval would fail. No start sees less than one eigenvalue.
+    where a Student t interval would fail. No start sees less than one eigenvalue. At the
+    upper end, c is that of the largest eigenvalue: the one that may have hidden.
 
     Args:
         mean: of f_i over the eigenvalues, as estimated.
         square: of f_i^2.
+        largest: of the f_i.
         n: dimension.
         starts: that were averaged.
         confidence: such as 0.95.
     """
+    mean, square, largest = (np.asarray(a, float) for a in (mean, square, largest))
     with np.errstate(divide="ignore", invalid="ignore"):
-        c = np.where(mean > 0, (square / mean - mean) / (starts * (n + 2)), 0.0)
-        seen = np.where(c > 0, mean / c, np.inf)
-    sure = ~(seen < 1e12)  # F is a multiple of the identity, or nothing was seen
-    seen = np.where(sure, 1.0, seen)
+        typical = np.where(mean > 0, square / mean - mean, 0.0)
     tail = (1 - confidence) / 2
-    low, high = (np.maximum(chdtriv(p, seen), starts) * c for p in (1 - tail, tail))
-    return np.where(sure, mean, low), np.where(sure, mean, high)
+    low = _end(mean, typical / (starts * (n + 2)), starts, 1 - tail)
+    high = _end(mean, (largest - mean) / (starts * (n + 2)), starts, tail)
+    return np.minimum(low, mean), np.maximum(high, mean)
+
+
+def _end(mean: np.ndarray, c: np.ndarray, starts: int, p: float) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        seen = np.where(c > 0, mean / c, np.inf)
+    # F is a multiple of the identity, or nothing was seen.
+    sure = ~((seen > 0) & (seen < 1e12))
+    dof = chdtriv(p, np.where(sure, 1.0, seen))
+    return np.where(sure, mean, np.maximum(dof, starts) * c)

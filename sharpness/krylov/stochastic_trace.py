@@ -28,7 +28,7 @@ class Probes:
 
     def _row(self, i: int) -> Tensor:
         # PyTorch's CPU generator looks at 32 bits of its seed.
-        mixed = int(np.random.SeedSequence((self._seed, i)).generate_state(1)[0])
+        mixed = int(np.random.SeedSequence(self._seed, spawn_key=(i,)).generate_state(1)[0])
         generator = torch.Generator().manual_seed(mixed)
         shape = (self._like.numel(),)
         bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
@@ -39,6 +39,7 @@ class Estimator(Protocol):
     """Estimates of a trace that can be made more precise."""
 
     products_a_probe: int
+    fixed_products: int  # whatever the number of probes
     estimates: np.ndarray  # (s,); their mean is the value
 
     def grow(self, multiply: Multiply, num: int) -> None:
@@ -51,7 +52,7 @@ class Hutchinson:
     Variance of one: twice the squared Frobenius norm of A without its diagonal.
     """
 
-    products_a_probe = 1
+    products_a_probe, fixed_products = 1, 0
 
     def __init__(self, like: Tensor, seed: int) -> None:
         self._probes = Probes(like, seed)
@@ -83,7 +84,7 @@ class Sketch:
         new.q = torch.cat([self.q, added])
         side, last = _gram(self.q, z), _gram(added, z)
         new.t = np.block([[self.t, side], [side.T, (last + last.T) / 2]])
-        zeros = np.zeros((len(added), len(self.q)))
+        zeros = np.zeros((len(added), self.r.shape[1]))
         new.r = np.block([[self.r, above], [zeros, corner]])
         return new, z
 
@@ -103,7 +104,7 @@ class HutchPlusPlus:
     for the sketch, for A on it, and for the rest.
     """
 
-    products_a_probe = 3
+    products_a_probe, fixed_products = 3, 0
 
     def __init__(self, like: Tensor, seed: int) -> None:
         self._sketching, self._probes = Probes(like, 2 * seed), Probes(like, 2 * seed + 1)
@@ -125,8 +126,9 @@ class HutchPlusPlus:
         w, h = _beside(w, sketch.overlaps(g)), _beside(h, sketch.overlaps(product))
         self._a = np.append(self._a, _dots(g, product))
         self._sketch, self._w, self._h = sketch, w, h
-        rest = self._a - 2 * (w * h).sum(0) + (w * (sketch.t @ w)).sum(0)
-        self.estimates = np.trace(sketch.t) + rest
+        with np.errstate(invalid="ignore"):  # of an infinite matrix
+            rest = self._a - 2 * (w * h).sum(0) + (w * (sketch.t @ w)).sum(0)
+            self.estimates = np.trace(sketch.t) + rest
 
 
 class XTrace:
@@ -137,7 +139,7 @@ class XTrace:
     standard error.
     """
 
-    products_a_probe = 2
+    products_a_probe, fixed_products = 2, 0
 
     def __init__(self, like: Tensor, seed: int) -> None:
         self._probes, self._sketch = Probes(like, seed), Sketch(like)
@@ -160,8 +162,12 @@ class XTrace:
 
     def _leave_one_out(self) -> np.ndarray:
         t, w, h = self._sketch.t, self._w, self._sketch.r
+        if not (np.isfinite(h).all() and np.isfinite(t).all()):
+            return np.full(len(self._a), np.nan)
+        if len(t) < len(self._a):  # the whole space, also without one probe
+            return np.full(len(self._a), np.trace(t))
         # Column i is orthogonal to the products of all other probes.
-        left = np.linalg.pinv(self._sketch.r).T
+        left = np.linalg.pinv(h, rcond=0).T
         norms = np.linalg.norm(left, axis=0)
         left = np.where(norms > 0, left / np.where(norms > 0, norms, 1), np.eye(len(t)))
         reduced = w - left * (left * w).sum(0)
@@ -175,13 +181,18 @@ def _orthonormal(y: Tensor, q: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
 
     Twice, since what is left of y after the first pass may be rounding.
     """
+    if len(q) + len(y) > y.shape[1]:  # more than there are dimensions
+        full = torch.linalg.qr(torch.cat([q, y]).T).Q.T
+        rows = full[len(q) :].contiguous()
+        return rows, _gram(q, y), _gram(rows, y)
     above, corner, rows = np.zeros((len(q), len(y))), np.eye(len(y)), y
     for _ in range(2):
         part = _gram(q, rows)
         rows = rows - torch.from_numpy(part.T).to(q) @ q
         columns, r = torch.linalg.qr(rows.T)
-        above = above + part @ corner
-        rows, corner = columns.T.contiguous(), _small(r) @ corner
+        with np.errstate(invalid="ignore"):  # of an infinite matrix
+            above, corner = above + part @ corner, _small(r) @ corner
+        rows = columns.T.contiguous()
     return rows, above, corner
 
 

@@ -31,6 +31,17 @@ PRODUCTS = {
 }
 
 
+def product_name(matrix: str) -> str:
+    """What products with a matrix are called.
+
+    Raises:
+        ValueError: an unknown matrix.
+    """
+    if matrix not in PRODUCTS:
+        raise ValueError(f"`matrix` must be one of {', '.join(PRODUCTS)}; got {matrix!r}.")
+    return PRODUCTS[matrix]
+
+
 @dataclass(frozen=True, kw_only=True)
 class HessianEigenpairs(Result):
     """Extreme eigenpairs of the Hessian of a risk, largest algebraic value first.
@@ -198,7 +209,7 @@ def eigenpairs(
     multiply = _multiplication(risk, matrix, preconditioner, held_on)
     _check_basis_size(basis_size, k, risk.n)
     search, plan, status = None, None, Status.MAX_HVPS
-    with _progress.bar(PRODUCTS[matrix], None, progress) as bar:
+    with _progress.bar(product_name(matrix), None, progress) as bar:
         try:
             plan = risk.prepare(_USUAL_PRODUCTS + 4 * k, matrix)
             size = basis_size or _affordable(risk, plan, k, most, held_on)
@@ -261,6 +272,8 @@ def _result(
         found = search.found(inexact)
         if verify and not whole and search.num_products < most:
             explicit = _verified(found, leading(found.values, which), noise, multiply)
+            if explicit is None:
+                settings["status"] = Status.INTERRUPTED
     products = search.num_products if search else 0
     return HessianEigenpairs(
         eigenvalues=torch.from_numpy(found.values),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class LambdaMaxSampling(Result):
     def relative_width(self) -> float:
         """Half the width of the interval over its middle."""
         low, high = self.interval
-        return (high - low) / (high + low)
+        return (high - low) / (high + low) if high != low else 0.0
 
     def samples_needed(self, relative: float) -> int:
         """Samples for an interval of about ± `relative`, such as 0.05, of its middle.
@@ -64,12 +65,14 @@ class LambdaMaxSampling(Result):
 
     def __str__(self) -> str:
         low, high = self.interval
+        cost = f"{self.status}, {self.num_hvps:.0f} products, {self.seconds:.1f} s"
+        if not math.isfinite(low + high):
+            return f"lambda_max of the distribution unknown ({cost})"
         return (
             f"lambda_max of the distribution: {low:.4g} to {high:.4g} "
             f"({self.confidence:.0%})   (cross-fitted {self.cross_fitted:.4g}, on these "
             f"{self.num_samples} samples {self.plug_in:.4g}; ± 10 % would take about "
-            f"{self.samples_needed(0.1)} samples; {self.status}, {self.num_hvps:.0f} "
-            f"products, {self.seconds:.1f} s)"
+            f"{self.samples_needed(0.1)} samples; {cost})"
         )
 
 
@@ -123,7 +126,9 @@ def lambda_max_sampling(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(risk.num_samples, generator=generator)
     folds, status = torch.tensor_split(order, num_folds), Status.COMPLETED
-    whole = eigenpairs(risk, matrix=matrix, tol=tol, seed=seed, max_seconds=max_seconds)
+    search: dict[str, Any] = {"matrix": matrix, "tol": tol, "seed": seed}
+    search |= {"progress": progress}
+    whole = eigenpairs(risk, max_seconds=max_seconds, **search)
     products = float(whole.num_hvps)
     at_v, crossed = [], []
     if not whole.status.ok:
@@ -133,9 +138,9 @@ def lambda_max_sampling(
             for g, fold in enumerate(folds):
                 part = risk.subset(fold)
                 others = risk.subset(torch.cat([*folds[:g], *folds[g + 1 :]]))
-                pairs = eigenpairs(
-                    others, matrix=matrix, tol=tol, seed=seed, v0=whole.eigenvectors
-                )
+                pairs = eigenpairs(others, v0=whole.eigenvectors, **search)
+                if pairs.status is Status.INTERRUPTED:
+                    raise KeyboardInterrupt
                 vectors = torch.stack([pairs.eigenvectors[0], whole.eigenvectors[0]])
                 cross, plain = _quadratic_forms(part, vectors, matrix)
                 crossed.append(cross)

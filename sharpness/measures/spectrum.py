@@ -6,15 +6,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import norm
 
 from sharpness import _progress, _tensors
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
-from sharpness.measures.eigenvalues import PRODUCTS
+from sharpness.measures.eigenvalues import PRODUCTS, product_name
 from sharpness.results import Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
@@ -38,6 +38,16 @@ class SpectralIntegral:
         return f"{self.value:.4g}   ({self.confidence:.0%}: {low:.4g} to {high:.4g})"
 
 
+class _Part(NamedTuple):
+    """Of a nonnegative function: mean over eigenvalues, with fewer steps, ends."""
+
+    mean: float
+    coarse: float
+    square: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpectralDensity(Result):
     r"""The density of the n eigenvalues, each drawn as a Gaussian of width `sigma`.
@@ -48,9 +58,9 @@ class SpectralDensity(Result):
     is seen by comparing with three quarters of them.
     """
 
-    grid: np.ndarray = field(repr=False)  # (g,) unit of an eigenvalue
-    density: np.ndarray = field(repr=False)  # (g,), integrates to 1
-    band: np.ndarray = field(repr=False)  # (2, g) lower and upper end
+    grid: np.ndarray = field(repr=False, compare=False)  # (g,) unit of an eigenvalue
+    density: np.ndarray = field(repr=False, compare=False)  # (g,), integrates to 1
+    band: np.ndarray = field(repr=False, compare=False)  # (2, g) lower and upper end
     sigma: float
     confidence: float
     n: int
@@ -86,16 +96,22 @@ class SpectralDensity(Result):
             function: of an array of eigenvalues, entry by entry.
         """
         self._refuse_nothing()
-        parts = []
-        for rule in self.rules:
-            values = function(rule.nodes)
-            coarse = float(function(rule.coarse_nodes) @ rule.coarse_weights)
-            fine, square = float(values @ rule.weights), float(values**2 @ rule.weights)
-            parts.append((fine, coarse, square, float(values.min())))
-        fine, coarse, square, least = np.array(parts).T
-        error = abs(float((fine - coarse).mean()))
-        ends = (float(fine.mean()), float(fine.mean()))
-        return self._of_mean(ends, float(square.mean()), error, least.min() >= 0)
+        plus = self._part(lambda x: np.maximum(function(x), 0))
+        minus = self._part(lambda x: np.maximum(-function(x), 0))
+        value = plus.mean - minus.mean
+        error = abs((plus.mean - plus.coarse) - (minus.mean - minus.coarse))
+        square = np.asarray(plus.square + minus.square)
+        # Each end moves with what its parts may be off by (MOVER, Zou and Donner 2008).
+        below = math.hypot(plus.mean - plus.low, minus.high - minus.mean) + error
+        above = math.hypot(plus.high - plus.mean, minus.mean - minus.low) + error
+        spread = standard_error(np.asarray(value), square, self.n, len(self.rules))
+        return SpectralIntegral(
+            value=self.n * value,
+            standard_error=self.n * float(spread),
+            quadrature_error=self.n * error,
+            interval=(self.n * (value - below), self.n * (value + above)),
+            confidence=self.confidence,
+        )
 
     def count_above(self, t: float) -> SpectralIntegral:
         """How many eigenvalues lie above t.
@@ -106,8 +122,20 @@ class SpectralDensity(Result):
         """
         self._refuse_nothing()
         brackets = np.array([rule.mass_above(t) for rule in self.rules])
-        low, high = (float(end) for end in brackets.mean(0))
-        return self._of_mean((low, high), (low + high) / 2, (high - low) / 2, True)
+        ends = brackets.mean(0)
+        low, high = (
+            interval(ends, ends, np.ones(2), self.n, len(self.rules), self.confidence)[i][i]
+            for i in range(2)
+        )
+        middle = ends.mean()
+        spread = standard_error(middle, middle, self.n, len(self.rules))
+        return SpectralIntegral(
+            value=self.n * float(middle),
+            standard_error=self.n * float(spread),
+            quadrature_error=self.n * float(ends[1] - ends[0]) / 2,
+            interval=(self.n * float(low), self.n * float(high)),
+            confidence=self.confidence,
+        )
 
     def negative_mass(self) -> SpectralIntegral:
         r"""Share of negative curvature, $\sum_{\lambda_i < 0} |\lambda_i| / n$.
@@ -126,28 +154,25 @@ class SpectralDensity(Result):
             raise ValueError(f"`ridge` must be positive; got {ridge}. It is a curvature.")
         return self.integral(lambda x: np.maximum(x, 0) / (np.maximum(x, 0) + ridge))
 
-    def _of_mean(
-        self, ends: tuple[float, float], square: float, error: float, nonnegative: bool
-    ) -> SpectralIntegral:
-        """N times a mean over starts that lies between `ends`, give or take `error`."""
-        starts, mean = len(self.rules), (ends[0] + ends[1]) / 2
-        means = np.array([*ends, mean])
-        squares = np.maximum(square, means**2)
-        errors = standard_error(means, squares, self.n, starts)
-        if nonnegative:
-            low, high = interval(means, squares, self.n, starts, self.confidence)
-        else:
-            half = float(norm.ppf((1 + self.confidence) / 2)) * errors
-            low, high = means - half, means + half
-        bracketed = ends[0] < ends[1]  # the error is in the ends already
-        beyond = 0.0 if bracketed else error
-        return SpectralIntegral(
-            value=self.n * mean,
-            standard_error=self.n * float(errors[2]),
-            quadrature_error=self.n * error,
-            interval=(self.n * float(low[0] - beyond), self.n * float(high[1] + beyond)),
-            confidence=self.confidence,
+    def _part(self, function: Callable[[np.ndarray], np.ndarray]) -> _Part:
+        """The mean of a nonnegative function over eigenvalues, and where it lies."""
+        fine, coarse, square, largest = [], [], [], 0.0
+        for rule in self.rules:
+            values = function(rule.nodes)
+            fine.append(values @ rule.weights)
+            coarse.append(function(rule.coarse_nodes) @ rule.coarse_weights)
+            square.append(values**2 @ rule.weights)
+            largest = max(largest, float(values.max()))
+        mean, of_square = float(np.mean(fine)), float(np.mean(square))
+        low, high = interval(
+            np.asarray(mean),
+            np.asarray(max(of_square, mean**2)),
+            np.asarray(largest),
+            self.n,
+            len(self.rules),
+            self.confidence,
         )
+        return _Part(mean, float(np.mean(coarse)), of_square, float(low), float(high))
 
     def _over_n(self, total: SpectralIntegral) -> SpectralIntegral:
         low, high = total.interval
@@ -168,6 +193,7 @@ class SpectralDensity(Result):
 
     def plot(self, path: str | None = None, *, title: str = "") -> object:
         """A figure of density and band, logarithmic; written to `path` as PNG if given."""
+        self._refuse_nothing()
         from sharpness.report.figures import density_plot
 
         return density_plot(self, path, title=title)
@@ -228,7 +254,7 @@ def spectral_density(
     generator = torch.Generator().manual_seed(seed)
     runs: list[Tridiagonal] = []
     status, num_hvps = Status.COMPLETED, 0
-    with _progress.bar(PRODUCTS[matrix], num_starts * num_steps, progress) as bar:
+    with _progress.bar(product_name(matrix), num_starts * num_steps, progress) as bar:
         try:
             plan = risk.prepare(num_starts * num_steps, matrix)
             for batch in _batches(num_starts, plan.directions_at_once):
@@ -305,8 +331,10 @@ def _band(
     if not rules:
         nothing = np.full(len(grid), np.nan)
         return nothing, np.stack([nothing, nothing])
-    fine, coarse, square = np.mean([smoothed(rule, grid, sigma) for rule in rules], 0)
-    low, high = interval(fine, square, n, len(rules), confidence)
+    found = [smoothed(rule, grid, sigma, n) for rule in rules]
+    fine, coarse, square, _ = np.mean(found, 0)
+    largest = np.max([each[3] for each in found], 0)
+    low, high = interval(fine, square, largest, n, len(rules), confidence)
     error = np.abs(fine - coarse) + np.finfo(float).eps * fine.max()
     return fine, np.stack([np.maximum(low - error, 0), high + error])
 

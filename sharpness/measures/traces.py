@@ -23,7 +23,7 @@ from sharpness.krylov.stochastic_trace import (
     Sketch,
     XTrace,
 )
-from sharpness.measures.eigenvalues import PRODUCTS
+from sharpness.measures.eigenvalues import PRODUCTS, product_name
 from sharpness.results import Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
@@ -187,6 +187,7 @@ def frobenius_norm(
 
     Cost: 20 products for the sketch, then one a probe; memory 22 n.
     """
+    _check(rtol, confidence, max_hvps, 3 * _FEWEST)
     squared = _estimated(
         risk,
         _SquaredNorm(risk.theta, seed),
@@ -243,15 +244,17 @@ def diagonal(
 
     Cost: 20 products for the sketch, then one a probe, hundreds as a rule; memory 26 n.
     """
-    _check(rtol, 0.95, max_hvps, 3 * _FEWEST)
+    _check(rtol, 0.95, max_hvps, 3 * _FEWEST, default=0.1)
     run = _Run(risk, matrix, max_hvps, max_seconds, progress)
     estimate = _Diagonal(risk.theta, seed)
     num = _FEWEST
     with run as multiply:
-        while run.status is not Status.CONVERGED:
+        while run.status not in (Status.CONVERGED, Status.NON_FINITE):
             estimate.grow(multiply, num)
             ratio = estimate.relative_error / rtol
-            if ratio <= 1:
+            if math.isnan(ratio):
+                run.status = Status.NON_FINITE
+            elif ratio <= 1:
                 run.status = Status.CONVERGED
             num = _next_look(num, ratio)
     return DiagonalEstimate(
@@ -286,7 +289,8 @@ def _estimated(
     progress: bool | None,
 ) -> StochasticEstimate:
     """Grow an estimator until its interval is narrow enough."""
-    _check(rtol, confidence, max_hvps, _FEWEST * estimator.products_a_probe)
+    fewest = estimator.fixed_products + _FEWEST * estimator.products_a_probe
+    _check(rtol, confidence, max_hvps, fewest)
     run = _Run(risk, matrix, max_hvps, max_seconds, progress)
     num = _FEWEST
     with run as multiply:
@@ -299,6 +303,10 @@ def _estimated(
             elif high - low <= allowed:
                 run.status = Status.CONVERGED
             num = _next_look(num, (high - low) / allowed if allowed else math.inf)
+            left = max_hvps - estimator.fixed_products
+            num = min(num, left // estimator.products_a_probe)
+            if num == len(estimator.estimates):
+                break
     value, error, interval = _student(estimator.estimates, confidence)
     return StochasticEstimate(
         value=value,
@@ -325,12 +333,16 @@ def _student(estimates: np.ndarray, confidence: float) -> tuple[float, float, In
     monotone cubic of t takes the skewness out.
     """
     num = len(estimates)
+    if not np.isfinite(estimates).all():
+        return math.nan, math.nan, (math.nan, math.nan)
     if num < 2:
         value = float(estimates.mean()) if num else math.nan
         return value, math.inf, (-math.inf, math.inf)
     value, spread = float(estimates.mean()), float(estimates.std(ddof=1))
     error, t = spread / math.sqrt(num), float(stats.t.ppf((1 + confidence) / 2, num - 1))
-    skew = float(stats.skew(estimates, bias=False)) if spread and num > 2 else 0.0
+    # By hand: SciPy warns where estimates agree to rounding.
+    steps = (estimates - value) / spread if spread > 1e-12 * abs(value) else np.zeros(num)
+    skew = float((steps**3).sum()) * num / max(1, (num - 1) * (num - 2))
     low, high = (value - error * _without_skew(end, skew, num) for end in (t, -t))
     return value, error, (low, high)
 
@@ -370,7 +382,7 @@ class _Run:
     ) -> None:
         self._risk, self._matrix = risk, matrix
         self._most, self._max_seconds = max_hvps, max_seconds
-        self._bar = _progress.bar(PRODUCTS[matrix], None, progress)
+        self._bar = _progress.bar(product_name(matrix), None, progress)
         self._began = time.monotonic()
         self.num_hvps, self.seconds = 0, 0.0
         self.status = Status.MAX_HVPS
@@ -405,11 +417,12 @@ class _Run:
 class _Deflated:
     """A sketch of fixed size, made at the first growth, and probes of the rest."""
 
-    products_a_probe = 3
+    products_a_probe = 1
 
     def __init__(self, like: Tensor, seed: int) -> None:
         self._sketching, self._probes = Probes(like, 2 * seed), Probes(like, 2 * seed + 1)
         self._like, self._sketch = like, Sketch(like)
+        self.fixed_products = 2 * min(_SKETCH, like.numel())
 
     def _sketched(self, multiply: Multiply) -> Tensor | None:
         """A times the sketch, when it is made."""
@@ -479,9 +492,11 @@ class _Diagonal(_Deflated):
             self._squares += step * (sample - self._mean)
 
 
-def _check(rtol: float, confidence: float, max_hvps: int, fewest: int) -> None:
+def _check(
+    rtol: float, confidence: float, max_hvps: int, fewest: int, default: float = 0.05
+) -> None:
     if not rtol > 0:
-        raise ValueError(f"`rtol` must be positive; got {rtol}. The default is 0.05.")
+        raise ValueError(f"`rtol` must be positive; got {rtol}. The default is {default}.")
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must lie in (0, 1); got {confidence}. Pass 0.95.")
     if max_hvps < fewest:
