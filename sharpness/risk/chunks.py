@@ -132,8 +132,14 @@ class ChunkedMean:
         if self._closed or rows <= _PROBE:
             return self._measured(linearise, batch)
         probed = min(max(_PROBE, rows // 4), _MOST_PROBED)
+        first = self._measured(linearise, batches.rows(batch, 0, _PROBE))
+        if first.held > 4 * self._objective.theta.nbytes:  # the rows' part rules already
+            probed = _PROBE
         sizes = (probed // 2, probed)
-        few, many = (self._measured(linearise, batches.rows(batch, 0, n)) for n in sizes)
+        few, many = (
+            first if n == _PROBE else self._measured(linearise, batches.rows(batch, 0, n))
+            for n in sizes
+        )
         return many.at(rows, few, sizes)
 
     def halve(self, trouble: str) -> None:
@@ -250,7 +256,7 @@ class ChunkedMean:
 
         with evaluation(objective.model, self._batchnorm):
             if not memory.nests_transforms(build):
-                return memory.footprint(build)
+                return memory.footprint(build, (leaf.nbytes for leaf in leaves))
             with torch.enable_grad():
                 value = self.mean(objective.reduced(leaves, batch), batch)
                 held = memory.saved_bytes(gradients(value, leaves, create_graph=True))

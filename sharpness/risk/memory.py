@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,15 @@ class Footprint:
         )
 
 
-def footprint(build: Callable[[], Callable[[], Any]]) -> Footprint:
+def footprint(
+    build: Callable[[], Callable[[], Any]], sizes_of_parameters: Iterable[int] = ()
+) -> Footprint:
     """Bytes that `build()` holds, and the peak of it and of calling what it returns.
 
-    Counted, not sampled: every storage an operator allocates, until it is freed.
+    Counted, not sampled: every storage an operator allocates, until it is freed. The
+    largest is looked for among those that are no parameter's size: they grow with rows.
     """
-    with _Storages() as storages:
+    with _Storages(set(sizes_of_parameters)) as storages:
         work = build()
         held = storages.now
         result = work()
@@ -109,8 +112,9 @@ def graph_nodes(values: Iterable[Tensor]) -> set[Node]:
 class _Storages(TorchDispatchMode):
     """Bytes of the storages that were allocated inside and are alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, passed_over: Container[int] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._passed_over = passed_over
         self.now = self.peak = self.largest = 0
         self._known: dict[int, int] = {}
 
@@ -133,7 +137,8 @@ class _Storages(TorchDispatchMode):
             return
         self._known[key] = storage.nbytes() if counted else 0
         self.now += self._known[key]
-        self.largest = max(self.largest, self._known[key])
+        if self._known[key] not in self._passed_over:
+            self.largest = max(self.largest, self._known[key])
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._freed, key)
 
