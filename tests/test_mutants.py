@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_blocks
 import test_doctor
 import test_eigenpairs
 import test_epsilon
 import test_lanczos
 import test_landscape
-import test_layers
 import test_optimize
 import test_products
 import torch
@@ -302,7 +302,7 @@ def the_start_is_drawn_from_the_global_generator(patch):
 
 
 @seen_by(
-    test_layers.test_block_products_are_slices_of_the_dense_hessian, "auto", "kept_graph"
+    test_blocks.test_block_products_are_slices_of_the_dense_hessian, "auto", "kept_graph"
 )
 def parameters_of_a_block_are_put_in_order(patch):
     original = products.Products.of_blocks
@@ -314,7 +314,7 @@ def parameters_of_a_block_are_put_in_order(patch):
 
 
 @seen_by(
-    test_layers.test_a_sweep_builds_the_graph_of_a_chunk_once_however_many_blocks, 2, 1
+    test_blocks.test_a_sweep_builds_the_graph_of_a_chunk_once_however_many_blocks, 2, 1
 )
 def every_block_has_a_sweep_of_its_own(patch):
     original = products.Products.of_blocks
@@ -327,7 +327,7 @@ def every_block_has_a_sweep_of_its_own(patch):
 
 
 @seen_by(
-    test_layers.test_the_preconditioner_is_the_formula_after_real_steps,
+    test_blocks.test_the_preconditioner_is_the_formula_after_real_steps,
     torch.optim.Adam,
     False,
 )
@@ -340,7 +340,7 @@ def adams_bias_is_not_corrected(patch):
     patch.setattr(preconditioner, "_divisor", divisor)
 
 
-@seen_by(test_layers.test_amsgrad_uses_the_largest_second_moment)
+@seen_by(test_blocks.test_amsgrad_uses_the_largest_second_moment)
 def amsgrad_is_taken_for_adam(patch):
     original = preconditioner._divisor
 
@@ -351,13 +351,13 @@ def amsgrad_is_taken_for_adam(patch):
     patch.setattr(preconditioner, "_divisor", divisor)
 
 
-@seen_by(test_layers.test_a_subset_is_the_risk_of_the_indexed_data, "repeated", "auto")
+@seen_by(test_blocks.test_a_subset_is_the_risk_of_the_indexed_data, "repeated", "auto")
 def repeated_samples_count_once(patch):
     original = batches.taken
     patch.setattr(batches, "taken", lambda pair, index: original(pair, index.unique()))
 
 
-@seen_by(test_layers.test_the_parent_of_a_subset_is_left_as_it_was)
+@seen_by(test_blocks.test_the_parent_of_a_subset_is_left_as_it_was)
 def a_subset_is_its_parent(patch):
     patch.setattr(chunks, "copy", SimpleNamespace(copy=lambda parent: parent))
 
