@@ -51,7 +51,15 @@ def rank_of(name: str) -> int:
 def imported(tree: ast.Module) -> set[str]:
     """Modules of the package that a module imports, without the package's name."""
     names = set()
+    drawing = {  # a result's `.plot()` may import `report`, when it is called
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "plot"
+        for inner in ast.walk(node)
+    }
     for node in ast.walk(tree):
+        if node in drawing:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
