@@ -16,6 +16,7 @@ def result() -> HessianEigenpairs:
         error_bounds=torch.tensor([0.1]),
         residuals=torch.tensor([math.nan]),
         eigenvectors=torch.zeros(1, 1000),
+        explicit_residual=None,
         lambda_max_upper=None,
         noise_floor=1e-7,
         status=Status.CONVERGED,
@@ -25,6 +26,7 @@ def result() -> HessianEigenpairs:
         tol=1e-2,
         seed=0,
         matrix="hessian",
+        preconditioned=False,
         engine="kept_graph",
     )
 
