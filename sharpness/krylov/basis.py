@@ -37,7 +37,7 @@ class Basis:
         return torch.cat([block @ w for block in self._upto(m)])
 
     def subtract(self, w: Tensor, coefficients: Tensor) -> None:
-        """W -= sum_i coefficients_i q_i, in place."""
+        """Take sum_i coefficients_i q_i away from w, in place."""
         m = len(coefficients)
         parts = coefficients.split([len(block) for block in self._upto(m)])
         for block, part in zip(self._upto(m), parts, strict=True):

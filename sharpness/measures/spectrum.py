@@ -95,7 +95,7 @@ class SpectralDensity(Result):
         Args:
             function: of an array of eigenvalues, entry by entry.
         """
-        self._refuse_nothing()
+        self._need_a_start()
         plus = self._part(lambda x: np.maximum(function(x), 0))
         minus = self._part(lambda x: np.maximum(-function(x), 0))
         value = plus.mean - minus.mean
@@ -120,25 +120,22 @@ class SpectralDensity(Result):
         where t lies among eigenvalues that the steps do not tell apart, and vanishes in
         gaps. Exact zeros, of which trained networks have many, lie on no side of t = 0.
         """
-        self._refuse_nothing()
+        self._need_a_start()
         brackets = np.array([rule.mass_above(t) for rule in self.rules])
         ends = brackets.mean(0)
-        low, high = (
-            interval(ends, ends, np.ones(2), self.n, len(self.rules), self.confidence)[i][i]
-            for i in range(2)
-        )
-        middle = ends.mean()
-        spread = standard_error(middle, middle, self.n, len(self.rules))
+        starts, middle = len(self.rules), ends.mean()
+        lows, highs = interval(ends, ends, np.ones(2), self.n, starts, self.confidence)
+        spread = standard_error(middle, middle, self.n, starts)
         return SpectralIntegral(
             value=self.n * float(middle),
             standard_error=self.n * float(spread),
             quadrature_error=self.n * float(ends[1] - ends[0]) / 2,
-            interval=(self.n * float(low), self.n * float(high)),
+            interval=(self.n * float(lows[0]), self.n * float(highs[1])),
             confidence=self.confidence,
         )
 
     def negative_mass(self) -> SpectralIntegral:
-        r"""Share of negative curvature, $\sum_{\lambda_i < 0} |\lambda_i| / n$.
+        r"""Negative curvature for each parameter, $\sum_{\lambda_i < 0} |\lambda_i| / n$.
 
         The integral of |lambda| over the negative part of the density: zeros add nothing.
         """
@@ -184,7 +181,7 @@ class SpectralDensity(Result):
             confidence=total.confidence,
         )
 
-    def _refuse_nothing(self) -> None:
+    def _need_a_start(self) -> None:
         if not self.rules:
             raise ValueError(
                 f"`density` must have a completed start; got none ({self.status}). "
@@ -193,7 +190,7 @@ class SpectralDensity(Result):
 
     def plot(self, path: str | None = None, *, title: str = "") -> object:
         """A figure of density and band, logarithmic; written to `path` as PNG if given."""
-        self._refuse_nothing()
+        self._need_a_start()
         from sharpness.report.figures import density_plot
 
         return density_plot(self, path, title=title)
