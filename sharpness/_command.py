@@ -54,6 +54,20 @@ def floats(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
 
+def names(text: str) -> tuple[str, ...]:
+    """`curvature,phi` as a tuple."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def announce(seconds: float) -> None:
+    """Say on stderr how long a measurement will take."""
+    print(f"measuring: about {_rounded(seconds)} s", file=sys.stderr)
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.1g}" if seconds < 10 else f"{seconds:.2g}"
+
+
 def samples_or_all(text: str) -> int | None:
     """A whole number, or None for "all"."""
     return None if text == "all" else int(text)

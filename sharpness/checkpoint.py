@@ -38,6 +38,7 @@ class Checkpoint:
     sha256: str = ""  # of the file it was read from
 
 
+_STATE_NAMES = ("state_dict", "model_state_dict", "model_state", "model", "net", "params")
 FIELDS = ("state_dict", "network", "data", "training", "start")
 
 
@@ -75,18 +76,61 @@ def load(path: str | Path) -> Checkpoint:
             by something else. One line each, saying what to do.
     """
     path = Path(path)
+    facts = _read(path)
+    _check_facts(path, facts)
+    names = Checkpoint.__dataclass_fields__.keys() - {"sha256"}
+    known = {name: facts[name] for name in names if name in facts}
+    return Checkpoint(**known, sha256=sha256(path))
+
+
+def load_if_native(path: str | Path) -> Checkpoint | None:
+    """The checkpoint, or None for a sound file of plain tensors by somebody else.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, would run code, or is of another schema.
+    """
+    facts = _read(Path(path))
+    is_native = isinstance(facts, dict) and facts.get("format") == FORMAT
+    return load(path) if is_native else None
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The parameters and buffers in anybody's file, alone or under a usual name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, would run code, or holds no tensors by name.
+    """
+    facts = found = _read(Path(path))
+    for name in _STATE_NAMES:
+        if isinstance(facts, dict) and isinstance(facts.get(name), dict):
+            found = facts[name]
+            break
+    tensors = isinstance(found, dict) and {
+        str(key): value for key, value in found.items() if isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise ValueError(
+            f"`{path}` must hold a state_dict; got {_described(facts)}. Save "
+            "`model.state_dict()`, alone or under the name 'state_dict'."
+        )
+    return tensors
+
+
+def sha256(path: str | Path) -> str:
+    """Digest of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(
             f"`{path}` must be a checkpoint file; got no such file. Train one with "
             "`python -m sharpness.train`."
         )
-    content = path.read_bytes()
     read = _read_safetensors if path.suffix == ".safetensors" else _read_pt
-    facts = read(path, content)
-    _check_facts(path, facts)
-    names = Checkpoint.__dataclass_fields__.keys() - {"sha256"}
-    known = {name: facts[name] for name in names if name in facts}
-    return Checkpoint(**known, sha256=hashlib.sha256(content).hexdigest())
+    return read(path, path.read_bytes())
 
 
 def _read_pt(path: Path, content: bytes) -> Any:
@@ -142,13 +186,17 @@ def _check_facts(path: Path, facts: Any) -> None:
             return
         found = f"one without {', '.join(missing)}"
     else:
-        names = ", ".join(map(str, list(facts)[:3])) if isinstance(facts, dict) else ""
-        found = f"{type(facts).__name__} ({names}, …)" if names else "something else"
+        found = _described(facts)
     raise ValueError(
         f"`{path}` must be a checkpoint written by sharpness; got {found}. For your own "
         "model, load it in Python and pass it to `sharpness.EmpiricalRisk(model, loss, "
         "data)`."
     )
+
+
+def _described(facts: Any) -> str:
+    names = ", ".join(map(str, list(facts)[:3])) if isinstance(facts, dict) else ""
+    return f"{type(facts).__name__} ({names}, …)" if names else "something else"
 
 
 def _safetensors_content(facts: dict[str, Any]) -> bytes:

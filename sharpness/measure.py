@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
+from typing import Any
 
-from sharpness import _command, checkpoint
-from sharpness.lab import data, measurement
+from sharpness import _command
+from sharpness.lab import measurement, subjects
+from sharpness.lab.cross_check import pyhessian_readings
+from sharpness.measures.audit import audit
+from sharpness.measures.summary import DEFAULT_FAMILIES, FAMILIES, MEASURES, selected
+from sharpness.measures.summary import Settings as MeasureSettings
 from sharpness.record import append_record, to_line
 from sharpness.report import tables
 from sharpness.risk.plan import ENGINES
@@ -16,39 +22,43 @@ from sharpness.risk.plan import ENGINES
 def _parser() -> _command.Parser:
     parser = _command.Parser(
         prog="python -m sharpness.measure",
-        description="Measure a checkpoint: lambda_max (the largest Hessian eigenvalue) "
-        "and phi(epsilon) (Keskar et al. 2017, Metric 2.1), each with its evidence.",
+        description="Measure checkpoints by every measure of sharpness, on the same data, "
+        "each with its evidence and cost.",
+        epilog="Families of measures: "
+        + "; ".join(f"{family}: {', '.join(_members(family))}" for family in FAMILIES)
+        + f". By default: {', '.join(DEFAULT_FAMILIES)}.",
     )
     add = parser.add_argument
-    add("checkpoint", help="a .pt or .safetensors file written by sharpness")
-    add("--json", action="store_true", help="print the record as one JSON line")
-    add("--output", help="record file to append to (default: beside the checkpoint)")
     add(
-        "--num-samples",
-        type=_command.samples_or_all,
-        default=1000,
-        help="class-balanced samples, or 'all' (default: 1000)",
+        "checkpoint",
+        nargs="+",
+        help="a .pt or .safetensors file, several, or a glob in quotes",
     )
-    add("--split", choices=("train", "test"), default="train")
+    add_options(parser)
     add(
-        "--batchnorm",
-        choices=("running", "batch", "recalibrated"),
-        default="running",
-        help="'running' statistics (evaluation mode), 'batch' statistics as in Keskar et "
-        "al., or running ones 'recalibrated' at the point measured (default: running)",
+        "--audit",
+        action="store_true",
+        help="also: which measures survive maps that keep the function",
     )
-    add("--k", type=int, default=1, help="eigenvalues wanted (default: 1)")
-    add("--tol", type=float, default=1e-2, help="their relative error (default: 1e-2)")
     add(
-        "--epsilon",
-        type=_command.floats,
-        default=(1e-3, 5e-4),
-        help="box sizes of phi, with commas (default: 1e-3,5e-4)",
+        "--cross-check",
+        action="store_true",
+        help="also: lambda_max by PyHessian on the same data",
     )
-    add("--subspace-dim", type=int, help="columns of a random A (default: full space)")
-    add("--seed", type=int, default=0, help="of samples and starts (default: 0)")
-    add("--max-seconds", type=float, help="time limit of each measure")
+    return parser
+
+
+def _members(family: str) -> list[str]:
+    return [name for name, measure in MEASURES.items() if measure.family == family]
+
+
+def add_options(parser: _command.Parser) -> None:
+    """What is measured and how: shared with `compare`."""
+    _add_subject(parser)
+    _add_measures(parser)
+    add = parser.add_argument
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    add("--dtype", choices=("float32", "float64"), help="(default: as in the checkpoint)")
     add(
         "--engine",
         choices=("auto", *ENGINES),
@@ -61,62 +71,185 @@ def _parser() -> _command.Parser:
         help="check the model and data first: determinism, symmetry, differences of "
         "gradients, BatchNorm, dropout, unused parameters; exit 1 if a check fails",
     )
-    add("--data-dir", help="folder of the data set's files (also $SHARPNESS_DATA)")
-    return parser
+    add("--json", action="store_true", help="print JSON, one line a record")
+    add("--output", help="record file to append to (default: beside the checkpoint)")
+
+
+def _add_measures(parser: _command.Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--measures",
+        type=_command.names,
+        help="families or single measures, with commas (`measure --help` lists them)",
+    )
+    add("--k", type=int, default=1, help="eigenvalues wanted (default: 1)")
+    add("--tol", type=float, default=1e-2, help="their relative error (default: 1e-2)")
+    add(
+        "--epsilon",
+        type=_command.floats,
+        default=(1e-3, 5e-4),
+        help="box sizes of phi, with commas (default: 1e-3,5e-4)",
+    )
+    add(
+        "--subspace-dim",
+        type=int,
+        help="columns of A for the measure phi_subspace (default: 100)",
+    )
+    add("--num-starts", type=int, default=1, help="starts of phi (default: 1)")
+    add(
+        "--rho",
+        type=_command.floats,
+        help="radii of all perturbation measures, with commas (default: each its own)",
+    )
+    add("--shard-size", type=int, help="samples of a shard in m-sharpness (default: 128)")
+    add(
+        "--accuracy-drop",
+        type=float,
+        default=0.1,
+        help="that sigma and alpha are measured by (default: 0.1)",
+    )
+    add("--max-seconds", type=float, help="time limit of each measure")
+    add("--seed", type=int, default=0, help="of samples and draws (default: 0)")
+
+
+def _add_subject(parser: _command.Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--network",
+        help="for a checkpoint of your own: package.module:factory or file.py:factory, "
+        "with arguments as in '?depth=20&width=16'; timm:NAME; transformers:FOLDER",
+    )
+    add(
+        "--data",
+        help="a named set, an .npz file with x and y, or a factory as for --network that "
+        "returns (inputs, targets), batches, a loader, or these by split",
+    )
+    add("--data-dir", help="folder of a named set's files (also $SHARPNESS_DATA)")
+    add("--loss", help="'cross-entropy', 'mse' or a factory (default: by the targets)")
+    add(
+        "--num-samples",
+        type=_command.samples_or_all,
+        default=1000,
+        help="class-balanced samples, or 'all' (default: 1000, or all if fewer)",
+    )
+    add("--split", choices=("train", "test"), default="train")
+    add(
+        "--batchnorm",
+        choices=("running", "batch", "recalibrated"),
+        default="running",
+        help="'running' statistics (evaluation mode), 'batch' statistics as in Keskar et "
+        "al., or running ones 'recalibrated' at the point measured (default: running)",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    settings = measurement.Settings(
-        num_samples=options.num_samples,
-        split=options.split,
-        batchnorm=options.batchnorm,
-        k=options.k,
-        tol=options.tol,
-        epsilon=options.epsilon,
-        subspace_dim=options.subspace_dim,
-        seed=options.seed,
-        max_seconds=options.max_seconds,
-        engine=options.engine,
-        doctor=options.doctor,
-    )
 
     def command() -> int:
-        loaded = checkpoint.load(options.checkpoint)
         device = _command.chosen_device(options.device)
-        dataset = data.load(loaded.data["name"], data_dir=options.data_dir)
-        found = measurement.measured(
-            loaded, options.checkpoint, dataset, settings, device=device
-        )
-        default = Path(options.checkpoint).with_name("records.jsonl")
-        output = Path(options.output or default)
-        append_record(output, found.record)
-        if options.json:
-            print(to_line(found.record))
-        else:
-            _print(found, output)
-        healthy = found.checkup is None or found.checkup.ok
-        ok = healthy and all(status.ok for status in found.statuses)
-        return _command.OK if ok else _command.NOT_CONVERGED
+        selected(options.measures)  # a wrong name before any work
+        codes = [_one(path, options, device) for path in expanded(options.checkpoint)]
+        return max(codes)
 
     return _command.guarded("sharpness.measure", command)
 
 
-def _print(found: measurement.Measurement, output: Path) -> None:
-    out = tables.console()
-    record = found.record
-    metrics = record["checkpoint"]["training"].get("metrics") or {}
-    test = metrics.get(f"test_accuracy_{record['settings']['batchnorm']}")
-    out.print(tables.headline(record["checkpoint"], record["settings"]))
-    out.print(
-        f"loss {tables.number(found.value)} · accuracy {found.accuracy:.1%}"
-        + (f" · test accuracy {test:.1%}" if test is not None else "")
+def expanded(patterns: Sequence[str]) -> list[str]:
+    """Paths, with globs replaced by what they match, in order and once each."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        is_glob = any(c in pattern for c in "*?[") and not Path(pattern).exists()
+        matches = sorted(glob(pattern, recursive=True)) if is_glob else [pattern]
+        if not matches:
+            raise FileNotFoundError(
+                f"`checkpoint` must match a file; got {pattern!r}, which matches none."
+            )
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def opened(path: str, options: Any) -> subjects.Subject:
+    """The checkpoint with the network and data that the options name."""
+    return subjects.opened(
+        path,
+        network=options.network,
+        data=options.data,
+        loss=options.loss,
+        data_dir=options.data_dir,
     )
+
+
+def settings_of(options: Any, subject: subjects.Subject) -> measurement.Settings:
+    """Settings from a command's options."""
+    total = len(subject.part(options.split)[1])
+    num = options.num_samples
+    if num == 1000 and total < 1000:  # the default means "up to"
+        num = None
+    return measurement.Settings(
+        num_samples=num,
+        split=options.split,
+        batchnorm=options.batchnorm,
+        measures=options.measures,
+        of_measures=MeasureSettings(
+            k=options.k,
+            tol=options.tol,
+            epsilon=options.epsilon,
+            subspace_dim=options.subspace_dim,
+            num_starts=options.num_starts,
+            rho=options.rho,
+            shard_size=options.shard_size,
+            accuracy_drop=options.accuracy_drop,
+            seed=options.seed,
+            max_seconds=options.max_seconds,
+        ),
+        engine=options.engine,
+        dtype=options.dtype,
+        doctor=options.doctor,
+    )
+
+
+def _one(path: str, options: Any, device: str) -> int:
+    subject = opened(path, options)
+    settings = settings_of(options, subject)
+    found = measurement.measured(
+        subject, settings, device=device, on_estimate=_command.announce
+    )
+    extra, text = [], ""
+    if options.cross_check or options.audit:
+        risk = measurement.risk_of(subject, settings, device)
+        extra = pyhessian_readings(risk) if options.cross_check else []
+        if options.audit:
+            audited = audit(risk, seed=options.seed)
+            found.record["audit"] = {r.name: r.value for r in audited.readings()}
+            text = audited.table()
+    for reading in extra:
+        found.record["readings"][reading.name] = {"value": reading.value, "error": None}
+    output = Path(options.output or Path(path).with_name("records.jsonl"))
+    append_record(output, found.record)
+    if options.json:
+        print(to_line(found.record))
+    else:
+        _print(found, extra, text, output)
+    return _command.OK if found.ok else _command.NOT_CONVERGED
+
+
+def _print(
+    found: measurement.Measurement, extra: list[Any], audited: str, output: Path
+) -> None:
+    out = tables.console()
+    summary = found.summary
+    out.print(tables.headline(found.record))
+    out.print(tables.loss_line(found.record))
     if found.checkup:
         out.print(f"doctor: {found.checkup}")
-    out.print(tables.measurement_table(found))
-    for status in {status for status in found.statuses if not status.ok}:
+    out.print(tables.readings_table([*summary.readings(), *extra]))
+    if audited:
+        out.print(audited)
+    for note in summary.notes:
+        out.print(note)
+    results = [r for results in summary.results.values() for r in results]
+    for status in dict.fromkeys(r.status for r in results if not r.status.ok):
         out.print(f"{status}: {status.advice}")
     out.print(f"Appended to {output} · what these mean: docs/concepts/measures.md")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -16,6 +17,9 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"
     LINE_SEARCH_FAILED = "line_search_failed"
     NON_FINITE = "non_finite"
+    ZERO_GRADIENT = "zero_gradient"
+    NOT_REACHED = "not_reached"
+    NOT_AVAILABLE = "not_available"
 
     @property
     def ok(self) -> bool:
@@ -40,7 +44,25 @@ _ADVICE = {
     "says nothing. Try another `seed` or `solver='ascent'`.",
     Status.NON_FINITE: "The risk or a product of it is NaN or infinite. Check the "
     "parameters and the data for non-finite values.",
+    Status.ZERO_GRADIENT: "The gradient is exactly zero, so there is no direction of "
+    "first-order ascent and the value 0 says nothing. Is the loss constant here?",
+    Status.NOT_REACHED: "The accuracy never fell as far as asked, however large the "
+    "perturbation. Is the accuracy near chance, or `accuracy_drop` above it?",
+    Status.NOT_AVAILABLE: "This measure is not defined for this risk; its note says why.",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """One number of a result, as it stands in tables and comparisons."""
+
+    name: str  # unique within a summary, such as "phi(1e-3)"
+    value: float  # NaN where there is none
+    error: float | None  # half width of a bound, or a standard error; same unit
+    evidence: str  # what the error is and how the computation ended, in words
+    cost: str = ""
+    bound: str = ""  # "≥" or "≤" where the value is one by construction
+    unit: str = ""
 
 
 class NotConvergedError(RuntimeError):
@@ -73,3 +95,13 @@ class Result:
         if self.status.ok:
             return self
         raise NotConvergedError(self)
+
+    def readings(self) -> list[Reading]:
+        """The numbers of this result, one a row of a table."""
+        raise NotImplementedError
+
+
+def short(value: float) -> str:
+    """`1e-3` rather than `0.001` or `1e-03`, where one digit says it all."""
+    digit = f"{value:.0e}".replace("e-0", "e-")
+    return digit if float(digit) == value < 0.01 else f"{value:g}"

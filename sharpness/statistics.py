@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 
@@ -164,3 +165,128 @@ def row(
         paper_small=published[0] if published else None,
         paper_large=published[1] if published else None,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingComparison:
+    """One measure in two groups of checkpoints, and against the generalisation gap."""
+
+    name: str
+    first: tuple[float, float]  # mean, sd
+    second: tuple[float, float]
+    num_pairs: int
+    num_larger: int  # pairs in which the second is larger
+    ratios: tuple[float, ...]  # second / first by pair; empty unless all are positive
+    scale: str  # "log10" or "linear": what was tested
+    effect_size: float  # mean over sd of the paired differences (Cohen's d_z)
+    p_value: float  # one-sided paired t in the direction seen; NaN below two pairs
+    sign_flip_p: float  # exact, same side
+    sign_flip_smallest: float
+    beyond_error: bool | None  # one pair: whether it differs by more than both errors
+    kendall_tau: float | None  # with the gap, over all checkpoints; None below four
+    kendall_p: float | None  # two-sided
+
+    @property
+    def ratio(self) -> float:
+        """Geometric mean of the ratios; NaN without."""
+        if not self.ratios:
+            return math.nan
+        return float(np.exp(np.mean(np.log(self.ratios))))
+
+    @property
+    def verdict(self) -> str:
+        """In words: larger, smaller, or no difference shown."""
+        if self.num_pairs == 1:
+            if self.beyond_error is False or self.first == self.second:
+                return "within the errors"
+            side = "larger" if self.num_larger else "smaller"
+            known = "" if self.beyond_error else " (no error known)"
+            return f"second {side}{known}"
+        if not self.p_value < 0.05:
+            return "no difference shown"
+        side = "larger" if self.effect_size > 0 else "smaller"
+        everywhere = self.num_larger in (0, self.num_pairs)
+        return f"second {side}" + (" in every pair" if everywhere else "")
+
+
+Readings = Mapping[str, Mapping[str, float | None]]  # name -> {"value", "error"}
+
+
+def compare_readings(
+    first: Sequence[Readings],
+    second: Sequence[Readings],
+    gaps: Sequence[float | None],
+) -> list[ReadingComparison]:
+    """Compare every measure that all checkpoints have; `first[i]` pairs with `second[i]`.
+
+    Positive values are compared by their logarithms, others as they are.
+
+    Args:
+        first: readings of each checkpoint of the first group.
+        second: of the second group, in the same order.
+        gaps: generalisation gap of each checkpoint, the first group's before the
+            second's; None where it is unknown.
+
+    Raises:
+        ValueError: groups of different sizes, or empty ones.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(
+            f"`first` and `second` must be pairs; got {len(first)} and {len(second)}."
+        )
+    everywhere = [n for n in first[0] if all(n in r for r in (*first, *second))]
+    found = []
+    for name in everywhere:
+        a, b = ([r[name]["value"] for r in group] for group in (first, second))
+        if any(value is None for value in (*a, *b)):
+            continue
+        errors = [r[name].get("error") for r in (first[0], second[0])]
+        found.append(_compared(name, np.array(a, float), np.array(b, float), errors, gaps))
+    return found
+
+
+def _compared(
+    name: str,
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    errors: Sequence[float | None],
+    gaps: Sequence[float | None],
+) -> ReadingComparison:
+    positive = min(a.min(), b.min()) > 0
+    differences = np.log10(b) - np.log10(a) if positive else b - a
+    num, mean = len(a), float(differences.mean())
+    sd = float(differences.std(ddof=1)) if num > 1 else math.nan
+    side = 1.0 if mean >= 0 else -1.0
+    beyond = None
+    if num == 1 and all(error is not None for error in errors):
+        beyond = bool(abs(b[0] - a[0]) > sum(float(error or 0.0) for error in errors))
+    tau, tau_p = _kendall(np.concatenate([a, b]), gaps)
+    return ReadingComparison(
+        name=name,
+        first=mean_and_sd(a.tolist()),
+        second=mean_and_sd(b.tolist()),
+        num_pairs=num,
+        num_larger=int((b > a).sum()),
+        ratios=tuple((b / a).tolist()) if positive else (),
+        scale="log10" if positive else "linear",
+        effect_size=mean / sd if sd else math.nan,
+        p_value=_paired_t(side * differences),
+        sign_flip_p=_sign_flip(side * differences),
+        sign_flip_smallest=0.5**num,
+        beyond_error=beyond,
+        kendall_tau=tau,
+        kendall_p=tau_p,
+    )
+
+
+def _kendall(
+    values: NDArray[np.float64], gaps: Sequence[float | None]
+) -> tuple[float | None, float | None]:
+    """Rank correlation of a measure with the gap; None below four checkpoints."""
+    known = [(v, g) for v, g in zip(values, gaps, strict=True) if g is not None]
+    if len(known) < 4:
+        return None, None
+    found = stats.kendalltau(*zip(*known, strict=True))
+    if not math.isfinite(found.statistic):
+        return None, None
+    return float(found.statistic), float(found.pvalue)

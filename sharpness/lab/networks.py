@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from difflib import get_close_matches
 from itertools import pairwise
@@ -111,3 +112,11 @@ def initialise(model: nn.Module, seed: int) -> None:
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+def digest(model: nn.Module) -> str:
+    """sha256 of the parameters, in order."""
+    found = hashlib.sha256()
+    for parameter in model.parameters():
+        found.update(parameter.detach().cpu().numpy().tobytes())
+    return found.hexdigest()

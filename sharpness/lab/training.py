@@ -137,7 +137,7 @@ class _Run:
         }
         self.model = networks.build(self.network)
         networks.initialise(self.model, training.seed)
-        self.start = {"seed": training.seed, "sha256": _digest(self.model)}
+        self.start = {"seed": training.seed, "sha256": networks.digest(self.model)}
         self.model.to(device)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=training.learning_rate, fused=True
@@ -259,13 +259,6 @@ class _Run:
 def _epoch_seed(seed: int, epoch: int) -> int:
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _on_cpu(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sharpness import _progress, _tensors
 from sharpness.krylov.lanczos import WHICH, Which, upper_bound
 from sharpness.krylov.search import Found, Search
-from sharpness.results import Result, Status
+from sharpness.results import Reading, Result, Status
 from sharpness.risk import memory
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
@@ -29,6 +29,9 @@ PRODUCTS = {
     "sampled_fisher": "sampled Fisher products",
     "gradient_covariance": "gradient covariance products",
 }
+
+
+_BRIEF = {**PRODUCTS, "hessian": "products"}
 
 
 def product_name(matrix: str) -> str:
@@ -104,6 +107,38 @@ class HessianEigenpairs(Result):
             f"({self.num_converged} of {len(self.eigenvalues)} converged, "
             f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
         )
+
+    def readings(self) -> list[Reading]:
+        """Every eigenvalue: `lambda_max`, `lambda_2`, ..., `lambda_min`."""
+        upper = ""
+        if self.lambda_max_upper is not None:
+            upper = f"; below {self.lambda_max_upper:.4g} (95 %)"
+        cost = f"{self.num_hvps} {_BRIEF[self.matrix]}, {self.seconds:.1f} s"
+        if not len(self.eigenvalues):
+            evidence = f"unknown, {self.status}"
+            return [
+                Reading(name="lambda_max", value=math.nan, error=None, evidence=evidence)
+            ]
+        return [
+            Reading(
+                name=name,
+                value=float(self.eigenvalues[i]),
+                error=float(self.error_bounds[i]),
+                evidence=f"error bound, {self.status}{upper if i == 0 else ''}",
+                cost=cost if i == 0 else "",
+            )
+            for i, name in enumerate(self._reading_names())
+        ]
+
+    def _reading_names(self) -> list[str]:
+        num = len(self.eigenvalues)
+        if self.which == "LM":
+            return [f"lambda({i + 1} of {num})" for i in range(num)]
+        at_bottom = {"LA": 0, "SA": num, "BE": num // 2}[self.which]
+        top = [f"lambda_{i + 1}" for i in range(num - at_bottom)]
+        bottom = [f"lambda_n-{i}" for i in reversed(range(at_bottom))]
+        ends = {"lambda_1": "lambda_max", "lambda_n-0": "lambda_min"}
+        return [ends.get(name, name) for name in top + bottom]
 
     def _end(self, index: int, asked: bool, sign: float) -> float:
         if not len(self.eigenvalues):

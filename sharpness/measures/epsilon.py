@@ -18,7 +18,7 @@ from sharpness import _progress
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import lbfgsb
-from sharpness.results import Result, Status
+from sharpness.results import Reading, Result, Status, short
 from sharpness.risk import memory
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -56,6 +56,30 @@ class EpsilonSharpness(Result):
     num_starts: int
     seed: int
 
+    @property
+    def name(self) -> str:
+        """`phi(1e-3)`, `phi(1e-3, p=100)`."""
+        space = "" if self.subspace_dim is None else f", p={self.subspace_dim}"
+        return f"phi({short(self.epsilon)}{space})"
+
+    def readings(self) -> list[Reading]:
+        """Phi, a lower bound, with the paper's protocol beside it."""
+        protocol = ""
+        if self.phi_protocol is not None:
+            protocol = f"protocol {self.phi_protocol:.4g} %; "
+        return [
+            Reading(
+                name=self.name,
+                value=self.phi,
+                error=None,
+                evidence=f"{protocol}{self.box_share:.0%} of coordinates on the box"
+                + ("" if self.status.ok else f"; {self.status}"),
+                cost=f"{self.num_evals} gradients, {self.seconds:.1f} s",
+                bound="≥",
+                unit="%",
+            )
+        ]
+
     def __str__(self) -> str:
         space = "full space"
         if self.subspace_dim is not None:
@@ -71,18 +95,13 @@ class EpsilonSharpness(Result):
         )
 
 
-def short(epsilon: float) -> str:
-    """`1e-3` rather than `0.001` or `1e-03`, where one digit says it all."""
-    digit = f"{epsilon:.0e}".replace("e-0", "e-")
-    return digit if float(digit) == epsilon < 0.01 else f"{epsilon:g}"
-
-
 class _Keywords(TypedDict, total=False):
     subspace_dim: int | None
     columns: Columns
     solver: Solver | None
     max_iter: int
     num_starts: int
+    corners: Tensor | None
     seed: int
     max_seconds: float | None
     progress: bool | None
@@ -105,6 +124,7 @@ def epsilon_sharpness(
     solver: Solver | None = None,
     max_iter: int = PROTOCOL_ITERATIONS,
     num_starts: int = 1,
+    corners: Tensor | None = None,
     seed: int = 0,
     max_seconds: float | None = None,
     progress: bool | None = None,
@@ -133,7 +153,10 @@ def epsilon_sharpness(
             float64 on the CPU), `"ascent"` (projected sign ascent); None runs `lbfgsb`
             and `ascent` from the same starts and keeps the best.
         max_iter: iterations of L-BFGS-B, >= 1; ascent makes twice as many evaluations.
-        num_starts: random starting points, >= 1.
+        num_starts: random starting points, >= 1. The first alone gives `phi_protocol`.
+        corners: vectors (n,) or (j, n), such as eigenvectors of `eigenpairs` or the
+            gradient: the search also starts towards the corner of the box that each one
+            points at, and towards the opposite corner, a tenth of the way out.
         seed: of A and of the starts.
         max_seconds: stop after the evaluation that passes this time.
         progress: show a bar; by default on a terminal.
@@ -146,8 +169,9 @@ def epsilon_sharpness(
         ValueError: `epsilon` <= 0, `subspace_dim` outside [1, n], an unknown `solver`
             or `columns`, a count below 1, or an A that does not fit in memory.
 
-    Cost: about 30 gradients for each start and epsilon (11 for `lbfgsb`, 19 more for
-    `ascent`) and memory of 2 `max_iter` + 12 vectors; p n numbers for a subspace.
+    Cost: about 30 gradients for each start (two starts a corner) and epsilon (11 for
+    `lbfgsb`, 19 more for `ascent`) and memory of 2 `max_iter` + 12 vectors; p n numbers
+    for a subspace.
 
     References:
         Keskar et al. (2017), arXiv:1609.04836, Metric 2.1. Left open there, and chosen
@@ -158,11 +182,140 @@ def epsilon_sharpness(
         f; ten iterations are run whatever the tolerances.
     """
     _check(risk, epsilon, subspace_dim, columns, solver, max_iter, num_starts)
+    _check_corners(risk, corners)
     manifold = _Manifold(risk, subspace_dim, columns, seed)
-    options = _Options(solver, max_iter, num_starts, seed, max_seconds, progress)
+    options = _Options(solver, max_iter, num_starts, corners, seed, max_seconds, progress)
     if isinstance(epsilon, Sequence):
         return [_measured(risk, manifold, e, options) for e in epsilon]
     return _measured(risk, manifold, epsilon, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceSharpness(Result):
+    """Metric 2.1 over several random subspaces: mean and standard deviation."""
+
+    phi: float  # percent, mean over draws of the best found
+    phi_sd: float  # over draws of A
+    phi_protocol: float  # percent, mean over draws
+    phi_protocol_sd: float
+    draws: tuple[EpsilonSharpness, ...]
+    status: Status
+    num_evals: int
+    seconds: float
+    epsilon: float
+    subspace_dim: int
+    columns: str
+    seed: int
+
+    def __str__(self) -> str:
+        return (
+            f"phi({short(self.epsilon)}, {self.subspace_dim} random {self.columns} "
+            f"columns) ≥ {self.phi:.4g} ± {self.phi_sd:.2g} %   (mean ± sd of "
+            f"{len(self.draws)} draws; paper's protocol {self.phi_protocol:.4g} ± "
+            f"{self.phi_protocol_sd:.2g} %; {self.status}, {self.num_evals} evaluations, "
+            f"{self.seconds:.1f} s)"
+        )
+
+    def readings(self) -> list[Reading]:
+        """The mean with its standard error."""
+        rest = "" if self.status.ok else f"; {self.status}"
+        return [
+            Reading(
+                name=f"phi({short(self.epsilon)}, p={self.subspace_dim})",
+                value=self.phi,
+                error=self.phi_sd / math.sqrt(len(self.draws)) if self.draws else None,
+                evidence=f"standard error over {len(self.draws)} draws of A; protocol "
+                f"{self.phi_protocol:.4g} %{rest}",
+                cost=f"{self.num_evals} gradients, {self.seconds:.1f} s",
+                bound="≥",
+                unit="%",
+            )
+        ]
+
+
+def subspace_sharpness(
+    risk: EmpiricalRisk,
+    epsilon: float | Sequence[float] = 1e-3,
+    *,
+    subspace_dim: int = 100,
+    num_draws: int = 5,
+    columns: Columns = "normal",
+    solver: Solver | None = None,
+    max_iter: int = PROTOCOL_ITERATIONS,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> SubspaceSharpness | list[SubspaceSharpness]:
+    """Metric 2.1 in random subspaces, as in Keskar et al.'s Table 4: mean ± sd.
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        epsilon: as in `epsilon_sharpness`; a list gives a list of results.
+        subspace_dim: p, columns of A (the paper: 100).
+        num_draws: of A, >= 2 (the paper: 5 trials; whether it redrew A in each is not
+            stated).
+        columns: how A is drawn, as in `epsilon_sharpness`.
+        solver: as in `epsilon_sharpness`.
+        max_iter: as in `epsilon_sharpness`.
+        seed: of the first A; the others take the numbers after it.
+        max_seconds: for each draw.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `SubspaceSharpness`, with every draw's result; after an interrupt of those done.
+
+    Raises:
+        ValueError: `num_draws` below 2, or an argument `epsilon_sharpness` refuses.
+
+    Cost: `num_draws` times that of `epsilon_sharpness`.
+    """
+    if num_draws < 2:
+        raise ValueError(
+            f"`num_draws` must be at least 2; got {num_draws}. For one draw call "
+            "`epsilon_sharpness(risk, subspace_dim=...)`."
+        )
+    epsilons = list(epsilon) if isinstance(epsilon, Sequence) else [epsilon]
+    drawn: list[list[EpsilonSharpness]] = []
+    for draw in range(num_draws):
+        found = epsilon_sharpness(
+            risk,
+            epsilons,
+            subspace_dim=subspace_dim,
+            columns=columns,
+            solver=solver,
+            max_iter=max_iter,
+            seed=seed + draw,
+            max_seconds=max_seconds,
+            progress=progress,
+        )
+        drawn.append(found)
+        if any(result.status is Status.INTERRUPTED for result in found):
+            break
+    results = [_over_draws(draws) for draws in zip(*drawn, strict=True)]
+    return results if isinstance(epsilon, Sequence) else results[0]
+
+
+def _over_draws(draws: Sequence[EpsilonSharpness]) -> SubspaceSharpness:
+    phi = np.array([draw.phi for draw in draws])
+    protocol = np.array(
+        [math.nan if d.phi_protocol is None else d.phi_protocol for d in draws]
+    )
+    first, several = draws[0], len(draws) > 1
+    troubled = [draw.status for draw in draws if not draw.status.ok]
+    return SubspaceSharpness(
+        phi=float(phi.mean()),
+        phi_sd=float(phi.std(ddof=1)) if several else math.nan,
+        phi_protocol=float(protocol.mean()),
+        phi_protocol_sd=float(protocol.std(ddof=1)) if several else math.nan,
+        draws=tuple(draws),
+        status=troubled[0] if troubled else Status.COMPLETED,
+        num_evals=sum(draw.num_evals for draw in draws),
+        seconds=sum(draw.seconds for draw in draws),
+        epsilon=first.epsilon,
+        subspace_dim=first.subspace_dim or 0,
+        columns=first.columns or "",
+        seed=first.seed,
+    )
 
 
 @dataclass(frozen=True)
@@ -170,6 +323,7 @@ class _Options:
     solver: Solver | None
     max_iter: int
     num_starts: int
+    corners: Tensor | None
     seed: int
     max_seconds: float | None
     progress: bool | None
@@ -309,10 +463,7 @@ class _Search:
         """States of every solver from every start; their values are rises of f."""
         if not self.is_finite:
             return
-        generator = torch.Generator().manual_seed(options.seed + 1)
-        for _ in range(options.num_starts):
-            u = 2 * torch.rand(self._box.upper.shape, generator=generator) - 1
-            start = (_START * u).to(self._box.upper)
+        for start in self._starts(options):
             rise, gradient = self._rise(start)
             scale = float(gradient.double().square().mean().sqrt()) or 1.0
             objective = self._scaled(start, (rise, gradient), scale)
@@ -323,6 +474,17 @@ class _Search:
                     if self.best.solver == solver:
                         self.message = state.message
                     yield replace(state, value=state.value * scale)
+
+    def _starts(self, options: _Options) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(options.seed + 1)
+        for _ in range(options.num_starts):
+            u = 2 * torch.rand(self._box.upper.shape, generator=generator) - 1
+            yield (_START * u).to(self._box.upper)
+        if options.corners is not None:
+            for vector in options.corners.reshape(-1, options.corners.shape[-1]):
+                towards = self._manifold.pulled_back(vector.to(self._manifold.theta))
+                corner = _START * towards.sign()
+                yield from (corner, -corner)
 
     def _scaled(
         self, start: Tensor, at_start: tuple[float, Tensor], scale: float
@@ -399,6 +561,14 @@ _SOLVERS: dict[str, Callable[[ValueAndGradient, Tensor, Box, int], Iterator[Maxi
     "scipy": _run_scipy,
     "ascent": _run_ascent,
 }
+
+
+def _check_corners(risk: EmpiricalRisk, corners: Tensor | None) -> None:
+    if corners is not None and (corners.ndim > 2 or corners.shape[-1:] != (risk.n,)):
+        raise ValueError(
+            f"`corners` must have shape (n,) or (j, n) with n={risk.n}; got "
+            f"{tuple(corners.shape)}."
+        )
 
 
 def _check(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharpness import _progress, _tensors
 from sharpness.measures.eigenvalues import eigenpairs
-from sharpness.results import Result, Status
+from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
 
@@ -74,6 +74,19 @@ class LambdaMaxSampling(Result):
             f"{self.num_samples} samples {self.plug_in:.4g}; ± 10 % would take about "
             f"{self.samples_needed(0.1)} samples; {cost})"
         )
+
+    def readings(self) -> list[Reading]:
+        """The middle of the interval, with half its width."""
+        low, high = self.interval
+        return [
+            Reading(
+                name="lambda_max_sampling",
+                value=(low + high) / 2,
+                error=(high - low) / 2,
+                evidence=f"{self.confidence:.0%} interval for other samples, {self.status}",
+                cost=f"{self.num_hvps:.0f} products, {self.seconds:.1f} s",
+            )
+        ]
 
 
 def lambda_max_sampling(

@@ -15,7 +15,7 @@ from sharpness import _progress, _tensors
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
-from sharpness.results import Result, Status
+from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
 
@@ -82,6 +82,32 @@ class SpectralDensity(Result):
             f"({self.num_starts} starts of {self.num_steps} steps, {self.status}, "
             f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
         )
+
+    def readings(self) -> list[Reading]:
+        """The negative curvature for each parameter."""
+        cost = f"{self.num_hvps} products, {self.seconds:.1f} s"
+        if not self.num_starts:
+            unknown = f"unknown, {self.status}"
+            return [
+                Reading(
+                    name="negative_mass",
+                    value=math.nan,
+                    error=None,
+                    evidence=unknown,
+                    cost=cost,
+                )
+            ]
+        mass = self.negative_mass()
+        low, high = mass.interval
+        return [
+            Reading(
+                name="negative_mass",
+                value=mass.value,
+                error=(high - low) / 2,
+                evidence=f"{mass.confidence:.0%} interval, {self.status}",
+                cost=cost,
+            )
+        ]
 
     @property
     def ends(self) -> tuple[float, float]:

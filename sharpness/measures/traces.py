@@ -24,7 +24,7 @@ from sharpness.krylov.stochastic_trace import (
     XTrace,
 )
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
-from sharpness.results import Result, Status
+from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
 
@@ -66,6 +66,19 @@ class StochasticEstimate(Result):
             f"{high:.4g}; {self.status}, {self.method}, {self.num_hvps} "
             f"{PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
         )
+
+    def readings(self) -> list[Reading]:
+        """The number with half the width of its interval."""
+        low, high = self.interval
+        return [
+            Reading(
+                name=self.quantity.lower().replace(" ", "_"),
+                value=self.value,
+                error=(high - low) / 2,
+                evidence=f"{self.confidence:.0%} interval, {self.status}",
+                cost=f"{self.num_hvps} products, {self.seconds:.1f} s",
+            )
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

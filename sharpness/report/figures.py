@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sharpness.measures.spectrum import SpectralDensity
+from sharpness.results import Reading
+from sharpness.statistics import ReadingComparison
 
 _LOSS, _ACCURACY = "#1f4e9c", "#b3261e"
 
@@ -100,5 +102,55 @@ def density_plot(
     axes.legend(frameon=False, fontsize=9)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def readings_plot(readings: Sequence[Reading], path: str | Path | None) -> Figure:
+    """One dot for each positive number, with its error, on a logarithmic axis."""
+    shown = [r for r in readings if math.isfinite(r.value) and r.value > 0][::-1]
+    figure = Figure(figsize=(7.2, 0.8 + 0.28 * max(4, len(shown))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, reading in enumerate(shown):
+        error = reading.error or 0.0
+        low = min(error, 0.999 * reading.value)
+        axes.errorbar(
+            reading.value,
+            i,
+            xerr=[[low], [error]],
+            fmt=">" if reading.bound == "≥" else "<" if reading.bound == "≤" else "o",
+            color=_LOSS,
+            markersize=5,
+        )
+    units = [f"{r.name} ({r.unit})" if r.unit else r.name for r in shown]
+    axes.set_yticks(range(len(shown)), units)
+    axes.set_xscale("log")
+    axes.grid(axis="x", color="0.9")
+    axes.set_xlabel("value; triangles point to where the true value lies")
+    return _written(figure, path)
+
+
+def comparison_plot(
+    rows: Sequence[ReadingComparison], names: tuple[str, str], path: str | Path | None
+) -> Figure:
+    """For each measure the ratio of every pair, second over first."""
+    shown = [row for row in rows if row.ratios][::-1]
+    figure = Figure(figsize=(7.2, 0.9 + 0.28 * max(4, len(shown))), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for i, row in enumerate(shown):
+        axes.plot(row.ratios, [i] * len(row.ratios), "o", color=_LOSS, alpha=0.45)
+        axes.plot([row.ratio], [i], "|", color=_ACCURACY, markersize=14, markeredgewidth=2)
+    axes.axvline(1.0, color="0.6", linewidth=1, zorder=0)
+    axes.set_yticks(range(len(shown)), [row.name for row in shown])
+    axes.set_xscale("log")
+    axes.grid(axis="x", color="0.9")
+    axes.set_xlabel(f"{names[1]} / {names[0]}: dots are pairs, bars geometric means")
+    return _written(figure, path)
+
+
+def _written(figure: Figure, path: str | Path | None) -> Figure:
+    if path is not None:
         figure.savefig(path, dpi=150)
     return figure

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sharpness.lab.measurement import Measurement
-from sharpness.measures.epsilon import short
+from sharpness.measures.audit import Audit, AuditRow
+from sharpness.results import Reading
+from sharpness.statistics import ReadingComparison
 
 _PIPED_WIDTH = 124  # columns when the output is no terminal
 
@@ -70,46 +72,143 @@ def p_value(p: float) -> str:
     return f"{p:.1e}" if p < 1e-4 else f"{p:.2g}"
 
 
-def measurement_table(measurement: Measurement) -> Table:
-    """Value, evidence and cost of every measure of one checkpoint."""
+def readings_table(readings: Sequence[Reading]) -> Table:
+    """Value, evidence and cost of every number."""
     table = plain_table("", "measure", "value", "evidence", "cost", right=2)
-    pairs = measurement.eigenpairs
-    for i, value in enumerate(pairs.eigenvalues.tolist()):
-        name = "lambda_max" if i == 0 else f"lambda_{i + 1}"
-        bound = float(pairs.error_bounds[i])
-        cost = f"{pairs.num_hvps} products, {pairs.seconds:.1f} s" if i == 0 else ""
-        evidence = f"± {bound:.1g}, {pairs.status}"
-        if i == 0 and pairs.lambda_max_upper is not None:
-            evidence += f"; below {number(pairs.lambda_max_upper)} (95 %)"
-        table.add_row(name, number(value), evidence, cost)
-    for phi in measurement.epsilon_sharpness:
-        space = "" if phi.subspace_dim is None else f", p={phi.subspace_dim}"
-        protocol = "" if phi.phi_protocol is None else f"protocol {phi.phi_protocol:.4g} %"
-        share = f"{phi.box_share:.0%} of coordinates on the box"
+    for reading in readings:
+        table.add_row(reading.name, value_text(reading), evidence(reading), reading.cost)
+    return table
+
+
+def value_text(reading: Reading) -> str:
+    """`≥ 178.2 %`, `0.0123`."""
+    parts = (reading.bound, number(reading.value), reading.unit)
+    return " ".join(part for part in parts if part)
+
+
+def evidence(reading: Reading) -> str:
+    """`± 0.001 (standard error ...)`, or only the words."""
+    if reading.error is None or not math.isfinite(reading.error):
+        return reading.evidence
+    return f"± {reading.error:.1g}; {reading.evidence}"
+
+
+def readings_text(readings: Sequence[Reading], notes: Sequence[str]) -> str:
+    """The table as plain text, notes below."""
+    return _as_text(readings_table(readings), *notes)
+
+
+def audit_text(audit: Audit) -> str:
+    """Every measure and how each map has moved it."""
+    maps = list(audit.drifts)
+    table = plain_table("", "measure", "value", *maps, "verdict", right=1)
+    for row in audit.rows:
+        cells = [_times(row, name) for name in maps]
+        verdict = "invariant" if row.invariant else "moved"
+        table.add_row(row.measure, number(row.value), *cells, verdict)
+    drifts = (f"{name} {drift:.1g}" for name, drift in audit.drifts.items())
+    return _as_text(table, f"Largest change of an output: {', '.join(drifts)}.")
+
+
+def _times(row: AuditRow, name: str) -> str:
+    if not row.moved(name):
+        return "same"
+    return f"× {row.after[name] / row.value:.3g}" if row.value else number(row.after[name])
+
+
+def _as_text(*parts: Table | str) -> str:
+    out = Console(width=_PIPED_WIDTH, highlight=False, file=io.StringIO())
+    out.print(*parts, sep="\n")
+    return out.file.getvalue().rstrip() + "\n"  # type: ignore[attr-defined,no-any-return]
+
+
+def headline(record: Mapping[str, Any]) -> str:
+    """One line: which network, measured on what, trained how."""
+    checkpoint, settings, about = record["checkpoint"], record["settings"], record["data"]
+    training, risk = checkpoint["training"], settings["risk"]
+    trained = ""
+    if training.get("batch_size"):
+        trained = (
+            f" · trained with batch {training['batch_size']} for {training['epoch']} epochs"
+        )
+    normalisation = {
+        "batch": " · BatchNorm on batch statistics",
+        "running": " · BatchNorm on running statistics",
+        "recalibrated": " · BatchNorm on recalibrated statistics",
+        None: " · no BatchNorm",
+    }[risk["batchnorm"]]
+    return (
+        f"{checkpoint['network']['name']} · {about['name']} {about['split']}, "
+        f"{risk['num_samples']} samples{trained}{normalisation}"
+    )
+
+
+def loss_line(record: Mapping[str, Any]) -> str:
+    """Loss and accuracy, and those on test samples where there are any."""
+    measures, test = record["measures"], record["generalisation"] or {}
+    parts = [f"loss {number(measures['value'])}"]
+    if measures["accuracy"] is not None:
+        parts.append(f"accuracy {measures['accuracy']:.1%}")
+    if test:
+        parts.append(f"test loss {number(test['test_loss'])}")
+    if "test_accuracy" in test:
+        parts.append(f"test accuracy {test['test_accuracy']:.1%}")
+    return " · ".join(parts)
+
+
+def comparison_title(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> str:
+    """Which checkpoints stand on which side."""
+    sides = (_side(group) for group in (first, second))
+    return "first: {}\nsecond: {}".format(*sides)
+
+
+def _side(group: Sequence[Mapping[str, Any]]) -> str:
+    paths = [record["checkpoint"]["path"] for record in group]
+    return paths[0] if len(paths) == 1 else f"{len(paths)} checkpoints, {paths[0]}, …"
+
+
+def comparison_table(rows: Sequence[ReadingComparison]) -> Table:
+    """A row for each measure: both sides, ratio, effect, p-values, tau, verdict."""
+    columns = ("measure", "first", "second", "ratio", "d", "larger", "p", "flip p", "tau")
+    table = plain_table("", *columns, "verdict", right=1)
+    for row in rows:
         table.add_row(
-            f"phi({short(phi.epsilon)}{space})",
-            f"≥ {number(phi.phi)} %",
-            "; ".join(part for part in (protocol, share, _unless_ok(phi)) if part),
-            f"{phi.num_evals} evaluations, {phi.seconds:.1f} s",
+            row.name,
+            mean_sd(*row.first),
+            mean_sd(*row.second),
+            number(row.ratio),
+            number(row.effect_size),
+            f"{row.num_larger} of {row.num_pairs}",
+            p_value(row.p_value),
+            p_value(row.sign_flip_p) if row.num_pairs > 1 else "–",
+            "–" if row.kendall_tau is None else f"{row.kendall_tau:.2f}",
+            row.verdict,
         )
     return table
 
 
-def _unless_ok(result: Any) -> str:
-    return "" if result.status.ok else str(result.status)
-
-
-def headline(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """One line: which network, measured on what, trained how."""
-    training = checkpoint["training"]
-    normalisation = {
-        "batch": "BatchNorm on batch statistics",
-        "running": "BatchNorm on running statistics",
-        "recalibrated": "BatchNorm on recalibrated statistics",
-        None: "no BatchNorm",
-    }[settings["risk"]["batchnorm"]]
-    return (
-        f"{checkpoint['network']['name']} · {settings['risk']['num_samples']} "
-        f"{settings['split']} samples · trained with batch {training['batch_size']} for "
-        f"{training['epoch']} epochs · {normalisation}"
-    )
+def comparison_notes(
+    rows: Sequence[ReadingComparison], gaps: Sequence[float | None]
+) -> list[str]:
+    """What the columns mean, and what so few checkpoints can show at all."""
+    num = rows[0].num_pairs if rows else 0
+    notes = [
+        "ratio: geometric mean of second / first · d: mean over sd of the paired "
+        "differences of log10 (of the values where one is not positive)"
+    ]
+    if num > 1:
+        notes.append(
+            f"p: one-sided paired t in the direction seen, {num} pairs · flip p: exact "
+            f"sign flips, {0.5**num:.3g} at best"
+        )
+    else:
+        notes.append("One pair: a difference beyond both errors, not a statistical test.")
+    known = [gap for gap in gaps if gap is not None]
+    if len(known) >= 4:
+        notes.append(
+            "tau: Kendall's, of the measure with the generalisation gap, over "
+            f"{len(known)} checkpoints"
+        )
+    return notes

@@ -25,9 +25,10 @@ import torch
 from sharpness import _progress, checkpoint
 from sharpness.lab import data
 from sharpness.lab.measurement import Settings, measured, risk_of
+from sharpness.lab.subjects import opened
 from sharpness.lab.training import Budget, Training, default_batch_sizes, train
-from sharpness.measures.epsilon import short
 from sharpness.measures.landscape import Interpolation, interpolation
+from sharpness.measures.summary import Settings as MeasureSettings
 from sharpness.record import (
     Records,
     append_record,
@@ -36,6 +37,7 @@ from sharpness.record import (
     read_records,
 )
 from sharpness.report.figures import parametric_plot
+from sharpness.results import short
 from sharpness.statistics import Row, Section, order_verdict, row, size_verdict
 
 EPSILONS = (1e-3, 5e-4)
@@ -82,7 +84,12 @@ class Plan:
 
     def settings(self, mode: Any) -> Settings:
         """How it is measured, with BatchNorm in `mode`."""
-        return Settings(num_samples=self.num_samples, batchnorm=mode, epsilon=EPSILONS)
+        return Settings(
+            num_samples=self.num_samples,
+            batchnorm=mode,
+            measures=("lambda_max", "phi"),
+            of_measures=MeasureSettings(epsilon=EPSILONS),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,14 +192,8 @@ def _measure(
     loaded = checkpoint.load(path)
     if f"{mode} {loaded.sha256}" in known:
         return None
-    found = measured(
-        loaded,
-        path,
-        _dataset(plan),
-        plan.settings(mode),
-        device=plan.device,
-        progress=False,
-    )
+    subject = opened(path, data_dir=plan.data_dir)
+    found = measured(subject, plan.settings(mode), device=plan.device, progress=False)
     return {**found.record, "role": role, "pair": seed}
 
 
@@ -269,7 +270,7 @@ def _rows(plan: Plan, records: _Records, role: str, mode: str) -> list[Row]:
         cell = table3.get(f"{epsilon:g}")
         published = (cell["small"], cell["large"]) if cell else None
         rows += _phi_rows(epsilon, lambda name, i=i: pairs(_phi(i, name)), published)  # type: ignore[misc]
-    lambda_max = pairs(lambda record: record["measures"]["eigenpairs"]["eigenvalues"][0])
+    lambda_max = pairs(lambda record: record["measures"]["lambda_max"][0]["eigenvalues"][0])
     rows.append(row("lambda_max", *lambda_max))
     return rows
 
@@ -292,7 +293,7 @@ def _phi_rows(
 
 
 def _phi(i: int, name: str) -> Callable[[_Record], float]:
-    return lambda record: float(record["measures"]["epsilon_sharpness"][i][name])
+    return lambda record: float(record["measures"]["phi"][i][name])
 
 
 def _metric(record: _Record, name: str) -> float:
@@ -314,7 +315,7 @@ def _curves(plan: Plan) -> dict[str, Interpolation]:
             batchnorm="batch",
         )
         small, large = (
-            risk_of(checkpoint.load(path), path, _dataset(plan), settings, plan.device)
+            risk_of(opened(path, data_dir=plan.data_dir), settings, plan.device)
             for path in (plan.path("small", 0), plan.path("large", 0))
         )
         curves[split] = interpolation(small, large.theta)

@@ -68,7 +68,7 @@ class ChunkedMean:
         self._objective, self._batchnorm = objective, batchnorm
         self._closed = objective.closure is not None
         self.num_samples = int(sum(num_rows(batch) for batch in given))
-        self._given = given
+        self.given = given
         by_parts = batchnorm == "batch" and not self._closed
         if by_parts:
             given = self._batchnorm_parts(given, batchnorm_batch)
@@ -86,21 +86,21 @@ class ChunkedMean:
     def subset(self, index: Tensor) -> ChunkedMean:
         """The mean over some samples, which may repeat, in chunks of the same size."""
         given, start = [], 0
-        for pair in self._given:
+        for pair in self.given:
             inside = (index >= start) & (index < start + len(pair[1]))
             given.append(batches.taken(pair, index[inside] - start))
             start += len(pair[1])
         other = copy.copy(self)
-        other._given, other.num_samples = batches.joined(given), len(index)
+        other.given, other.num_samples = batches.joined(given), len(index)
         size = self.chunk_size or len(index)
-        other._set([part for b in other._given for part in batches.cut(b, size)])
+        other._set([part for b in other.given for part in batches.cut(b, size)])
         return other
 
     def statistics_parts(self, most: int) -> list[Any]:
         """The data in near-equal parts of at most `most` rows, however they are cut."""
         if self._closed:
             return [chunk.batch for chunk in self.all]
-        return [part for pair in self._given for part in batches.cut_evenly(pair, most)]
+        return [part for pair in self.given for part in batches.cut_evenly(pair, most)]
 
     def shares(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
         """What each chunk adds to f, one at a time."""

@@ -30,6 +30,7 @@ from sharpness.risk.model_state import (
 from sharpness.risk.objective import Objective, gradients
 from sharpness.risk.plan import Plan, asked_engine
 from sharpness.risk.products import Products, Task
+from sharpness.risk.terms import keyword
 
 BatchNorm = Literal["running", "batch", "recalibrated"]
 MATRICES: tuple[str, ...] = get_args(Matrix)
@@ -143,6 +144,19 @@ class EmpiricalRisk:
             batchnorm_batch=batchnorm_batch,
             chunk_size=chunk_size,
         )
+        self._again = {  # what another risk like this one is built with
+            "loss": loss,
+            "closure": closure,
+            "params": params,
+            "batchnorm": batchnorm,
+            "batchnorm_batch": batchnorm_batch,
+            "chunk_size": chunk_size,
+            "device": self.device,
+            "terms": terms,
+            "engine": engine,
+            "autocast": autocast,
+            "seed": seed,
+        }
         self._products: dict[str, Products] = {}
         self._gradient: Tensor | None = None
         self._checked = False  # that no layer is computed again in a backward pass
@@ -191,6 +205,19 @@ class EmpiricalRisk:
         """All targets, in the order of `outputs`."""
         self._refuse_closure("targets")
         return torch.cat([chunk.batch[1] for chunk in self._mean.all])
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the model's outputs can be seen: not with a closure."""
+        return self._objective.closure is None
+
+    @property
+    def is_classification(self) -> bool:
+        """Whether targets are class numbers, so that there is an accuracy."""
+        if not self.has_outputs:
+            return False
+        kinds = {batch[1].dtype for batch in self._mean.given}
+        return not any(k.is_floating_point or k is torch.bool for k in kinds)
 
     def settings(self) -> dict[str, Any]:
         """Plain values that say how f is defined and computed, for a record."""
@@ -373,6 +400,48 @@ class EmpiricalRisk:
         other._products, other._gradient = {}, None
         return other
 
+    def network(self) -> nn.Module:
+        """A copy of the model with the parameters and buffers that are measured."""
+        copied = copy.deepcopy(self.model)
+        state = dict(zip(self.names, self._pieces(None), strict=True))
+        state |= {k.removeprefix("model."): v for k, v in self._objective.fixed.items()}
+        with torch.no_grad():
+            for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+                tensor.copy_(state[name])
+        return copied
+
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """The loss it was built with.
+
+        Raises:
+            TypeError: it was built from a closure.
+        """
+        self._refuse_closure("loss")
+        assert self._objective.loss is not None
+        return self._objective.loss
+
+    def batches(self) -> list[Any]:
+        """The data as they are evaluated, chunk by chunk, on the device."""
+        return [chunk.batch for chunk in self._mean.all]
+
+    def probe_inputs(self, most: int = 16) -> Any:
+        """Inputs of the first few samples, on the device, as the model is called."""
+        self._refuse_closure("inputs")
+        return batches.rows(self._mean.given[0], 0, most)[0]
+
+    def with_model(
+        self, model: nn.Module, params: str | Sequence[str] | None = None
+    ) -> EmpiricalRisk:
+        """The same mean loss over the same data for another network.
+
+        Args:
+            model: such as `NormalisedLogits(risk.network())`.
+            params: names or globs of its parameters in theta; None means as here.
+        """
+        other = {**self._again, "params": params or self._again["params"]}
+        return EmpiricalRisk(model, data=self._mean.given, **other)
+
     @torch.inference_mode(False)
     def prepare(self, num_products: int = 1, matrix: Matrix = "hessian") -> Plan:
         """Get ready for so many products, and say how they will be carried out.
@@ -413,9 +482,13 @@ class EmpiricalRisk:
         return self._fitting(evaluate)
 
     def accuracy(self, theta: Tensor | None = None) -> float:
-        """Share of samples whose largest output is their class, in [0, 1]."""
-        predicted = self.outputs(theta).argmax(1)
-        return float((predicted == self.targets).double().mean())
+        """Share of targets whose class has the largest output, in [0, 1].
+
+        Targets that the loss ignores (`ignore_index`) do not count.
+        """
+        right, targets = self.outputs(theta).argmax(1) == self.targets, self.targets
+        counted = targets != keyword(self._objective.loss, "ignore_index", -100)
+        return float(right[counted].double().mean())
 
     def linear_operator(self, matrix: Matrix = "hessian") -> LinearOperator:
         """One of the matrices of `product` as a SciPy `LinearOperator` (n, n)."""

@@ -16,17 +16,26 @@ RANKS = [
     {"_tensors", "results", "_progress"},
     {"krylov", "optimize"},
     {"risk"},
-    {"measures"},
+    {"measures", "compat"},
     {"checkpoint", "record"},
     {"lab"},
     {"statistics"},
     {"report"},
     {"reproduce"},
-    {"_command", "measure", "train", "reproduce.__main__", "__main__", "__init__"},
+    {
+        "_command",
+        "measure",
+        "compare",
+        "train",
+        "reproduce.__main__",
+        "__main__",
+        "__init__",
+    },
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 PURE = ("krylov", "optimize")
 IMPURE = {"argparse", "json", "pathlib", "time", "random", "os", "sys", "logging"}
+SHOWING = {"plot", "table", "to_json"}
 COMMANDS = {"measure", "train", "reproduce", "compare", "batchsize", "lab"}
 
 
@@ -51,10 +60,10 @@ def rank_of(name: str) -> int:
 def imported(tree: ast.Module) -> set[str]:
     """Modules of the package that a module imports, without the package's name."""
     names = set()
-    drawing = {  # a result's `.plot()` may import `report`, when it is called
+    drawing = {  # a result may show itself: these import upwards when they are called
         inner
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name == "plot"
+        if isinstance(node, ast.FunctionDef) and node.name in SHOWING
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):

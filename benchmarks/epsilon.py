@@ -1,0 +1,202 @@
+"""Keskar's phi: our solvers beside SciPy's L-BFGS-B, in value, evaluations and bookkeeping.
+
+    python benchmarks/epsilon.py [F1 C2] [--samples 64]
+
+Each solver gets 10 iterations (ascent 20 evaluations) from the same start, on the same
+network and samples. "Bookkeeping" is what a solver takes beside the evaluations, an
+iteration. C2 (15 million parameters, Keskar et al. 2017, App. B.3, on MNIST digits padded
+to 32 x 32 and three channels) is trained for some steps only and its f is taken over few
+samples, since bookkeeping does not depend on them; the gradient over 1000 samples that
+it is compared with is that of 250, times four. F1s are `mnist5k` checkpoints of
+`python -m sharpness.reproduce keskar2017 --quick`, found in `runs/keskar2017-f1-mnist5k`.
+
+"Best known" is the largest value that 60 steps of ascent from five random starts, from
+the corners of the gradient and of the top eigenvector, and 40 iterations of L-BFGS-B
+find. Results go to `epsilon.json` beside this file; a cell that is there is not run again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from products import get_ready, processor, say
+from torch import Tensor, nn
+
+import sharpness as sh
+from sharpness.lab import data, networks
+from sharpness.lab.measurement import Settings, risk_of
+from sharpness.lab.subjects import opened
+from sharpness.record import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = Path(__file__).with_name("epsilon.json")
+RUNS = ROOT / "runs" / "keskar2017-f1-mnist5k"
+SOLVERS = ("scipy", "lbfgsb", "ascent", "default")
+EPSILON = 1e-3
+
+
+def c2() -> nn.Module:
+    """13 convolutions of 3x3 in five stages, two dense layers, BatchNorm everywhere."""
+
+    def stage(wide: int, narrow: int, num: int) -> Iterator[nn.Module]:
+        for i in range(num):
+            yield nn.Conv2d(wide if i == 0 else narrow, narrow, 3, padding=1)
+            yield nn.BatchNorm2d(narrow)
+            yield nn.ReLU()
+        yield nn.MaxPool2d(2)
+
+    stages = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3), (512, 512, 3))
+    layers = [layer for sizes in stages for layer in stage(*sizes)]
+    dense = [nn.Flatten(), nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU()]
+    return nn.Sequential(*layers, *dense, nn.Linear(512, 10))
+
+
+def colour(x: Tensor) -> Tensor:
+    return F.pad(x, (2, 2, 2, 2)).expand(-1, 3, -1, -1).contiguous()
+
+
+def trained_c2(steps: int = 120) -> nn.Module:
+    path = ROOT / "runs" / "epsilon" / "C2.pt"
+    model = c2()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    networks.initialise(model, 0)
+    x, y = data.load("mnist5k").train
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    for i in range(steps):
+        index = order[32 * i : 32 * (i + 1)]
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(colour(x[index])), y[index])
+        loss.backward()
+        optimizer.step()
+        if i % 20 == 0:
+            say(f"C2 step {i}, loss {float(loss.detach()):.3f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+def risks(case: str, samples: int) -> Iterator[tuple[str, sh.EmpiricalRisk]]:
+    if case == "C2":
+        x, y = data.load("mnist5k").train
+        some = slice(0, len(y), len(y) // samples)
+        pair = colour(x[some]), y[some]
+        yield "C2", sh.EmpiricalRisk(trained_c2(), nn.CrossEntropyLoss(), pair)
+        return
+    paths = sorted(RUNS.glob("*-seed[0-2].pt"))
+    if not paths:
+        sys.exit(f"no checkpoints in {RUNS}: reproduce keskar2017 --quick first")
+    for path in paths:
+        risk = risk_of(opened(path), Settings(num_samples=1000, batchnorm="batch"))
+        yield f"F1 {path.stem}", risk
+
+
+def cell(risk: sh.EmpiricalRisk, solver: str) -> dict[str, Any]:
+    spent, plain = [0.0], risk.value_and_gradient
+
+    def timed(theta: Tensor | None = None) -> tuple[float, Tensor]:
+        began = time.perf_counter()
+        result = plain(theta)
+        spent[0] += time.perf_counter() - began
+        return result
+
+    risk.value_and_gradient = timed  # type: ignore[method-assign]
+    began = time.perf_counter()
+    asked: Any = None if solver == "default" else solver
+    found = sh.epsilon_sharpness(risk, EPSILON, solver=asked, progress=False)
+    seconds = time.perf_counter() - began
+    risk.value_and_gradient = plain  # type: ignore[method-assign]
+    iterations = {"ascent": 20, "default": 30}.get(solver, 10)
+    return {
+        "phi": found.phi,
+        "phi_protocol": found.phi_protocol,
+        "evaluations": found.num_evals,
+        "seconds": seconds,
+        "bookkeeping": (seconds - spent[0]) / iterations,
+        "message": found.message,
+    }
+
+
+def best_known(risk: sh.EmpiricalRisk) -> dict[str, Any]:
+    top = sh.eigenpairs(risk, progress=False).eigenvectors[:1]
+    corners = torch.cat([top, risk.gradient()[None]])
+    facts: dict[str, Any] = {"num_starts": 5, "corners": corners, "progress": False}
+    ascent = sh.epsilon_sharpness(risk, EPSILON, solver="ascent", max_iter=30, **facts)
+    lbfgsb = sh.epsilon_sharpness(risk, EPSILON, solver="lbfgsb", max_iter=40, **facts)
+    return {"phi": max(ascent.phi, lbfgsb.phi), "ascent": ascent.phi, "lbfgsb": lbfgsb.phi}
+
+
+def gradient_over_1000(risk: sh.EmpiricalRisk) -> dict[str, Any]:
+    """Seconds for a gradient over 1000 samples."""
+    num = min(250, risk.num_samples)
+    index = torch.arange(250) % risk.num_samples
+    part = risk.subset(index) if risk.batchnorm == "running" else risk
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        part.value_and_gradient()
+        times.append(time.perf_counter() - began)
+    rows = 250 if part is not risk else risk.num_samples
+    return {"seconds": sorted(times)[1] * 1000 / rows, "distinct_samples": num}
+
+
+def table(cells: dict[str, Any]) -> str:
+    lines = [
+        "| case | solver | phi(1e-3), % | of best known | evaluations | bookkeeping an "
+        "iteration, s | of a gradient | SciPy's over it |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    cases = dict.fromkeys(name.rpartition(":")[0] for name in cells)
+    for case in cases:
+        best = cells.get(f"{case}:best known", {}).get("phi")
+        gradient = cells.get(f"{case}:gradient", {}).get("seconds")
+        theirs = cells.get(f"{case}:scipy")
+        for solver in SOLVERS:
+            found = cells.get(f"{case}:{solver}")
+            if found is None:
+                continue
+            share = f"{found['phi'] / best:.1%}" if best else "–"
+            of = f"{found['bookkeeping'] / gradient:.2f}" if gradient else "–"
+            times = theirs and theirs["bookkeeping"] / max(found["bookkeeping"], 1e-9)
+            lines.append(
+                f"| {case} | {solver} | {found['phi']:.4g} | {share} | "
+                f"{found['evaluations']} | {found['bookkeeping']:.3g} | {of} | "
+                f"{f'{times:.1f}×' if times else '–'} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=["F1", "C2"], choices=["F1", "C2"])
+    parser.add_argument("--samples", type=int, default=32, help="of C2 (default: 32)")
+    options = parser.parse_args()
+    get_ready()
+    cells = json.loads(TARGET.read_text())["cells"] if TARGET.exists() else {}
+    work = {**{s: None for s in SOLVERS}, "gradient": gradient_over_1000}
+    for case in options.cases:
+        for name, risk in risks(case, options.samples):
+            tasks = dict(work) | ({"best known": best_known} if case == "F1" else {})
+            for task, run in tasks.items():
+                key = f"{name}:{task}"
+                if key in cells:
+                    continue
+                say(f"{key} …")
+                cells[key] = run(risk) if run else cell(risk, task)
+                say(f"{key}: {cells[key]}")
+                facts = {"processor": processor("cpu"), "environment": environment()}
+                text = json.dumps({"cells": cells, **facts}, indent=1) + "\n"
+                TARGET.write_text(text)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""Anybody's checkpoint made ready to be measured: its network, its data, its loss."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sharpness import _tensors, checkpoint
+from sharpness.checkpoint import Checkpoint
+from sharpness.lab import data as lab_data
+from sharpness.lab import networks
+from sharpness.lab.data import Dataset, class_balanced
+
+Pair = tuple[Any, Tensor]
+_SPEC = "package.module:factory or file.py:factory, with ?name=value&... for arguments"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A network with the parameters of a checkpoint, and the data it is measured on."""
+
+    path: str
+    network_name: str
+    model: nn.Module = field(repr=False)
+    train: Pair = field(repr=False)
+    test: Pair | None = field(repr=False)
+    loss: nn.Module
+    data: dict[str, Any]  # name and, for a named set, sha256
+    start: Tensor | None = field(repr=False)  # the parameters training began with
+    facts: dict[str, Any]  # what a record says of the checkpoint
+
+    def part(self, split: str) -> Pair:
+        """The samples of a split.
+
+        Raises:
+            ValueError: there are no test samples.
+        """
+        if split == "train":
+            return self.train
+        if self.test is None:
+            raise ValueError(
+                f"`--split` must be 'train' for {self.data['name']}; got 'test', and the "
+                "data have no test part. Return {'train': ..., 'test': ...}."
+            )
+        return self.test
+
+    def samples(self, split: str, num_samples: int | None, seed: int) -> Pair:
+        """Some samples of a split: class-balanced, or at random without classes."""
+        pair = self.part(split)
+        total = len(pair[1])
+        if num_samples is None or num_samples == total:
+            return pair
+        if _has_classes(pair[1]):
+            index = class_balanced(pair[1], num_samples, seed)
+        elif 1 <= num_samples <= total:
+            generator = torch.Generator().manual_seed(seed)
+            index = torch.randperm(total, generator=generator)[:num_samples].sort().values
+        else:
+            raise ValueError(
+                f"`num_samples` must lie in [1, {total}]; got {num_samples}. "
+                "'all' takes every sample."
+            )
+        return _indexed(pair[0], index), pair[1][index]
+
+
+def opened(
+    path: str | Path,
+    *,
+    network: str | None = None,
+    data: str | None = None,
+    loss: str | None = None,
+    data_dir: str | Path | None = None,
+) -> Subject:
+    """A checkpoint with its network and data.
+
+    One that sharpness has written knows both. Any other needs `network`, which is asked
+    for a module, and `data`; its file may hold a state dict, alone or under the usual
+    names. Nothing in a checkpoint is executed; factories are the caller's own code.
+
+    Args:
+        path: a `.pt`, `.pth`, `.bin` or `.safetensors` file.
+        network: `package.module:factory` or `file.py:factory`, with arguments as in
+            `?depth=20&width=16`; `timm:resnet18?num_classes=10`; or
+            `transformers:FOLDER`, a folder with a configuration of a classifier.
+        data: a set of `lab.data.NAMES`; an `.npz` file with x and y (or x_train,
+            y_train, x_test, y_test); or a factory that returns a pair (inputs, targets),
+            a list of such batches or a loader, or a dict of these by split.
+        loss: `cross-entropy`, `mse`, or a factory; None goes by the targets' type.
+        data_dir: where the files of named sets lie.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no checkpoint or would run code, a factory that is not
+            there or does not fit, parameters of another network, missing data.
+    """
+    native = checkpoint.load_if_native(path)
+    if native is None and network is None:
+        raise ValueError(
+            f"`--network` must say what `{path}` is a checkpoint of; got none, and the "
+            f"file was not written by sharpness. Give {_SPEC}."
+        )
+    if native is not None and network is None:
+        model, name = build(native), str(native.network["name"])
+        _load_parameters(model, native.state_dict, path, name)
+    else:
+        assert network is not None
+        model, name = made_network(network), network
+        state = native.state_dict if native else checkpoint.load_state_dict(path)
+        _load_parameters(model, state, path, name)
+    source = data or (native.data["name"] if native else None)
+    if source is None:
+        raise ValueError(
+            f"`--data` must say what `{path}` is measured on; got none. Give a named set "
+            f"({', '.join(lab_data.NAMES)}), an .npz file, or {_SPEC}."
+        )
+    splits, about = _made_data(source, data_dir)
+    if native and not data and native.data.get("sha256") not in (None, about.get("sha256")):
+        raise ValueError(
+            f"`{path}` must have been trained on this {source}; got a checkpoint of other "
+            "data with that name (sha256 differs). Point --data-dir at it."
+        )
+    start = _start(native, model) if native is not None and network is None else None
+    return Subject(
+        path=str(path),
+        network_name=name,
+        model=model.eval(),
+        train=splits["train"],
+        test=splits.get("test"),
+        loss=_made_loss(loss, splits["train"][1]),
+        data=about,
+        start=start,
+        facts=_facts(native, path, name),
+    )
+
+
+# -- networks --------------------------------------------------------------------------
+
+
+def build(native: Checkpoint) -> nn.Module:
+    """The network that a checkpoint of ours names, with fresh parameters."""
+    return networks.build(native.network)
+
+
+def made_network(spec: str) -> nn.Module:
+    """A module from `package.module:factory?args`, `timm:...` or `transformers:...`."""
+    kind, _, rest = spec.partition(":")
+    if kind == "timm":
+        name, arguments = _arguments(rest)
+        create = _package("timm", spec).create_model
+        model = _called("--network", spec, create, {"model_name": name, **arguments})
+    elif kind == "transformers":
+        model = _classifier(spec, rest)
+    else:
+        factory, arguments = _factory("--network", spec)
+        model = _called("--network", spec, factory, arguments)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`--network` must make a torch.nn.Module; got {type(model).__name__} from "
+            f"{spec}. Return the module."
+        )
+    return model
+
+
+class _Logits(nn.Module):
+    """A classifier of Hugging Face that returns its logits as a tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        logits: Tensor = self.model(*args, **kwargs).logits
+        return logits
+
+
+def _classifier(spec: str, folder: str) -> nn.Module:
+    transformers = _package("transformers", spec)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        named = (config.architectures or ["AutoModelForSequenceClassification"])[0]
+        model = getattr(transformers, named)(config)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"`--network` must name a folder with the config.json of a classifier; got "
+            f"{folder!r} ({_first_line(error)}). Save it with `save_pretrained`."
+        ) from None
+    return _Logits(model)
+
+
+def _load_parameters(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, name: str
+) -> None:
+    ours = model.state_dict()
+    theirs = _matching(state, ours)
+    wrong = [
+        key
+        for key in {**ours, **theirs}
+        if key not in ours or key not in theirs or ours[key].shape != theirs[key].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"`{path}` must hold the parameters of {name}; got others: {len(wrong)} "
+            f"tensors differ, first {wrong[0]}. Name the network it was trained with."
+        )
+    model.load_state_dict(dict(theirs))
+
+
+def _matching(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The tensors under our names: wrappers leave prefixes, or lack ours."""
+    for prefix in ("module.", "_orig_mod.", "model.", "net."):
+        while (
+            state and all(k.startswith(prefix) for k in state) and set(state) != set(ours)
+        ):
+            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    if set(state) != set(ours) and {f"model.{k}" for k in state} == set(ours):
+        state = {f"model.{k}": v for k, v in state.items()}
+    return state
+
+
+def _start(native: Checkpoint, model: nn.Module) -> Tensor | None:
+    """The parameters a training of ours began with, if they can be made again."""
+    fresh = build(native)
+    networks.initialise(fresh, int(native.start.get("seed", 0)))
+    if networks.digest(fresh) != native.start.get("sha256"):
+        return None
+    return _tensors.flatten(p.detach() for p in fresh.parameters())
+
+
+# -- data ------------------------------------------------------------------------------
+
+
+def _made_data(
+    source: str, data_dir: str | Path | None
+) -> tuple[dict[str, Pair], dict[str, Any]]:
+    if source.endswith(".npz"):
+        return _from_npz(Path(source)), {"name": source}
+    if ":" not in source:
+        dataset = _named_set(source, data_dir)
+        about = {"name": dataset.name, "sha256": dataset.sha256}
+        return {"train": dataset.train, "test": dataset.test}, about
+    factory, arguments = _factory("--data", source)
+    made = _called("--data", source, factory, arguments)
+    splits = made if isinstance(made, Mapping) and "train" in made else {"train": made}
+    return {k: _as_pair(v, source) for k, v in splits.items()}, {"name": source}
+
+
+@lru_cache(maxsize=1)  # many checkpoints of one set are usual
+def _named_set(name: str, data_dir: str | Path | None) -> Dataset:
+    return lab_data.load(name, data_dir=data_dir)
+
+
+def _from_npz(path: Path) -> dict[str, Pair]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`--data` must be an .npz file of plain arrays; got {path} "
+            f"({_first_line(error)})."
+        ) from None
+    names = (
+        {"train": ("x", "y")}
+        if "x" in arrays
+        else {
+            split: (f"x_{split}", f"y_{split}")
+            for split in ("train", "test")
+            if f"x_{split}" in arrays
+        }
+    )
+    if not names or any(y not in arrays for _, y in names.values()):
+        raise ValueError(
+            f"`--data` must hold arrays x and y, or x_train and y_train; got {path} with "
+            f"{', '.join(arrays) or 'none'}."
+        )
+    return {
+        split: _as_pair((_inputs(arrays[x]), _targets(arrays[y])), str(path))
+        for split, (x, y) in names.items()
+    }
+
+
+def _inputs(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def _targets(y: Tensor) -> Tensor:
+    return y.float() if y.is_floating_point() else y.long()
+
+
+def _as_pair(made: Any, source: str) -> Pair:
+    """A pair as it is; batches and loaders joined into one."""
+    if isinstance(made, tuple | list) and len(made) == 2 and isinstance(made[1], Tensor):
+        inputs, targets = made
+        if len(_leading(inputs)) != len(targets):
+            raise ValueError(
+                f"`--data` must give as many inputs as targets; got "
+                f"{len(_leading(inputs))} and {len(targets)} from {source}."
+            )
+        return inputs, targets
+    batches = list(made) if hasattr(made, "__iter__") else []
+    if not batches or not all(isinstance(b, tuple | list) and len(b) == 2 for b in batches):
+        raise ValueError(
+            "`--data` must give a pair (inputs, targets), a list of such batches, or a "
+            f"loader; got {type(made).__name__} from {source}."
+        )
+    inputs = _joined([batch[0] for batch in batches])
+    return inputs, torch.cat([batch[1] for batch in batches])
+
+
+def _joined(inputs: Sequence[Any]) -> Any:
+    first = inputs[0]
+    if isinstance(first, Mapping):
+        return {k: torch.cat([each[k] for each in inputs]) for k in first}
+    if isinstance(first, tuple | list):
+        return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
+    return torch.cat(list(inputs))
+
+
+def _leading(inputs: Any) -> Tensor:
+    while not isinstance(inputs, Tensor):
+        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
+    return inputs
+
+
+def _indexed(inputs: Any, index: Tensor) -> Any:
+    if isinstance(inputs, Mapping):
+        return {k: v[index] for k, v in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return tuple(v[index] for v in inputs)
+    return inputs[index]
+
+
+def _has_classes(targets: Tensor) -> bool:
+    return targets.ndim == 1 and not targets.is_floating_point()
+
+
+def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
+    if spec is None:
+        spec = "mse" if targets.is_floating_point() else "cross-entropy"
+    if spec in ("cross-entropy", "mse"):
+        return nn.CrossEntropyLoss() if spec == "cross-entropy" else nn.MSELoss()
+    factory, arguments = _factory("--loss", spec)
+    made: nn.Module = _called("--loss", spec, factory, arguments)
+    return made
+
+
+# -- factories -------------------------------------------------------------------------
+
+
+def _factory(flag: str, spec: str) -> tuple[Any, dict[str, Any]]:
+    where, colon, rest = spec.rpartition(":") if "?" not in spec else _split(spec)
+    name, arguments = _arguments(rest)
+    if not colon or not where or not name:
+        raise ValueError(f"`{flag}` must be {_SPEC}; got {spec!r}.")
+    module = _module(flag, where)
+    if not callable(getattr(module, name, None)):
+        raise ValueError(
+            f"`{flag}` must name a function or class of {where}; got {name!r}, which is "
+            "not there."
+        )
+    return getattr(module, name), arguments
+
+
+def _split(spec: str) -> tuple[str, str, str]:
+    head, _, query = spec.partition("?")
+    where, colon, name = head.rpartition(":")
+    return where, colon, f"{name}?{query}"
+
+
+def _arguments(text: str) -> tuple[str, dict[str, Any]]:
+    """`resnet?depth=20` as ("resnet", {"depth": 20})."""
+    name, _, query = text.partition("?")
+    return name, {key: _literal(value) for key, value in parse_qsl(query)}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _module(flag: str, where: str) -> ModuleType:
+    """A module by its dotted name or its file; the current folder comes first."""
+    try:
+        if where.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(where).stem, where)
+            if found is None or found.loader is None or not Path(where).is_file():
+                raise ImportError("no such file")
+            module = importlib.util.module_from_spec(found)
+            sys.modules.setdefault(found.name, module)
+            found.loader.exec_module(module)
+            return module
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        return importlib.import_module(where)
+    except Exception as error:  # whatever the user's module raises when imported
+        raise ValueError(
+            f"`{flag}` must name a module that can be imported; got {where!r} "
+            f"({type(error).__name__}: {_first_line(error)})."
+        ) from None
+
+
+def _called(flag: str, spec: str, factory: Any, arguments: dict[str, Any]) -> Any:
+    try:
+        return factory(**arguments)
+    except Exception as error:  # whatever the user's factory raises
+        raise ValueError(
+            f"`{flag}` must work when called; got {type(error).__name__} from {spec}: "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _package(name: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(
+            f"`--network` must name an installed package; got {spec!r}, and {name} is not "
+            f"there. Install it: pip install {name}."
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _facts(native: Checkpoint | None, path: str | Path, name: str) -> dict[str, Any]:
+    """What a record says of a checkpoint."""
+    if native is None:
+        return {
+            "path": str(path),
+            "sha256": checkpoint.sha256(path),
+            "network": {"name": name},
+            "start": {},
+            "training": {},
+        }
+    kept = ("batch_size", "seed", "learning_rate", "optimizer", "epoch", "metrics")
+    return {
+        "path": str(path),
+        "sha256": native.sha256,
+        "network": native.network,
+        "start": native.start,
+        "training": {key: native.training.get(key) for key in kept},
+    }

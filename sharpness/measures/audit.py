@@ -1,0 +1,202 @@
+"""Does a measure survive a reparametrisation? The same function in other parameters."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from sharpness.measures.reparametrise import reparametrisations
+from sharpness.measures.summary import Keywords, summary
+from sharpness.results import Reading, Result, Status
+from sharpness.risk.empirical import EmpiricalRisk
+
+AUDITED = (
+    "lambda_max",
+    "trace",
+    "phi",
+    "worst_l2",
+    "worst_l2_elementwise",
+    "worst_linf_elementwise",
+    "worst_l2_filterwise",
+    "average",
+    "average_elementwise",
+    "relative_flatness",
+    "norms",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow:
+    """One measure before the maps and after each of them."""
+
+    measure: str
+    value: float
+    after: dict[str, float]  # by map
+    allowed: dict[str, float]  # by map: what the errors of both values allow
+
+    def moved(self, name: str) -> bool:
+        """Whether the map of this name has moved the value beyond its error."""
+        after = self.after[name]
+        if math.isnan(after) or math.isnan(self.value):
+            return math.isnan(after) != math.isnan(self.value)
+        return abs(after - self.value) > self.allowed[name]
+
+    @property
+    def invariant(self) -> bool:
+        """Whether no map has moved it."""
+        return not any(self.moved(name) for name in self.after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(Result):
+    """How far each measure moves when the parameters change and the function does not."""
+
+    rows: tuple[AuditRow, ...]
+    drifts: dict[str, float]  # by map: largest change of an output over the largest
+    layers: dict[str, tuple[str, ...]]  # by map: the layers that were scaled
+    status: Status
+    rtol: float
+    seconds: float
+    seed: int
+
+    def __getitem__(self, measure: str) -> AuditRow:
+        return {row.measure: row for row in self.rows}[measure]
+
+    @property
+    def invariant(self) -> tuple[str, ...]:
+        """The measures that no map has moved."""
+        return tuple(row.measure for row in self.rows if row.invariant)
+
+    def readings(self) -> list[Reading]:
+        """For each measure the largest factor by which a map has moved it."""
+        return [
+            Reading(
+                name=f"audit {row.measure}",
+                value=max((_factor(row.value, v) for v in row.after.values()), default=1.0),
+                error=None,
+                evidence="invariant" if row.invariant else f"moved by {_movers(row)}",
+            )
+            for row in self.rows
+        ]
+
+    def __str__(self) -> str:
+        maps = ", ".join(f"{name} (drift {d:.1g})" for name, d in self.drifts.items())
+        if not self.drifts:
+            return f"audit: no map applies to this network   ({self.seconds:.1f} s)"
+        return (
+            f"audit under {maps}: invariant are {', '.join(self.invariant) or 'none'}; "
+            f"moved are {', '.join(r.measure for r in self.rows if not r.invariant)}   "
+            f"({self.seconds:.1f} s)"
+        )
+
+    def table(self) -> str:
+        """Every measure, and by which factor each map has moved it, as text."""
+        from sharpness.report.tables import audit_text
+
+        return audit_text(self)
+
+
+def audit(
+    risk: EmpiricalRisk,
+    measures: str | Sequence[str] | None = None,
+    *,
+    rtol: float = 0.02,
+    seed: int = 0,
+    progress: bool | None = None,
+    **settings: Unpack[Keywords],
+) -> Audit:
+    """Measure a network again after maps that change its parameters, not its function.
+
+    The maps (`reparametrisations`) scale layers and single neurons against each other
+    past ReLU and pooling, and weights before BatchNorm with its running statistics
+    along; that the outputs stay is checked and reported as drift. A measure that moves
+    says something of the parametrisation, not of the function alone (Dinh et al. 2017).
+    Measures draw the same random numbers, in units of their own scale, each time.
+
+    Args:
+        risk: with a network of modules, and inputs rather than a closure.
+        measures: names or families of `summary`; None means the ones that are cheap.
+        rtol: relative change that counts as none, beside both values' error bounds.
+        seed: of the maps and the measures.
+        progress: show a bar for each map; by default on a terminal.
+        **settings: of the measures, as in `summary`.
+
+    Returns:
+        `Audit`. With no layers that a map applies to (`drifts` is empty), its status is
+        `not_available`.
+
+    Raises:
+        TypeError: a risk from a closure, or a model that returns no single tensor.
+
+    Cost: the measures once more for each map, at most five times in all.
+
+    References:
+        Dinh, Pascanu, Bengio, Bengio (2017), arXiv:1703.04933, theorems 2 and 4.
+    """
+    began = time.monotonic()
+    chosen = list(AUDITED) if measures is None else measures
+    shared: Keywords = {"epsilon": (1e-3,), **settings, "seed": seed}
+    network = risk.network().eval()
+    maps = reparametrisations(network, risk.probe_inputs(), seed=seed)
+    outputs = risk.outputs()
+    before = _values(risk, chosen, shared, progress)
+    after, drifts, layers = {}, {}, {}
+    for changed in maps:
+        other = risk.with_model(changed.network)
+        drifts[changed.name] = float(
+            (other.outputs() - outputs).abs().max() / outputs.abs().max()
+        )
+        layers[changed.name] = changed.layers
+        after[changed.name] = _values(other, chosen, shared, progress)
+    rows = tuple(
+        AuditRow(
+            measure=name,
+            value=value,
+            after={m: after[m][name][0] for m in after},
+            allowed={m: error + after[m][name][1] + rtol * abs(value) for m in after},
+        )
+        for name, (value, error) in before.items()
+    )
+    return Audit(
+        rows=rows,
+        drifts=drifts,
+        layers=layers,
+        status=Status.COMPLETED if maps else Status.NOT_AVAILABLE,
+        rtol=rtol,
+        seconds=time.monotonic() - began,
+        seed=seed,
+    )
+
+
+def _values(
+    risk: EmpiricalRisk, measures: Any, settings: Keywords, progress: bool | None
+) -> dict[str, tuple[float, float]]:
+    """Value and error of every reading. Draws are shared, so their spread is no error."""
+    found = summary(risk, measures, progress=progress, **settings)
+    return {
+        reading.name: (
+            reading.value,
+            0.0 if "standard error" in reading.evidence else reading.error or 0.0,
+        )
+        for reading in found.readings()
+    }
+
+
+def _factor(before: float, after: float) -> float:
+    """How many times larger or smaller, whichever is at least 1."""
+    if before == after:
+        return 1.0
+    if before * after <= 0:
+        return math.inf
+    return max(after / before, before / after)
+
+
+def _movers(row: AuditRow) -> str:
+    return ", ".join(
+        f"{name} ({_factor(row.value, row.after[name]):.3g}x)"
+        for name in row.after
+        if row.moved(name)
+    )

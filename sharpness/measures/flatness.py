@@ -1,0 +1,559 @@
+"""What do the generalisation bounds call flat? Noise and boxes that accuracy survives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpness import _tensors
+from sharpness.measures.budget import Budget
+from sharpness.measures.perturbation import mean_and_error, normal_draws
+from sharpness.optimize.auto_pgd import auto_pgd
+from sharpness.optimize.ball import Ball
+from sharpness.results import Reading, Result, Status
+from sharpness.risk.empirical import EmpiricalRisk
+
+_MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all
+_WIDEST = 2.0**20  # no accuracy survives noise this large; there the search gives up
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyRadius(Result):
+    """The perturbation at which the accuracy has fallen by `accuracy_drop`.
+
+    For `pac_bayes_sigma` the standard deviation of noise at which it falls by that much
+    on average; for `box_alpha` the half-width of a box in which ascent makes it fall
+    that much, an upper bound of the largest box that is safe.
+    """
+
+    value: float  # sigma or alpha; relative to |theta| where magnitude-aware
+    standard_error: float | None  # of sigma, over the draws (jackknife)
+    bracket: tuple[float, float]  # the last values on either side
+    accuracy: float  # at theta, in [0, 1]
+    accuracy_drop: float
+    status: Status
+    num_draws: int | None
+    num_evals: int  # forward passes for sigma; gradients with a forward pass for alpha
+    seconds: float
+    magnitude_aware: bool
+    quantity: str  # "pac_bayes_sigma" or "box_alpha"
+    seed: int
+
+    @property
+    def flatness_measure(self) -> float:
+        """1 / value^2, as Jiang et al. (2020) rank networks by; larger is sharper."""
+        return 1 / self.value**2 if self.value else math.inf
+
+    @property
+    def name(self) -> str:
+        """`pac_bayes_sigma`, `box_alpha_magnitude`, ..."""
+        return f"{self.quantity}{'_magnitude' if self.magnitude_aware else ''}"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.4g}   ({self._evidence}; {self._cost})"
+
+    def readings(self) -> list[Reading]:
+        """One number."""
+        return [
+            Reading(
+                name=self.name,
+                value=self.value,
+                error=self.standard_error,
+                evidence=self._evidence,
+                cost=self._cost,
+                bound="≤" if self.quantity == "box_alpha" else "",
+            )
+        ]
+
+    @property
+    def _evidence(self) -> str:
+        low, high = self.bracket
+        error = f"standard error over {self.num_draws} draws; "
+        return (
+            (error if self.num_draws else "")
+            + f"accuracy {self.accuracy:.1%} less {self.accuracy_drop:.0%} "
+            + (f"between {low:.3g} and {high:.3g}" if self.status.ok else str(self.status))
+        )
+
+    @property
+    def _cost(self) -> str:
+        unit = "forward passes" if self.num_draws else "gradients"
+        return f"{self.num_evals} {unit}, {self.seconds:.1f} s"
+
+
+def pac_bayes_sigma(
+    risk: EmpiricalRisk,
+    *,
+    accuracy_drop: float = 0.1,
+    magnitude_aware: bool = False,
+    num_draws: int = 10,
+    rtol: float = 0.02,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> AccuracyRadius:
+    r"""The noise that costs the network `accuracy_drop` of its accuracy, on average.
+
+    The sigma at which $E_{z \sim N(0, I)}\,\mathrm{acc}(\theta + \sigma\,s \odot z)$
+    lies `accuracy_drop` below the accuracy at theta, with s = 1, or magnitude-aware
+    $s_i = \sqrt{\theta_i^2 + (10^{-3})^2}$, found by bisection of log sigma over fixed
+    draws. sigma is a **standard deviation**: the code that several papers share draws
+    with sigma squared in its place, so its values are roots of ours.
+
+    Args:
+        risk: classification with targets as class numbers, held at theta.
+        accuracy_drop: of the accuracy, in (0, 1).
+        magnitude_aware: noise in proportion to each parameter.
+        num_draws: of z, >= 2, the same for every sigma.
+        rtol: width of the bracket, relative to sigma, at which to stop; > 0.
+        seed: of the draws.
+        max_seconds: stop after the forward pass that passes this time.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `AccuracyRadius` with sigma's standard error over the draws. Status
+        `not_reached` where noise of any size leaves the accuracy too high.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: targets that are no class numbers.
+
+    Cost: about 15 `num_draws` forward passes; memory 2 vectors.
+
+    References:
+        Jiang et al. (2020), arXiv:1912.02178, appendix C (sigma with a drop of 0.1,
+        magnitude-aware with epsilon = 1e-3). Their noise there has variance
+        sigma'^2 |theta_i|^2 + epsilon^2; here the floor scales along, so that the drop
+        vanishes with sigma.
+    """
+    _check(risk, accuracy_drop, rtol)
+    if num_draws < 2:
+        raise ValueError(
+            f"`num_draws` must be at least 2; got {num_draws}. One draw has no spread."
+        )
+    scale = _scale(risk, magnitude_aware)
+    accuracy = risk.accuracy()
+    budget = Budget("forward passes", max_seconds, progress, None)
+    drops: dict[float, np.ndarray] = {}
+
+    def mean_drop(sigma: float) -> float:
+        found = []
+        for z in normal_draws(risk, num_draws, seed):
+            budget.step()
+            found.append(accuracy - risk.accuracy(risk.theta + z.mul_(scale).mul_(sigma)))
+        drops[sigma] = np.array(found)
+        return float(np.mean(found))
+
+    root = _Root(mean_drop, accuracy_drop, rtol)
+    with budget:
+        root.find()
+    return AccuracyRadius(
+        value=root.middle,
+        standard_error=_jackknife(drops, accuracy_drop),
+        bracket=root.bracket,
+        accuracy=accuracy,
+        accuracy_drop=accuracy_drop,
+        status=budget.status if not budget.status.ok else root.status,
+        num_draws=num_draws,
+        num_evals=budget.num_steps,
+        seconds=budget.seconds,
+        magnitude_aware=magnitude_aware,
+        quantity="pac_bayes_sigma",
+        seed=seed,
+    )
+
+
+def box_alpha(
+    risk: EmpiricalRisk,
+    *,
+    accuracy_drop: float = 0.1,
+    magnitude_aware: bool = False,
+    num_steps: int = 20,
+    rtol: float = 0.1,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> AccuracyRadius:
+    r"""The box in which ascent of the loss costs the network `accuracy_drop`.
+
+    The least alpha found for which Auto-PGD on the loss over $|u_i| \le \alpha\,s_i$
+    meets a point whose accuracy lies `accuracy_drop` below that at theta; s as in
+    `pac_bayes_sigma`. It is sought by bisection of log alpha. Since only points that
+    were looked at count, the largest safe box may be smaller: an upper bound.
+
+    Args:
+        risk: classification with targets as class numbers, held at theta.
+        accuracy_drop: of the accuracy, in (0, 1).
+        magnitude_aware: a box in proportion to each parameter.
+        num_steps: of Auto-PGD in each box, >= 1; a box is left at once when it is
+            found unsafe.
+        rtol: width of the bracket, relative to alpha, at which to stop; > 0.
+        max_seconds: stop after the evaluation that passes this time.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `AccuracyRadius`. Status `not_reached` where no box was found unsafe.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: targets that are no class numbers.
+
+    Cost: up to 10 `num_steps` values with gradient, each with a forward pass.
+
+    References:
+        Jiang et al. (2020), arXiv:1912.02178, after Keskar et al. (2017): the largest
+        box in which the accuracy drops by at most 0.1. How the box is searched is left
+        open there; they climb the loss by gradient steps as well.
+    """
+    _check(risk, accuracy_drop, rtol)
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
+    scale = _scale(risk, magnitude_aware)
+    accuracy = risk.accuracy()
+    budget = Budget("gradients", max_seconds, progress, None)
+
+    def function(u: Tensor) -> tuple[float, Tensor]:
+        budget.step()
+        value, gradient = risk.value_and_gradient(risk.theta + scale * u)
+        return value, gradient * scale
+
+    def largest_drop(alpha: float) -> float:
+        largest, ball = 0.0, Ball("linf", alpha)
+        states = auto_pgd(function, torch.zeros_like(scale), ball, num_steps=num_steps)
+        for state in islice(states, 1, None):
+            drop = accuracy - risk.accuracy(risk.theta + scale * state.point)
+            largest = max(largest, drop)
+            if largest >= accuracy_drop:
+                break
+        return largest
+
+    root = _Root(largest_drop, accuracy_drop, rtol)
+    with budget:
+        root.find()
+    return AccuracyRadius(
+        value=root.bracket[1] if root.status.ok else math.nan,
+        standard_error=None,
+        bracket=root.bracket,
+        accuracy=accuracy,
+        accuracy_drop=accuracy_drop,
+        status=budget.status if not budget.status.ok else root.status,
+        num_draws=None,
+        num_evals=budget.num_steps,
+        seconds=budget.seconds,
+        magnitude_aware=magnitude_aware,
+        quantity="box_alpha",
+        seed=0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms(Result):
+    """Lengths: of the gradient, of the parameters, of the way from the start."""
+
+    gradient_norm: float
+    parameter_norm: float
+    distance_from_start: float | None  # None without a start
+    fisher_rao: float | None  # theta^T F theta; None where there is no such product
+    status: Status
+    seconds: float
+
+    def __str__(self) -> str:
+        parts = (f"{r.name} {r.value:.4g}" for r in self.readings())
+        return f"{', '.join(parts)}   ({self.seconds:.1f} s)"
+
+    def readings(self) -> list[Reading]:
+        """The numbers that there are."""
+        exact = "exact to rounding"
+        found = {
+            "gradient_norm": (self.gradient_norm, exact, "1 gradient"),
+            "parameter_norm": (self.parameter_norm, exact, ""),
+            "distance_from_start": (self.distance_from_start, exact, ""),
+            "fisher_rao": (self.fisher_rao, exact, "1 Gauss-Newton product"),
+        }
+        return [
+            Reading(name=name, value=value, error=None, evidence=evidence, cost=cost)
+            for name, (value, evidence, cost) in found.items()
+            if value is not None
+        ]
+
+
+def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
+    r"""Norms of gradient and parameters, distance from the start, Fisher-Rao norm.
+
+    The Fisher-Rao norm is $\theta^T F \theta$ (Liang et al. 2019, arXiv:1711.01530,
+    definition 2, which calls this the square) with the Fisher information of the
+    model, F = J^T (d^2 loss / dz^2) J for cross-entropy: for other losses it is the
+    Gauss-Newton matrix that is taken. For a ReLU network without biases and BatchNorm
+    it is invariant under rescaling of the layers.
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        start: the parameters (n,) that training began with.
+
+    Returns:
+        `Norms`; `fisher_rao` is None for a risk from a closure, which hides the outputs.
+
+    Raises:
+        ValueError: `start` has another length than theta.
+
+    Cost: one gradient, one Gauss-Newton product.
+    """
+    if start is not None and start.shape != risk.theta.shape:
+        raise ValueError(
+            f"`start` must have shape (n,) with n={risk.n}; got {tuple(start.shape)}."
+        )
+    with Budget("norms", None, False, None) as budget:
+        fisher_rao = None
+        if risk.has_outputs:
+            product = risk.product(risk.theta, "gauss_newton")
+            fisher_rao = float(_tensors.dot64(product, risk.theta))
+        gradient_norm = float(_tensors.norm64(risk.gradient()))
+    distance = None
+    if start is not None:
+        distance = float(_tensors.norm64(risk.theta - start.to(risk.theta)))
+    is_finite = math.isfinite(gradient_norm) and math.isfinite(fisher_rao or 0.0)
+    return Norms(
+        gradient_norm=gradient_norm,
+        parameter_norm=float(_tensors.norm64(risk.theta)),
+        distance_from_start=distance,
+        fisher_rao=fisher_rao,
+        status=budget.status if is_finite else Status.NON_FINITE,
+        seconds=budget.seconds,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeFlatness(Result):
+    """Petzka's relative flatness of every layer; small is flat."""
+
+    layers: tuple[str, ...]  # names of the weights
+    values: tuple[float, ...]
+    standard_errors: tuple[float, ...]  # over the probes
+    status: Status
+    num_probes: int
+    num_hvps: int  # products of single blocks, each at most a Hessian-vector product
+    seconds: float
+    seed: int
+
+    def __getitem__(self, layer: str) -> float:
+        return self.values[self.layers.index(layer)]
+
+    def __str__(self) -> str:
+        found = zip(self.layers, self.values, self.standard_errors, strict=True)
+        parts = (f"{layer} {value:.4g} ± {error:.1g}" for layer, value, error in found)
+        return f"relative flatness: {', '.join(parts)}   ({self._cost})"
+
+    def readings(self) -> list[Reading]:
+        """That of the last layer, the one the theory is about, and all layers' sum."""
+        rest = "" if self.status.ok else f"; {self.status}"
+        return [
+            Reading(
+                name="relative_flatness",
+                value=self.values[-1],
+                error=self.standard_errors[-1],
+                evidence=f"standard error over {self.num_probes} probes; of "
+                f"{self.layers[-1]}{rest}",
+                cost=self._cost,
+            )
+        ]
+
+    @property
+    def _cost(self) -> str:
+        return f"{self.num_hvps} block products, {self.seconds:.1f} s"
+
+
+def relative_flatness(
+    risk: EmpiricalRisk,
+    *,
+    layers: Sequence[str] | None = None,
+    num_probes: int = 30,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> RelativeFlatness:
+    r"""How curved is each layer, relative to the size of its weights?
+
+    $$\kappa^l = \sum_{s,s'} \langle w_s, w_{s'} \rangle\, \mathrm{tr}(H_{s,s'})$$
+
+    with w_s the rows of the layer's weight (a filter of a convolution is a row) and
+    H_{s,s'} the block of the Hessian between rows s and s'. It equals the trace of
+    $L H_l L$ with $L = (W W^T)^{1/2}$ acting on rows, which random signs estimate for
+    all layers in one sweep over the data. Rescaling a whole layer leaves it unchanged;
+    rescaling single neurons does not.
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        layers: names of weights with at least two dimensions; None means all of them
+            (the theory of Petzka et al. is about the last one).
+        num_probes: random signs, >= 2.
+        seed: of the signs.
+        max_seconds: stop after the sweep that passes this time.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `RelativeFlatness`; after an interrupt from the probes made so far.
+
+    Raises:
+        ValueError: a layer that is no such weight, too few probes.
+        TypeError: a network without such weights.
+
+    Cost: `num_probes` sweeps over the data, in each a product of every layer's block.
+
+    References:
+        Petzka et al. (2021), arXiv:2001.00939, definition 3 (trace). Their code first
+        scales the feature layer to unit standard deviation; here nothing is scaled.
+    """
+    shapes = dict(zip(risk.names, risk.shapes, strict=True))
+    chosen = [name for name, shape in shapes.items() if len(shape) > 1]
+    if layers is not None:
+        unknown = [name for name in layers if name not in chosen]
+        if unknown:
+            raise ValueError(
+                f"`layers` must name weights of two dimensions or more; got {unknown[0]!r}."
+                f" There are {', '.join(chosen[:5])}."
+            )
+        chosen = list(layers)
+    if not chosen:
+        raise TypeError(
+            "`risk` must have a weight of two dimensions or more; got none (not available "
+            "for this network)."
+        )
+    if num_probes < 2:
+        raise ValueError(f"`num_probes` must be at least 2; got {num_probes}.")
+    weights = dict(zip(risk.names, _tensors.split(risk.theta, risk.shapes), strict=True))
+    roots = [_root_of_rows(weights[name].flatten(1)) for name in chosen]
+    samples: list[list[float]] = []
+    generator = torch.Generator().manual_seed(seed)
+    budget = Budget("sweeps", max_seconds, progress, num_probes)
+    with budget:
+        for _ in range(num_probes):
+            budget.step()
+            probes = [
+                root @ _signs(weights[name].flatten(1), generator)
+                for name, root in zip(chosen, roots, strict=True)
+            ]
+            products = risk.block_products(
+                [[name] for name in chosen], [probe.flatten() for probe in probes]
+            )
+            samples.append(
+                [
+                    float(_tensors.dot64(probe.flatten(), product))
+                    for probe, product in zip(probes, products, strict=True)
+                ]
+            )
+    columns = list(zip(*samples, strict=True)) or [()] * len(chosen)
+    found = [mean_and_error(column) for column in columns]
+    is_finite = all(math.isfinite(value) for value, _ in found)
+    return RelativeFlatness(
+        layers=tuple(chosen),
+        values=tuple(value for value, _ in found),
+        standard_errors=tuple(error for _, error in found),
+        status=budget.status if is_finite or not samples else Status.NON_FINITE,
+        num_probes=len(samples),
+        num_hvps=len(samples) * len(chosen),
+        seconds=budget.seconds,
+        seed=seed,
+    )
+
+
+# -- inside ----------------------------------------------------------------------------
+
+
+def _root_of_rows(weight: Tensor) -> Tensor:
+    """(W W^T)^(1/2), (rows, rows)."""
+    values, vectors = torch.linalg.eigh((weight.double() @ weight.double().T).cpu())
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    return root.to(weight)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    bits = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
+    return (2 * bits - 1).to(like)
+
+
+class _Root:
+    """Where an increasing function of log x passes a level: by doubling, then halving.
+
+    `bracket` holds the last points below and above the level, also when interrupted.
+    """
+
+    def __init__(
+        self, function: Callable[[float], float], level: float, rtol: float
+    ) -> None:
+        self._function, self._level, self._rtol = function, level, rtol
+        self.bracket = (0.0, math.inf)
+        self.status = Status.NOT_REACHED
+
+    @property
+    def middle(self) -> float:
+        """Of the bracket, in the logarithm; NaN while it is open."""
+        low, high = self.bracket
+        return math.sqrt(low * high) if low > 0 and high < math.inf else math.nan
+
+    def find(self) -> None:
+        """Look at points until the bracket is narrow."""
+        x = 2.0**-5
+        while True:
+            low, high = self.bracket
+            if self._function(x) < self._level:
+                low = x
+            else:
+                high = x
+            self.bracket = (low, high)
+            if low >= _WIDEST or high < 1 / _WIDEST:
+                return
+            if high <= low * (1 + self._rtol):
+                self.status = Status.CONVERGED
+                return
+            x = self.middle
+            if math.isnan(x):
+                x = 4 * low if low else high / 4
+
+
+def _jackknife(drops: dict[float, np.ndarray], level: float) -> float | None:
+    """Standard error of the crossing, from leaving out each draw in turn."""
+    if not drops:
+        return None
+    sigmas = np.array(sorted(drops))
+    table = np.stack([drops[s] for s in sigmas])  # (sigmas, draws)
+    num = table.shape[1]
+    rest = (table.sum(1, keepdims=True) - table) / (num - 1)
+    crossings = [_crossing(np.log(sigmas), column, level) for column in rest.T]
+    if not np.isfinite(crossings).all():
+        return None
+    spread = np.square(np.exp(crossings) - np.exp(crossings).mean()).sum()
+    return float(math.sqrt((num - 1) / num * spread))
+
+
+def _crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    """Where the line through the points first comes from below to the level."""
+    above = np.flatnonzero(y >= level)
+    if not len(above) or above[0] == 0:
+        return math.nan
+    i = above[0]
+    return float(x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
+
+
+def _scale(risk: EmpiricalRisk, magnitude_aware: bool) -> Tensor:
+    if not magnitude_aware:
+        return torch.ones_like(risk.theta)
+    return (risk.theta.square() + _MAGNITUDE_FLOOR**2).sqrt()
+
+
+def _check(risk: EmpiricalRisk, accuracy_drop: float, rtol: float) -> None:
+    if not 0 < accuracy_drop < 1:
+        raise ValueError(
+            f"`accuracy_drop` must lie in (0, 1); got {accuracy_drop}. 0.1 is usual."
+        )
+    if not rtol > 0:
+        raise ValueError(f"`rtol` must be positive; got {rtol}.")
+    if not risk.is_classification:
+        raise TypeError(
+            "`risk` must classify, with class numbers as targets; got another loss or "
+            "targets (not available for regression or a closure)."
+        )

@@ -1,0 +1,476 @@
+"""How much does the risk rise in a ball around the parameters: at worst, on average?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sharpness import _tensors
+from sharpness.measures.budget import Budget
+from sharpness.optimize.auto_pgd import auto_pgd
+from sharpness.optimize.ball import Ball, Norm
+from sharpness.results import Reading, Result, Status, short
+from sharpness.risk.empirical import EmpiricalRisk
+
+Adaptive = Literal["elementwise", "filterwise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstCaseSharpness(Result):
+    """The largest rise found in a ball: a lower bound of the maximum.
+
+    With shards (m-sharpness) the mean over them of each one's largest rise.
+    """
+
+    value: float  # largest rise of the loss that was found
+    standard_error: float | None  # over shards; None for a single one
+    sam_value: float  # rise after the one step along the gradient that SAM takes
+    risk_value: float  # f(theta)
+    status: Status
+    displacement: Tensor | None = field(repr=False, compare=False)  # (n,); None if shards
+    num_evals: int  # values with gradient, each over the samples of one shard
+    num_shards: int
+    shard_size: int  # samples of the largest shard
+    seconds: float
+    rho: float
+    norm: str
+    adaptive: str | None
+    num_steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """`worst_l2(0.05)`, `worst_linf_elementwise(0.001)`, ..."""
+        return self._name("worst")
+
+    def __str__(self) -> str:
+        shards = f", mean of {self.num_shards} shards" if self.num_shards > 1 else ""
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.1g}"
+        return (
+            f"{self.name} ≥ {self.value:.4g}{error}   (f {self.risk_value:.3g}; one SAM "
+            f"step {self.sam_value:.4g}; {self.status}, {self.num_evals} gradients"
+            f"{shards}, {self.seconds:.1f} s)"
+        )
+
+    def readings(self) -> list[Reading]:
+        """The largest rise, and that of one SAM step."""
+        rest = "" if self.status.ok else f"; {self.status}"
+        shards = f"standard error over {self.num_shards} shards; "
+        common = {"error": self.standard_error, "bound": "≥"}
+        return [
+            Reading(
+                name=self.name,
+                value=self.value,
+                evidence=("" if self.num_shards == 1 else shards)
+                + f"best of {self.num_steps} Auto-PGD steps{rest}",
+                cost=f"{self.num_evals} gradients, {self.seconds:.1f} s",
+                **common,  # type: ignore[arg-type]
+            ),
+            Reading(
+                name=self._name("sam"),
+                value=self.sam_value,
+                error=None,
+                evidence=f"one step along the gradient{rest}",
+                bound="≥",
+            ),
+        ]
+
+    def _name(self, kind: str) -> str:
+        shard = f", m={self.shard_size}" if self.num_shards > 1 else ""
+        return _name(f"{kind}_{self.norm}", self.adaptive, self.rho, shard)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageCaseSharpness(Result):
+    """The mean rise of the loss under Gaussian perturbations of the parameters."""
+
+    value: float
+    standard_error: float  # of the mean over the draws
+    risk_value: float  # f(theta)
+    status: Status
+    num_draws: int  # antithetic pairs
+    num_evals: int  # forward passes
+    seconds: float
+    rho: float
+    adaptive: str | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """`average(0.05)`, `average_elementwise(0.05)`, ..."""
+        return _name("average", self.adaptive, self.rho)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} {self.value:.4g} ± {self.standard_error:.1g}   "
+            f"(f {self.risk_value:.3g}; {self.status}, {self.num_evals} forward passes, "
+            f"{self.seconds:.1f} s)"
+        )
+
+    def readings(self) -> list[Reading]:
+        """The mean rise."""
+        return [
+            Reading(
+                name=self.name,
+                value=self.value,
+                error=self.standard_error,
+                evidence=f"standard error over {self.num_draws} pairs of draws"
+                + ("" if self.status.ok else f"; {self.status}"),
+                cost=f"{self.num_evals} forward passes, {self.seconds:.1f} s",
+            )
+        ]
+
+
+def worst_case_sharpness(
+    risk: EmpiricalRisk,
+    rho: float | Sequence[float],
+    *,
+    norm: Norm = "l2",
+    adaptive: Adaptive | None = None,
+    num_steps: int = 20,
+    shard_size: int | None = None,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> WorstCaseSharpness | list[WorstCaseSharpness]:
+    r"""The largest rise of the risk in a ball around the parameters.
+
+    $$S = \max_{\|u\|_p \le \rho} f(\theta + c \odot u) - f(\theta)$$
+
+    with c = 1, or adaptively c = |theta| element by element, or the norm of the filter
+    (row of the weight) that an entry belongs to, |theta| where there is none. Sought by
+    Auto-PGD from u = 0, so a lower bound; the one step of SAM stands beside it.
+
+    Element-wise adaptive values do not change when weights are rescaled without
+    changing the function; plain ones do. `audit` shows it.
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        rho: radius of the ball, > 0, in units of c. A list gives a list of results,
+            each searched afresh.
+        norm: `"l2"` (p = 2) or `"linf"` (p = infinity).
+        adaptive: `None`, `"elementwise"` or `"filterwise"`.
+        num_steps: of Auto-PGD, >= 1.
+        shard_size: m of m-sharpness: the samples are shuffled by `seed` into shards of
+            about this size, the maximum is taken in each, and the mean given with its
+            standard error. None: all samples at once.
+        seed: of the shards.
+        max_seconds: stop after the evaluation that passes this time.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `WorstCaseSharpness`. Its status is `zero_gradient` where f has no first-order
+        ascent at theta.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: `shard_size` for a risk from a closure.
+
+    Cost: `num_steps` + 1 values with gradient over the data; memory 7 vectors.
+
+    References:
+        Foret et al. (2021), arXiv:2010.01412 (the step, m-sharpness); Kwon et al.
+        (2021), arXiv:2102.11600 (adaptive; without their additive 0.01 and for every
+        parameter, so that the value is invariant); Andriushchenko et al. (2023),
+        arXiv:2302.07011 (Auto-PGD with 20 steps, shards of 128).
+    """
+    radii = _radii(rho)
+    _check_choices(norm, adaptive, num_steps)
+    shards = list(_shards(risk, shard_size, seed))
+    scale = perturbation_scale(risk, adaptive)
+    results = []
+    for radius in radii:
+        search = _Ascent(shards, scale, Ball(norm, radius), num_steps)
+        budget = Budget("gradients", max_seconds, progress, None)
+        with budget:
+            search.run(budget)
+        status = budget.status if budget.status is not Status.COMPLETED else search.status
+        results.append(
+            WorstCaseSharpness(
+                value=search.mean("rise"),
+                standard_error=search.standard_error(),
+                sam_value=search.mean("sam"),
+                risk_value=search.mean("value"),
+                status=status,
+                displacement=search.displacement if len(shards) == 1 else None,
+                num_evals=budget.num_steps,
+                num_shards=len(shards),
+                shard_size=max(shard.num_samples for shard in shards),
+                seconds=budget.seconds,
+                rho=radius,
+                norm=norm,
+                adaptive=adaptive,
+                num_steps=num_steps,
+                seed=seed,
+            )
+        )
+    return results if isinstance(rho, Sequence) else results[0]
+
+
+def average_case_sharpness(
+    risk: EmpiricalRisk,
+    rho: float | Sequence[float],
+    *,
+    adaptive: Adaptive | None = None,
+    num_draws: int = 20,
+    seed: int = 0,
+    max_seconds: float | None = None,
+    progress: bool | None = None,
+) -> AverageCaseSharpness | list[AverageCaseSharpness]:
+    r"""The mean rise of the risk under Gaussian noise on the parameters.
+
+    $$S = E_{z \sim N(0, I)}\, f(\theta + \rho\, c \odot z) - f(\theta)$$
+
+    with c as in `worst_case_sharpness`. Each draw z is used with its mirror image -z:
+    what is odd in z cancels exactly instead of on average. Near a minimum
+    S ~ rho^2 / 2 tr(C H C).
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        rho: standard deviation of the noise in units of c, > 0. The norm of the
+            perturbation is about rho sqrt(n). A list gives a list of results, from the
+            same draws.
+        adaptive: `None`, `"elementwise"` or `"filterwise"`.
+        num_draws: pairs of draws, >= 2.
+        seed: of the draws.
+        max_seconds: stop after the evaluation that passes this time.
+        progress: show a bar; by default on a terminal.
+
+    Returns:
+        `AverageCaseSharpness`; after an interrupt with the draws made so far.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Cost: 2 `num_draws` forward passes for each rho; memory 3 vectors.
+
+    References:
+        Andriushchenko et al. (2023), arXiv:2302.07011, eq. 1; Keskar et al. (2017) and
+        others perturb on average without a scale (c = 1).
+    """
+    radii = _radii(rho)
+    _check_choices("l2", adaptive, 1)
+    if num_draws < 2:
+        raise ValueError(
+            f"`num_draws` must be at least 2; got {num_draws}. One draw has no spread."
+        )
+    scale, value = perturbation_scale(risk, adaptive), risk.value()
+    results = []
+    for radius in radii:
+        rises: list[float] = []
+        budget = Budget("forward passes", max_seconds, progress, 2 * num_draws)
+        with budget:
+            for z in normal_draws(risk, num_draws, seed):
+                step = z.mul_(scale).mul_(radius)
+                budget.step(2)
+                both = risk.value(risk.theta + step) + risk.value(risk.theta - step)
+                rises.append(both / 2 - value)
+        mean, error = mean_and_error(rises)
+        finite = math.isfinite(mean) or not rises
+        results.append(
+            AverageCaseSharpness(
+                value=mean,
+                standard_error=error,
+                risk_value=value,
+                status=budget.status if finite else Status.NON_FINITE,
+                num_draws=len(rises),
+                num_evals=budget.num_steps,
+                seconds=budget.seconds,
+                rho=radius,
+                adaptive=adaptive,
+                seed=seed,
+            )
+        )
+    return results if isinstance(rho, Sequence) else results[0]
+
+
+def perturbation_scale(risk: EmpiricalRisk, adaptive: Adaptive | None) -> Tensor:
+    """The c of both measures, (n,): 1, |theta|, or the norm of each entry's filter."""
+    if adaptive is None:
+        return torch.ones_like(risk.theta)
+    if adaptive == "elementwise":
+        return risk.theta.abs()
+    pieces = _tensors.split(risk.theta, risk.shapes)
+    return _tensors.flatten(_filter_norms(piece) for piece in pieces)
+
+
+def _filter_norms(weight: Tensor) -> Tensor:
+    """Norm of the row (an output's weights) an entry is in; vectors have no rows."""
+    if weight.ndim < 2:
+        return weight.abs()
+    norms = weight.flatten(1).norm(dim=1)
+    return norms.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+
+
+def normal_draws(risk: EmpiricalRisk, num: int, seed: int) -> Iterator[Tensor]:
+    """Standard normal vectors (n,), the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num):
+        z = torch.randn(risk.theta.shape, generator=generator, dtype=torch.float32)
+        yield z.to(risk.theta)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; NaN where there are too few."""
+    if not values:
+        return math.nan, math.nan
+    array = np.asarray(values, float)
+    if len(array) < 2 or not np.isfinite(array).all():
+        return float(array.mean()), math.nan
+    return float(array.mean()), float(array.std(ddof=1)) / math.sqrt(len(array))
+
+
+class NormalisedLogits(nn.Module):
+    """A classifier whose logits have mean 0 and length 1 for every sample.
+
+    The scale of the last layer then cannot make the loss flat or sharp. Measure
+    `EmpiricalRisk(NormalisedLogits(model), loss, data)`.
+
+    References:
+        Andriushchenko et al. (2023), arXiv:2302.07011, section 3; their lower limit of
+        1e-10 for the length.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Logits (N, classes, ...) of the model, centred and scaled along dimension 1."""
+        logits: Tensor = self.model(*args, **kwargs)
+        centred = logits - logits.mean(1, keepdim=True)
+        return centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-10)
+
+
+# -- inside ----------------------------------------------------------------------------
+
+
+class _Ascent:
+    """Auto-PGD on each shard in turn.
+
+    Every point that is evaluated lies in the ball, so each is a candidate for the best;
+    the second one is SAM's, since the first step is cut back to the ball.
+    """
+
+    def __init__(
+        self, shards: Sequence[EmpiricalRisk], scale: Tensor, ball: Ball, num_steps: int
+    ) -> None:
+        self._shards, self._scale, self._ball = shards, scale, ball
+        self._num_steps = num_steps
+        self.status = Status.COMPLETED
+        self.displacement = torch.zeros_like(scale)
+        self._seen: list[_Seen] = []
+
+    def run(self, budget: Budget) -> None:
+        """Search the shards while the budget lasts."""
+        zero = torch.zeros_like(self._scale)
+        for shard in self._shards:
+            seen = _Seen(shard.num_terms)
+            self._seen.append(seen)
+            function = self._function(shard, seen, budget)
+            for state in auto_pgd(function, zero, self._ball, num_steps=self._num_steps):
+                last = state
+            if last.num_iters == 0:  # stopped where it began
+                is_flat = last.message == "the gradient is zero"
+                self.status = Status.ZERO_GRADIENT if is_flat else Status.NON_FINITE
+
+    def _function(
+        self, shard: EmpiricalRisk, seen: _Seen, budget: Budget
+    ) -> Callable[[Tensor], tuple[float, Tensor]]:
+        def function(u: Tensor) -> tuple[float, Tensor]:
+            budget.step()
+            displacement = self._scale * u
+            value, gradient = shard.value_and_gradient(shard.theta + displacement)
+            if seen.is_best(value):
+                self.displacement = displacement
+            seen.values.append(value)
+            return value, gradient * self._scale
+
+        return function
+
+    def mean(self, what: str) -> float:
+        """Mean over the shards, each with the weight of its loss terms."""
+        begun = [seen for seen in self._seen if seen.values]
+        if not begun:
+            return math.nan
+        values = [getattr(seen, what) for seen in begun]
+        return float(np.average(values, weights=[seen.terms for seen in begun]))
+
+    def standard_error(self) -> float | None:
+        """Of the mean over shards; None for a single shard."""
+        if len(self._shards) == 1:
+            return None
+        return mean_and_error([seen.rise for seen in self._seen if seen.values])[1]
+
+
+@dataclass
+class _Seen:
+    """The values of f that one shard's search has seen, that at theta first."""
+
+    terms: float
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def value(self) -> float:
+        return self.values[0]
+
+    @property
+    def sam(self) -> float:
+        """The rise after one step; NaN before it is made."""
+        return self.values[1] - self.values[0] if len(self.values) > 1 else math.nan
+
+    @property
+    def rise(self) -> float:
+        """The largest finite rise, at least 0."""
+        finite = [v for v in self.values if math.isfinite(v)]
+        return max(finite) - self.values[0] if finite else math.nan
+
+    def is_best(self, value: float) -> bool:
+        return math.isfinite(value) and all(
+            value > v for v in self.values if math.isfinite(v)
+        )
+
+
+def _shards(
+    risk: EmpiricalRisk, shard_size: int | None, seed: int
+) -> Iterator[EmpiricalRisk]:
+    if shard_size is None or shard_size >= risk.num_samples:
+        yield risk
+        return
+    if shard_size < 1:
+        raise ValueError(f"`shard_size` must be at least 1; got {shard_size}.")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(risk.num_samples, generator=generator)
+    for index in order.tensor_split(math.ceil(risk.num_samples / shard_size)):
+        yield risk.subset(index)
+
+
+def _name(what: str, adaptive: str | None, rho: float, rest: str = "") -> str:
+    return f"{what}{'_' + adaptive if adaptive else ''}({short(rho)}{rest})"
+
+
+def _radii(rho: float | Sequence[float]) -> list[float]:
+    radii = list(rho) if isinstance(rho, Sequence) else [rho]
+    for radius in radii:
+        if not (isinstance(radius, int | float) and 0 < radius < math.inf):
+            raise ValueError(
+                f"`rho` must be positive; got {radius}. SAM's default is 0.05."
+            )
+    return radii
+
+
+def _check_choices(norm: str, adaptive: str | None, num_steps: int) -> None:
+    if norm not in get_args(Norm):
+        raise ValueError(f"`norm` must be 'l2' or 'linf'; got {norm!r}.")
+    if adaptive is not None and adaptive not in get_args(Adaptive):
+        raise ValueError(
+            f"`adaptive` must be None, 'elementwise' or 'filterwise'; got {adaptive!r}."
+        )
+    if num_steps < 1:
+        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")

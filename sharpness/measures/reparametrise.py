@@ -1,0 +1,300 @@
+"""Other parameters for the same function: the maps that an audit applies to a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+# Powers of two: scaling by them is exact in floating point, so that what moves is moved
+# by the map and not by rounding.
+_FACTORS = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
+_TOLERANCE = 1e-6  # of the largest output, in float32
+
+_Affine = (nn.Linear, _ConvNd, _BatchNorm)  # outputs scale with weight and bias
+_Map = Callable[[nn.Module, torch.Generator], None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module without children."""
+
+    name: str
+    module: nn.Module
+    given: Tensor
+    returned: Tensor
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A layer, and the one that is fed by it, with what lies between."""
+
+    source: str
+    path: tuple[str, ...]  # positively homogeneous modules without parameters
+    consumer: str
+    shape: torch.Size  # of the source's output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reparametrisation:
+    """A network that computes the same function with other parameters."""
+
+    name: str
+    layers: tuple[str, ...]  # the ones whose weights were scaled
+    drift: float  # largest change of an output, relative to the largest output
+    network: nn.Module
+
+
+def reparametrisations(
+    network: nn.Module, inputs: Any, *, seed: int = 0
+) -> list[Reparametrisation]:
+    """Every kind of map that the network admits, applied wherever it can be.
+
+    - `layers`: a layer's output is scaled by a factor, the next layer's weight by its
+      inverse, past ReLU, pooling and whatever else is positively homogeneous (the
+      alpha-scale map of Dinh et al. 2017);
+    - `neurons`: the same with a factor for every output of the layer;
+    - `batchnorm`: weight and bias before a BatchNorm are scaled by a factor, its
+      running statistics along;
+    - `batchnorm-neurons`: the same with a factor for every output.
+
+    Layers are found by watching the tensors that pass from module to module in one
+    forward pass; a map that changes an output by more than 1e-6 of the largest is taken
+    back. What is connected outside of modules (a residual sum, a functional ReLU) is
+    thereby left alone.
+
+    Args:
+        network: in evaluation mode; not changed.
+        inputs: what it is called with, for the search and the check.
+        seed: of the factors.
+    """
+    calls = _watched(network, inputs)
+    pairs = list(_pairs(calls))
+    before_norm = [
+        (call.name, following.name)
+        for call, following in _following(calls)
+        if isinstance(call.module, nn.Linear | _ConvNd)
+        and isinstance(following.module, _BatchNorm)
+        and following.module.running_mean is not None
+    ]
+    found = []
+    for name, uniform, places in (
+        ("layers", True, pairs),
+        ("neurons", False, pairs),
+        ("batchnorm", True, before_norm),
+        ("batchnorm-neurons", False, before_norm),
+    ):
+        made = _applied_everywhere(network, inputs, name, uniform, places, seed)
+        if made.layers:
+            found.append(made)
+    return found
+
+
+def _applied_everywhere(
+    network: nn.Module,
+    inputs: Any,
+    name: str,
+    uniform: bool,
+    places: list[Any],
+    seed: int,
+) -> Reparametrisation:
+    generator = torch.Generator().manual_seed(seed)
+    current, layers, drift = copy.deepcopy(network), [], 0.0
+    for place in places:
+        candidate = copy.deepcopy(current)
+        with torch.no_grad():
+            if isinstance(place, _Pair):
+                applied = _rescale(candidate, place, uniform, generator)
+            else:
+                applied = _rescale_before_norm(candidate, *place, uniform, generator)
+        changed = _drift(network, candidate, inputs) if applied else float("inf")
+        if changed <= _TOLERANCE:
+            current, drift = candidate, changed
+            layers.append(place.source if isinstance(place, _Pair) else place[0])
+    return Reparametrisation(name=name, layers=tuple(layers), drift=drift, network=current)
+
+
+# -- the maps --------------------------------------------------------------------------
+
+
+def _rescale(
+    network: nn.Module, pair: _Pair, uniform: bool, generator: torch.Generator
+) -> bool:
+    """Scale one layer's outputs up and the next one's weights down."""
+    source, consumer = (
+        network.get_submodule(pair.source),
+        network.get_submodule(pair.consumer),
+    )
+    factors = _drawn(len(source.weight), uniform, generator, _FACTORS)  # type: ignore[arg-type]
+    factors = factors.to(source.weight)  # type: ignore[arg-type]
+    gain = _carried(network, pair, source, factors)
+    if gain is None or len(gain) != consumer.weight.shape[1]:  # type: ignore[index,union-attr]
+        return False
+    _scale_rows(source, factors)
+    columns = consumer.weight  # type: ignore[assignment]
+    columns /= gain.view(1, -1, *[1] * (columns.ndim - 2))  # type: ignore[operator,union-attr,misc]
+    return True
+
+
+def _rescale_before_norm(
+    network: nn.Module,
+    source: str,
+    norm: str,
+    uniform: bool,
+    generator: torch.Generator,
+) -> bool:
+    """Scale what a BatchNorm divides by anyway, up only.
+
+    The variance is scaled together with the eps that is added to it, so that nothing
+    moves: to make up for it, it would have to fall below 0 for small factors.
+    """
+    layer, statistics = network.get_submodule(source), network.get_submodule(norm)
+    up = tuple(f for f in _FACTORS if f > 1)
+    factors = _drawn(len(layer.weight), uniform, generator, up).to(layer.weight)  # type: ignore[arg-type]
+    _scale_rows(layer, factors)
+    statistics.running_mean *= factors  # type: ignore[operator]
+    wide = (statistics.running_var.double() + statistics.eps) * factors.double() ** 2  # type: ignore[operator,union-attr]
+    statistics.running_var.copy_(wide - statistics.eps)  # type: ignore[operator,union-attr]
+    return True
+
+
+def _drawn(
+    num: int, uniform: bool, generator: torch.Generator, factors: tuple[float, ...]
+) -> Tensor:
+    index = torch.randint(len(factors), (1 if uniform else num,), generator=generator)
+    return torch.tensor(factors)[index].expand(num)
+
+
+def _scale_rows(layer: nn.Module, factors: Tensor) -> None:
+    layer.weight *= factors.view(-1, *[1] * (layer.weight.ndim - 1))  # type: ignore[operator,union-attr,misc]
+    if layer.bias is not None:
+        layer.bias *= factors  # type: ignore[operator]
+
+
+def _carried(
+    network: nn.Module, pair: _Pair, source: nn.Module, factors: Tensor
+) -> Tensor | None:
+    """The factors as they arrive at the consumer's input, one for each of its columns."""
+    view = [1] * len(pair.shape)
+    view[-1 if isinstance(source, nn.Linear) else 1] = -1
+    ones = torch.ones((1, *pair.shape[1:]), device=factors.device, dtype=factors.dtype)
+    scaled = ones * factors.view(view)
+    for name in pair.path:
+        module = network.get_submodule(name)
+        ones, scaled = module(ones), module(scaled)
+    gains = (scaled / ones)[0]
+    if isinstance(network.get_submodule(pair.consumer), nn.Linear):
+        flat = gains.reshape(-1, gains.shape[-1])
+    else:
+        flat = gains.flatten(1).T
+    return flat[0] if bool((flat == flat[0]).all()) else None
+
+
+# -- how layers are connected ----------------------------------------------------------
+
+
+def _pairs(calls: Mapping[str, _Call]) -> Iterator[_Pair]:
+    following = {call.name: after for call, after in _following(calls)}
+    for call in calls.values():
+        if not _is_affine(call.module):
+            continue
+        path: list[str] = []
+        after = following.get(call.name)
+        while after is not None and _is_homogeneous(after):
+            path.append(after.name)
+            after = following.get(after.name)
+        if after is not None and isinstance(after.module, nn.Linear | _ConvNd):
+            ungrouped = getattr(after.module, "groups", 1) == 1
+            if ungrouped and not getattr(after.module, "transposed", False):
+                yield _Pair(call.name, tuple(path), after.name, call.returned.shape)
+
+
+def _is_affine(module: nn.Module) -> bool:
+    if not isinstance(module, _Affine) or getattr(module, "transposed", False):
+        return False
+    return module.weight is not None
+
+
+def _is_homogeneous(call: _Call) -> bool:
+    """Whether a module without parameters scales with its inputs, up and down."""
+    if next(call.module.parameters(), None) is not None:
+        return False
+    with torch.no_grad():
+        return all(
+            torch.equal(call.module(factor * call.given), factor * call.returned)
+            for factor in (0.5, 4.0)
+        )
+
+
+def _following(calls: Mapping[str, _Call]) -> Iterator[tuple[_Call, _Call]]:
+    """Each call with the only one that takes its output."""
+    for call in calls.values():
+        takers = [
+            other
+            for other in calls.values()
+            if other is not call and other.given is call.returned
+        ]
+        if len(takers) == 1:
+            yield call, takers[0]
+
+
+def _watched(network: nn.Module, inputs: Any) -> dict[str, _Call]:
+    """The calls of modules without children, of those called once on one tensor."""
+    calls: dict[str, list[_Call | None]] = {}
+    handles = []
+    for name, module in network.named_modules():
+        if next(module.children(), None) is None:
+
+            def note(m: nn.Module, given: Any, out: Any, name: str = name) -> None:
+                single = len(given) == 1 and isinstance(given[0], Tensor)
+                fits = single and isinstance(out, Tensor) and out is not given[0]
+                call = _Call(name, m, given[0], out) if fits else None
+                calls.setdefault(name, []).append(call)
+
+            handles.append(module.register_forward_hook(note))
+    try:
+        with _out_of_place(network), torch.no_grad():
+            _call(network, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: c[0] for name, c in calls.items() if len(c) == 1 and c[0] is not None}
+
+
+@contextmanager
+def _out_of_place(network: nn.Module) -> Iterator[None]:
+    """With every in-place activation writing into a tensor of its own."""
+    changed = [m for m in network.modules() if getattr(m, "inplace", False) is True]
+    for module in changed:
+        module.inplace = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.inplace = True  # type: ignore[assignment]
+
+
+def _drift(network: nn.Module, other: nn.Module, inputs: Any) -> float:
+    with torch.no_grad():
+        before, after = _call(network, inputs), _call(other, inputs)
+    return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+
+
+def _call(network: nn.Module, inputs: Any) -> Tensor:
+    if isinstance(inputs, Mapping):
+        result = network(**inputs)
+    else:
+        several = isinstance(inputs, tuple | list)
+        result = network(*inputs) if several else network(inputs)
+    if not isinstance(result, Tensor):
+        raise TypeError(
+            f"`model` must return one tensor for an audit; got {type(result).__name__}."
+        )
+    return result

@@ -1,0 +1,629 @@
+"""How sharp is it by every measure? All of them on the same data, at the same point."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, TypedDict, Unpack
+
+from torch import Tensor
+
+from sharpness import _progress
+from sharpness.measures.eigenvalues import eigenpairs
+from sharpness.measures.epsilon import epsilon_sharpness, subspace_sharpness
+from sharpness.measures.flatness import (
+    box_alpha,
+    norms,
+    pac_bayes_sigma,
+    relative_flatness,
+)
+from sharpness.measures.perturbation import (
+    NormalisedLogits,
+    average_case_sharpness,
+    normal_draws,
+    worst_case_sharpness,
+)
+from sharpness.measures.sampling import lambda_max_sampling
+from sharpness.measures.spectrum import spectral_density
+from sharpness.measures.traces import frobenius_norm, trace
+from sharpness.results import Reading, Result, Status
+from sharpness.risk.empirical import EmpiricalRisk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the measures of a summary share. See `summary`."""
+
+    k: int = 1
+    tol: float = 1e-2
+    epsilon: tuple[float, ...] = (1e-3, 5e-4)
+    subspace_dim: int | None = None
+    num_starts: int = 1
+    rho: tuple[float, ...] | None = None
+    shard_size: int | None = None
+    accuracy_drop: float = 0.1
+    seed: int = 0
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a value before any work is done."""
+        for name, values, advice in (
+            ("tol", (self.tol,), "The default is 1e-2."),
+            ("epsilon", self.epsilon, "The paper used 1e-3 and 5e-4."),
+            ("rho", self.rho or (), "SAM's default is 0.05."),
+            ("accuracy_drop", (self.accuracy_drop,), "0.1 is usual."),
+        ):
+            wrong = [value for value in values if not 0 < value < math.inf]
+            if wrong:
+                raise ValueError(f"`{name}` must be positive; got {wrong[0]}. {advice}")
+        for name, count in (
+            ("num_starts", self.num_starts),
+            ("subspace_dim", self.subspace_dim),
+            ("shard_size", self.shard_size),
+        ):
+            if count is not None and count < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {count}.")
+        if self.accuracy_drop >= 1:
+            raise ValueError(
+                f"`accuracy_drop` must lie in (0, 1); got {self.accuracy_drop}."
+            )
+
+
+class Keywords(TypedDict, total=False):
+    """The same as keywords."""
+
+    k: int
+    tol: float
+    epsilon: Sequence[float]
+    subspace_dim: int | None
+    num_starts: int
+    rho: Sequence[float] | None
+    shard_size: int | None
+    accuracy_drop: float
+    seed: int
+    max_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Passes over the data that a measure is expected to take."""
+
+    forwards: float = 0.0
+    gradients: float = 0.0
+    products: float = 0.0
+
+    def seconds(self, forward: float, gradient: float, product: float) -> float:
+        """At so many seconds each."""
+        return self.forwards * forward + self.gradients * gradient + self.products * product
+
+
+_Run = Callable[[EmpiricalRisk, Settings, dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One entry of the list that `summary` works through."""
+
+    family: str
+    definition: str
+    run: _Run  # (risk, settings, what earlier measures left) -> result or results
+    cost: Callable[[EmpiricalRisk, Settings], Cost]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unavailable(Result):
+    """A measure that has no meaning for this risk, and why."""
+
+    name: str
+    note: str
+    status: Status = Status.NOT_AVAILABLE
+
+    def __str__(self) -> str:
+        return f"{self.name} not available: {self.note}"
+
+    def readings(self) -> list[Reading]:
+        """A row without a number."""
+        return [Reading(name=self.name, value=math.nan, error=None, evidence=self.note)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Result):
+    """The results of many measures of one risk, by name."""
+
+    value: float  # f(theta)
+    accuracy: float | None  # in [0, 1]; None where targets are no classes
+    results: dict[str, list[Result]]
+    notes: list[str]  # what makes numbers doubtful: not a minimum, one class only, ...
+    settings: Settings
+    seconds: float
+
+    def __getitem__(self, name: str) -> Any:
+        """One measure's result, or list of results for several radii."""
+        if name not in self.results:
+            raise KeyError(f"{name!r} was not measured; there are {list(self.results)}")
+        found = self.results[name]
+        return found[0] if len(found) == 1 else found
+
+    @property
+    def status(self) -> Status:  # type: ignore[override]
+        """That of the first result which is not as asked for."""
+        for result in self._all():
+            if not result.status.ok and result.status is not Status.NOT_AVAILABLE:
+                return result.status
+        return Status.COMPLETED
+
+    def readings(self) -> list[Reading]:
+        """Every number, in order."""
+        return [reading for result in self._all() for reading in result.readings()]
+
+    def __str__(self) -> str:
+        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.1%}"
+        lines = [f"f {self.value:.4g}{accuracy}   ({self.seconds:.1f} s)"]
+        return "\n".join(lines + [str(result) for result in self._all()] + self.notes)
+
+    def table(self) -> str:
+        """Value, evidence and cost of every measure, as text."""
+        from sharpness.report.tables import readings_text
+
+        return readings_text(self.readings(), self.notes)
+
+    def to_json(self) -> str:
+        """All numbers, evidence and settings as one line of JSON."""
+        from sharpness.record import to_line
+
+        return to_line(
+            {
+                "value": self.value,
+                "accuracy": self.accuracy,
+                "measures": self.results,
+                "notes": self.notes,
+                "settings": self.settings,
+                "seconds": self.seconds,
+            }
+        )
+
+    def plot(self, path: str | None = None) -> Any:
+        """The numbers with their errors on a logarithmic axis; a matplotlib figure."""
+        from sharpness.report.figures import readings_plot
+
+        return readings_plot(self.readings(), path)
+
+    def _all(self) -> Iterator[Result]:
+        for results in self.results.values():
+            yield from results
+
+
+def summary(
+    risk: EmpiricalRisk,
+    measures: str | Sequence[str] | None = None,
+    *,
+    start: Tensor | None = None,
+    progress: bool | None = None,
+    on_estimate: Callable[[float], None] | None = None,
+    **settings: Unpack[Keywords],
+) -> Summary:
+    """Every measure of sharpness on the same data, at the same point.
+
+    Args:
+        risk: the mean loss f, held at the parameters theta.
+        measures: names of measures or families (`MEASURES`, `FAMILIES`); None means the
+            families curvature, epsilon, perturbation, flatness and norms.
+        start: the parameters (n,) that training began with, for the distance from them.
+        progress: show a bar with the expected time; by default on a terminal.
+        on_estimate: called with the expected seconds before anything is measured.
+        **settings: `k` and `tol` of the eigenvalues; `epsilon` (a sequence),
+            `subspace_dim` and `num_starts` of phi; `rho`, radii of all perturbation
+            measures (by default each has its usual one); `shard_size` of m-sharpness;
+            `accuracy_drop` of sigma and alpha; `seed`; `max_seconds` for each measure.
+
+    Returns:
+        `Summary`. A measure that has no meaning for the risk is `not_available` with a
+        note; an interrupt ends the list with what there is.
+
+    Raises:
+        ValueError: an unknown measure, an argument outside its range, or a loss at
+            theta that is not finite.
+
+    Cost: with the default families about 170 products, 250 gradients and 500 forward
+    passes over the data: a minute for F1 on 1000 samples and two cores.
+    """
+    shared = Settings(**{**settings, **_as_tuples(settings)})
+    chosen = selected(measures)
+    if not 1 <= shared.k <= risk.n:
+        raise ValueError(
+            f"`k` must lie in [1, n]; got k={shared.k} (n={risk.n} parameters)."
+        )
+    began = time.monotonic()
+    value = risk.value()
+    if not math.isfinite(value):
+        raise ValueError(
+            f"`risk` must be finite; got f(theta) = {value}. Its parameters or the data "
+            "hold NaN or infinite values."
+        )
+    accuracy = risk.accuracy() if risk.is_classification else None
+    expected = expected_seconds(risk, chosen, shared)
+    if on_estimate is not None:
+        on_estimate(sum(expected.values()))
+    results: dict[str, list[Result]] = {}
+    left: dict[str, Any] = {"start": start}
+    total = max(1, round(sum(expected.values())))
+    bar_format = "{desc}: {percentage:.0f} % of about {total} s"
+    with _progress.bar("measuring", total, progress, bar_format=bar_format) as bar:
+        for name in chosen:
+            bar.set_description(name)
+            results[name] = _measured(name, risk, shared, left)
+            bar.update(min(expected[name], bar.total - bar.n))
+            if any(r.status is Status.INTERRUPTED for r in results[name]):
+                break
+    return Summary(
+        value=value,
+        accuracy=accuracy,
+        results=results,
+        notes=list(_notes(risk, value, accuracy, results)),
+        settings=shared,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _as_tuples(settings: Keywords) -> dict[str, tuple[float, ...]]:
+    """The lists of radii, which may come as a single number."""
+    found: dict[str, tuple[float, ...]] = {}
+    for name in ("epsilon", "rho"):
+        given = settings.get(name)
+        if given is not None:
+            found[name] = (given,) if isinstance(given, float | int) else tuple(given)  # type: ignore[arg-type]
+    return found
+
+
+def selected(measures: str | Sequence[str] | None) -> list[str]:
+    """Names of measures from names of measures and families, in the list's order."""
+    asked = [measures] if isinstance(measures, str) else measures
+    if asked is None:
+        asked = DEFAULT_FAMILIES
+    unknown = [name for name in asked if name not in MEASURES and name not in FAMILIES]
+    if unknown or not asked:
+        wrong = unknown[0] if unknown else "none"
+        close = get_close_matches(wrong, [*MEASURES, *FAMILIES], 1)
+        raise ValueError(
+            f"`measures` must be of {', '.join(FAMILIES)} or single ones such as "
+            f"{', '.join(list(MEASURES)[:4])}; got {wrong!r}."
+            + (f" Did you mean {close[0]}?" if close else "")
+        )
+    return [n for n, m in MEASURES.items() if n in asked or m.family in asked]
+
+
+def expected_seconds(
+    risk: EmpiricalRisk, names: Iterable[str], settings: Settings
+) -> dict[str, float]:
+    """How long each measure should take, from one forward pass and one gradient."""
+    moved = risk.theta + 1e-6 * next(normal_draws(risk, 1, 0))
+    forward = _timed(lambda: (next(normal_draws(risk, 1, 0)), risk.value(moved)))
+    gradient = _timed(lambda: risk.value_and_gradient(moved))
+    limit = math.inf if settings.max_seconds is None else settings.max_seconds
+    found = {}
+    for name in names:
+        cost = MEASURES[name].cost(risk, settings)
+        found[name] = min(limit, cost.seconds(forward, gradient, 2.2 * gradient))
+    return found
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    work()
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _measured(
+    name: str, risk: EmpiricalRisk, settings: Settings, left: dict[str, Any]
+) -> list[Result]:
+    try:
+        found = MEASURES[name].run(risk, settings, left)
+    except TypeError as error:
+        if "not available" not in str(error):
+            raise
+        return [Unavailable(name=name, note=str(error))]
+    return list(found) if isinstance(found, list) else [found]
+
+
+def _notes(
+    risk: EmpiricalRisk,
+    value: float,
+    accuracy: float | None,
+    results: dict[str, list[Result]],
+) -> Iterator[str]:
+    """What a reader should know before believing the numbers."""
+    if risk.num_samples == 1:
+        yield "One sample only: nothing here says how sharp the loss is on others."
+    if accuracy is not None and risk.num_samples > 1:
+        num_classes = int(risk.targets.unique().numel())
+        if num_classes == 1:
+            yield "All samples are of one class: a constant output is a minimum."
+        elif accuracy < 1.5 / num_classes:
+            yield (
+                f"The accuracy, {accuracy:.1%}, is near chance for {num_classes} classes: "
+                "is this checkpoint trained?"
+            )
+    slope = next((r.gradient_norm for r in results.get("norms", [])), None)  # type: ignore[attr-defined]
+    top = next((r.lambda_max for r in results.get("lambda_max", [])), math.nan)  # type: ignore[attr-defined]
+    if slope == 0.0:
+        yield "The gradient is exactly zero: the loss does not depend on the parameters."
+    elif slope is not None and top > 0 and slope**2 / (2 * top) > 0.1 * abs(value):
+        yield (
+            "Not a minimum: along the gradient alone the loss could fall by "
+            f"{slope**2 / (2 * top):.2g} of {value:.2g}. Sharpness of a minimum means "
+            "little here."
+        )
+
+
+# -- the list --------------------------------------------------------------------------
+
+
+def _common(settings: Settings) -> dict[str, Any]:
+    return {
+        "seed": settings.seed,
+        "max_seconds": settings.max_seconds,
+        "progress": False,
+    }
+
+
+def _lambda_max(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    pairs = eigenpairs(risk, s.k, tol=s.tol, **_common(s))
+    left["top"] = pairs.eigenvectors[:1]
+    return pairs
+
+
+def _phi(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    return epsilon_sharpness(
+        risk,
+        list(s.epsilon),
+        num_starts=s.num_starts,
+        corners=left.get("top") if s.num_starts > 1 else None,
+        **_common(s),
+    )
+
+
+def _phi_subspace(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    p = min(s.subspace_dim or 100, risk.n)
+    return subspace_sharpness(risk, list(s.epsilon), subspace_dim=p, **_common(s))
+
+
+def _worst(norm: Any, adaptive: Any, default: float) -> _Run:
+    def run(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+        radii = list(s.rho or (default,))
+        return worst_case_sharpness(risk, radii, norm=norm, adaptive=adaptive, **_common(s))
+
+    return run
+
+
+def _sharded(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    size = s.shard_size or min(128, risk.num_samples)
+    return worst_case_sharpness(risk, list(s.rho or (0.05,)), shard_size=size, **_common(s))
+
+
+def _average(adaptive: Any, default: float) -> _Run:
+    def run(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+        return average_case_sharpness(
+            risk, list(s.rho or (default,)), adaptive=adaptive, **_common(s)
+        )
+
+    return run
+
+
+def _sigma(magnitude_aware: bool) -> _Run:
+    def run(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+        return pac_bayes_sigma(
+            risk,
+            accuracy_drop=s.accuracy_drop,
+            magnitude_aware=magnitude_aware,
+            **_common(s),
+        )
+
+    return run
+
+
+def _box(magnitude_aware: bool) -> _Run:
+    def run(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+        return box_alpha(
+            risk,
+            accuracy_drop=s.accuracy_drop,
+            magnitude_aware=magnitude_aware,
+            max_seconds=s.max_seconds,
+            progress=False,
+        )
+
+    return run
+
+
+def _normalised(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    if not risk.is_classification:
+        raise TypeError("`risk` must classify to have logits (not available otherwise).")
+    other = risk.with_model(
+        NormalisedLogits(risk.network()), [f"model.{name}" for name in risk.names]
+    )
+    found = worst_case_sharpness(
+        other, list(s.rho or (0.5,)), adaptive="elementwise", **_common(s)
+    )
+    return [Renamed(result=result, suffix="_normalised_logits") for result in found]  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renamed(Result):
+    """A result of a changed risk, under a name that says so."""
+
+    result: Any
+    suffix: str
+    status: Status = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", self.result.status)
+
+    def __str__(self) -> str:
+        return f"{self.suffix.strip('_').replace('_', ' ')}: {self.result}"
+
+    def readings(self) -> list[Reading]:
+        """Those of the result, renamed."""
+        found = []
+        for reading in self.result.readings():
+            name, bracket, rest = reading.name.partition("(")
+            facts = {**reading.__dict__, "name": f"{name}{self.suffix}{bracket}{rest}"}
+            found.append(Reading(**facts))
+        return found
+
+
+def _radii(settings: Settings) -> int:
+    return len(settings.rho or (0,))
+
+
+def _ascents(extra: float = 0.0) -> Callable[[EmpiricalRisk, Settings], Cost]:
+    return lambda risk, s: Cost(gradients=(21 + extra) * _radii(s))
+
+
+def _entry(
+    family: str,
+    definition: str,
+    run: _Run,
+    cost: Callable[[EmpiricalRisk, Settings], Cost],
+) -> Measure:
+    return Measure(family, definition, run, cost)
+
+
+MEASURES: dict[str, Measure] = {
+    "lambda_max": _entry(
+        "curvature",
+        "largest eigenvalues of the Hessian",
+        _lambda_max,
+        lambda risk, s: Cost(products=8 + 4 * s.k),
+    ),
+    "trace": _entry(
+        "curvature",
+        "sum of the Hessian's eigenvalues",
+        lambda risk, s, left: trace(risk, **_common(s)),
+        lambda risk, s: Cost(products=80),
+    ),
+    "phi": _entry(
+        "epsilon",
+        "largest rise of the loss in Keskar's box, in percent of 1 + f",
+        _phi,
+        lambda risk, s: Cost(gradients=34 * s.num_starts * len(s.epsilon)),
+    ),
+    "phi_subspace": _entry(
+        "subspace",
+        "the same over random subspaces, mean of several draws",
+        _phi_subspace,
+        lambda risk, s: Cost(gradients=5 * 60 * len(s.epsilon)),
+    ),
+    "worst_l2": _entry(
+        "perturbation",
+        "largest rise in a Euclidean ball (and after one SAM step)",
+        _worst("l2", None, 0.05),
+        _ascents(),
+    ),
+    "worst_linf": _entry(
+        "perturbation",
+        "largest rise in a cube",
+        _worst("linf", None, 5e-4),
+        _ascents(),
+    ),
+    "worst_l2_elementwise": _entry(
+        "perturbation",
+        "largest rise in a ball measured in |theta| (ASAM)",
+        _worst("l2", "elementwise", 0.5),
+        _ascents(),
+    ),
+    "worst_linf_elementwise": _entry(
+        "perturbation",
+        "largest rise in a cube measured in |theta|",
+        _worst("linf", "elementwise", 0.002),
+        _ascents(),
+    ),
+    "worst_l2_filterwise": _entry(
+        "perturbation",
+        "largest rise in a ball measured in filter norms",
+        _worst("l2", "filterwise", 0.05),
+        _ascents(),
+    ),
+    "worst_l2_sharded": _entry(
+        "sharded",
+        "m-sharpness: the largest rise on each shard, mean over shards",
+        _sharded,
+        _ascents(10),
+    ),
+    "worst_normalised": _entry(
+        "logits",
+        "largest rise in |theta| with normalised logits",
+        _normalised,
+        _ascents(5),
+    ),
+    "average": _entry(
+        "perturbation",
+        "mean rise under Gaussian noise",
+        _average(None, 0.01),
+        lambda risk, s: Cost(forwards=40 * _radii(s)),
+    ),
+    "average_elementwise": _entry(
+        "perturbation",
+        "mean rise under Gaussian noise in proportion to |theta|",
+        _average("elementwise", 0.1),
+        lambda risk, s: Cost(forwards=40 * _radii(s)),
+    ),
+    "pac_bayes_sigma": _entry(
+        "flatness",
+        "noise that costs accuracy_drop of the accuracy",
+        _sigma(False),
+        lambda risk, s: Cost(forwards=130),
+    ),
+    "pac_bayes_sigma_magnitude": _entry(
+        "flatness",
+        "the same in proportion to |theta|",
+        _sigma(True),
+        lambda risk, s: Cost(forwards=130),
+    ),
+    "box_alpha": _entry(
+        "flatness",
+        "box in which ascent costs accuracy_drop of the accuracy",
+        _box(False),
+        lambda risk, s: Cost(forwards=60, gradients=60),
+    ),
+    "box_alpha_magnitude": _entry(
+        "flatness",
+        "the same in proportion to |theta|",
+        _box(True),
+        lambda risk, s: Cost(forwards=60, gradients=60),
+    ),
+    "relative_flatness": _entry(
+        "flatness",
+        "trace of a layer's Hessian weighted with its weights (Petzka)",
+        lambda risk, s, left: relative_flatness(risk, **_common(s)),
+        lambda risk, s: Cost(products=20 + 5 * sum(len(x) > 1 for x in risk.shapes)),
+    ),
+    "norms": _entry(
+        "norms",
+        "norms of gradient and parameters, distance from the start, Fisher-Rao",
+        lambda risk, s, left: norms(risk, start=left["start"]),
+        lambda risk, s: Cost(gradients=1, products=1),
+    ),
+    "frobenius_norm": _entry(
+        "spectrum",
+        "root of the sum of squared eigenvalues",
+        lambda risk, s, left: frobenius_norm(risk, **_common(s)),
+        lambda risk, s: Cost(products=60),
+    ),
+    "density": _entry(
+        "spectrum",
+        "spectral density of the Hessian, with its negative mass",
+        lambda risk, s, left: spectral_density(risk, **_common(s)),
+        lambda risk, s: Cost(products=800),
+    ),
+    "lambda_max_sampling": _entry(
+        "sampling",
+        "lambda_max of the distribution behind the samples",
+        lambda risk, s, left: lambda_max_sampling(risk, **_common(s)),
+        lambda risk, s: Cost(products=60),
+    ),
+}
+FAMILIES = tuple(dict.fromkeys(measure.family for measure in MEASURES.values()))
+DEFAULT_FAMILIES = ("curvature", "epsilon", "perturbation", "flatness", "norms")

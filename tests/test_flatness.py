@@ -1,0 +1,590 @@
+"""Radii that accuracy survives, norms, relative flatness: closed forms and brute force."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import (
+    ONE_SAMPLE,
+    Point,
+    filled,
+    generator,
+    linear_regression,
+    normal,
+    softmax_regression,
+    tiny_mlp,
+)
+from scipy import stats
+from scipy.optimize import brentq
+from torch import Tensor, nn
+
+import sharpness as sh
+from sharpness.measures import budget
+from sharpness.record import to_line
+
+CE = nn.CrossEntropyLoss()
+RADII = pytest.mark.parametrize("measure", [sh.pac_bayes_sigma, sh.box_alpha])
+
+
+def one_feature_each(margins: Tensor, lower: float = 0.0) -> sh.EmpiricalRisk:
+    """Sample j sees column j of the weight alone, and is right while W_1j > W_0j."""
+    num, dtype = len(margins), margins.dtype
+    model = nn.Linear(num, 2, bias=False, dtype=dtype)
+    with torch.no_grad():
+        model.weight[0] = lower
+        model.weight[1] = lower + margins
+    data = torch.eye(num, dtype=dtype), torch.ones(num, dtype=torch.long)
+    return sh.EmpiricalRisk(model, CE, data)
+
+
+def alike(margin: float, num: int = 400) -> sh.EmpiricalRisk:
+    return one_feature_each(torch.full((num,), margin, dtype=torch.float64))
+
+
+def calls_of(risk: sh.EmpiricalRisk, name: str, fail_at: int | None = None) -> list[tuple]:
+    """Arguments of every call of a method, which is interrupted in one of them."""
+    calls, method = [], getattr(risk, name)
+
+    def counting(*args):
+        calls.append(args)
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
+        return method(*args)
+
+    setattr(risk, name, counting)
+    return calls
+
+
+# -- the noise that accuracy survives ----------------------------------------------
+
+
+@pytest.mark.parametrize("drop", [0.1, 0.3])
+@pytest.mark.parametrize("margin", [0.03, 1.0, 50.0])
+def test_sigma_is_the_standard_deviation_of_the_normal_distribution(margin, drop):
+    found = sh.pac_bayes_sigma(alike(margin), accuracy_drop=drop, num_draws=25)
+    sigma = margin / (math.sqrt(2) * stats.norm.isf(drop))
+    assert (found.status, found.accuracy) == ("converged", 1.0)
+    assert 0 < found.standard_error < 0.05 * sigma
+    assert abs(found.value - sigma) <= 4 * found.standard_error + 0.01 * sigma
+    low, high = found.bracket
+    assert low < found.value < high <= low * 1.02
+    assert found.flatness_measure == pytest.approx(found.value**-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("magnitude_aware", [False, True])
+@pytest.mark.parametrize("lower", [-0.4, 0.0, 2.0])
+@pytest.mark.parametrize("size", [2e-3, 1.0])
+def test_noise_is_scaled_by_each_weight_with_a_floor(size, lower, magnitude_aware, dtype):
+    """The mean of Phi(-margin / (sigma sqrt(s_0^2 + s_1^2))) is the drop."""
+    margins = size * torch.linspace(0.5, 2, 300, dtype=dtype)
+    risk = one_feature_each(margins, size * lower)
+    found = sh.pac_bayes_sigma(
+        risk, num_draws=20, magnitude_aware=magnitude_aware, rtol=2e-3
+    )
+    theta = risk.theta.double().numpy().reshape(2, -1)
+    spread = np.sqrt((theta**2 + 1e-6 if magnitude_aware else np.ones_like(theta)).sum(0))
+
+    def excess(log_sigma: float) -> float:
+        lost = stats.norm.cdf((theta[0] - theta[1]) / (math.exp(log_sigma) * spread))
+        return float(lost.mean()) - 0.1
+
+    sigma = math.exp(brentq(excess, -20, 20, xtol=1e-12))
+    assert abs(found.value - sigma) <= 4 * found.standard_error + 2e-3 * sigma
+    assert found.standard_error < 0.05 * sigma
+    assert found.name == f"pac_bayes_sigma{'_magnitude' if magnitude_aware else ''}"
+
+
+@pytest.mark.parametrize("power", [-6, 3, 8])
+def test_sigma_scales_with_the_weights(power):
+    plain, scaled = (
+        sh.pac_bayes_sigma(alike(margin, 50)) for margin in (1.1, 1.1 * 4.0**power)
+    )
+    assert scaled.value == plain.value * 4.0**power
+    assert scaled.standard_error == pytest.approx(plain.standard_error * 4.0**power)
+
+
+@RADII
+@pytest.mark.parametrize("power", [-12, 12])
+def test_an_accuracy_that_does_fall_is_never_called_not_reached(measure, power):
+    assert measure(alike(4.0**power, 50)).status != "not_reached"
+
+
+def test_the_jackknife_error_is_the_spread_over_seeds():
+    risk = alike(1.0, 60)
+    found = [sh.pac_bayes_sigma(risk, seed=seed, rtol=5e-3) for seed in range(40)]
+    spread = np.var([f.value for f in found], ddof=1)
+    stated = np.mean([f.standard_error**2 for f in found])
+    low, high = stats.f.ppf([1e-3, 1 - 1e-3], 39, 40 * 9)
+    assert low < spread / stated < high
+    again = sh.pac_bayes_sigma(risk, seed=7, rtol=5e-3)
+    assert dataclasses.replace(again, seconds=found[7].seconds) == found[7]
+    assert len({f.standard_error for f in found}) == 40
+
+
+def test_each_forward_pass_is_counted_and_every_sigma_has_the_same_draws():
+    risk = alike(1.0, 50)
+    calls = calls_of(risk, "accuracy")
+    found = sh.pac_bayes_sigma(risk, num_draws=7)
+    assert found.num_evals == len([args for args in calls if args])
+    for pair in zip(calls[1:8], calls[8:15], strict=True):  # 2^-5, then four times that
+        near, far = (args[0] - risk.theta for args in pair)
+        assert torch.allclose(far, 4 * near, rtol=1e-9, atol=1e-12)
+
+
+# -- the box that accuracy survives -------------------------------------------------
+
+
+def shuffled_margins(num: int = 30) -> Tensor:
+    return 0.1 + 0.07 * torch.randperm(num, generator=generator(5)).double()
+
+
+@pytest.mark.parametrize("num_steps", [1, 20])
+@pytest.mark.parametrize(("drop", "flips"), [(0.01, 1), (0.08, 3), (0.25, 8), (0.95, 29)])
+def test_alpha_is_where_enough_small_margins_are_used_up(drop, flips, num_steps):
+    """W_0j rises by alpha and W_1j falls by it, so margins up to 2 alpha are lost."""
+    margins = shuffled_margins()
+    risk = one_feature_each(margins, 0.3)
+    calls = calls_of(risk, "value_and_gradient")
+    found = sh.box_alpha(risk, accuracy_drop=drop, num_steps=num_steps)
+    alpha = float(margins.sort().values[flips - 1]) / 2
+    low, high = found.bracket
+    assert low * (1 - 1e-12) <= alpha <= high * (1 + 1e-12)
+    assert high <= low * 1.1
+    assert (found.value, found.status, found.name) == (high, "converged", "box_alpha")
+    assert (found.num_evals, found.num_draws) == (len(calls), None)
+    assert found.readings()[0].bound == "≤"
+
+
+@pytest.mark.parametrize("lower", [0.0, -0.5, 2.0])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_a_magnitude_aware_box_is_as_wide_as_each_weight(lower, size):
+    risk = one_feature_each(size * shuffled_margins(), size * lower)
+    found = sh.box_alpha(risk, accuracy_drop=0.25, magnitude_aware=True, rtol=0.01)
+    a, b = risk.theta.numpy().reshape(2, -1)
+    alpha = np.sort((b - a) / (np.sqrt(a**2 + 1e-6) + np.sqrt(b**2 + 1e-6)))[7]
+    low, high = found.bracket
+    assert low * (1 - 1e-9) <= alpha <= high * (1 + 1e-9)
+    assert high <= low * 1.01
+
+
+@pytest.mark.parametrize(("num", "drop"), [(10, 0.1), (20, 0.1), (10, 0.3), (50, 0.1)])
+def test_a_drop_of_exactly_what_was_asked_for_is_enough(num, drop):
+    margins = shuffled_margins(num)
+    found = sh.box_alpha(one_feature_each(margins), accuracy_drop=drop, rtol=0.01)
+    alpha = float(margins.sort().values[round(num * drop) - 1]) / 2
+    assert alpha <= found.value * (1 + 1e-12) <= alpha * 1.02
+
+
+# -- accuracy that cannot fall ------------------------------------------------------
+
+
+def single_class() -> sh.EmpiricalRisk:
+    data = normal(generator(0), 12, 3), torch.zeros(12, dtype=torch.long)
+    return sh.EmpiricalRisk(nn.Linear(3, 1).double(), CE, data)
+
+
+def at_chance() -> sh.EmpiricalRisk:
+    """Each sample with either label: half are right whatever the weights."""
+    x = normal(generator(0), 12, 3)
+    data = torch.cat([x, x]), torch.arange(2).repeat_interleave(12)
+    return sh.EmpiricalRisk(filled(nn.Linear(3, 2).double(), generator(1)), CE, data)
+
+
+@RADII
+@pytest.mark.parametrize("magnitude_aware", [False, True])
+@pytest.mark.parametrize(("build", "accuracy"), [(single_class, 1), (at_chance, 0.5)])
+def test_accuracy_that_cannot_fall_is_not_reached(
+    build, accuracy, measure, magnitude_aware
+):
+    found = measure(build(), magnitude_aware=magnitude_aware)
+    assert (found.status, found.accuracy) == ("not_reached", accuracy)
+    assert math.isnan(found.value)
+    assert found.standard_error is None
+    assert found.bracket[1] == math.inf
+    assert "not_reached" in str(found)
+    with pytest.raises(sh.NotConvergedError, match="accuracy near chance"):
+        found.raise_for_status()
+
+
+def test_noise_of_any_size_leaves_half_of_two_classes_right():
+    assert sh.pac_bayes_sigma(alike(1.0), accuracy_drop=0.6).status == "not_reached"
+
+
+@RADII
+def test_a_tolerance_below_rounding_comes_to_an_end(measure):
+    found = measure(one_feature_each(torch.ones(3).double()), rtol=1e-17, max_seconds=2)
+    assert found.status == "converged"
+
+
+# -- how a search can end -----------------------------------------------------------
+
+PATH = {  # sigmas done: the bracket, from 2^-5 by fours and then by halves
+    0: (0.0, math.inf),
+    1: (2**-5, math.inf),
+    2: (2**-3, math.inf),
+    3: (0.5, math.inf),
+    4: (0.5, 2.0),
+    5: (0.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("how", ["interrupted", "max_seconds"])
+@pytest.mark.parametrize("done", PATH)
+def test_what_ends_a_search_leaves_the_bracket_reached_so_far(done, how, monkeypatch):
+    risk, passes = alike(1.1), 5 * done + 3
+    calls = calls_of(risk, "accuracy", 1 + passes if how == "interrupted" else None)
+    clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
+    monkeypatch.setattr(budget, "time", clock)
+    limit = passes - 0.5 if how == "max_seconds" else None
+    found = sh.pac_bayes_sigma(risk, num_draws=5, max_seconds=limit)
+    assert (found.status, found.num_evals, found.seconds) == (how, passes, passes)
+    assert found.bracket == PATH[done]
+    middle = math.sqrt(math.prod(PATH[done])) if done > 3 else math.nan
+    assert found.value == pytest.approx(middle, nan_ok=True)
+    assert how in str(found)
+
+
+@pytest.mark.parametrize("how", ["interrupted", "max_seconds"])
+@pytest.mark.parametrize("calls_made", [1, 2, 30, 60])
+def test_a_box_that_is_cut_short_keeps_its_bracket(calls_made, how, monkeypatch):
+    risk = one_feature_each(shuffled_margins())
+    fail_at = calls_made if how == "interrupted" else None
+    calls = calls_of(risk, "value_and_gradient", fail_at)
+    clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
+    monkeypatch.setattr(budget, "time", clock)
+    limit = calls_made - 0.5 if how == "max_seconds" else None
+    found = sh.box_alpha(risk, accuracy_drop=0.25, max_seconds=limit)
+    assert (found.status, found.num_evals, len(calls)) == (how, calls_made, calls_made)
+    alpha = float(shuffled_margins().sort().values[7]) / 2
+    assert found.bracket[0] <= alpha <= found.bracket[1]
+    assert (found.bracket[0] > 0) == (calls_made > 21)  # a safe box takes 21 gradients
+    assert how in str(found)
+
+
+# -- refusals -----------------------------------------------------------------------
+
+
+@RADII
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("accuracy_drop", 1), ("accuracy_drop", 10), ("rtol", -0.1)]
+)
+@pytest.mark.parametrize("value", [None, 0, math.nan])
+def test_a_number_outside_its_range_is_refused(measure, name, wrong, value):
+    wrong = wrong if value is None else value
+    with pytest.raises(ValueError, match=f"`{name}` must .*got {wrong}") as error:
+        measure(alike(1.0, 5), **{name: wrong})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("measure", "options", "said"),
+    [
+        (sh.pac_bayes_sigma, {"num_draws": 1}, "`num_draws` must be at least 2; got 1"),
+        (sh.box_alpha, {"num_steps": 0}, "`num_steps` must be at least 1; got 0"),
+        (sh.relative_flatness, {"num_probes": 1}, "`num_probes` must .* 2, .*got 1"),
+        (sh.relative_flatness, {"layers": ["w"]}, "`layers` must .*got 'w'.*weight"),
+        (sh.relative_flatness, {"layers": []}, "got 30 and 0 such weights"),
+        (sh.norms, {"start": torch.ones(3)}, r"`start` must .*n=10; got \(3,\)"),
+        (sh.norms, {"start": torch.ones(10, 1)}, r"`start` must .*got \(10, 1\)"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_its_value(measure, options, said):
+    with pytest.raises(ValueError, match=said):
+        measure(alike(1.0, 5), **options)
+
+
+def closed() -> sh.EmpiricalRisk:
+    model = Point(torch.ones(3))
+    return sh.EmpiricalRisk(
+        model, closure=lambda m, _: m.theta.square().sum(), data=ONE_SAMPLE
+    )
+
+
+def one_hot() -> sh.EmpiricalRisk:
+    """Three targets of three elements, which could be compared with three classes."""
+    data = normal(generator(0), 3, 3), torch.eye(3).double()
+    return sh.EmpiricalRisk(nn.Linear(3, 3).double(), nn.MSELoss(), data)
+
+
+@pytest.mark.parametrize("build", [one_hot, closed, lambda: linear_regression().risk()])
+def test_a_risk_without_classes_has_neither_radius_nor_accuracy(build):
+    risk = build()
+    assert not risk.is_classification
+    for measure in (sh.pac_bayes_sigma, sh.box_alpha):
+        with pytest.raises(TypeError, match="`risk` must classify"):
+            measure(risk)
+    with pytest.raises(TypeError):
+        risk.accuracy()
+
+
+# -- norms --------------------------------------------------------------------------
+
+
+def fisher_rao_by_sums(model: nn.Module, x: Tensor) -> float:
+    """The mean over samples of sum_c p_c (theta . d log p_c / d theta)^2."""
+    params, total = list(model.parameters()), 0.0
+    for sample in x:
+        for log_p in torch.log_softmax(model(sample[None]), 1)[0]:
+            slopes = torch.autograd.grad(log_p, params, retain_graph=True)
+            along = sum(float((s * p).sum()) for s, p in zip(slopes, params, strict=True))
+            total += math.exp(float(log_p)) * along**2
+    return total / len(x)
+
+
+@pytest.mark.parametrize("build", [softmax_regression, tiny_mlp])
+@pytest.mark.parametrize("ignored", [-100, 1])
+def test_the_fisher_rao_norm_is_a_sum_over_samples_and_classes(build, ignored):
+    problem = build()
+    x, y = problem.data
+    risk = sh.EmpiricalRisk(
+        problem.model, nn.CrossEntropyLoss(ignore_index=ignored), (x, y), chunk_size=5
+    )
+    expected = fisher_rao_by_sums(problem.model, x[y != ignored])
+    assert sh.norms(risk).fisher_rao == pytest.approx(expected, rel=1e-10)
+
+
+def test_for_squared_errors_it_is_the_gauss_newton_matrix_that_is_taken():
+    problem = linear_regression()
+    expected = float(problem.theta @ problem.hessian @ problem.theta)
+    assert sh.norms(problem.risk()).fisher_rao == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_parameters_and_way_are_plain_lengths(dtype):
+    problem = tiny_mlp(dtype=dtype)
+    risk = problem.risk()
+    calls = [calls_of(risk, name) for name in ("gradient", "product")]
+    found = sh.norms(risk, start=torch.ones(risk.n))
+    calls_made = [len(each) for each in calls]
+    theta, rel = problem.theta.double(), 1e3 * torch.finfo(dtype).eps
+    model, (x, y) = problem.model.double(), problem.data
+    F.cross_entropy(model(x.double()), y).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert found.gradient_norm == pytest.approx(np.linalg.norm(gradient), rel=rel)
+    assert found.parameter_norm == pytest.approx(np.linalg.norm(theta), rel=1e-12)
+    assert found.distance_from_start == pytest.approx(np.linalg.norm(theta - 1), rel=rel)
+    assert calls_made == [1, 1]
+    names = ["gradient_norm", "parameter_norm", "distance_from_start", "fisher_rao"]
+    assert [r.name for r in found.readings()] == names
+    assert [r.value for r in found.readings()] == [getattr(found, name) for name in names]
+    assert found.status == "completed"
+
+
+def test_a_closure_has_no_fisher_rao_norm_and_no_start_no_way():
+    found = sh.norms(closed())
+    assert (found.fisher_rao, found.distance_from_start) == (None, None)
+    assert found.gradient_norm == pytest.approx(2 * math.sqrt(3), rel=1e-6)
+    assert [r.name for r in found.readings()] == ["gradient_norm", "parameter_norm"]
+
+
+def relu_network(*, bias: bool) -> nn.Sequential:
+    layers = nn.Linear(3, 6, bias), nn.ReLU(), nn.Linear(6, 5, bias), nn.ReLU()
+    return filled(nn.Sequential(*layers, nn.Linear(5, 4, bias)).double(), generator(3))
+
+
+def test_the_fisher_rao_norm_survives_a_rescaling_of_layers():
+    plain, scaled = (relu_network(bias=False) for _ in range(2))
+    with torch.no_grad():
+        scaled[0].weight *= 10
+        scaled[4].weight /= 10
+    a, b = (sh.norms(sh.EmpiricalRisk(m, CE, tiny_mlp().data)) for m in (plain, scaled))
+    assert b.fisher_rao == pytest.approx(a.fisher_rao, rel=1e-10)
+    assert b.gradient_norm != pytest.approx(a.gradient_norm, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["gradient", "product"])
+def test_interrupted_norms_say_so(name):
+    risk = tiny_mlp().risk()
+    calls_of(risk, name, fail_at=1)
+    assert sh.norms(risk).status == "interrupted"
+
+
+# -- relative flatness --------------------------------------------------------------
+
+
+def kappa(model: nn.Module, data: tuple[Tensor, Tensor], name: str) -> float:
+    """sum_{s,s'} <w_s, w_s'> tr(H_ss') from the dense Hessian of one weight."""
+    state = {k: p.detach() for k, p in model.named_parameters()}
+    weight = state[name]
+
+    def f(w: Tensor) -> Tensor:
+        out = torch.func.functional_call(model, {**state, name: w}, (data[0],))
+        return F.cross_entropy(out, data[1])
+
+    num, w = len(weight), weight.flatten(1)
+    h = torch.autograd.functional.hessian(f, weight).reshape(num, -1, num, w.shape[1])
+    pairs = ((s, t) for s in range(num) for t in range(num))
+    return float(sum(w[s] @ w[t] * h[s, :, t].trace() for s, t in pairs))
+
+
+def test_the_last_layer_of_a_softmax_network_has_a_closed_form():
+    """H_ss' = mean (p_s delta_ss' - p_s p_s') h h^T with the features h."""
+    problem = tiny_mlp()
+    with torch.no_grad():
+        h = problem.model[:2](problem.data[0])
+        p = torch.softmax(problem.model[2](h), 1)
+    w = problem.model[2].weight.detach()
+    inner = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    sizes = h.square().sum(1)[:, None, None]
+    expected = float((w @ w.T * (inner * sizes).mean(0)).sum())
+    found = sh.relative_flatness(problem.risk(), num_probes=400)
+    assert abs(found["2.weight"] - expected) <= 4 * found.standard_errors[-1]
+    assert found.standard_errors[-1] < 0.05 * expected
+    reading = found.readings()[0]
+    assert (reading.value, reading.error) == (found.values[1], found.standard_errors[1])
+    assert "2.weight" in reading.evidence
+
+
+def convolution() -> nn.Sequential:
+    layers = nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
+    return filled(nn.Sequential(*layers).double(), generator(4))
+
+
+IMAGES = normal(generator(5), 10, 2, 3, 3), torch.arange(10) % 3
+
+
+@pytest.mark.parametrize(
+    ("model", "data"), [(convolution(), IMAGES), (tiny_mlp().model, tiny_mlp().data)]
+)
+def test_each_layer_has_that_of_its_dense_hessian(model, data):
+    found = sh.relative_flatness(sh.EmpiricalRisk(model, CE, data), num_probes=500)
+    assert (found.status, found.num_probes, found.num_hvps) == ("completed", 500, 1000)
+    columns = found.layers, found.values, found.standard_errors
+    for name, value, error in zip(*columns, strict=True):
+        expected = kappa(model, data, name)
+        assert abs(value - expected) <= 4 * error
+        assert error < 0.15 * abs(expected)
+
+
+@pytest.mark.parametrize("num_features", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_diagonal_hessian_leaves_no_doubt(num_features, dtype):
+    """Least squares on one feature a sample: |w|^2 tr(2/N X^T X), whatever the signs."""
+    sizes = torch.arange(1, num_features + 1, dtype=dtype)
+    model = filled(nn.Linear(num_features, 1, bias=False, dtype=dtype), generator(6))
+    data = sizes.diag(), torch.zeros(num_features, 1, dtype=dtype)
+    found = sh.relative_flatness(sh.EmpiricalRisk(model, nn.MSELoss(), data), num_probes=2)
+    length = float(model.weight.detach().double().square().sum())
+    expected = length * 2 * float(sizes.double().square().mean())
+    rel = 100 * torch.finfo(dtype).eps
+    assert found.values == pytest.approx((expected,), rel=rel)
+    assert found.standard_errors[0] <= rel * expected
+
+
+def test_the_standard_error_is_that_of_the_mean_over_probes():
+    problem = tiny_mlp()
+    flatness = partial(sh.relative_flatness, problem.risk(), layers=["2.weight"])
+    expected = kappa(problem.model, problem.data, "2.weight")
+    found = [flatness(seed=seed) for seed in range(40)]
+    z = np.array([(f.values[0] - expected) / f.standard_errors[0] for f in found])
+    low, high = stats.f.ppf([1e-3, 1 - 1e-3], 40, 29)
+    assert low < np.mean(z**2) < high
+    assert len({f.values for f in found}) == 40
+    assert flatness(seed=7).values == found[7].values
+
+
+@pytest.mark.parametrize("factor", [8.0, 1 / 64])
+def test_scaling_a_layer_changes_nothing_and_scaling_a_neuron_does(factor):
+    plain, whole, single = (relu_network(bias=True) for _ in range(3))
+    with torch.no_grad():
+        for part in (*whole[0].parameters(), single[0].weight[2], single[0].bias[2]):
+            part *= factor
+        whole[2].weight /= factor
+        single[2].weight[:, 2] /= factor
+    risks = [sh.EmpiricalRisk(m, CE, tiny_mlp().data) for m in (plain, whole, single)]
+    values = [sh.relative_flatness(risk).values for risk in risks]
+    assert values[1] == pytest.approx(values[0], rel=1e-10)
+    assert values[2][1] != pytest.approx(values[0][1], rel=0.05)
+
+
+def test_weights_that_are_zero_or_unused_have_none():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)).double()
+    nn.init.zeros_(model[1].weight)
+    model.spare = nn.Linear(5, 5).double()
+    model.forward = lambda x: model[1](model[0](x))
+    found = sh.relative_flatness(sh.EmpiricalRisk(model, CE, tiny_mlp().data))
+    assert found["1.weight"] == found["spare.weight"] == 0.0
+    assert found.standard_errors == (0.0, 0.0, 0.0)
+    assert found.status == "completed"
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 5])
+@pytest.mark.parametrize("how", ["interrupted", "max_seconds"])
+def test_relative_flatness_is_of_the_sweeps_that_were_made(done, how, monkeypatch):
+    risk, fail_at = tiny_mlp().risk(), done + 1 if how == "interrupted" else None
+    calls = calls_of(risk, "block_products", fail_at)
+    clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
+    monkeypatch.setattr(budget, "time", clock)
+    found = sh.relative_flatness(risk, max_seconds=None if fail_at else done - 0.5)
+    assert (found.status, found.num_probes, found.num_hvps) == (how, done, 2 * done)
+    if done > 1:
+        fewer = sh.relative_flatness(tiny_mlp().risk(), num_probes=done)
+        assert found.values == fewer.values
+    assert math.isnan(found.values[0]) == (done == 0)
+    assert math.isnan(found.standard_errors[0]) == (done < 2)
+    assert how in found.readings()[0].evidence
+    assert how in str(found)
+
+
+# -- for all of them ----------------------------------------------------------------
+
+MEASURES = [
+    sh.norms,
+    partial(sh.pac_bayes_sigma, num_draws=3),
+    partial(sh.box_alpha, num_steps=3),
+    partial(sh.relative_flatness, num_probes=3),
+]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("where", ["data", "parameters"])
+def test_nan_is_a_status_and_stands_in_the_text(measure, where):
+    problem = tiny_mlp()
+    x = problem.data[0]
+    nn.init.constant_(x if where == "data" else problem.model[0].weight, math.nan)
+    found = measure(problem.risk())
+    assert found.status == "non_finite"
+    assert "non_finite" in str(found)
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_risk_model_and_generators_are_as_they_were(measure):
+    problem = tiny_mlp(batchnorm=True)
+    model, risk = problem.model.train(), problem.risk()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    theta, value = risk.theta.clone(), risk.value()
+    before = torch.get_rng_state(), random.getstate()
+    measure(risk)
+    assert torch.equal(risk.theta, theta)
+    assert risk.value() == value
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize("build", [single_class, at_chance, partial(alike, 1.0, 20)])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_record_is_strict_json_and_a_text_one_line(measure, build, capsys):
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = measure(build()) if measure is sh.norms else measure(build(), progress=True)
+    plain = json.loads(to_line({"found": found}), parse_constant=refuse)["found"]
+    assert plain["status"] == found.status
+    assert "\n" not in str(found) + repr(found)
+    assert all(isinstance(reading.value, float) for reading in found.readings())
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert bool(printed.err) == (measure is not sh.norms)

@@ -1,0 +1,729 @@
+"""Anybody's checkpoint with its network, data and loss; and what is refused."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import json
+import os
+import pickle
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from sharpness import checkpoint
+from sharpness.checkpoint import Checkpoint, load_if_native, load_state_dict
+from sharpness.lab import networks, subjects
+from sharpness.lab.measurement import Settings, measured
+from sharpness.measures.summary import Settings as MeasureSettings
+from sharpness.record import to_line
+
+CODE = """
+import collections, sys
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+class ResNet(nn.Module):
+    def __init__(self, width=4, classes=3):
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head(torch.relu(x + self.conv(x)).mean((2, 3)))
+
+class Transformer(nn.Module):
+    def __init__(self, width=4, heads=2):
+        super().__init__()
+        self.embed = nn.Embedding(7, width)
+        self.layer = nn.TransformerEncoderLayer(width, heads, 2 * width, batch_first=True)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, tokens):
+        return self.head(self.layer(self.embed(tokens)).mean(1))
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 3), nn.Linear(2, 3)
+
+    def forward(self, a, b):
+        return self.first(a) + torch.tanh(self.second(b))
+
+def mlp(width=6, outputs=3):
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, outputs))
+
+def wide_floats():
+    return mlp(4).double()
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Linear(6, 3))
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+def points(num=30, seed=0):
+    return normal(num, 5, seed=seed), torch.arange(num) % 3
+
+def images():
+    return normal(20, 1, 4, 4), torch.arange(20) % 3
+
+def words():
+    return torch.arange(100).view(20, 5).remainder(7), torch.arange(20) % 3
+
+def regression():
+    return normal(30, 5), normal(30, 2, seed=1)
+
+def named():
+    return {"a": normal(30, 5), "b": normal(30, 2, seed=1)}, torch.arange(30) % 3
+
+def mapped():
+    return collections.UserDict(named()[0]), named()[1]
+
+def several():
+    return tuple(named()[0].values()), named()[1]
+
+def sentences():
+    return {"input_ids": words()[0], "attention_mask": words()[0] > 0}, words()[1]
+
+def splits():
+    return {"train": points(), "test": points(13, 1)}
+
+def unbalanced_test():
+    x, y = normal(10_001, 5), torch.zeros(10_001, dtype=torch.long)
+    y[:2] = torch.tensor([1, 2])
+    return {"train": points(), "test": (x, y)}
+
+def batches():
+    x, y = points()
+    return [(x[:7], y[:7]), (x[7:28], y[7:28]), (x[28:], y[28:])]
+
+def two_batches():
+    x, y = points()
+    return [(x[:20], y[:20]), (x[20:], y[20:])]
+
+def loader():
+    return DataLoader(TensorDataset(*points()), batch_size=8)
+
+def loader_of_dicts():
+    inputs, y = named()
+    starts = range(0, 30, 8)
+    return [({k: v[i:i + 8] for k, v in inputs.items()}, y[i:i + 8]) for i in starts]
+
+def uneven():
+    return normal(30, 5), torch.zeros(29, dtype=torch.long)
+
+def uneven_batch():
+    x, y = points()
+    return [(x[:10], y[:9]), (x[10:], y[9:])]
+
+def uneven_second():
+    return {"a": normal(30, 5), "b": normal(29, 2)}, torch.zeros(30, dtype=torch.long)
+
+def number():
+    return 3
+
+def raising(**arguments):
+    raise RuntimeError("no luck today\\nand tomorrow")
+
+def leaving():
+    sys.exit("goodbye")
+
+def empty():
+    return []
+
+constant, received = 4, []
+
+def echo(**arguments):
+    received.append(arguments)
+    return mlp()
+"""
+
+
+@contextmanager
+def user_folder(tmp_path, monkeypatch, more=""):
+    """A user's folder, with `nets.py` in it, as the current one."""
+    (tmp_path / "nets.py").write_text(CODE + more)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    known = set(sys.modules)
+    spec = importlib.util.spec_from_file_location("nets", tmp_path / "nets.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in set(sys.modules) - known:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    with user_folder(tmp_path, monkeypatch) as module:
+        yield module
+
+
+def called(model, inputs):
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def by_hand(model, pair):
+    """The mean loss, in the precision of the model."""
+    outputs, y = called(model, pair[0]), pair[1]
+    if y.is_floating_point():
+        return (outputs - y).square().mean()
+    return -outputs.log_softmax(1)[torch.arange(len(y)), y].mean()
+
+
+def trained(model, pair):
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        by_hand(model, pair).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
+
+
+def saved(model, path="net.pt"):
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def mlp_subject(nets, data="nets.py:points", path=None, **options):
+    path = path or saved(trained(nets.mlp(), nets.points()))
+    return subjects.opened(path, network="nets.py:mlp", data=data, **options)
+
+
+def refusal(call, *arguments, **options):
+    """The line of a `ValueError`."""
+    with pytest.raises(ValueError, match=r"must.*got") as error:
+        call(*arguments, **options)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# -- files -------------------------------------------------------------------------------
+
+WRAPPERS = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+WRAPPERS += ["model.", "net.", "model._orig_mod.", "model.module."]
+NAMES = ["state_dict", "model_state_dict", "model_state", "model", "net", "params"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("prefix", WRAPPERS)
+def test_every_wrappers_prefix_comes_off(nets, prefix, suffix):
+    model = trained(nets.ResNet(), nets.images())
+    state = {prefix + k: v for k, v in model.state_dict().items()}
+    save = torch.save if suffix == ".pt" else safetensors.torch.save_file
+    save(state, "net" + suffix)
+    subject = subjects.opened(
+        "net" + suffix, network="nets.py:ResNet?width=4", data="nets.py:images"
+    )
+    found = subject.model.state_dict()
+    assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
+    assert not any(module.training for module in subject.model.modules())
+    assert subject.start is None
+    assert subject.network_name == "nets.py:ResNet?width=4"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("name", [*NAMES, None])
+def test_a_state_dict_is_found_under_the_usual_names(tmp_path, name, suffix):
+    state = nn.Linear(3, 2).state_dict()
+    path = tmp_path / f"net{suffix}"
+    around = {"epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(())}}}}
+    torch.save({**around, name: state} if name else state, path)
+    found = load_state_dict(path)
+    assert list(found) == list(state)
+    assert all(torch.equal(found[k], v) for k, v in state.items())
+    assert load_if_native(path) is None
+
+
+def test_the_old_format_of_torch_and_entries_that_are_no_tensors_are_read(tmp_path):
+    state = {**nn.Linear(3, 2).state_dict(), "version": 3}
+    torch.save(state, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert list(load_state_dict(tmp_path / "a.pt")) == ["weight", "bias"]
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+BAD_FILES = {
+    "attack": (lambda p: p.write_bytes(pickle.dumps(Attack(), 2)), "system.*not executed"),
+    "attack_in_zip": (lambda p: torch.save({"state_dict": Attack()}, p), "not executed"),
+    "whole_module": (
+        lambda p: torch.save(nn.Linear(2, 2), p),
+        "Save the `state_dict` alone",
+    ),
+    "text": (lambda p: p.write_text("hello"), "got another file"),
+    "empty": (lambda p: p.write_bytes(b""), "got another file"),
+    "truncated": (
+        lambda p: (torch.save({"a": torch.ones(999)}, p), os.truncate(p, 900)),
+        "damaged or truncated",
+    ),
+    "no_tensors": (lambda p: torch.save({"epoch": 3}, p), "must hold a state_dict"),
+    "empty_state": (lambda p: torch.save({"state_dict": {}}, p), "must hold a state_dict"),
+    "one_tensor": (lambda p: torch.save(torch.ones(3), p), "must hold a state_dict"),
+    "list": (lambda p: torch.save([torch.ones(3)], p), "must hold a state_dict"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file_is_refused_and_never_executed_R37(nets, tmp_path, kind):
+    write, expected = BAD_FILES[kind]
+    write(tmp_path / "bad.pt")
+    for read in (load_state_dict, lambda p: mlp_subject(nets, path=p)):
+        text = refusal(read, tmp_path / "bad.pt")
+        assert str(tmp_path / "bad.pt") in text
+        assert "got" in text.split("must")[1]
+        assert re.search(expected, text), text
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_missing_file_is_named_before_anything_else(tmp_path):
+    for read in (load_state_dict, load_if_native, subjects.opened):
+        with pytest.raises(FileNotFoundError, match=r"gone\.pt` must .* no such file"):
+            read(tmp_path / "gone.pt")
+
+
+def native(nets, monkeypatch, **changes):
+    """A checkpoint in our own format, of a network that is registered for the test."""
+    monkeypatch.setitem(networks.NETWORKS, "M", nets.mlp)
+    fresh = nets.mlp(width=4)
+    networks.initialise(fresh, 5)
+    model = trained(deepcopy(fresh), nets.points())
+    facts = {
+        "state_dict": model.state_dict(),
+        "network": {"name": "M", "arguments": {"width": 4}},
+        "data": {"name": "digits"},
+        "training": {"seed": 5, "batch_size": 30, "epoch": 3},
+        "start": {"seed": 5, "sha256": networks.digest(fresh)},
+    }
+    checkpoint.save("own.pt", Checkpoint(**{**facts, **changes}))
+    return fresh, model
+
+
+def test_a_native_checkpoint_knows_its_network_and_its_start(nets, monkeypatch):
+    fresh, model = native(nets, monkeypatch)
+    assert isinstance(load_if_native("own.pt"), Checkpoint)
+    subject = subjects.opened("own.pt", data="nets.py:points")
+    assert subject.facts["training"]["seed"] == 5
+    start, end = (
+        torch.cat([p.detach().reshape(-1) for p in m.parameters()]) for m in (fresh, model)
+    )
+    assert torch.equal(subject.start, start)
+    found = measured(subject, Settings(measures=("norms",), num_samples=None))
+    distance = found.record["readings"]["distance_from_start"]["value"]
+    assert distance == pytest.approx(float((end - start).double().norm()), rel=1e-6)
+
+
+def test_a_start_that_cannot_be_made_again_is_none(nets, monkeypatch):
+    native(nets, monkeypatch, start={"seed": 5, "sha256": "0" * 64})
+    assert subjects.opened("own.pt", data="nets.py:points").start is None
+
+
+def test_a_native_checkpoint_may_be_given_another_network(nets, monkeypatch):
+    _, model = native(nets, monkeypatch)
+    subject = subjects.opened(
+        "own.pt", network="nets.py:mlp?width=4", data="nets.py:points"
+    )
+    assert torch.equal(subject.model[2].weight, model[2].weight)
+    text = refusal(subjects.opened, "own.pt", network="nets.py:mlp", data="nets.py:points")
+    assert "own.pt" in text
+    assert "4 tensors differ" in text or "3 tensors differ" in text
+
+
+# -- networks and their numbers ----------------------------------------------------------
+
+KINDS = [
+    ("ResNet?width=3", "images"),
+    ("Transformer?heads=1", "words"),
+    ("mlp?width=4", "points"),
+    ("mlp?outputs=2", "regression"),
+    ("Two", "named"),
+    ("Two", "mapped"),
+    ("Two", "several"),
+    ("Two", "loader_of_dicts"),
+    ("mlp", "batches"),
+    ("mlp", "two_batches"),
+    ("mlp", "loader"),
+]
+
+
+@pytest.mark.parametrize(("network", "data"), KINDS)
+@pytest.mark.parametrize("num_samples", [None, 11])
+def test_loss_and_gradient_are_those_by_hand(nets, network, data, num_samples):
+    name, _, query = network.partition("?")
+    arguments = {k: int(v) for k, v in [query.split("=")]} if query else {}
+    once = {"batches": "points", "two_batches": "points", "loader": "points"}
+    pair = getattr(nets, once.get(data, data.replace("loader_of_dicts", "named")))()
+    model = trained(getattr(nets, name)(**arguments), pair)
+    subject = subjects.opened(
+        saved(model), network=f"nets.py:{network}", data=f"nets.py:{data}"
+    )
+    settings = Settings(measures=("norms",), num_samples=num_samples, dtype="float64")
+    record = measured(subject, settings).record
+    if num_samples:
+        pair = subject.samples("train", 11, 0)
+        assert len(pair[1]) == 11
+        counts = pair[1].bincount() if pair[1].ndim == 1 else torch.zeros(1)
+        assert counts.max() - counts.min() <= 1
+    wide, pair = model.double(), widened(pair)
+    value = by_hand(wide, pair)
+    slope = torch.cat([g.flatten() for g in torch.autograd.grad(value, wide.parameters())])
+    assert record["measures"]["value"] == pytest.approx(float(value), rel=1e-12)
+    found = record["readings"]["gradient_norm"]["value"]
+    assert found == pytest.approx(float(slope.norm()), rel=1e-10)
+    assert record["settings"]["risk"]["num_samples"] == (num_samples or len(pair[1]))
+    json.loads(to_line(record), parse_constant=pytest.fail)
+
+
+def widened(value):
+    if isinstance(value, torch.Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {k: widened(v) for k, v in value.items()}
+    return tuple(widened(v) for v in value)
+
+
+def test_lambda_max_is_that_of_the_dense_hessian(nets):
+    model = trained(nets.mlp(width=3), nets.points())
+    subject = subjects.opened(
+        saved(model), network="nets.py:mlp?width=3", data="nets.py:points"
+    )
+    settings = Settings(
+        measures=("lambda_max",),
+        num_samples=None,
+        dtype="float64",
+        of_measures=MeasureSettings(tol=1e-6),
+    )
+    found = measured(subject, settings).record["readings"]["lambda_max"]
+    top = dense_top(model, nets.points())
+    assert abs(found["value"] - top) <= found["error"] + 1e-12
+    assert found["error"] <= 1e-6 * top
+
+
+def dense_top(model, pair, loss=None):
+    wide, (x, y) = deepcopy(model).double(), widened(pair)
+    shapes = [(name, p.shape) for name, p in wide.named_parameters()]
+
+    def value(theta):
+        parts = theta.split([shape.numel() for _, shape in shapes])
+        state = {n: p.view(s) for (n, s), p in zip(shapes, parts, strict=True)}
+        outputs = torch.func.functional_call(wide, state, (x,))
+        return (loss or nn.CrossEntropyLoss())(outputs, y)
+
+    theta = torch.cat([p.detach().flatten() for p in wide.parameters()])
+    return float(torch.linalg.eigvalsh(torch.autograd.functional.hessian(value, theta))[-1])
+
+
+ARGUMENTS = {
+    "width=8&bias=True": {"width": 8, "bias": True},
+    "rate=1e-3&act=relu": {"rate": 1e-3, "act": "relu"},
+    "sizes=[8, 8]&none=None": {"sizes": [8, 8], "none": None},
+    "where=a:b&low=-1": {"where": "a:b", "low": -1},
+    "path='x=1'": {"path": "x=1"},
+    "rate=1e+3": {"rate": 1e3},
+    "name=": {"name": ""},
+}
+
+
+@pytest.mark.parametrize("query", ARGUMENTS)
+def test_arguments_of_a_factory_arrive_as_python_values(nets, query):
+    subjects.made_network(f"nets.py:echo?{query}")
+    assert sys.modules["nets"].received == [ARGUMENTS[query]]
+
+
+def test_an_argument_without_a_value_is_refused_and_not_dropped(nets):
+    assert "width8" in refusal(subjects.made_network, "nets.py:mlp?width8")
+
+
+def test_modules_of_packages_and_files_elsewhere_are_found(nets, tmp_path):
+    (tmp_path / "mine_r1" / "inner").mkdir(parents=True)
+    (tmp_path / "mine_r1" / "models.py").write_text(CODE)
+    (tmp_path / "mine_r1" / "inner" / "nets.py").write_text(
+        "from torch import nn\ndef mlp():\n    return nn.Linear(1, 1)\n"
+    )
+    assert len(subjects.made_network("mine_r1.models:mlp?width=9")[0].bias) == 9
+    assert len(subjects.made_network("nets.py:mlp?width=7")[0].bias) == 7
+    other = subjects.made_network(f"{tmp_path}/mine_r1/inner/nets.py:mlp")
+    assert isinstance(other, nn.Linear)
+    assert len(subjects.made_network("nets.py:mlp?width=5")[0].bias) == 5
+
+
+def test_timm_is_called_with_the_name_and_the_arguments(nets, monkeypatch):
+    asked = []
+
+    def create_model(model_name, **arguments):
+        asked.append((model_name, arguments))
+        return nets.mlp()
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    subjects.made_network("timm:resnet18?num_classes=3&in_chans=1")
+    assert asked == [("resnet18", {"num_classes": 3, "in_chans": 1})]
+
+
+@pytest.mark.parametrize("package", ["timm", "transformers"])
+def test_an_absent_package_is_one_line_with_the_way_out(nets, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    text = refusal(subjects.made_network, f"{package}:resnet18")
+    assert f"pip install {package}" in text
+    assert f"'{package}:resnet18'" in text
+
+
+WRONG_NETWORKS = [
+    ("nets.py", "file.py:factory"),
+    ("nets.py:", "'nets.py:'"),
+    (":mlp", "':mlp'"),
+    ("gone.py:mlp", "'gone.py'"),
+    ("gone_package.models:mlp", "'gone_package.models'"),
+    ("nets.py:missing", "'missing'"),
+    ("nets.py:constant", "'constant'"),
+    ("nets.py:raising", "no luck today"),
+    ("nets.py:leaving", "goodbye"),
+    ("nets.py:number", "got int"),
+    ("nets.py:mlp?depth=3", "depth"),
+    ("nets.py:mlp?width=7", "tensors differ"),
+    ("nets.py:ResNet", "tensors differ"),
+    ("nets.py:lazy", "nets.py:lazy"),
+    ("broken.py:mlp", "SyntaxError"),
+]
+
+
+@pytest.mark.parametrize(("network", "expected"), WRONG_NETWORKS)
+def test_a_wrong_network_is_one_line(nets, tmp_path, network, expected):
+    (tmp_path / "broken.py").write_text("def mlp(:\n")
+    path = saved(nets.mlp())
+    text = refusal(subjects.opened, path, network=network, data="nets.py:points")
+    assert expected in text
+    assert "--network" in text or path in text
+
+
+def test_missing_network_and_data_are_asked_for(nets):
+    path = saved(nets.mlp())
+    assert "`--network` must say" in refusal(subjects.opened, path, data="nets.py:points")
+    assert "`--data` must say" in refusal(subjects.opened, path, network="nets.py:mlp")
+
+
+# -- classifiers of transformers ---------------------------------------------------------
+
+
+def bert_config(**changes):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 7, "hidden_size": 4, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 6}
+    return transformers.BertConfig(
+        **sizes, max_position_embeddings=5, num_labels=3, **changes
+    )
+
+
+@pytest.mark.parametrize("what", ["model", "config"])
+def test_a_classifier_of_transformers_is_made_from_its_folder(nets, what):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForSequenceClassification.from_config(bert_config())
+    (model if what == "model" else bert_config()).save_pretrained("bert")
+    safetensors.torch.save_file(model.state_dict(), "bert/model.safetensors")
+    subject = subjects.opened(
+        "bert/model.safetensors", network="transformers:bert", data="nets.py:sentences"
+    )
+    record = measured(
+        subject, Settings(measures=("norms",), num_samples=None, dtype="float64")
+    ).record
+    inputs, y = nets.sentences()
+    logits = model.double().eval()(**inputs).logits.log_softmax(1)
+    value = -float(logits[torch.arange(20), y].mean().detach())
+    assert record["measures"]["value"] == pytest.approx(value, rel=1e-10)
+
+
+def test_a_model_without_a_classifier_is_refused(nets):
+    transformers = pytest.importorskip("transformers")
+    transformers.BertModel(bert_config()).save_pretrained("bert")
+    text = refusal(subjects.made_network, "transformers:bert")
+    assert "`--network`" in text
+    assert "classifier" in text
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_internet(nets, monkeypatch):
+    pytest.importorskip("transformers")
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: asked.append(a) or [])
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: asked.append(a))
+    assert "'nobody-r1/none'" in refusal(
+        subjects.made_network, "transformers:nobody-r1/none"
+    )
+    assert not asked
+
+
+def test_code_in_a_folder_of_transformers_is_never_executed_R37(
+    nets, tmp_path, monkeypatch
+):
+    pytest.importorskip("transformers")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "evil.py").write_text(
+        "import os\nos.system('touch executed')\nclass Evil: pass\n"
+    )
+    config = {"model_type": "evil_r1", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "cache"))
+    text = refusal(subjects.made_network, "transformers:bert")
+    assert "bert" in text
+    assert not (tmp_path / "executed").exists()
+
+
+# -- data and loss -----------------------------------------------------------------------
+
+
+def write_npz(path="d.npz", **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+X, Y = np.random.default_rng(0).normal(size=(12, 5)), np.arange(12) % 3
+
+
+@pytest.mark.parametrize("x_type", ["f4", "f8", ">f4", "f2"])
+@pytest.mark.parametrize("y_type", ["i8", "i4", "u1", "?"])
+def test_an_npz_file_gives_floats_and_class_numbers(nets, x_type, y_type):
+    source = write_npz(x=X.astype(x_type), y=Y.astype(y_type))
+    x, y = mlp_subject(nets, source).train
+    assert y.dtype == torch.int64
+    assert y.tolist() == Y.astype(y_type).astype(int).tolist()
+    assert np.array_equal(x.numpy(), X.astype(x_type).astype(x.numpy().dtype))
+
+
+def test_an_npz_file_may_have_two_splits_and_arrays_of_its_own(nets):
+    names = np.array(["cat", "dog", "emu"])
+    source = write_npz(x_train=X, y_train=Y, x_test=X[:6], y_test=Y[:6], names=names)
+    subject = mlp_subject(nets, source)
+    assert len(subject.part("train")[1]) == 12
+    assert len(subject.part("test")[1]) == 6
+
+
+def test_a_float64_network_is_measured_on_an_npz_file_of_float64(nets):
+    model = trained(nets.mlp(4), nets.points()).double()
+    subject = subjects.opened(
+        saved(model), network="nets.py:wide_floats", data=write_npz(x=X, y=Y)
+    )
+    found = measured(subject, Settings(measures=("norms",), num_samples=None)).record
+    expected = by_hand(model, (torch.from_numpy(X), torch.from_numpy(Y)))
+    assert found["measures"]["value"] == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_a_float64_checkpoint_is_measured_in_float64(nets):
+    """The help of --dtype: as in the checkpoint."""
+    model = trained(nets.mlp(), nets.points()).double()
+    with torch.no_grad():
+        model[0].weight.add_(1e-12)
+    subject = mlp_subject(nets, path=saved(model))
+    assert torch.equal(subject.model[0].weight.double(), model[0].weight)
+
+
+def truncated_npz(path):
+    write_npz(path, x=X, y=Y)
+    os.truncate(path, 300)
+
+
+def npy_inside(path):
+    with path.open("wb") as file:
+        np.save(file, X)
+
+
+BAD_NPZ = {
+    "missing": lambda p: None,
+    "text": lambda p: p.write_text("x,y\n1,2\n"),
+    "empty": lambda p: p.write_bytes(b""),
+    "truncated": truncated_npz,
+    "npy": npy_inside,
+    "pickled": lambda p: write_npz(p, x=X, y=np.array([Attack()] * 12)),
+    "no_y": lambda p: write_npz(p, x=X),
+    "other_names": lambda p: write_npz(p, inputs=X, targets=Y),
+    "test_only": lambda p: write_npz(p, x_test=X, y_test=Y),
+    "words": lambda p: write_npz(p, x=np.array(["a", "b"]), y=Y[:2]),
+    "uneven": lambda p: write_npz(p, x=X, y=Y[:7]),
+    "scalars": lambda p: write_npz(p, x=1.0, y=2),
+    "no_samples": lambda p: write_npz(p, x=X[:0], y=Y[:0]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_NPZ)
+def test_a_bad_npz_file_is_one_line_and_runs_nothing_R37(nets, tmp_path, kind):
+    BAD_NPZ[kind](tmp_path / "bad.npz")
+    text = refusal(mlp_subject, nets, str(tmp_path / "bad.npz"))
+    assert "--data" in text
+    assert str(tmp_path / "bad.npz") in text
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("nets.py:uneven", "30 and 29"),
+        ("nets.py:uneven_batch", "uneven_batch"),
+        ("nets.py:uneven_second", "29"),
+        ("nets.py:empty", "list"),
+        ("nets.py:number", "int"),
+        ("nets.py:raising", "no luck today"),
+        ("nets.py:missing", "'missing'"),
+        ("imagenet-r1", "'imagenet-r1'"),
+    ],
+)
+def test_wrong_data_are_one_line(nets, data, expected):
+    text = refusal(mlp_subject, nets, data)
+    assert expected in text
+    assert "data" in text
+
+
+@pytest.mark.parametrize("loss", ["hinge", "nets.py:number", "nets.py:raising"])
+def test_a_wrong_loss_is_one_line(nets, loss):
+    text = refusal(mlp_subject, nets, loss=loss)
+    assert "--loss" in text
+    assert loss in text
+
+
+def test_the_loss_goes_by_the_targets_unless_named(nets):
+    assert isinstance(mlp_subject(nets).loss, nn.CrossEntropyLoss)
+    assert isinstance(mlp_subject(nets, loss="mse").loss, nn.MSELoss)
+    path = saved(nets.mlp(outputs=2))
+    options = {"network": "nets.py:mlp?outputs=2", "data": "nets.py:regression"}
+    assert isinstance(subjects.opened(path, **options).loss, nn.MSELoss)
+    named = subjects.opened(path, **options, loss="torch.nn:SmoothL1Loss?beta=0.5").loss
+    assert (type(named), named.beta) == (nn.SmoothL1Loss, 0.5)
+
+
+def test_samples_are_balanced_drawn_by_the_seed_and_in_order(nets):
+    subject = mlp_subject(nets, "nets.py:splits")
+    x, y = subject.samples("train", 9, 0)
+    assert y.bincount().tolist() == [3, 3, 3]
+    assert torch.equal(x, subject.samples("train", 9, 0)[0])
+    assert not torch.equal(x, subject.samples("train", 9, 1)[0])
+    rows = [int((subject.train[0] == row).all(1).nonzero()[0]) for row in x]
+    assert rows == sorted(set(rows))
+    assert torch.equal(subject.samples("test", None, 0)[0], nets.points(13, 1)[0])
+    for num in (0, -1, 31):
+        assert f"got {num}" in refusal(subject.samples, "train", num, 0)
+
+
+def test_a_missing_test_split_is_said(nets):
+    text = refusal(mlp_subject(nets).part, "test")
+    assert "`--split`" in text
+    assert "nets.py:points" in text

@@ -1,0 +1,549 @@
+"""Metric 2.1 from chosen corners, and over several random subspaces."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from measure_problems import ONE_SAMPLE, Point, mlp_risk, quadratic, symmetric
+from torch import Tensor
+
+import sharpness as sh
+
+N = 24
+H = torch.logspace(-1, 1, N, dtype=torch.float64)
+HERE = torch.linspace(-2, 3, N, dtype=torch.float64)
+SOLVERS = [None, "lbfgsb", "scipy", "ascent"]
+FREE = {"seconds", "displacement", "draws"}  # compared apart
+
+
+def signs(seed: int, n: int = N) -> Tensor:
+    drawn = np.random.default_rng(seed).choice([-1.0, 1.0], n)
+    return torch.from_numpy(drawn)
+
+
+def columns_by_hand(n: int, p: int, seed: int, kind: str = "normal") -> np.ndarray:
+    a = torch.randn((n, p), generator=torch.Generator().manual_seed(seed))
+    a = a.double().numpy()
+    return a if kind == "normal" else a / np.linalg.norm(a, axis=0)
+
+
+def tilted(pattern: Tensor, epsilon: float, share: float = 0.02) -> sh.EmpiricalRisk:
+    """A bowl whose minimum lies a little off theta, on the other side of `pattern`."""
+    half = epsilon * (HERE.abs() + 1)
+    return quadratic(H, HERE - share * half * pattern, at=HERE, offset=0.3)
+
+
+def top_of_tilted(epsilon: float, share: float = 0.02) -> float:
+    """phi of `tilted`: y = half * pattern gains sum h (d y + y^2 / 2) everywhere."""
+    half, h = epsilon * (np.abs(HERE.numpy()) + 1), H.numpy()
+    value = 0.3 + 0.5 * np.sum(h * (share * half) ** 2)
+    return 100 * float(np.sum(h * half**2) * (share + 0.5)) / (1 + value)
+
+
+def ridge(v: Tensor, slope: float = 0.01, curvature: float = 40.0) -> sh.EmpiricalRisk:
+    """0.2 + curvature / 2 (v theta)^2 + slope v theta, held at zero."""
+
+    def closure(model: Point, _: Tensor) -> Tensor:
+        along = v @ model.theta
+        return 0.2 + 0.5 * curvature * along**2 + slope * along
+
+    return sh.EmpiricalRisk(Point(0 * v), closure=closure, data=ONE_SAMPLE)
+
+
+def top_of_ridge(reach: float, slope: float = 0.01, curvature: float = 40.0) -> float:
+    return 100 * (0.5 * curvature * reach**2 + slope * reach) / 1.2
+
+
+def same_bits(a: sh.EpsilonSharpness, b: sh.EpsilonSharpness) -> bool:
+    plain = [{k: v for k, v in vars(r).items() if k not in FREE} for r in (a, b)]
+    return plain[0] == plain[1] and torch.equal(a.displacement, b.displacement)
+
+
+def watched(risk: sh.EmpiricalRisk, interrupt: int = 0) -> list[Tensor]:
+    """Where the risk is asked for a gradient; Ctrl-C at one of these calls."""
+    points: list[Tensor] = []
+    evaluate = risk.value_and_gradient
+
+    def value_and_gradient(theta: Tensor | None = None) -> tuple[float, Tensor]:
+        points.append(risk.theta if theta is None else theta.clone())
+        if len(points) == interrupt:
+            raise KeyboardInterrupt
+        return evaluate(theta)
+
+    risk.value_and_gradient = value_and_gradient
+    return points
+
+
+# -- corners -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("away", [1.0, -1.0])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_corner_pointed_at_or_away_from_is_reached_exactly(solver, away):
+    epsilon = 0.01
+    for seed in range(3):
+        pattern = signs(seed)
+        risk = tilted(pattern, epsilon)
+        plain = sh.epsilon_sharpness(risk, epsilon, solver=solver, max_iter=80)
+        vector = away * pattern * torch.rand(N, dtype=torch.float64)
+        found = sh.epsilon_sharpness(
+            risk, epsilon, solver=solver, max_iter=80, corners=vector
+        )
+        assert found.phi == pytest.approx(top_of_tilted(epsilon), rel=1e-9)
+        half = epsilon * (HERE.abs() + 1)
+        torch.testing.assert_close(found.displacement, half * pattern, rtol=1e-9, atol=0)
+        assert plain.phi < found.phi * (1 - 1e-3)
+
+
+def test_a_corner_is_reached_in_single_precision():
+    risk = quadratic(H.float(), HERE.float(), offset=0.3)
+    found = sh.epsilon_sharpness(risk, 0.1, solver="ascent", corners=signs(0))
+    half = 0.1 * (HERE.abs() + 1)
+    expected = 100 * float((0.5 * H * half**2).sum()) / 1.3
+    assert found.phi == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(found.displacement.abs(), half.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_better_side_of_a_ridge_is_found_from_its_direction_whatever_the_seed(solver):
+    v = torch.linspace(-1, 2, N, dtype=torch.float64)
+    best = top_of_ridge(1e-3 * float(v.abs().sum()))
+    missed = 0
+    for seed in range(6):
+        options = {"seed": seed, "solver": solver, "max_iter": 30}
+        missed += sh.epsilon_sharpness(ridge(v), 1e-3, **options).phi < best * (1 - 1e-3)
+        found = sh.epsilon_sharpness(ridge(v), 1e-3, corners=-v, **options)
+        assert found.phi == pytest.approx(best, rel=1e-9)
+    assert missed > 0
+
+
+@pytest.mark.parametrize("columns", ["normal", "unit"])
+@pytest.mark.parametrize("p", [1, 5, N])
+def test_in_a_subspace_a_vector_points_at_the_corner_of_the_smaller_box(p, columns):
+    v, theta = torch.linspace(-1, 2, N, dtype=torch.float64), HERE.numpy()
+    a = columns_by_hand(N, p, 4, columns)
+    half = 0.01 * (np.abs(np.linalg.pinv(a) @ theta) + 1)
+    centre = float(v @ HERE)
+
+    def closure(model: Point, _: Tensor) -> Tensor:
+        along = v @ model.theta - centre
+        return 0.2 + 20 * along**2 + 0.01 * along
+
+    risk = sh.EmpiricalRisk(Point(HERE), closure=closure, data=ONE_SAMPLE)
+    best = top_of_ridge(float(np.abs(a.T @ v.numpy()) @ half))
+    found = sh.epsilon_sharpness(
+        risk, 0.01, subspace_dim=p, columns=columns, seed=4, corners=v, max_iter=40
+    )
+    # The library solves normal equations, which square the condition of A.
+    exact = 100 * np.finfo(float).eps * np.linalg.cond(a) ** 2
+    assert found.phi == pytest.approx(best, rel=max(1e-9, exact))
+
+
+@pytest.mark.parametrize("p", [None, 4])
+def test_the_search_starts_a_tenth_of_the_way_to_the_corner_and_to_its_opposite(p):
+    risk, vectors = mlp_risk(), torch.randn((2, 45), dtype=torch.float64)
+    points = watched(risk)
+    sh.epsilon_sharpness(risk, 0.05, subspace_dim=p, seed=3, corners=vectors)
+    a = np.eye(risk.n) if p is None else columns_by_hand(risk.n, p, 3)
+    theta = risk.theta.numpy()
+    half = 0.05 * (np.abs(np.linalg.pinv(a) @ theta) + 1)
+    for vector in vectors.numpy():
+        for side in (1, -1):
+            start = theta + a @ (0.1 * side * half * np.sign(a.T @ vector))
+            nearest = min(np.abs(point.numpy() - start).max() for point in points)
+            assert nearest < 1e-12
+
+
+def test_the_length_and_the_type_of_a_vector_do_not_matter():
+    vector = signs(1) * torch.arange(1, N + 1)
+    risk = tilted(signs(0), 0.01)
+    kinds = (vector, 1e-6 * vector, vector.float(), vector.to(torch.int64), vector[None])
+    first, *others = (sh.epsilon_sharpness(risk, 0.01, corners=k) for k in kinds)
+    assert all(same_bits(first, other) for other in others)
+
+
+def test_several_corners_are_as_good_as_the_best_of_them_and_cost_their_sum():
+    risk, vectors = mlp_risk(), torch.randn((3, 45), dtype=torch.float64)
+    plain = sh.epsilon_sharpness(risk, 0.5)
+    single = [sh.epsilon_sharpness(risk, 0.5, corners=vector) for vector in vectors]
+    calls = watched(risk)
+    found = sh.epsilon_sharpness(risk, 0.5, corners=vectors)
+    assert found.phi == max(s.phi for s in single) >= plain.phi
+    more = sum(s.num_evals - plain.num_evals for s in single)
+    assert found.num_evals == plain.num_evals + more == len(calls)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("p", [None, 6])
+def test_starts_of_any_kind_never_lower_phi(solver, p):
+    risk = mlp_risk()
+    vectors = torch.randn((2, 45), dtype=torch.float64)
+    for seed in range(2):
+        fixed = {"solver": solver, "subspace_dim": p, "seed": seed, "max_iter": 5}
+        grown = [
+            sh.epsilon_sharpness(risk, 0.4, num_starts=num, corners=corners, **fixed).phi
+            for num, corners in [(1, None), (1, vectors[0]), (1, vectors)]
+        ]
+        assert grown == sorted(grown)
+        grown = [
+            sh.epsilon_sharpness(risk, 0.4, num_starts=num, corners=corners, **fixed).phi
+            for num, corners in [(1, None), (2, None), (3, None), (3, vectors)]
+        ]
+        assert grown == sorted(grown)
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 3, 9, 10, 14])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_protocol_is_that_of_the_first_random_start_alone(solver, max_iter):
+    """Here the corners are reached at once, and stop before ten iterations."""
+    risk = quadratic(torch.ones(N).double(), offset=0.3)
+    fixed = {"solver": solver, "max_iter": max_iter, "seed": 1}
+    alone = sh.epsilon_sharpness(risk, 0.1, **fixed).phi_protocol
+    with_starts = sh.epsilon_sharpness(risk, 0.1, num_starts=8, **fixed)
+    with_corners = sh.epsilon_sharpness(risk, 0.1, corners=signs(0), **fixed)
+    assert with_starts.phi_protocol == alone
+    assert with_corners.phi_protocol == alone
+    if solver == "ascent":
+        assert alone is None
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (N + 1,), (N - 1,), (2, N + 1), (N, 1), (1, 1, N), (N, 2), (5,)]
+)
+def test_corners_of_another_shape_are_refused_with_both_shapes(shape):
+    risk = tilted(signs(0), 0.01)
+    calls = watched(risk)
+    text = rf"`corners` must have shape \(n,\) or \(j, n\) with n={N}; got "
+    with pytest.raises(ValueError, match=text + re.escape(f"{shape}.")):
+        sh.epsilon_sharpness(risk, subspace_dim=5, corners=torch.ones(shape))
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray, lambda v: [v, v]])
+def test_corners_that_are_no_tensor_are_taken_or_refused_by_name(kind):
+    risk, vector = tilted(signs(0), 0.01), signs(0)
+    try:
+        found = sh.epsilon_sharpness(risk, 0.01, corners=kind(vector), solver="ascent")
+    except (TypeError, ValueError) as error:
+        assert "`corners`" in str(error)
+    else:
+        assert found.phi == pytest.approx(top_of_tilted(0.01), rel=1e-9)
+
+
+def test_no_corners_at_all_change_nothing():
+    risk = tilted(signs(0), 0.01)
+    plain, none, empty = (
+        sh.epsilon_sharpness(risk, 0.01, corners=corners)
+        for corners in (None, torch.empty((0, N)), torch.empty((0, N)).double())
+    )
+    assert same_bits(plain, none)
+    assert same_bits(plain, empty)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_corner_that_points_nowhere_neither_helps_nor_harms(solver, value):
+    risk = tilted(signs(0), 0.01)
+    vector = torch.full((N,), value)
+    vector[0] = -value
+    plain = sh.epsilon_sharpness(risk, 0.01, solver=solver)
+    found = sh.epsilon_sharpness(risk, 0.01, solver=solver, corners=vector)
+    assert found.status == "completed"
+    assert found.phi >= plain.phi
+    assert torch.isfinite(found.displacement).all()
+
+
+def test_a_vector_under_differentiation_leaves_no_trace_in_the_result():
+    vector = signs(0).requires_grad_()
+    for solver in SOLVERS:
+        found = sh.epsilon_sharpness(
+            tilted(signs(0), 0.01), 0.01, solver=solver, corners=vector
+        )
+        assert not found.displacement.requires_grad
+        assert found.phi > 0.9 * top_of_tilted(0.01)
+
+
+def test_an_interrupt_among_the_corners_keeps_what_the_random_start_found():
+    plain = sh.epsilon_sharpness(mlp_risk(), 0.4)
+    risk = mlp_risk()
+    calls = watched(risk, interrupt=plain.num_evals + 3)
+    found = sh.epsilon_sharpness(risk, 0.4, corners=torch.ones(risk.n))
+    assert found.status == "interrupted"
+    assert len(calls) == plain.num_evals + 3
+    assert found.phi >= plain.phi
+    assert found.phi_protocol == plain.phi_protocol
+
+
+def test_a_constant_loss_says_that_nothing_was_found():
+    risk = quadratic(torch.zeros(5), offset=0.3)
+    found = sh.epsilon_sharpness(risk, corners=torch.ones(5))
+    assert (found.phi, found.status) == (0.0, "line_search_failed")
+    several = sh.subspace_sharpness(risk, subspace_dim=2)
+    assert (several.phi, several.phi_sd, several.status) == (0, 0, "line_search_failed")
+    with pytest.raises(sh.NotConvergedError):
+        several.raise_for_status()
+
+
+def test_a_single_parameter_has_a_single_pair_of_corners():
+    risk = quadratic([3.0], torch.tensor([2.0]), at=torch.tensor([2.5]))
+    expected = 100 * 0.5 * 3 * ((0.5 + 0.35) ** 2 - 0.25) / (1 + 0.375)
+    for options in ({}, {"corners": torch.ones(1)}, {"subspace_dim": 1}):
+        found = sh.epsilon_sharpness(risk, 0.1, **options)
+        if not options.get("subspace_dim"):
+            assert found.phi == pytest.approx(expected, rel=1e-9)
+            assert found.displacement.tolist() == pytest.approx([0.35])
+        assert found.status == "completed"
+
+
+# -- several subspaces -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subspace_dim": 4},
+        {"subspace_dim": 3, "columns": "unit", "num_draws": 2, "seed": 7},
+        {"subspace_dim": 1, "solver": "scipy", "num_draws": 3, "max_iter": 12},
+        {"subspace_dim": 45, "solver": "lbfgsb", "num_draws": 3, "seed": -2},
+    ],
+)
+def test_mean_and_spread_are_those_of_separate_calls_with_the_seeds_that_follow(options):
+    rest = {k: v for k, v in options.items() if k not in ("num_draws", "seed")}
+    seed, num = options.get("seed", 0), options.get("num_draws", 5)
+    singles = [
+        sh.epsilon_sharpness(mlp_risk(), 0.05, seed=seed + draw, **rest)
+        for draw in range(num)
+    ]
+    risk = mlp_risk()
+    calls = watched(risk)
+    found = sh.subspace_sharpness(risk, 0.05, **options)
+    assert all(map(same_bits, found.draws, singles))
+    assert len(found.draws) == num
+    phi = [s.phi for s in singles]
+    protocol = [s.phi_protocol for s in singles]
+    assert found.phi == pytest.approx(np.mean(phi), rel=1e-13)
+    assert found.phi_sd == pytest.approx(np.std(phi, ddof=1), rel=1e-13)
+    assert found.phi_protocol == pytest.approx(np.mean(protocol), rel=1e-13)
+    assert found.phi_protocol_sd == pytest.approx(np.std(protocol, ddof=1), rel=1e-13)
+    assert found.phi_sd > 0
+    assert found.num_evals == sum(s.num_evals for s in singles) == len(calls)
+    assert found.seconds == pytest.approx(sum(d.seconds for d in found.draws))
+    assert (found.status, found.seed, found.epsilon) == ("completed", seed, 0.05)
+    assert found.subspace_dim == options["subspace_dim"]
+    assert found.columns == options.get("columns", "normal")
+
+
+@pytest.mark.parametrize("columns", ["normal", "unit"])
+def test_on_lines_mean_and_spread_have_a_closed_form(columns):
+    """p = 1: the box is an interval, and a bowl is highest at its ends."""
+    phi = []
+    for draw in range(6):
+        a = columns_by_hand(N, 1, 11 + draw, columns)[:, 0]
+        half = 0.02 * (abs(a @ HERE.numpy()) / (a @ a) + 1)
+        phi.append(100 * 0.5 * (H.numpy() @ a**2) * half**2 / 1.3)
+    risk = quadratic(H, HERE, offset=0.3)
+    found = sh.subspace_sharpness(
+        risk, 0.02, subspace_dim=1, columns=columns, num_draws=6, seed=11
+    )
+    assert [draw.phi for draw in found.draws] == pytest.approx(phi, rel=1e-9)
+    assert found.phi == pytest.approx(np.mean(phi), rel=1e-9)
+    assert found.phi_sd == pytest.approx(np.std(phi, ddof=1), rel=1e-9)
+
+
+@pytest.mark.parametrize("p", [2, 6])
+def test_no_draw_lies_above_the_best_corner_of_its_subspace(p):
+    a = symmetric(np.linspace(0.5, 4, 6))
+    root = torch.linalg.cholesky(a).T
+    risk = sh.EmpiricalRisk(
+        Point(HERE[:6]),
+        closure=lambda model, _: 0.5 * (root @ (model.theta - HERE[:6])).square().sum(),
+        data=ONE_SAMPLE,
+    )
+    found = sh.subspace_sharpness(risk, 0.01, subspace_dim=p, num_draws=4)
+    reached = 0
+    for seed, draw in enumerate(found.draws):
+        columns = columns_by_hand(6, p, seed)
+        half = 0.01 * (np.abs(np.linalg.pinv(columns) @ HERE[:6].numpy()) + 1)
+        points = np.array(list(product((-1, 1), repeat=p))) * half @ columns.T
+        best = 100 * 0.5 * max(np.einsum("ki,ij,kj->k", points, a.numpy(), points))
+        exact = max(1e-9, 100 * np.finfo(float).eps * np.linalg.cond(columns) ** 2)
+        assert draw.phi <= best * (1 + exact)
+        reached += draw.phi >= best * (1 - exact)
+    assert reached >= 1
+
+
+def test_several_epsilons_are_measured_in_the_same_subspaces():
+    risk, epsilons = mlp_risk(), (0.05, 1e-3)
+    many = sh.subspace_sharpness(risk, epsilons, subspace_dim=4, num_draws=3, seed=2)
+    assert isinstance(many, list)
+    for epsilon, one in zip(epsilons, many, strict=True):
+        alone = sh.subspace_sharpness(risk, epsilon, subspace_dim=4, num_draws=3, seed=2)
+        assert one.epsilon == epsilon
+        assert all(map(same_bits, one.draws, alone.draws))
+        assert (one.phi, one.phi_sd) == (alone.phi, alone.phi_sd)
+    single = sh.subspace_sharpness(risk, [0.05], subspace_dim=4, num_draws=3, seed=2)
+    assert [one.phi for one in single] == [many[0].phi]
+
+
+def test_a_seed_fixes_every_bit_another_changes_it_and_nothing_is_touched():
+    risk = mlp_risk()
+    theta, state = risk.theta.clone(), torch.get_rng_state()
+    first, again, other = (
+        sh.subspace_sharpness(risk, subspace_dim=3, num_draws=2, seed=s) for s in (1, 1, 9)
+    )
+    assert all(map(same_bits, first.draws, again.draws))
+    assert (first.phi, first.phi_sd) == (again.phi, again.phi_sd)
+    assert first.phi != other.phi
+    assert torch.equal(risk.theta, theta)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_draws": 1}, "`num_draws` must be at least 2; got 1"),
+        ({"num_draws": 0}, "`num_draws` must be at least 2; got 0"),
+        ({"num_draws": -3}, "`num_draws` must be at least 2; got -3"),
+        ({"subspace_dim": 0}, r"`subspace_dim` must lie in \[1, n\]; got 0"),
+        ({"subspace_dim": 46}, r"`subspace_dim` must lie in \[1, n\]; got 46"),
+        ({}, r"`subspace_dim` must lie in \[1, n\]; got 100"),
+        ({"subspace_dim": 3, "epsilon": [1e-3, -1.0]}, r"`epsilon` .* got -1\.0"),
+        ({"subspace_dim": 3, "columns": "sparse"}, "`columns` .* got 'sparse'"),
+        ({"subspace_dim": 3, "solver": "adam"}, "`solver` .* got 'adam'"),
+        ({"subspace_dim": 3, "max_iter": 0}, "`max_iter` .* got 0"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_any_evaluation(options, text):
+    risk = mlp_risk()
+    calls = watched(risk)
+    with pytest.raises(ValueError, match=text) as error:
+        sh.subspace_sharpness(risk, **options)
+    assert "\n" not in str(error.value)
+    assert not calls
+
+
+# -- how it can end ----------------------------------------------------------------
+
+
+def test_an_interrupt_leaves_the_draws_that_were_done():
+    options = {"subspace_dim": 4, "num_draws": 5, "seed": 3}
+    whole = sh.subspace_sharpness(mlp_risk(), 0.05, **options)
+    done = [draw.num_evals for draw in whole.draws[:2]]
+    risk = mlp_risk()
+    calls = watched(risk, interrupt=sum(done) + 1)
+    found = sh.subspace_sharpness(risk, 0.05, **options)
+    assert len(calls) == sum(done) + 1
+    assert found.status == "interrupted"
+    assert all(map(same_bits, found.draws[:2], whole.draws[:2]))
+    assert found.num_evals == sum(done)
+    # The third had not seen a single value: its phi of 0 says nothing.
+    assert len(found.draws) == 2
+    assert found.phi == pytest.approx(np.mean([d.phi for d in whole.draws[:2]]), rel=1e-13)
+
+
+def test_an_interrupt_in_the_first_draw_gives_a_result_without_a_spread():
+    risk = mlp_risk()
+    watched(risk, interrupt=6)
+    found = sh.subspace_sharpness(risk, 0.05, subspace_dim=4)
+    assert found.status == "interrupted"
+    assert math.isnan(found.phi_sd)
+    assert "interrupted" in str(found)
+    (reading,) = found.readings()
+    assert "interrupted" in reading.evidence
+
+
+def test_with_fewer_draws_than_asked_for_no_epsilon_is_completed():
+    risk = mlp_risk()
+    watched(risk, interrupt=3)
+    found = sh.subspace_sharpness(risk, [0.05, 1e-3], subspace_dim=4, num_draws=4)
+    assert found[0].status == "interrupted"
+    assert len(found[1].draws) < 4
+    assert not found[1].status.ok
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_time_is_up_for_each_draw_anew(solver):
+    risk = mlp_risk()
+    calls = watched(risk)
+    found = sh.subspace_sharpness(
+        risk, 0.05, subspace_dim=4, num_draws=3, solver=solver, max_seconds=0
+    )
+    assert found.status == "max_seconds"
+    assert [draw.status for draw in found.draws] == ["max_seconds"] * 3
+    assert found.num_evals == len(calls) <= 6
+    with pytest.raises(sh.NotConvergedError) as error:
+        found.raise_for_status()
+    assert error.value.result is found
+
+
+def test_a_risk_that_is_nan_is_said_to_be_so():
+    found = sh.subspace_sharpness(quadratic(H * torch.nan, HERE), subspace_dim=3)
+    assert found.status == "non_finite"
+    assert math.isnan(found.phi)
+
+
+def test_parameters_that_the_loss_does_not_use_stay_where_they_are():
+    h = torch.where(torch.arange(N) < 6, H, 0.0)
+    corners = torch.where(torch.arange(N) < 6, signs(0), 0.0)
+    found = sh.epsilon_sharpness(quadratic(h, HERE), 0.1, corners=corners, max_iter=30)
+    half = 0.1 * (HERE[:6].abs() + 1)
+    assert found.phi == pytest.approx(100 * float((0.5 * H[:6] * half**2).sum()), rel=1e-9)
+
+
+# -- what a person sees ------------------------------------------------------------
+
+
+def test_a_reading_is_a_lower_bound_with_the_protocol_beside_it():
+    found = sh.epsilon_sharpness(mlp_risk(), 5e-4, subspace_dim=7)
+    found = dataclasses.replace(found, seconds=1.26)
+    (reading,) = found.readings()
+    assert (reading.name, reading.value) == ("phi(5e-4, p=7)", found.phi)
+    assert found.name == reading.name
+    assert (reading.error, reading.bound, reading.unit) == (None, "≥", "%")
+    share = f"{found.box_share:.0%} of coordinates on the box"
+    assert reading.evidence == f"protocol {found.phi_protocol:.4g} %; {share}"
+    assert reading.cost == f"{found.num_evals} gradients, 1.3 s"
+
+
+def test_a_reading_without_a_protocol_does_not_mention_it():
+    found = sh.epsilon_sharpness(mlp_risk(), solver="ascent", max_seconds=0)
+    (reading,) = found.readings()
+    assert reading.name == "phi(1e-3)"
+    assert reading.evidence.endswith("on the box; max_seconds")
+    assert "protocol" not in reading.evidence
+
+
+def test_the_reading_of_several_draws_has_the_standard_error_of_their_mean():
+    found = sh.subspace_sharpness(mlp_risk(), 0.05, subspace_dim=5, num_draws=4)
+    (reading,) = found.readings()
+    assert (reading.name, reading.value) == ("phi(0.05, p=5)", found.phi)
+    assert reading.error == pytest.approx(found.phi_sd / 2, rel=1e-14)
+    assert reading.evidence == (
+        f"standard error over 4 draws of A; protocol {found.phi_protocol:.4g} %"
+    )
+    assert reading.cost.startswith(f"{found.num_evals} gradients, ")
+    assert (reading.bound, reading.unit) == ("≥", "%")
+
+
+def test_the_line_of_several_draws_says_what_was_averaged():
+    found = sh.subspace_sharpness(mlp_risk(), 5e-4, subspace_dim=5, columns="unit")
+    found = dataclasses.replace(found, seconds=2.04)
+    assert str(found) == (
+        f"phi(5e-4, 5 random unit columns) ≥ {found.phi:.4g} ± {found.phi_sd:.2g} %   "
+        f"(mean ± sd of 5 draws; paper's protocol {found.phi_protocol:.4g} ± "
+        f"{found.phi_protocol_sd:.2g} %; completed, {found.num_evals} evaluations, 2.0 s)"
+    )
+
+
+@pytest.mark.parametrize("options", [{"solver": "ascent"}, {"max_iter": 4}])
+def test_a_protocol_not_run_is_not_shown_as_a_number(options):
+    found = sh.subspace_sharpness(mlp_risk(), subspace_dim=5, num_draws=2, **options)
+    (reading,) = found.readings()
+    assert "nan" not in str(found)
+    assert "nan" not in reading.evidence
