@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from sharpness import measure, train
+from sharpness import compare, measure, train
 from sharpness.reproduce import __main__ as reproduce
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 PARSERS = {
     "sharpness.measure": measure._parser(),
+    "sharpness.compare": compare._parser(),
     "sharpness.train": train._parser(),
     "sharpness.reproduce": reproduce._parser(),
 }

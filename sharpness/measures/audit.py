@@ -104,7 +104,6 @@ def audit(
     measures: str | Sequence[str] | None = None,
     *,
     rtol: float = 0.02,
-    seed: int = 0,
     progress: bool | None = None,
     **settings: Unpack[Keywords],
 ) -> Audit:
@@ -120,9 +119,8 @@ def audit(
         risk: with a network of modules, and inputs rather than a closure.
         measures: names or families of `summary`; None means the ones that are cheap.
         rtol: relative change that counts as none, beside both values' error bounds.
-        seed: of the maps and the measures.
         progress: show a bar for each map; by default on a terminal.
-        **settings: of the measures, as in `summary`.
+        **settings: of the measures, as in `summary`; `seed` is that of the maps too.
 
     Returns:
         `Audit`. With no layers that a map applies to (`drifts` is empty), its status is
@@ -138,11 +136,12 @@ def audit(
     """
     began = time.monotonic()
     chosen = list(AUDITED) if measures is None else measures
-    shared: Keywords = {"epsilon": (1e-3,), **settings, "seed": seed}
+    settings.setdefault("epsilon", (1e-3,))
+    seed = settings.get("seed", 0)
     network = risk.network().eval()
     maps = reparametrisations(network, risk.probe_inputs(), seed=seed)
     outputs = risk.outputs()
-    before = _values(risk, chosen, shared, progress)
+    before = _values(risk, chosen, settings, progress)
     after, drifts, layers = {}, {}, {}
     for changed in maps:
         other = risk.with_model(changed.network)
@@ -150,7 +149,7 @@ def audit(
             (other.outputs() - outputs).abs().max() / outputs.abs().max()
         )
         layers[changed.name] = changed.layers
-        after[changed.name] = _values(other, chosen, shared, progress)
+        after[changed.name] = _values(other, chosen, settings, progress)
     rows = tuple(
         AuditRow(
             measure=name,

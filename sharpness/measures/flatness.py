@@ -467,7 +467,7 @@ def relative_flatness(
 def _root_of_rows(weight: Tensor) -> Tensor:
     """(W W^T)^(1/2), (rows, rows)."""
     values, vectors = torch.linalg.eigh((weight.double() @ weight.double().T).cpu())
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
     return root.to(weight)
 
 

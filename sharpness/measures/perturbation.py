@@ -304,7 +304,7 @@ def _filter_norms(weight: Tensor) -> Tensor:
     """Norm of the row (an output's weights) an entry is in; vectors have no rows."""
     if weight.ndim < 2:
         return weight.abs()
-    norms = weight.flatten(1).norm(dim=1)
+    norms: Tensor = weight.flatten(1).norm(dim=1)
     return norms.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
 
 
@@ -345,7 +345,8 @@ class NormalisedLogits(nn.Module):
         """Logits (N, classes, ...) of the model, centred and scaled along dimension 1."""
         logits: Tensor = self.model(*args, **kwargs)
         centred = logits - logits.mean(1, keepdim=True)
-        return centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-10)
+        unit: Tensor = centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-10)
+        return unit
 
 
 # -- inside ----------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ _FACTORS = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
 _TOLERANCE = 1e-6  # of the largest output, in float32
 
 _Affine = (nn.Linear, _ConvNd, _BatchNorm)  # outputs scale with weight and bias
-_Map = Callable[[nn.Module, torch.Generator], None]
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ def _applied_everywhere(
             if isinstance(place, _Pair):
                 applied = _rescale(candidate, place, uniform, generator)
             else:
-                applied = _rescale_before_norm(candidate, *place, uniform, generator)
+                source, norm = place
+                applied = _rescale_before_norm(candidate, source, norm, uniform, generator)
         changed = _drift(network, candidate, inputs) if applied else float("inf")
         if changed <= _TOLERANCE:
             current, drift = candidate, changed
@@ -128,18 +128,14 @@ def _rescale(
     network: nn.Module, pair: _Pair, uniform: bool, generator: torch.Generator
 ) -> bool:
     """Scale one layer's outputs up and the next one's weights down."""
-    source, consumer = (
-        network.get_submodule(pair.source),
-        network.get_submodule(pair.consumer),
-    )
-    factors = _drawn(len(source.weight), uniform, generator, _FACTORS)  # type: ignore[arg-type]
-    factors = factors.to(source.weight)  # type: ignore[arg-type]
+    source: Any = network.get_submodule(pair.source)
+    columns: Any = network.get_submodule(pair.consumer).weight
+    factors = _drawn(source.weight, uniform, generator, _FACTORS)
     gain = _carried(network, pair, source, factors)
-    if gain is None or len(gain) != consumer.weight.shape[1]:  # type: ignore[index,union-attr]
+    if gain is None or len(gain) != columns.shape[1]:
         return False
     _scale_rows(source, factors)
-    columns = consumer.weight  # type: ignore[assignment]
-    columns /= gain.view(1, -1, *[1] * (columns.ndim - 2))  # type: ignore[operator,union-attr,misc]
+    columns /= gain.view(1, -1, *[1] * (columns.ndim - 2))
     return True
 
 
@@ -155,27 +151,30 @@ def _rescale_before_norm(
     The variance is scaled together with the eps that is added to it, so that nothing
     moves: to make up for it, it would have to fall below 0 for small factors.
     """
-    layer, statistics = network.get_submodule(source), network.get_submodule(norm)
+    layer: Any = network.get_submodule(source)
+    statistics: Any = network.get_submodule(norm)
     up = tuple(f for f in _FACTORS if f > 1)
-    factors = _drawn(len(layer.weight), uniform, generator, up).to(layer.weight)  # type: ignore[arg-type]
+    factors = _drawn(layer.weight, uniform, generator, up)
     _scale_rows(layer, factors)
-    statistics.running_mean *= factors  # type: ignore[operator]
-    wide = (statistics.running_var.double() + statistics.eps) * factors.double() ** 2  # type: ignore[operator,union-attr]
-    statistics.running_var.copy_(wide - statistics.eps)  # type: ignore[operator,union-attr]
+    statistics.running_mean *= factors
+    wide = (statistics.running_var.double() + statistics.eps) * factors.double() ** 2
+    statistics.running_var.copy_(wide - statistics.eps)
     return True
 
 
 def _drawn(
-    num: int, uniform: bool, generator: torch.Generator, factors: tuple[float, ...]
+    weight: Tensor, uniform: bool, generator: torch.Generator, factors: tuple[float, ...]
 ) -> Tensor:
+    """A factor for every row of a weight; all the same if `uniform`."""
+    num = len(weight)
     index = torch.randint(len(factors), (1 if uniform else num,), generator=generator)
-    return torch.tensor(factors)[index].expand(num)
+    return torch.tensor(factors)[index].expand(num).to(weight)
 
 
-def _scale_rows(layer: nn.Module, factors: Tensor) -> None:
-    layer.weight *= factors.view(-1, *[1] * (layer.weight.ndim - 1))  # type: ignore[operator,union-attr,misc]
+def _scale_rows(layer: Any, factors: Tensor) -> None:
+    layer.weight *= factors.view(-1, *[1] * (layer.weight.ndim - 1))
     if layer.bias is not None:
-        layer.bias *= factors  # type: ignore[operator]
+        layer.bias *= factors
 
 
 def _carried(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, TypedDict, Unpack
 
@@ -230,7 +230,7 @@ def summary(
     Cost: with the default families about 170 products, 250 gradients and 500 forward
     passes over the data: a minute for F1 on 1000 samples and two cores.
     """
-    shared = Settings(**{**settings, **_as_tuples(settings)})
+    shared = replace(Settings(**settings), **_as_tuples(settings))  # type: ignore[arg-type]
     chosen = selected(measures)
     if not 1 <= shared.k <= risk.n:
         raise ValueError(

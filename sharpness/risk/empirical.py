@@ -144,7 +144,7 @@ class EmpiricalRisk:
             batchnorm_batch=batchnorm_batch,
             chunk_size=chunk_size,
         )
-        self._again = {  # what another risk like this one is built with
+        self._again: dict[str, Any] = {  # what another risk like this one is built with
             "loss": loss,
             "closure": closure,
             "params": params,
