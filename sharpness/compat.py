@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from sharpness import _tensors
+from sharpness.krylov.quadrature import Rule
 from sharpness.krylov.stochastic_trace import Hutchinson
+from sharpness.measures.arguments import whole
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.measures.spectrum import spectral_density
+from sharpness.results import Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 
@@ -70,6 +73,8 @@ class hessian:
         Lanczos instead of power iteration, stopped when each value's error bound is
         `tol` of it; at most `maxIter` products a value.
         """
+        if whole("top_n", top_n, 1) > self.risk.n:
+            raise ValueError(f"`top_n` must be at most n={self.risk.n}; got {top_n}.")
         found = eigenpairs(
             self.risk,
             top_n,
@@ -79,6 +84,7 @@ class hessian:
             max_hvps=max(2, maxIter) * top_n,
             progress=False,
         )
+        _check_ended(found.status)
         order = found.eigenvalues.abs().argsort(descending=True)
         vectors = [_tensors.split(v, self.risk.shapes) for v in found.eigenvectors[order]]
         return found.eigenvalues[order].tolist(), vectors
@@ -89,6 +95,7 @@ class hessian:
         Stops where the standard error of the mean is `tol` of it, looked at after 10,
         20, 40, ... samples, or at `maxIter`.
         """
+        whole("maxIter", maxIter, 1)
         signs = Hutchinson(self.risk.theta, self._seed)
         num = min(10, maxIter)
         while True:
@@ -103,8 +110,26 @@ class hessian:
         self, iter: int = 100, n_v: int = 1
     ) -> tuple[list[list[float]], list[list[float]]]:
         """Nodes and weights of `n_v` stochastic Lanczos quadratures of `iter` steps."""
+        whole("n_v", n_v, 1)
+        whole("iter", iter, 2)
         found = spectral_density(
             self.risk, num_starts=n_v, num_steps=iter, seed=self._seed, progress=False
         )
-        nodes = [rule.nodes.tolist() for rule in found.rules]
-        return nodes, [rule.weights.tolist() for rule in found.rules]
+        _check_ended(found.status)
+        nodes, weights = zip(*(_filled(rule, iter) for rule in found.rules), strict=True)
+        return list(nodes), list(weights)
+
+
+def _filled(rule: Rule, length: int) -> tuple[list[float], list[float]]:
+    """Nodes and weights of a rule that ended early, to full length by weights of 0."""
+    missing = length - len(rule.nodes)
+    nodes = [*rule.nodes.tolist(), *[float(rule.nodes[-1])] * missing]
+    return nodes, [*rule.weights.tolist(), *[0.0] * missing]
+
+
+def _check_ended(status: Status) -> None:
+    """PyHessian's shapes have no place for a status: what went wrong is raised."""
+    if status is Status.INTERRUPTED:
+        raise KeyboardInterrupt
+    if status is Status.NON_FINITE:
+        raise ValueError(f"`model` must be finite; got NaN or inf. {status.advice}")

@@ -128,14 +128,14 @@ def test_the_trace_makes_as_many_samples_as_it_may(maxIter, num):
     assert all(type(sample) is float for sample in samples)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_mean_of_the_trace_is_within_its_own_error(seed):
-    samples = np.array(computed(seed=seed).trace(maxIter=400, tol=0.02))
+    samples = np.array(computed(seed=seed).trace(maxIter=200, tol=0.03))
     error = samples.std(ddof=1) / math.sqrt(len(samples))
     trace = float(exact().trace())
     assert abs(samples.mean() - trace) <= 4 * error
-    assert error <= 0.02 * abs(samples.mean()) or len(samples) == 400
-    assert error < 0.1 * trace
+    assert error <= 0.03 * abs(samples.mean()) or len(samples) == 200
+    assert error < 0.15 * trace
 
 
 def test_the_trace_of_a_diagonal_needs_ten_samples():
@@ -158,20 +158,23 @@ def test_nodes_lie_in_the_spectrum_and_weights_sum_to_one(n_v, steps):
 def test_the_density_of_many_starts_has_the_moments_of_the_spectrum():
     """The variance of z^T F z is at most 2 tr(F^2) / n^2 for z on the sphere."""
     h = exact()
-    nodes, weights = (np.array(part) for part in computed().density(iter=20, n_v=200))
+    nodes, weights = (np.array(part) for part in computed().density(iter=20, n_v=60))
     for power in (1, 2):
         f = torch.linalg.matrix_power(h, power)
-        found = float((weights * nodes**power).sum() / 200)
-        error = math.sqrt(2 * float((f @ f).trace()) / 200) / len(h)
+        found = float((weights * nodes**power).sum() / 60)
+        error = math.sqrt(2 * float((f @ f).trace()) / 60) / len(h)
         assert abs(found - float(f.trace()) / len(h)) <= 4 * error
 
 
 def test_every_start_has_as_many_nodes_as_the_others():
-    """Scripts make an array of them; the Hessian of 3 x 4 weights here has rank 9."""
-    problem = softmax_regression()
-    nodes, weights = hessian(problem.model, CE, problem.data, cuda=False).density(n_v=12)
-    assert np.array(nodes).shape == np.array(weights).shape
-    assert len(nodes) == 12
+    """Scripts make an array of them; half of the eigenvalues here are zero."""
+    model = nn.Linear(10, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([0 * torch.arange(10), torch.arange(1, 11)]))
+    data = torch.eye(10).double(), torch.ones(10, dtype=torch.long)
+    nodes, weights = hessian(model, CE, data, cuda=False).density(n_v=3)
+    assert len({len(run) for run in nodes}) == 1
+    assert [len(run) for run in nodes] == [len(run) for run in weights]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -215,38 +218,27 @@ def test_ragged_batches_of_a_loader_count_by_their_samples(size):
 
 
 def test_the_same_seed_gives_the_same_bits_and_no_generator_moves():
+    built = [computed(seed=seed) for seed in (1, 1, 2)]
     state = torch.get_rng_state()
-    one, again, other = (
-        (h.eigenvalues()[0], h.trace(10), h.density(5)) for h in map(seeded, (1, 1, 2))
-    )
+    one, again, other = ((h.trace(10), h.density(5), h.eigenvalues()[0]) for h in built)
     assert one == again
-    assert all(a != b for a, b in zip(one[1:], other[1:], strict=True))
+    assert one[0] != other[0]
+    assert one[1] != other[1]
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def seeded(seed: int) -> hessian:
-    return computed(seed=seed)
-
-
-def test_the_model_stays_in_train_mode_with_its_parameters():
+def test_the_model_stays_in_train_mode_and_is_measured_in_evaluation_mode():
     problem = tiny_mlp(batchnorm=True)
     model = problem.model.train()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     h = hessian(model, CE, problem.data, cuda=False)
-    h.eigenvalues()
+    dense = torch.linalg.eigvalsh(hessian_of(problem.f)(problem.theta))
+    assert h.eigenvalues(tol=1e-8)[0] == pytest.approx([float(dense[-1])], rel=1e-7)
     h.trace(5)
     h.density(5)
     assert all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-
-
-def test_it_is_measured_in_evaluation_mode():
-    problem = tiny_mlp(batchnorm=True)
-    h = hessian(problem.model.train(), CE, problem.data, cuda=False)
-    dense = torch.linalg.eigvalsh(hessian_of(problem.f)(problem.theta))
-    largest = float(dense[dense.abs().argmax()])
-    assert h.eigenvalues(tol=1e-8)[0] == pytest.approx([largest], rel=1e-7)
 
 
 @pytest.mark.parametrize("given", [{}, {"data": 1, "dataloader": 1}])
@@ -262,7 +254,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     problem = tiny_mlp()
     for how in ({}, {"cuda": True}):
-        with pytest.raises(ValueError, match="`cuda` must be False .*got True"):
+        with pytest.raises(ValueError, match=r"`cuda` must be False .*got True"):
             hessian(problem.model, CE, problem.data, **how)
 
 
@@ -486,8 +478,7 @@ def test_a_closure_hides_what_it_alone_knows(what):
         Point(torch.ones(2)), closure=lambda m, _: m.theta.sum(), data=[torch.ones(3)]
     )
     with pytest.raises(TypeError, match="must come from a risk with a `loss`"):
-        found = getattr(risk, what)
-        found()
+        getattr(risk, what)()
     assert torch.equal(risk.batches()[0], torch.ones(3))
 
 
@@ -538,11 +529,10 @@ def test_whole_numbers_alone_are_classes(dtype):
     assert risk.has_outputs
 
 
-def test_accuracy_is_taken_where_it_is_asked_for():
+def test_another_theta_has_another_length_or_accuracy():
     problem = softmax_regression()
     risk, (x, y) = problem.risk(), problem.data
-    logits = x @ problem.model.weight.T + problem.model.bias
-    right = (logits.argmin(1) == y).double().mean()
-    assert risk.accuracy(-risk.theta) == pytest.approx(float(right), rel=1e-12)
+    right = ((x @ problem.model.weight.T + problem.model.bias).argmin(1) == y).tolist()
+    assert risk.accuracy(-risk.theta) == pytest.approx(sum(right) / 23, rel=1e-12)
     with pytest.raises(ValueError, match=r"`theta` must have shape .*n=16; got \(3,\)"):
         risk.accuracy(torch.ones(3))

@@ -24,11 +24,12 @@ from problems import (
     tiny_mlp,
 )
 from scipy import stats
+from scipy.linalg import hadamard
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
 import sharpness as sh
-from sharpness.measures import budget
+from sharpness.measures import budget, flatness
 from sharpness.record import to_line
 
 CE = nn.CrossEntropyLoss()
@@ -70,7 +71,7 @@ def calls_of(risk: sh.EmpiricalRisk, name: str, fail_at: int | None = None) -> l
 @pytest.mark.parametrize("drop", [0.1, 0.3])
 @pytest.mark.parametrize("margin", [0.03, 1.0, 50.0])
 def test_sigma_is_the_standard_deviation_of_the_normal_distribution(margin, drop):
-    found = sh.pac_bayes_sigma(alike(margin), accuracy_drop=drop, num_draws=25)
+    found = sh.pac_bayes_sigma(alike(margin), accuracy_drop=drop)
     sigma = margin / (math.sqrt(2) * stats.norm.isf(drop))
     assert (found.status, found.accuracy) == ("converged", 1.0)
     assert 0 < found.standard_error < 0.05 * sigma
@@ -80,17 +81,14 @@ def test_sigma_is_the_standard_deviation_of_the_normal_distribution(margin, drop
     assert found.flatness_measure == pytest.approx(found.value**-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("magnitude_aware", [False, True])
-@pytest.mark.parametrize("lower", [-0.4, 0.0, 2.0])
+@pytest.mark.parametrize(("lower", "dtype"), [(-0.4, torch.float32), (0, torch.float64)])
 @pytest.mark.parametrize("size", [2e-3, 1.0])
 def test_noise_is_scaled_by_each_weight_with_a_floor(size, lower, magnitude_aware, dtype):
     """The mean of Phi(-margin / (sigma sqrt(s_0^2 + s_1^2))) is the drop."""
-    margins = size * torch.linspace(0.5, 2, 300, dtype=dtype)
+    margins = size * torch.linspace(0.5, 2, 400, dtype=dtype)
     risk = one_feature_each(margins, size * lower)
-    found = sh.pac_bayes_sigma(
-        risk, num_draws=20, magnitude_aware=magnitude_aware, rtol=2e-3
-    )
+    found = sh.pac_bayes_sigma(risk, magnitude_aware=magnitude_aware, rtol=5e-3)
     theta = risk.theta.double().numpy().reshape(2, -1)
     spread = np.sqrt((theta**2 + 1e-6 if magnitude_aware else np.ones_like(theta)).sum(0))
 
@@ -99,46 +97,33 @@ def test_noise_is_scaled_by_each_weight_with_a_floor(size, lower, magnitude_awar
         return float(lost.mean()) - 0.1
 
     sigma = math.exp(brentq(excess, -20, 20, xtol=1e-12))
-    assert abs(found.value - sigma) <= 4 * found.standard_error + 2e-3 * sigma
+    assert abs(found.value - sigma) <= 4 * found.standard_error + 5e-3 * sigma
     assert found.standard_error < 0.05 * sigma
     assert found.name == f"pac_bayes_sigma{'_magnitude' if magnitude_aware else ''}"
 
 
-@pytest.mark.parametrize("power", [-6, 3, 8])
+@pytest.mark.parametrize("power", [-12, -6, 3, 12])
 def test_sigma_scales_with_the_weights(power):
     plain, scaled = (
-        sh.pac_bayes_sigma(alike(margin, 50)) for margin in (1.1, 1.1 * 4.0**power)
+        sh.pac_bayes_sigma(alike(margin, 50), num_draws=3)
+        for margin in (1.1, 1.1 * 4.0**power)
     )
+    assert scaled.status == "converged"
     assert scaled.value == plain.value * 4.0**power
     assert scaled.standard_error == pytest.approx(plain.standard_error * 4.0**power)
 
 
-@RADII
-@pytest.mark.parametrize("power", [-12, 12])
-def test_an_accuracy_that_does_fall_is_never_called_not_reached(measure, power):
-    assert measure(alike(4.0**power, 50)).status != "not_reached"
-
-
 def test_the_jackknife_error_is_the_spread_over_seeds():
-    risk = alike(1.0, 60)
-    found = [sh.pac_bayes_sigma(risk, seed=seed, rtol=5e-3) for seed in range(40)]
+    sigma = partial(sh.pac_bayes_sigma, alike(1.0, 60), num_draws=5)
+    found = [sigma(seed=seed) for seed in range(40)]
+    assert all(f.status == "converged" for f in found)
+    assert [f.seed for f in found if f.standard_error is None] == []
     spread = np.var([f.value for f in found], ddof=1)
     stated = np.mean([f.standard_error**2 for f in found])
-    low, high = stats.f.ppf([1e-3, 1 - 1e-3], 39, 40 * 9)
+    low, high = stats.f.ppf([1e-3, 1 - 1e-3], 39, 40 * 4)
     assert low < spread / stated < high
-    again = sh.pac_bayes_sigma(risk, seed=7, rtol=5e-3)
-    assert dataclasses.replace(again, seconds=found[7].seconds) == found[7]
-    assert len({f.standard_error for f in found}) == 40
-
-
-def test_each_forward_pass_is_counted_and_every_sigma_has_the_same_draws():
-    risk = alike(1.0, 50)
-    calls = calls_of(risk, "accuracy")
-    found = sh.pac_bayes_sigma(risk, num_draws=7)
-    assert found.num_evals == len([args for args in calls if args])
-    for pair in zip(calls[1:8], calls[8:15], strict=True):  # 2^-5, then four times that
-        near, far = (args[0] - risk.theta for args in pair)
-        assert torch.allclose(far, 4 * near, rtol=1e-9, atol=1e-12)
+    again = dataclasses.replace(sigma(seed=7), seconds=found[7].seconds)
+    assert again == found[7] != found[8]
 
 
 # -- the box that accuracy survives -------------------------------------------------
@@ -148,41 +133,38 @@ def shuffled_margins(num: int = 30) -> Tensor:
     return 0.1 + 0.07 * torch.randperm(num, generator=generator(5)).double()
 
 
+@pytest.mark.parametrize(
+    ("size", "lower", "magnitude_aware"),
+    [(1, 0.3, False), (1, 0, True), (1, -0.5, True), (1e-3, 2e-3, True)],
+)
 @pytest.mark.parametrize("num_steps", [1, 20])
-@pytest.mark.parametrize(("drop", "flips"), [(0.01, 1), (0.08, 3), (0.25, 8), (0.95, 29)])
-def test_alpha_is_where_enough_small_margins_are_used_up(drop, flips, num_steps):
-    """W_0j rises by alpha and W_1j falls by it, so margins up to 2 alpha are lost."""
-    margins = shuffled_margins()
-    risk = one_feature_each(margins, 0.3)
+@pytest.mark.parametrize(("drop", "flips"), [(0.01, 1), (0.08, 3), (0.95, 29)])
+def test_alpha_is_where_enough_small_margins_are_used_up(
+    drop, flips, num_steps, size, lower, magnitude_aware
+):
+    """W_0j rises and W_1j falls by alpha in units of s: margins below both are lost."""
+    risk = one_feature_each(size * shuffled_margins(), lower)
     calls = calls_of(risk, "value_and_gradient")
-    found = sh.box_alpha(risk, accuracy_drop=drop, num_steps=num_steps)
-    alpha = float(margins.sort().values[flips - 1]) / 2
-    low, high = found.bracket
-    assert low * (1 - 1e-12) <= alpha <= high * (1 + 1e-12)
-    assert high <= low * 1.1
-    assert (found.value, found.status, found.name) == (high, "converged", "box_alpha")
-    assert (found.num_evals, found.num_draws) == (len(calls), None)
-    assert found.readings()[0].bound == "≤"
-
-
-@pytest.mark.parametrize("lower", [0.0, -0.5, 2.0])
-@pytest.mark.parametrize("size", [1.0, 1e-3])
-def test_a_magnitude_aware_box_is_as_wide_as_each_weight(lower, size):
-    risk = one_feature_each(size * shuffled_margins(), size * lower)
-    found = sh.box_alpha(risk, accuracy_drop=0.25, magnitude_aware=True, rtol=0.01)
-    a, b = risk.theta.numpy().reshape(2, -1)
-    alpha = np.sort((b - a) / (np.sqrt(a**2 + 1e-6) + np.sqrt(b**2 + 1e-6)))[7]
+    found = sh.box_alpha(
+        risk, accuracy_drop=drop, num_steps=num_steps, magnitude_aware=magnitude_aware
+    )
+    theta = risk.theta.numpy().reshape(2, -1)
+    scale = np.sqrt(theta**2 + 1e-6) if magnitude_aware else np.ones_like(theta)
+    alpha = np.sort((theta[1] - theta[0]) / scale.sum(0))[flips - 1]
     low, high = found.bracket
     assert low * (1 - 1e-9) <= alpha <= high * (1 + 1e-9)
-    assert high <= low * 1.01
+    assert high <= low * 1.1
+    assert (found.value, found.status) == (high, "converged")
+    assert (found.num_evals, found.num_draws) == (len(calls), None)
+    assert found.readings()[0].bound == "≤"
 
 
 @pytest.mark.parametrize(("num", "drop"), [(10, 0.1), (20, 0.1), (10, 0.3), (50, 0.1)])
 def test_a_drop_of_exactly_what_was_asked_for_is_enough(num, drop):
     margins = shuffled_margins(num)
-    found = sh.box_alpha(one_feature_each(margins), accuracy_drop=drop, rtol=0.01)
+    found = sh.box_alpha(one_feature_each(margins), accuracy_drop=drop, num_steps=1)
     alpha = float(margins.sort().values[round(num * drop) - 1]) / 2
-    assert alpha <= found.value * (1 + 1e-12) <= alpha * 1.02
+    assert alpha <= found.value * (1 + 1e-12) <= alpha * 1.11
 
 
 # -- accuracy that cannot fall ------------------------------------------------------
@@ -200,7 +182,9 @@ def at_chance() -> sh.EmpiricalRisk:
     return sh.EmpiricalRisk(filled(nn.Linear(3, 2).double(), generator(1)), CE, data)
 
 
-@RADII
+@pytest.mark.parametrize(
+    "measure", [sh.pac_bayes_sigma, partial(sh.box_alpha, num_steps=2)]
+)
 @pytest.mark.parametrize("magnitude_aware", [False, True])
 @pytest.mark.parametrize(("build", "accuracy"), [(single_class, 1), (at_chance, 0.5)])
 def test_accuracy_that_cannot_fall_is_not_reached(
@@ -216,23 +200,19 @@ def test_accuracy_that_cannot_fall_is_not_reached(
         found.raise_for_status()
 
 
-def test_noise_of_any_size_leaves_half_of_two_classes_right():
-    assert sh.pac_bayes_sigma(alike(1.0), accuracy_drop=0.6).status == "not_reached"
-
-
 @RADII
 def test_a_tolerance_below_rounding_comes_to_an_end(measure):
-    found = measure(one_feature_each(torch.ones(3).double()), rtol=1e-17, max_seconds=2)
+    found = measure(one_feature_each(torch.ones(3).double()), rtol=1e-17, max_seconds=30)
     assert found.status == "converged"
 
 
 # -- how a search can end -----------------------------------------------------------
 
-PATH = {  # sigmas done: the bracket, from 2^-5 by fours and then by halves
+PATH = {  # sigmas done: the bracket, from 2^-5 by 4 and 16 and then by halves
     0: (0.0, math.inf),
     1: (2**-5, math.inf),
     2: (2**-3, math.inf),
-    3: (0.5, math.inf),
+    3: (2**-3, 2.0),
     4: (0.5, 2.0),
     5: (0.5, 1.0),
 }
@@ -241,34 +221,32 @@ PATH = {  # sigmas done: the bracket, from 2^-5 by fours and then by halves
 @pytest.mark.parametrize("how", ["interrupted", "max_seconds"])
 @pytest.mark.parametrize("done", PATH)
 def test_what_ends_a_search_leaves_the_bracket_reached_so_far(done, how, monkeypatch):
+    """And every sigma is tried with the same draws."""
     risk, passes = alike(1.1), 5 * done + 3
     calls = calls_of(risk, "accuracy", 1 + passes if how == "interrupted" else None)
     clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
     monkeypatch.setattr(budget, "time", clock)
-    limit = passes - 0.5 if how == "max_seconds" else None
+    limit = passes + 0.5 if how == "max_seconds" else None
     found = sh.pac_bayes_sigma(risk, num_draws=5, max_seconds=limit)
-    assert (found.status, found.num_evals, found.seconds) == (how, passes, passes)
+    assert (found.status, found.num_evals, found.seconds) == (how, passes, passes + 1)
     assert found.bracket == PATH[done]
-    middle = math.sqrt(math.prod(PATH[done])) if done > 3 else math.nan
+    tried = [args[0] - risk.theta for args in calls[1:]]
+    assert torch.allclose(tried[-1], tried[2] * float(tried[-1].norm() / tried[2].norm()))
+    middle = math.sqrt(math.prod(PATH[done])) if done > 2 else math.nan
     assert found.value == pytest.approx(middle, nan_ok=True)
     assert how in str(found)
 
 
-@pytest.mark.parametrize("how", ["interrupted", "max_seconds"])
-@pytest.mark.parametrize("calls_made", [1, 2, 30, 60])
-def test_a_box_that_is_cut_short_keeps_its_bracket(calls_made, how, monkeypatch):
+@pytest.mark.parametrize("call", [1, 2, 30, 60])
+def test_an_interrupted_box_keeps_its_bracket(call):
     risk = one_feature_each(shuffled_margins())
-    fail_at = calls_made if how == "interrupted" else None
-    calls = calls_of(risk, "value_and_gradient", fail_at)
-    clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
-    monkeypatch.setattr(budget, "time", clock)
-    limit = calls_made - 0.5 if how == "max_seconds" else None
-    found = sh.box_alpha(risk, accuracy_drop=0.25, max_seconds=limit)
-    assert (found.status, found.num_evals, len(calls)) == (how, calls_made, calls_made)
+    calls = calls_of(risk, "value_and_gradient", fail_at=call)
+    found = sh.box_alpha(risk, accuracy_drop=0.25)
+    assert (found.status, found.num_evals, len(calls)) == ("interrupted", call, call)
     alpha = float(shuffled_margins().sort().values[7]) / 2
     assert found.bracket[0] <= alpha <= found.bracket[1]
-    assert (found.bracket[0] > 0) == (calls_made > 21)  # a safe box takes 21 gradients
-    assert how in str(found)
+    assert (found.bracket[0] > 0) == (call > 21)  # a safe box takes 21 gradients
+    assert "interrupted" in str(found)
 
 
 # -- refusals -----------------------------------------------------------------------
@@ -291,9 +269,9 @@ def test_a_number_outside_its_range_is_refused(measure, name, wrong, value):
     [
         (sh.pac_bayes_sigma, {"num_draws": 1}, "`num_draws` must be at least 2; got 1"),
         (sh.box_alpha, {"num_steps": 0}, "`num_steps` must be at least 1; got 0"),
-        (sh.relative_flatness, {"num_probes": 1}, "`num_probes` must .* 2, .*got 1"),
+        (sh.relative_flatness, {"num_probes": 1}, "`num_probes` must be at least 2; got 1"),
         (sh.relative_flatness, {"layers": ["w"]}, "`layers` must .*got 'w'.*weight"),
-        (sh.relative_flatness, {"layers": []}, "got 30 and 0 such weights"),
+        (sh.relative_flatness, {"layers": []}, "`layers` must"),
         (sh.norms, {"start": torch.ones(3)}, r"`start` must .*n=10; got \(3,\)"),
         (sh.norms, {"start": torch.ones(10, 1)}, r"`start` must .*got \(10, 1\)"),
     ],
@@ -336,8 +314,10 @@ def fisher_rao_by_sums(model: nn.Module, x: Tensor) -> float:
     for sample in x:
         for log_p in torch.log_softmax(model(sample[None]), 1)[0]:
             slopes = torch.autograd.grad(log_p, params, retain_graph=True)
-            along = sum(float((s * p).sum()) for s, p in zip(slopes, params, strict=True))
-            total += math.exp(float(log_p)) * along**2
+            along = sum(
+                float((s * p.detach()).sum()) for s, p in zip(slopes, params, strict=True)
+            )
+            total += math.exp(log_p.item()) * along**2
     return total / len(x)
 
 
@@ -446,51 +426,62 @@ def test_the_last_layer_of_a_softmax_network_has_a_closed_form():
 
 
 def convolution() -> nn.Sequential:
-    layers = nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)
+    layers = nn.Conv2d(2, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(16, 4)
     return filled(nn.Sequential(*layers).double(), generator(4))
 
 
-IMAGES = normal(generator(5), 10, 2, 3, 3), torch.arange(10) % 3
+def three_layers() -> nn.Sequential:
+    layers = nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)
+    return filled(nn.Sequential(*layers).double(), generator(4))
 
 
 @pytest.mark.parametrize(
-    ("model", "data"), [(convolution(), IMAGES), (tiny_mlp().model, tiny_mlp().data)]
+    ("model", "shape"), [(convolution(), (2, 3, 3)), (three_layers(), (4,))]
 )
-def test_each_layer_has_that_of_its_dense_hessian(model, data):
-    found = sh.relative_flatness(sh.EmpiricalRisk(model, CE, data), num_probes=500)
-    assert (found.status, found.num_probes, found.num_hvps) == ("completed", 500, 1000)
-    columns = found.layers, found.values, found.standard_errors
-    for name, value, error in zip(*columns, strict=True):
-        expected = kappa(model, data, name)
-        assert abs(value - expected) <= 4 * error
-        assert error < 0.15 * abs(expected)
+def test_each_layer_has_that_of_its_dense_hessian(model, shape, monkeypatch):
+    """The rows of a Hadamard matrix are signs whose mean z^T A z is tr(A) exactly."""
+    data = normal(generator(5), 10, *shape), torch.arange(10) % 2
+    drawn: list[int] = []
+
+    def signs(like: Tensor, _: torch.Generator) -> Tensor:
+        drawn.append(0)
+        row = hadamard(like.numel())[(len(drawn) - 1) // num_layers % like.numel()]
+        return torch.from_numpy(row).to(like).view_as(like)
+
+    monkeypatch.setattr(flatness, "_signs", signs)
+    risk = sh.EmpiricalRisk(model, CE, data)
+    num_layers = sum(len(each) > 1 for each in risk.shapes)
+    found = sh.relative_flatness(risk, num_probes=64)
+    assert found.layers == tuple(n for n in risk.names if n.endswith("weight"))
+    expected = [kappa(model, data, name) for name in found.layers]
+    assert found.values == pytest.approx(expected, rel=1e-9)
+    assert (found.num_probes, found.num_hvps) == (64, 64 * num_layers)
 
 
 @pytest.mark.parametrize("num_features", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_diagonal_hessian_leaves_no_doubt(num_features, dtype):
     """Least squares on one feature a sample: |w|^2 tr(2/N X^T X), whatever the signs."""
-    sizes = torch.arange(1, num_features + 1, dtype=dtype)
+    x = torch.arange(1, num_features + 1, dtype=dtype).diag()
     model = filled(nn.Linear(num_features, 1, bias=False, dtype=dtype), generator(6))
-    data = sizes.diag(), torch.zeros(num_features, 1, dtype=dtype)
-    found = sh.relative_flatness(sh.EmpiricalRisk(model, nn.MSELoss(), data), num_probes=2)
-    length = float(model.weight.detach().double().square().sum())
-    expected = length * 2 * float(sizes.double().square().mean())
-    rel = 100 * torch.finfo(dtype).eps
+    risk = sh.EmpiricalRisk(model, nn.MSELoss(), (x, 0 * x[:, :1]))
+    found = sh.relative_flatness(risk, num_probes=2)
+    w, rel = model.weight.detach().double(), 100 * torch.finfo(dtype).eps
+    expected = float(w.square().sum() * 2 * x.double().square().sum() / num_features)
     assert found.values == pytest.approx((expected,), rel=rel)
     assert found.standard_errors[0] <= rel * expected
 
 
 def test_the_standard_error_is_that_of_the_mean_over_probes():
     problem = tiny_mlp()
-    flatness = partial(sh.relative_flatness, problem.risk(), layers=["2.weight"])
+    estimate = partial(sh.relative_flatness, problem.risk(), layers=["2.weight"])
     expected = kappa(problem.model, problem.data, "2.weight")
-    found = [flatness(seed=seed) for seed in range(40)]
+    found = [estimate(seed=seed) for seed in range(40)]
     z = np.array([(f.values[0] - expected) / f.standard_errors[0] for f in found])
     low, high = stats.f.ppf([1e-3, 1 - 1e-3], 40, 29)
     assert low < np.mean(z**2) < high
     assert len({f.values for f in found}) == 40
-    assert flatness(seed=7).values == found[7].values
+    assert estimate(seed=7).values == found[7].values
 
 
 @pytest.mark.parametrize("factor", [8.0, 1 / 64])
@@ -533,7 +524,6 @@ def test_relative_flatness_is_of_the_sweeps_that_were_made(done, how, monkeypatc
     assert math.isnan(found.values[0]) == (done == 0)
     assert math.isnan(found.standard_errors[0]) == (done < 2)
     assert how in found.readings()[0].evidence
-    assert how in str(found)
 
 
 # -- for all of them ----------------------------------------------------------------
@@ -576,15 +566,12 @@ def test_risk_model_and_generators_are_as_they_were(measure):
 
 @pytest.mark.parametrize("build", [single_class, at_chance, partial(alike, 1.0, 20)])
 @pytest.mark.parametrize("measure", MEASURES)
-def test_a_record_is_strict_json_and_a_text_one_line(measure, build, capsys):
+def test_a_record_is_strict_json_and_a_text_one_line(measure, build):
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
-    found = measure(build()) if measure is sh.norms else measure(build(), progress=True)
+    found = measure(build())
     plain = json.loads(to_line({"found": found}), parse_constant=refuse)["found"]
     assert plain["status"] == found.status
     assert "\n" not in str(found) + repr(found)
     assert all(isinstance(reading.value, float) for reading in found.readings())
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert bool(printed.err) == (measure is not sh.norms)

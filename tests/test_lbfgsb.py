@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,29 +16,25 @@ from torch import Tensor
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import _breakpoints, _Model, lbfgsb
 
-module = importlib.import_module("sharpness.optimize.lbfgsb")
 DTYPES = [torch.float64, torch.float32]
 Pair = tuple[np.ndarray, np.ndarray]
 
 
 @pytest.fixture(autouse=True)
-def sweeps(monkeypatch):
-    """Sweeps over W that each search for the Cauchy point made; none may be endless."""
-    counts: list[int] = []
-    slopes, search = _Model._slopes, _Model._cauchy_step
+def _no_endless_search(monkeypatch):
+    slopes, search, counts = _Model._slopes, _Model._cauchy_step, [0]
 
     def counted(self, *arguments):
-        counts[-1] += 1
-        assert counts[-1] < 1500, "the search for the Cauchy point does not end"
+        counts[0] += 1
+        assert counts[0] < 1500, "the search for the Cauchy point does not end"
         return slopes(self, *arguments)
 
     def begun(self, *arguments):
-        counts.append(0)
+        counts[0] = 0
         return search(self, *arguments)
 
     monkeypatch.setattr(_Model, "_slopes", counted)
     monkeypatch.setattr(_Model, "_cauchy_step", begun)
-    return counts
 
 
 # -- what the papers say -----------------------------------------------------------
@@ -159,7 +154,6 @@ def model_of(pairs: list[Pair], like: Tensor, memory: int = 10) -> _Model:
 
 
 def as_stored(pairs: list[Pair], dtype: torch.dtype) -> list[Pair]:
-    """The pairs as a model of this type sees them."""
     single = np.float32 if dtype == torch.float32 else np.float64
     return [tuple(v.astype(single).astype(float) for v in pair) for pair in pairs]
 
@@ -184,19 +178,8 @@ def test_the_model_is_the_bfgs_matrix_of_its_last_pairs(n, num, memory, dtype):
     inner = np.linalg.cond(compact(pairs[-memory:])[2])
     exact = 4 * torch.finfo(dtype).eps * inner
     assert exact < 0.01
-    assert not model.is_empty
     found = matrix_of(model)
     assert np.abs(found - expected).max() <= exact * np.abs(expected).max()
-    s, y = pairs[-1]
-    assert found @ s == pytest.approx(y, abs=exact * np.abs(y).max() * 10)
-
-
-@pytest.mark.parametrize("num", [1, 2, 4])
-def test_in_one_dimension_the_matrix_is_the_last_secant(num):
-    pairs = pairs_of(1, num, seed=num)
-    model = model_of(pairs, torch.zeros(1).double())
-    s, y = pairs[-1]
-    assert matrix_of(model)[0, 0] == pytest.approx(float(y[0] / s[0]), rel=1e-9)
 
 
 @pytest.mark.parametrize("curvature", [-1.0, 0.0, 1e-17])
@@ -209,9 +192,11 @@ def test_a_pair_without_positive_curvature_is_left_out(curvature):
     assert np.array_equal(matrix_of(model), before)
 
 
-def test_a_first_pair_without_positive_curvature_leaves_the_model_empty():
-    s = np.eye(3)[0]
-    assert model_of([(s, -s), (s, 0 * s)], torch.zeros(3).double()).is_empty
+@pytest.mark.parametrize(("rise", "width"), [(1e8, 1.0), (1e-8, 1.0), (1.0, 1e-8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pair_of_positive_curvature_is_taken_in_whatever_its_units(dtype, rise, width):
+    pairs = pairs_of(8, 3, seed=0, rise=rise, width=width)
+    assert len(model_of(pairs, torch.zeros(8, dtype=dtype))._ss) == 3
 
 
 # -- along the path ----------------------------------------------------------------
@@ -223,19 +208,17 @@ def test_a_first_pair_without_positive_curvature_leaves_the_model_empty():
 def test_slopes_are_the_derivative_of_the_model_along_the_path(
     n, dtype, block, monkeypatch
 ):
-    monkeypatch.setattr(module, "_BLOCK", block)
+    monkeypatch.setattr("sharpness.optimize.lbfgsb._BLOCK", block)
     for seed in range(6):
         p = path(n, seed, num=min(n, 6))
         x, g, box = p.tensors(dtype)
         p = Path(*(v.double().numpy() for v in (x, g, box.lower, box.upper)), p.pairs)
         pairs = as_stored(p.pairs, dtype)
-        b = dense(pairs)
-        breaks = _breakpoints(x, g, box)
         # Powers of two are the same in both types, and meet the breaks of the ties.
-        steps = [2.0**i for i in range(-12, 4)]
-        found = model_of(pairs, x)._slopes(g, breaks, steps)
-        theta, w, inverse = compact(pairs)
-        exact = 4 * torch.finfo(dtype).eps * np.linalg.cond(inverse)
+        steps, b = [2.0**i for i in range(-12, 4)], dense(pairs)
+        found = model_of(pairs, x)._slopes(g, _breakpoints(x, g, box), steps)
+        exact = 4 * torch.finfo(dtype).eps * np.linalg.cond(compact(pairs)[2])
+        assert exact < 0.01
         for t, slope in zip(steps, found, strict=True):
             if np.any(np.abs(p.breaks - t) < 1e-5 * t) and not seed % 2:
                 continue
@@ -243,68 +226,54 @@ def test_slopes_are_the_derivative_of_the_model_along_the_path(
             assert slope == pytest.approx(expected, abs=exact * size), (seed, t)
 
 
-def test_the_slope_is_exactly_zero_where_nothing_moves_any_more():
-    p = path(50, seed=2)
-    x, g, box = p.tensors()
-    breaks = _breakpoints(x, g, box)
-    end = float(breaks[breaks.isfinite()].max())
-    assert model_of(p.pairs, x)._slopes(g, breaks, [end, 7 * end]) == [0.0, 0.0]
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_the_published_algorithm_as_written_here_stops_at_a_local_minimum(seed):
     p = path(40, seed)
-    theta, w, inverse = compact(p.pairs)
-    b = dense(p.pairs)
+    (theta, w, inverse), b = compact(p.pairs), dense(p.pairs)
     assert theta * np.eye(40) - w @ np.linalg.inv(inverse) @ w.T == pytest.approx(b)
     t = published(p)
     assert p.slope(t * (1 - 1e-9), b)[0] < 0 <= p.slope(t * (1 + 1e-9), b)[0]
     assert all(p.slope(share * t, b)[0] < 0 for share in np.linspace(0, 0.999, 500))
 
 
-SCALES = [(1.0, 1.0), (1e8, 1.0), (1e-8, 1.0), (1.0, 1e8), (1.0, 1e-8), (1e8, 1e-8)]
+SCALES = [(1.0, 1.0), (1e8, 1.0), (1e-8, 1.0), (1.0, 1e8), (1.0, 1e-4)]
 
 
 @pytest.mark.parametrize(("rise", "width"), SCALES)
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 100, 3000])
-def test_the_cauchy_point_is_that_of_the_published_algorithm(n, rise, width):
-    """Within a bracket, 2 % of t wide, always; to three digits where the slope is smooth."""
-    for seed in range(40 if n <= 100 else 2):
+@pytest.mark.parametrize("n", [1, 2, 10, 100])
+def test_the_cauchy_point_is_a_minimum_along_the_path(n, rise, width):
+    """The slope changes its sign within the last bracket, which is 2 % of t wide."""
+    for seed in range(20):
         p = path(n, seed, rise, width, num=min(n, 6))
         x, g, box = p.tensors()
         t = model_of(p.pairs, x)._cauchy_step(g, _breakpoints(x, g, box))
-        expected = p.moved(published(p))
-        exact = 1e-3 if n == 3000 else 0.02
-        assert p.moved(t) == pytest.approx(
-            expected, rel=exact, abs=1e-12 * np.abs(expected).max()
-        ), seed
+        b, apart = dense(p.pairs), np.linspace(0, 0.0205, 12)
+        assert min(p.slope(t * (1 - part), b)[0] for part in apart) < 0, seed
+        assert max(p.slope(t * (1 + part), b)[0] for part in apart) >= 0, seed
 
 
-@pytest.mark.parametrize("n", [10, 100, 3000])
-def test_a_cauchy_point_takes_about_three_sweeps(n, sweeps):
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 100, 3000])
+def test_the_cauchy_point_is_that_of_the_published_algorithm(n):
+    """In high dimension to three digits; across a jump of the slope within a bracket."""
+    differ = []
     for seed in range(40 if n <= 100 else 2):
-        p = path(n, seed)
+        p = path(n, seed, num=min(n, 6))
         x, g, box = p.tensors()
-        model_of(p.pairs, x)._cauchy_step(g, _breakpoints(x, g, box))
-    assert np.mean(sweeps) <= 4
-    assert max(sweeps) <= 6
-
-
-def two_minima(second: float) -> Path:
-    """B = diag(100, second): variable 0 overshoots, and meets its bound at t = 0.039."""
-    pairs = [(np.eye(2)[1], second * np.eye(2)[1]), (np.eye(2)[0], 100 * np.eye(2)[0])]
-    lower = np.array([-0.039, -10.0])
-    return Path(np.zeros(2), np.array([1.0, 0.1]), lower, -lower, pairs)
+        t = model_of(p.pairs, x)._cauchy_step(g, _breakpoints(x, g, box))
+        expected, exact = p.moved(published(p)), 1e-3 if n == 3000 else 0.02
+        differ += [] if np.allclose(p.moved(t), expected, rtol=exact, atol=0) else [seed]
+    assert differ == []
 
 
 @pytest.mark.parametrize("second", [0.1, 1.0, 10.0])
 def test_the_first_of_two_minima_along_the_path_is_the_cauchy_point(second):
-    p = two_minima(second)
-    b = dense(p.pairs)
-    assert b == pytest.approx(np.diag([100.0, second]))
+    """B = diag(100, second): variable 0 overshoots, and meets its bound at t = 0.039."""
+    e, low = np.eye(2), np.array([-0.039, -10.0])
+    pairs = [(e[1], second * e[1]), (e[0], 100 * e[0])]
+    p = Path(np.zeros(2), np.array([1.0, 0.1]), low, -low, pairs)
     x, g, box = p.tensors()
     t = model_of(p.pairs, x)._cauchy_step(g, _breakpoints(x, g, box))
-    assert p.model(t, b) < 0, "the model is higher there than at the start"
+    assert p.model(t, dense(pairs)) < 0, "the model is higher there than at the start"
     assert t == pytest.approx(1.01 / (100 + 0.01 * second), rel=1e-3)
 
 
@@ -327,45 +296,38 @@ def dense_minimiser(p: Path, b: np.ndarray, t: float) -> tuple[np.ndarray, bool]
     return cauchy + min(1.0, shares.min(initial=1.0)) * step, False
 
 
-@pytest.mark.parametrize(("rise", "width"), SCALES)
-@pytest.mark.parametrize("n", [1, 2, 5, 30, 100])
-def test_the_minimiser_over_the_free_variables_is_that_of_a_dense_solve(n, rise, width):
-    for seed in range(30):
-        p = path(n, seed, rise, width, num=min(n, 6))
-        x, g, box = p.tensors()
-        model, breaks = model_of(p.pairs, x), _breakpoints(x, g, box)
-        t = model._cauchy_step(g, breaks)
-        expected, _ = dense_minimiser(p, dense(p.pairs), t)
-        found = model.minimiser(x, g, box).numpy()
-        assert found == pytest.approx(expected, rel=1e-8, abs=1e-8 * width), seed
+def narrow(seed: int) -> Path:
+    """Curvatures of 1 to 1000 in a box whose sides are as unequal."""
+    rng = np.random.default_rng(seed)
+    q = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    hessian = q * np.array([1.0, 3.0, 30.0, 1000.0]) @ q.T
+    low, up = (10 ** rng.uniform(-4, 0, 4) for _ in range(2))
+    pairs = [(v, hessian @ v) for v in q.T]
+    return Path(np.zeros(4), rng.normal(size=4), -low, up, pairs)
 
 
-def test_a_projected_step_that_climbs_is_cut_at_the_first_bound_instead():
+def compared(paths: list[Path], width: float = 1.0) -> int:
+    """How many subspace steps were cut at a bound instead of projected."""
     cut = 0
-    for seed in range(400):
-        rng = np.random.default_rng(seed)
-        q = np.linalg.qr(rng.normal(size=(4, 4)))[0]
-        hessian = q * np.array([1.0, 3.0, 30.0, 1000.0]) @ q.T
-        p = Path(
-            np.zeros(4),
-            rng.normal(size=4),
-            -(10 ** rng.uniform(-4, 0, 4)),
-            10 ** rng.uniform(-4, 0, 4),
-            [(v, hessian @ v) for v in q.T],
-        )
+    for p in paths:
         x, g, box = p.tensors()
         model = model_of(p.pairs, x)
         t = model._cauchy_step(g, _breakpoints(x, g, box))
         expected, projected = dense_minimiser(p, dense(p.pairs), t)
+        found = model.minimiser(x, g, box).numpy()
+        assert found == pytest.approx(expected, rel=1e-8, abs=1e-8 * width)
         cut += not projected
-        assert model.minimiser(x, g, box).numpy() == pytest.approx(expected, rel=1e-6)
-    assert cut > 0
+    return cut
 
 
-def test_an_empty_model_steps_along_the_gradient_to_the_bounds():
-    x, g, box = path(20, seed=3).tensors()
-    found = _Model(x, 10).minimiser(x, g, box)
-    assert torch.equal(found, torch.minimum(torch.maximum(x - g, box.lower), box.upper))
+@pytest.mark.parametrize(("rise", "width"), SCALES)
+@pytest.mark.parametrize("n", [1, 2, 30, 100])
+def test_the_minimiser_over_the_free_variables_is_that_of_a_dense_solve(n, rise, width):
+    compared([path(n, seed, rise, width, num=min(n, 6)) for seed in range(12)], width)
+
+
+def test_a_projected_step_that_climbs_is_cut_at_the_first_bound_instead():
+    assert compared([narrow(seed) for seed in range(100)]) > 0
 
 
 # -- the whole ---------------------------------------------------------------------
@@ -373,36 +335,18 @@ def test_an_empty_model_steps_along_the_gradient_to_the_bounds():
 Smooth = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
-def convex(n: int, seed: int) -> Smooth:
+def bowl(n: int, seed: int, waves: float = 0.0) -> Smooth:
     rng = np.random.default_rng(seed)
     q = np.linalg.qr(rng.normal(size=(n, n)))[0]
     a, centre = q * np.logspace(0, 2, n) @ q.T, 1.5 * rng.normal(size=n)
+    height = waves * rng.uniform(size=n)
 
     def f(u: np.ndarray) -> tuple[float, np.ndarray]:
         v = u - centre
-        return float(0.5 * v @ a @ v + (v**4).sum()), a @ v + 4 * v**3
+        value = 0.5 * v @ a @ v + (v**4 + height * np.cos(3 * v)).sum()
+        return float(value), a @ v + 4 * v**3 - 3 * height * np.sin(3 * v)
 
     return f
-
-
-def wavy(n: int, seed: int) -> Smooth:
-    bowl, rng = convex(n, seed), np.random.default_rng(seed + 999)
-    height, phase = 20 * rng.uniform(size=n), rng.uniform(0, 6, n)
-
-    def f(u: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = bowl(u)
-        angle = 3 * u + phase
-        gradient = gradient - 3 * height * np.sin(angle)
-        return value + float((height * np.cos(angle)).sum()), gradient
-
-    return f
-
-
-def indefinite(n: int, seed: int) -> Smooth:
-    rng = np.random.default_rng(seed)
-    q = np.linalg.qr(rng.normal(size=(n, n)))[0]
-    a, b = q * np.linspace(-3, 9, n) @ q.T, rng.normal(size=n)
-    return lambda u: (float(0.5 * u @ a @ u + b @ u), a @ u + b)
 
 
 def maximised(f: Smooth, dtype: torch.dtype) -> ValueAndGradient:
@@ -425,80 +369,47 @@ def box_of(n: int, seed: int, dtype: torch.dtype) -> tuple[Box, Tensor]:
     return Box(*tensors[:2]), tensors[2]
 
 
-def ended(f: Smooth, box: Box, start: Tensor, most: int = 400, **options) -> Maximum:
+def ended(f: Smooth, box: Box, start: Tensor) -> Maximum:
     """The last state, with what must hold of all of them."""
     objective = maximised(f, start.dtype)
-    states = list(islice(lbfgsb(objective, start, box, **options), most))
+    states = list(islice(lbfgsb(objective, start, box), 400))
     for state in states:
         assert torch.all((box.lower <= state.point) & (state.point <= box.upper))
         assert state.value == objective(state.point)[0]
-        assert state.point.dtype == start.dtype
-    for old, new in pairwise(states):
-        assert new.value >= old.value
-        assert new.num_evals >= old.num_evals
-        assert not old.stopped
+    assert all(new.value >= old.value for old, new in pairwise(states))
     return states[-1]
 
 
 def scipy_value(f: Smooth, box: Box, start: Tensor) -> float:
     bounds = np.stack([box.lower.double().numpy(), box.upper.double().numpy()], 1)
     x0 = start.double().numpy()
-    options = {"maxiter": 3000, "maxfun": 10000, "ftol": 0.0, "gtol": 1e-9}
-    return float(
-        minimize(f, x0, jac=True, method="L-BFGS-B", bounds=bounds, options=options).fun
-    )
+    exact = {"maxiter": 3000, "maxfun": 10000, "ftol": 0.0, "gtol": 1e-9}
+    found = minimize(f, x0, jac=True, method="L-BFGS-B", bounds=bounds, options=exact)
+    return float(found.fun)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 2, 7, 40])
+@pytest.mark.parametrize("n", [1, 2, 20])
 def test_a_convex_minimum_is_that_of_scipy(n, dtype):
-    for seed in range(12):
-        f, (box, start) = convex(n, seed), box_of(n, seed + 50, dtype)
+    for seed in range(8):
+        f, (box, start) = bowl(n, seed), box_of(n, seed + 50, dtype)
         end = ended(f, box, start)
-        first = f(start.double().numpy())[0]
-        exact = 50 * torch.finfo(dtype).eps * max(first, 1.0)
+        exact = 50 * torch.finfo(dtype).eps * max(f(start.double().numpy())[0], 1.0)
         assert -end.value == pytest.approx(scipy_value(f, box, start), abs=exact), seed
 
 
-@pytest.mark.parametrize("kind", [wavy, indefinite])
-@pytest.mark.parametrize("n", [2, 10, 40])
-def test_minima_of_functions_that_are_not_convex_are_as_good_as_those_of_scipy(n, kind):
+@pytest.mark.parametrize("n", [2, 12])
+def test_minima_of_functions_that_are_not_convex_are_as_good_as_those_of_scipy(n):
     better = worse = 0
-    for seed in range(40):
-        f, (box, start) = kind(n, seed), box_of(n, seed + 50, torch.float64)
-        if kind is indefinite:
-            box = Box(box.lower.clamp(min=-3), box.upper.clamp(max=3))
+    for seed in range(20):
+        f, (box, start) = bowl(n, seed, waves=40), box_of(n, seed + 50, torch.float64)
         end = ended(f, box, start)
         gradient = torch.from_numpy(f(end.point.numpy())[1])
         rest = float((box.clip(end.point - gradient) - end.point).abs().max())
         assert rest < 1e-5, f"seed {seed} ends where the gradient points inwards"
-        gain, theirs = -end.value, scipy_value(f, box, start)
-        better += gain < theirs - 1e-6
-        worse += gain > theirs + 1e-6
+        behind = -end.value - scipy_value(f, box, start)
+        better, worse = better + (behind < -1e-6), worse + (behind > 1e-6)
     assert worse - better <= 3 * math.sqrt(worse + better)  # a coin three sigma off
-
-
-def test_about_one_value_an_iteration_is_asked_for():
-    evals = iterations = 0
-    for seed in range(20):
-        f, (box, start) = convex(30, seed), box_of(30, seed, torch.float64)
-        state = ended(f, box, start, most=30)
-        evals, iterations = evals + state.num_evals, iterations + state.num_iters
-    assert iterations < evals <= 2 * iterations
-
-
-@pytest.mark.parametrize("memory", [1, 2, 30])
-def test_other_memories_reach_the_same_minimum(memory):
-    f, (box, start) = convex(20, 5), box_of(20, 5, torch.float64)
-    end = ended(f, box, start, most=2000, memory=memory)
-    assert -end.value == pytest.approx(scipy_value(f, box, start), rel=1e-9)
-
-
-def test_a_box_without_room_is_left_at_once():
-    point = torch.linspace(-1, 1, 5).double()
-    end = ended(convex(5, 0), Box(point, point), point + 3)
-    assert torch.equal(end.point, point)
-    assert (end.num_evals, end.num_iters, end.stopped) == (1, 0, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -508,51 +419,31 @@ def test_a_minimum_at_zero_is_approached_without_end_and_without_trouble(n, powe
     """No rounding stops this one: steps shrink until their products underflow."""
     h = np.logspace(0, 1, n)
     wide = torch.full((n,), 5.0, dtype=dtype)
-    end = ended(
-        lambda u: (float((h * u**power).sum()), power * h * u ** (power - 1)),
-        Box(-wide, wide),
-        torch.linspace(1, 2, n).to(dtype),
-    )
+    start = torch.linspace(1, 2, n).to(dtype)
+    f = np.polynomial.Polynomial([0] * power + [1])
+    end = ended(lambda u: (float(h @ f(u)), h * f.deriv()(u)), Box(-wide, wide), start)
     assert 0 <= -end.value < 1e-12
 
 
-@pytest.mark.parametrize("factor", [2.0**-60, 2.0**-30, 2.0**30, 2.0**60])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_function_in_other_units_has_the_same_minimum(dtype, factor):
-    f, (box, start) = convex(10, 4), box_of(10, 4, dtype)
-    first, expected = f(start.double().numpy())[0], scipy_value(f, box, start)
-    end = ended(lambda u: tuple(factor * part for part in f(u)), box, start)
-    exact = 50 * torch.finfo(dtype).eps * first
-    assert -end.value / factor == pytest.approx(expected, abs=exact)
+def test_a_gradient_that_is_small_is_not_called_zero(dtype):
+    one = torch.ones(5, dtype=dtype)
+    tiny = 0.1 * torch.finfo(dtype).eps
+    end = ended(lambda u: (tiny * float(u.sum()), tiny + 0 * u), Box(-one, one), 0.7 * one)
+    assert "is zero" not in end.message or torch.equal(end.point, -one)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("top", [1.0, np.inf])
 def test_a_function_that_overflows_in_most_of_the_box_is_minimised(top, dtype):
     """Sum exp(2000 (u - 0.3)) - 5 u, which is infinite from 0.66 on."""
-    n = 6
 
     def f(u: np.ndarray) -> tuple[float, np.ndarray]:
         with np.errstate(over="ignore"):
             grown = np.exp(2000 * (u - 0.3))
             return float((grown - 5 * u).sum()), 2000 * grown - 5
 
-    box = Box(torch.full((n,), -1.0, dtype=dtype), torch.full((n,), top, dtype=dtype))
-    end = ended(f, box, torch.linspace(-0.9, 0.2, n).to(dtype))
+    box = Box(torch.full((6,), -1.0, dtype=dtype), torch.full((6,), top, dtype=dtype))
+    end = ended(f, box, torch.linspace(-0.9, 0.2, 6).to(dtype))
     best = 0.3 + math.log(5 / 2000) / 2000
     assert end.point.double().numpy() == pytest.approx(best, abs=1e-5)
-
-
-def test_an_exception_in_the_function_comes_through():
-    calls = []
-
-    def objective(u: Tensor) -> tuple[float, Tensor]:
-        calls.append(u)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return maximised(convex(3, 0), torch.float64)(u)
-
-    one = torch.ones(3).double()
-    states = lbfgsb(objective, 0 * one, Box(-one, one))
-    with pytest.raises(KeyboardInterrupt):
-        list(states)

@@ -23,20 +23,21 @@ from test_subjects import (
 )
 from torch import nn
 
-import sharpness as sh
 from sharpness import EmpiricalRisk, compare, measure, read_records
 from sharpness.lab import measurement, subjects
 from sharpness.lab.cross_check import pyhessian_readings
 from sharpness.lab.measurement import Settings, measured
 
 MORE = """
-class Random(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+class Drifting(nn.Linear):
+    calls = 0
 
     def forward(self, x):
-        return self.last(nn.functional.dropout(self.first(x), 0.5, training=True))
+        self.calls += 1
+        return super().forward(x) * (1 + 0.01 * self.calls)
+
+def drifting():
+    return Drifting(5, 3)
 
 class Unused(nn.Module):
     def __init__(self):
@@ -50,16 +51,15 @@ def relu():
     first, last = nn.Linear(5, 6, bias=False), nn.Linear(6, 3, bias=False)
     return nn.Sequential(first, nn.ReLU(), last)
 
-def far_classes():
-    return points()[0], torch.arange(30)
+far_classes = lambda: (points()[0], torch.arange(30))
+flat = lambda: (points()[0], normal(30))
 
 def ignored():
     y = points()[1]
     y[:4] = -100
     return points()[0], y
 
-def nan():
-    return points()[0].log(), points()[1]
+nan = lambda: (points()[0].log(), points()[1])
 """
 CALL = ["--network", "nets.py:mlp", "--data", "nets.py:points", "--device", "cpu"]
 NORMS = ["--measures", "norms"]
@@ -166,7 +166,10 @@ EFFECTS = {
         "phi",
         lambda r: set(r["readings"]) >= {"phi(0.01)", "phi(0.02)"},
     ),
-    "--subspace-dim 7": ("phi_subspace", lambda r: "phi(1e-3, p=7)" in r["readings"]),
+    "--subspace-dim 7": (
+        "phi_subspace --epsilon 1e-3",
+        lambda r: "phi(1e-3, p=7)" in r["readings"],
+    ),
     "--rho 0.1,0.2": ("average", lambda r: len(r["measures"]["average"]) == 2),
     "--rho 0.3": ("worst_l2", lambda r: r["measures"]["worst_l2"][0]["rho"] == 0.3),
     "--shard-size 10": (
@@ -184,7 +187,10 @@ EFFECTS = {
         "lambda_max",
         lambda r: r["settings"]["risk"]["engine"]["engine"] == "differences",
     ),
-    "--doctor": ("norms", lambda r: len(r["measures"]["doctor"]["findings"]) > 5),
+    "--doctor": (
+        "norms",
+        lambda r: len(r["measures"].get("doctor", {"findings": []})["findings"]) > 5,
+    ),
     "--data nets.py:splits --split test": (
         "norms",
         lambda r: (
@@ -197,12 +203,12 @@ EFFECTS = {
 @pytest.mark.parametrize("options", EFFECTS)
 def test_a_flag_does_what_its_help_says(run, options):
     measures, holds = EFFECTS[options]
-    record = run("--measures", measures, *options.split())
+    record = run("--measures", *measures.split(), *options.split())
     assert holds(record), record["readings"]
     without = [o for o in options.split() if o.startswith("--data") or o.startswith("nets")]
-    assert not holds(run("--measures", measures, *without, "--num-samples", "30")) or (
-        "all" in options
-    )
+    assert not holds(
+        run("--measures", *measures.split(), *without, "--num-samples", "30")
+    ) or ("all" in options)
 
 
 def test_more_starts_of_phi_cost_more_and_find_no_less(run):
@@ -276,15 +282,23 @@ def test_regression_takes_mse_and_a_loss_of_ones_own(nets, capsys):
         assert record["generalisation"] is None
 
 
+def test_targets_in_a_row_are_not_spread_against_outputs_in_a_column(nets, refused):
+    """(N,) against (N, 1): PyTorch would compare every output with every target."""
+    saved(nets.mlp(outputs=1))
+    call = ["net.pt", "--network", "nets.py:mlp?outputs=1", "--data", "nets.py:flat"]
+    assert "nets.py:flat" in refused(*call, *NORMS)
+
+
 def test_a_network_that_draws_fails_the_doctor_and_exits_1(nets, capsys):
-    path = saved(trained(nets.Random(), nets.points()))
-    call = [path, "--network", "nets.py:Random", *CALL[2:], *NORMS, "--doctor"]
+    path = saved(trained(nets.drifting(), nets.points()))
+    call = [path, "--network", "nets.py:drifting", *CALL[2:], *NORMS, "--doctor"]
     assert measure.main(call) == 1
     assert "failed deterministic" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_audit_tells_what_moves_from_what_does_not(nets, capsys):
+def test_the_audit_tells_what_moves_from_what_does_not(nets, capsys, monkeypatch):
     """Fisher-Rao of a ReLU network without biases is invariant, lengths are not."""
+    monkeypatch.setattr("sharpness.measures.audit.AUDITED", ("norms", "average"))  # cheap
     path = saved(trained(nets.relu(), nets.points()))
     call = [path, "--network", "nets.py:relu", *CALL[2:], *NORMS, "--audit"]
     assert measure.main(call) == 0
@@ -325,8 +339,8 @@ def test_the_table_says_what_the_record_says(nets, capsys):
     out = capsys.readouterr().out
     record = read_records("records.jsonl")[0]
     for name, reading in record["readings"].items():
-        row = next(line for line in out.splitlines() if line.startswith(name))
-        assert float(row.split()[1]) == pytest.approx(reading["value"], rel=2e-3)
+        row = next(row for row in map(str.split, out.splitlines()) if row[:1] == [name])
+        assert float(row[1]) == pytest.approx(reading["value"], rel=2e-3)
     assert "nets.py:splits train, 30 samples" in out
     assert f"accuracy {record['measures']['accuracy']:.1%}" in out
     assert "\x1b[" not in out
@@ -366,16 +380,6 @@ def test_one_subject_can_be_measured_in_both_precisions(nets):
     assert [r["settings"]["risk"]["dtype"] for r in types] == ["float64", "float32"]
 
 
-def test_the_estimate_is_told_once(nets):
-    told = []
-    subject = subjects.opened("net.pt", network="nets.py:mlp", data="nets.py:points")
-    settings = Settings(measures=("norms",), num_samples=None)
-    found = measured(subject, settings, on_estimate=told.append)
-    assert len(told) == 1
-    assert told[0] > 0
-    assert found.ok
-
-
 # -- mistakes ----------------------------------------------------------------------------
 
 
@@ -413,11 +417,13 @@ MISFITS = {
     "bytes": ["--data", "bytes.npz"],
     "uneven inputs": ["--data", "nets.py:uneven_second", "--num-samples", "9"],
     "nan": ["--data", "nets.py:nan"],
+    "none": ["--data", "none.npz"],
 }
 
 
 @pytest.mark.parametrize("kind", MISFITS)
 def test_data_that_do_not_fit_the_network_are_one_line(refused, kind):
+    write_npz("none.npz", x=np.ones((0, 5)), y=np.arange(0))
     write_npz("bytes.npz", x=np.ones((6, 5), np.uint8), y=np.arange(6) % 3)
     err = refused("net.pt", *CALL, *NORMS, *MISFITS[kind])
     assert MISFITS[kind][1] in err or "net.pt" in err
@@ -430,7 +436,7 @@ def test_ignored_targets_are_no_class_when_samples_are_drawn(run):
 
 BAD_OPTIONS = [
     ("--measures sharpnes", "'sharpnes'"),
-    ("--measures ,", "--measures"),
+    ("--measures ,", "`measures`"),
     ("--measures lambda_max --k 0", "got k=0"),
     ("--measures lambda_max --k 2.5", "'2.5'"),
     ("--measures lambda_max --tol nan", "got nan"),
@@ -535,14 +541,19 @@ def least_squares(**options):
 
 @pytest.mark.parametrize("chunk_size", [40, 9, 1])
 def test_pyhessian_finds_the_closed_form_on_any_chunks(chunk_size):
-    """It divides its vectors by their length plus 1e-6, hence 1e-5."""
+    """It stops at a relative change of 1e-4, and gives the value before that step."""
     risk, top = least_squares(chunk_size=chunk_size)
-    before = torch.get_rng_state()
     [reading] = pyhessian_readings(risk)
-    assert reading.value == pytest.approx(top, rel=1e-5)
+    assert reading.value == pytest.approx(top, rel=1.1e-4)
     assert reading.error is None
-    assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in risk.model.parameters())
+
+
+def test_pyhessian_leaves_the_generator_alone_r22():
+    risk, _ = least_squares()
+    state = torch.get_rng_state()
+    pyhessian_readings(risk)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def part_of_theta(nets):
@@ -554,7 +565,8 @@ def summed(nets):
 
 
 def ignoring(nets):
-    return EmpiricalRisk(nets.mlp(), nn.CrossEntropyLoss(), nets.ignored(), chunk_size=5)
+    model = trained(nets.mlp(), nets.points())
+    return EmpiricalRisk(model, nn.CrossEntropyLoss(), nets.ignored(), chunk_size=5)
 
 
 def unused(nets):
@@ -568,7 +580,8 @@ def named(nets):
 @pytest.mark.parametrize("make", [part_of_theta, summed, ignoring, unused, named])
 def test_pyhessian_sees_the_same_function_or_says_that_it_cannot(nets, make):
     risk = make(nets)
-    top = np.linalg.eigvalsh(risk.product(torch.eye(risk.n)).double().numpy())[-1]
+    values = np.linalg.eigvalsh(risk.product(torch.eye(risk.n)).double().numpy())
+    top = max(values, key=abs)
     try:
         [reading] = pyhessian_readings(risk, max_iter=2000)
     except (ValueError, TypeError) as error:
@@ -604,11 +617,3 @@ def test_a_cross_check_that_cannot_be_is_refused_at_once(nets, refused, monkeypa
     assert "'batch'" in err
     monkeypatch.setitem(sys.modules, "pyhessian", None)
     assert "pip install pyhessian" in refused(*call, "--cross-check")
-
-
-def test_a_closure_cannot_be_cross_checked():
-    risk = sh.EmpiricalRisk(
-        nn.Linear(2, 1), closure=lambda m, b: m(b).square().mean(), data=[torch.ones(3, 2)]
-    )
-    with pytest.raises(TypeError, match="`closure`"):
-        pyhessian_readings(risk)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from sharpness import _progress
+from sharpness.measures.arguments import positive_list, whole
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import lbfgsb
@@ -28,6 +29,7 @@ PROTOCOL_ITERATIONS = 10  # Keskar et al. (2017), section 2.2.2
 # The start is small, so that its gradient is the Hessian's answer to a random
 # direction, and not zero, so that there is a gradient at all.
 _START = 0.1
+_USUAL = "The paper used 1e-3 and 5e-4."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +183,17 @@ def epsilon_sharpness(
         step has the length of the box's half-diagonal, for every epsilon and scale of
         f; ten iterations are run whatever the tolerances.
     """
-    _check(risk, epsilon, subspace_dim, columns, solver, max_iter, num_starts)
-    _check_corners(risk, corners)
+    epsilons, several = positive_list("epsilon", epsilon, _USUAL)
+    _check(risk, subspace_dim, columns, solver, max_iter, num_starts)
+    corners = _checked_corners(risk, corners)
     manifold = _Manifold(risk, subspace_dim, columns, seed)
     options = _Options(solver, max_iter, num_starts, corners, seed, max_seconds, progress)
-    if isinstance(epsilon, Sequence):
-        return [_measured(risk, manifold, e, options) for e in epsilon]
-    return _measured(risk, manifold, epsilon, options)
+    results = []
+    for e in epsilons:
+        results.append(_measured(risk, manifold, e, options))
+        if results[-1].status is Status.INTERRUPTED:
+            break
+    return results if several else results[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +202,8 @@ class SubspaceSharpness(Result):
 
     phi: float  # percent, mean over draws of the best found
     phi_sd: float  # over draws of A
-    phi_protocol: float  # percent, mean over draws
-    phi_protocol_sd: float
+    phi_protocol: float | None  # percent, mean over draws; None as in one draw
+    phi_protocol_sd: float | None
     draws: tuple[EpsilonSharpness, ...]
     status: Status
     num_evals: int
@@ -211,21 +217,26 @@ class SubspaceSharpness(Result):
         return (
             f"phi({short(self.epsilon)}, {self.subspace_dim} random {self.columns} "
             f"columns) ≥ {self.phi:.4g} ± {self.phi_sd:.2g} %   (mean ± sd of "
-            f"{len(self.draws)} draws; paper's protocol {self.phi_protocol:.4g} ± "
-            f"{self.phi_protocol_sd:.2g} %; {self.status}, {self.num_evals} evaluations, "
-            f"{self.seconds:.1f} s)"
+            f"{len(self.draws)} draws; {self._protocol}{self.status}, {self.num_evals} "
+            f"evaluations, {self.seconds:.1f} s)"
         )
+
+    @property
+    def _protocol(self) -> str:
+        if self.phi_protocol is None:
+            return ""
+        return f"paper's protocol {self.phi_protocol:.4g} ± {self.phi_protocol_sd:.2g} %; "
 
     def readings(self) -> list[Reading]:
         """The mean with its standard error."""
-        rest = "" if self.status.ok else f"; {self.status}"
+        num = len(self.draws)
         return [
             Reading(
                 name=f"phi({short(self.epsilon)}, p={self.subspace_dim})",
                 value=self.phi,
-                error=self.phi_sd / math.sqrt(len(self.draws)) if self.draws else None,
-                evidence=f"standard error over {len(self.draws)} draws of A; protocol "
-                f"{self.phi_protocol:.4g} %{rest}",
+                error=self.phi_sd / math.sqrt(num) if num > 1 else None,
+                evidence=f"standard error over {num} draws of A; {self._protocol}"
+                f"{self.status}",
                 cost=f"{self.num_evals} gradients, {self.seconds:.1f} s",
                 bound="≥",
                 unit="%",
@@ -269,12 +280,9 @@ def subspace_sharpness(
 
     Cost: `num_draws` times that of `epsilon_sharpness`.
     """
-    if num_draws < 2:
-        raise ValueError(
-            f"`num_draws` must be at least 2; got {num_draws}. For one draw call "
-            "`epsilon_sharpness(risk, subspace_dim=...)`."
-        )
-    epsilons = list(epsilon) if isinstance(epsilon, Sequence) else [epsilon]
+    whole("num_draws", num_draws, 2, "One draw is `epsilon_sharpness(subspace_dim=...)`.")
+    whole("subspace_dim", subspace_dim, 1)
+    epsilons, several = positive_list("epsilon", epsilon, _USUAL)
     drawn: list[list[EpsilonSharpness]] = []
     for draw in range(num_draws):
         found = epsilon_sharpness(
@@ -289,25 +297,31 @@ def subspace_sharpness(
             progress=progress,
         )
         drawn.append(found)
-        if any(result.status is Status.INTERRUPTED for result in found):
+        if found[-1].status is Status.INTERRUPTED:
             break
-    results = [_over_draws(draws) for draws in zip(*drawn, strict=True)]
-    return results if isinstance(epsilon, Sequence) else results[0]
+    of_each = [[d[i] for d in drawn if i < len(d)] for i in range(len(epsilons))]
+    complete = len(drawn) == num_draws and len(of_each[-1]) == num_draws
+    results = [_over_draws(draws, complete) for draws in of_each if draws]
+    return results if several else results[0]
 
 
-def _over_draws(draws: Sequence[EpsilonSharpness]) -> SubspaceSharpness:
-    phi = np.array([draw.phi for draw in draws])
-    protocol = np.array(
-        [math.nan if d.phi_protocol is None else d.phi_protocol for d in draws]
-    )
-    first, several = draws[0], len(draws) > 1
+def _over_draws(draws: Sequence[EpsilonSharpness], complete: bool) -> SubspaceSharpness:
+    """Mean and sd of the draws that are done; of the one begun, if there is no other."""
+    done = [draw for draw in draws if draw.status is not Status.INTERRUPTED] or draws
+    phi = np.array([draw.phi for draw in done])
+    known = [draw.phi_protocol for draw in done if draw.phi_protocol is not None]
+    all_known, several, first = len(known) == len(done), len(done) > 1, draws[0]
     troubled = [draw.status for draw in draws if not draw.status.ok]
+    if not complete:
+        troubled.insert(0, Status.INTERRUPTED)
     return SubspaceSharpness(
         phi=float(phi.mean()),
         phi_sd=float(phi.std(ddof=1)) if several else math.nan,
-        phi_protocol=float(protocol.mean()),
-        phi_protocol_sd=float(protocol.std(ddof=1)) if several else math.nan,
-        draws=tuple(draws),
+        phi_protocol=float(np.mean(known)) if all_known else None,
+        phi_protocol_sd=(float(np.std(known, ddof=1)) if several else math.nan)
+        if all_known
+        else None,
+        draws=tuple(done),
         status=troubled[0] if troubled else Status.COMPLETED,
         num_evals=sum(draw.num_evals for draw in draws),
         seconds=sum(draw.seconds for draw in draws),
@@ -391,7 +405,8 @@ def _measured(
         try:
             for state in search.states(options):
                 bar.update(search.num_evals - bar.n)
-                if protocol is None and search.solver != "ascent" and _ends_protocol(state):
+                of_protocol = search.is_first_start and search.solver != "ascent"
+                if protocol is None and of_protocol and _ends_protocol(state):
                     protocol = 100 * max(0.0, state.value) / (1 + search.value)
         except _OutOfTime:
             status = Status.MAX_SECONDS
@@ -457,13 +472,15 @@ class _Search:
         self.is_finite = math.isfinite(self.value)
         self.num_evals = 0
         self.solver, self.message = "none", "theta itself"
+        self.is_first_start = True
         self.best = _Best(0.0, torch.zeros_like(one), "none")
 
     def states(self, options: _Options) -> Iterator[Maximum]:
         """States of every solver from every start; their values are rises of f."""
         if not self.is_finite:
             return
-        for start in self._starts(options):
+        for i, start in enumerate(self._starts(options)):
+            self.is_first_start = i == 0
             rise, gradient = self._rise(start)
             scale = float(gradient.double().square().mean().sqrt()) or 1.0
             objective = self._scaled(start, (rise, gradient), scale)
@@ -481,8 +498,8 @@ class _Search:
             u = 2 * torch.rand(self._box.upper.shape, generator=generator) - 1
             yield (_START * u).to(self._box.upper)
         if options.corners is not None:
-            for vector in options.corners.reshape(-1, options.corners.shape[-1]):
-                towards = self._manifold.pulled_back(vector.to(self._manifold.theta))
+            for vector in options.corners:
+                towards = self._manifold.pulled_back(vector)
                 corner = _START * towards.sign()
                 yield from (corner, -corner)
 
@@ -563,28 +580,29 @@ _SOLVERS: dict[str, Callable[[ValueAndGradient, Tensor, Box, int], Iterator[Maxi
 }
 
 
-def _check_corners(risk: EmpiricalRisk, corners: Tensor | None) -> None:
-    if corners is not None and (corners.ndim > 2 or corners.shape[-1:] != (risk.n,)):
+def _checked_corners(risk: EmpiricalRisk, corners: Any) -> Tensor | None:
+    """As a tensor (j, n) beside theta."""
+    if corners is None:
+        return None
+    if isinstance(corners, list | tuple):
+        corners = torch.stack([torch.as_tensor(vector) for vector in corners])
+    vectors = torch.as_tensor(corners).detach().to(risk.theta)
+    if vectors.ndim not in (1, 2) or vectors.shape[-1] != risk.n:
         raise ValueError(
             f"`corners` must have shape (n,) or (j, n) with n={risk.n}; got "
-            f"{tuple(corners.shape)}."
+            f"{tuple(vectors.shape)}."
         )
+    return vectors.reshape(-1, risk.n)
 
 
 def _check(
     risk: EmpiricalRisk,
-    epsilon: float | Sequence[float],
     subspace_dim: int | None,
     columns: str,
     solver: str | None,
     max_iter: int,
     num_starts: int,
 ) -> None:
-    for e in epsilon if isinstance(epsilon, Sequence) else [epsilon]:
-        if not (isinstance(e, int | float) and e > 0 and math.isfinite(e)):
-            raise ValueError(
-                f"`epsilon` must be positive; got {e}. The paper used 1e-3 and 5e-4."
-            )
     if subspace_dim is not None and not 1 <= subspace_dim <= risk.n:
         raise ValueError(
             f"`subspace_dim` must lie in [1, n]; got {subspace_dim} "
@@ -596,6 +614,5 @@ def _check(
         raise ValueError(
             f"`solver` must be one of {', '.join(_SOLVERS)}, or None; got {solver!r}."
         )
-    for name, count in (("max_iter", max_iter), ("num_starts", num_starts)):
-        if count < 1:
-            raise ValueError(f"`{name}` must be at least 1; got {count}.")
+    whole("max_iter", max_iter, 1)
+    whole("num_starts", num_starts, 1)

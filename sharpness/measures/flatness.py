@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness.measures.arguments import positive, whole
 from sharpness.measures.budget import Budget
 from sharpness.measures.perturbation import mean_and_error, normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
@@ -20,7 +21,8 @@ from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 _MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all
-_WIDEST = 2.0**20  # no accuracy survives noise this large; there the search gives up
+_WIDEST = 100.0  # powers of 2 beyond which the search gives up
+_SLACK = 1e-9  # of an accuracy: 1 - 0.9 is a little less than 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +135,8 @@ def pac_bayes_sigma(
         vanishes with sigma.
     """
     _check(risk, accuracy_drop, rtol)
-    if num_draws < 2:
-        raise ValueError(
-            f"`num_draws` must be at least 2; got {num_draws}. One draw has no spread."
-        )
-    scale = _scale(risk, magnitude_aware)
-    accuracy = risk.accuracy()
+    num_draws = whole("num_draws", num_draws, 2, "One draw has no spread.")
+    scale, accuracy = _scale(risk, magnitude_aware), math.nan
     budget = Budget("forward passes", max_seconds, progress, None)
     drops: dict[float, np.ndarray] = {}
 
@@ -152,7 +150,12 @@ def pac_bayes_sigma(
 
     root = _Root(mean_drop, accuracy_drop, rtol)
     with budget:
-        root.find()
+        accuracy = _accuracy_at_theta(risk)
+        root.find(math.isfinite(accuracy))
+        # Without the draw that falls first the rest may cross beyond what was looked at.
+        for factor in (1.5, 1 / 1.5, 3.0, 1 / 3.0) if root.status.ok else ():
+            if _jackknife(drops, accuracy_drop) is None:
+                mean_drop(factor * root.middle)
     return AccuracyRadius(
         value=root.middle,
         standard_error=_jackknife(drops, accuracy_drop),
@@ -211,10 +214,8 @@ def box_alpha(
         open there; they climb the loss by gradient steps as well.
     """
     _check(risk, accuracy_drop, rtol)
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")
-    scale = _scale(risk, magnitude_aware)
-    accuracy = risk.accuracy()
+    num_steps = whole("num_steps", num_steps, 1)
+    scale, accuracy = _scale(risk, magnitude_aware), math.nan
     budget = Budget("gradients", max_seconds, progress, None)
 
     def function(u: Tensor) -> tuple[float, Tensor]:
@@ -228,15 +229,16 @@ def box_alpha(
         for state in islice(states, 1, None):
             drop = accuracy - risk.accuracy(risk.theta + scale * state.point)
             largest = max(largest, drop)
-            if largest >= accuracy_drop:
+            if largest >= accuracy_drop - _SLACK:
                 break
         return largest
 
     root = _Root(largest_drop, accuracy_drop, rtol)
     with budget:
-        root.find()
+        accuracy = _accuracy_at_theta(risk)
+        root.find(math.isfinite(accuracy))
     return AccuracyRadius(
-        value=root.bracket[1] if root.status.ok else math.nan,
+        value=root.bracket[1] if root.bracket[1] < math.inf else math.nan,
         standard_error=None,
         bracket=root.bracket,
         accuracy=accuracy,
@@ -264,11 +266,11 @@ class Norms(Result):
 
     def __str__(self) -> str:
         parts = (f"{r.name} {r.value:.4g}" for r in self.readings())
-        return f"{', '.join(parts)}   ({self.seconds:.1f} s)"
+        return f"{', '.join(parts)}   ({self.status}, {self.seconds:.1f} s)"
 
     def readings(self) -> list[Reading]:
         """The numbers that there are."""
-        exact = "exact to rounding"
+        exact = "exact to rounding" if self.status.ok else str(self.status)
         found = {
             "gradient_norm": (self.gradient_norm, exact, "1 gradient"),
             "parameter_norm": (self.parameter_norm, exact, ""),
@@ -307,22 +309,23 @@ def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
         raise ValueError(
             f"`start` must have shape (n,) with n={risk.n}; got {tuple(start.shape)}."
         )
+    fisher_rao, gradient_norm = None, math.nan
     with Budget("norms", None, False, None) as budget:
-        fisher_rao = None
+        gradient_norm = float(_tensors.norm64(risk.gradient()))
         if risk.has_outputs:
             product = risk.product(risk.theta, "gauss_newton")
             fisher_rao = float(_tensors.dot64(product, risk.theta))
-        gradient_norm = float(_tensors.norm64(risk.gradient()))
     distance = None
     if start is not None:
         distance = float(_tensors.norm64(risk.theta - start.to(risk.theta)))
-    is_finite = math.isfinite(gradient_norm) and math.isfinite(fisher_rao or 0.0)
+    lengths = (gradient_norm, fisher_rao or 0.0, distance or 0.0)
+    is_finite = all(math.isfinite(length) for length in lengths)
     return Norms(
         gradient_norm=gradient_norm,
         parameter_norm=float(_tensors.norm64(risk.theta)),
         distance_from_start=distance,
         fisher_rao=fisher_rao,
-        status=budget.status if is_finite else Status.NON_FINITE,
+        status=budget.status if is_finite or not budget.status.ok else Status.NON_FINITE,
         seconds=budget.seconds,
     )
 
@@ -346,10 +349,10 @@ class RelativeFlatness(Result):
     def __str__(self) -> str:
         found = zip(self.layers, self.values, self.standard_errors, strict=True)
         parts = (f"{layer} {value:.4g} ± {error:.1g}" for layer, value, error in found)
-        return f"relative flatness: {', '.join(parts)}   ({self._cost})"
+        return f"relative flatness: {', '.join(parts)}   ({self.status}, {self._cost})"
 
     def readings(self) -> list[Reading]:
-        """That of the last layer, the one the theory is about, and all layers' sum."""
+        """That of the last layer, the one the theory is about."""
         rest = "" if self.status.ok else f"; {self.status}"
         return [
             Reading(
@@ -370,7 +373,7 @@ class RelativeFlatness(Result):
 def relative_flatness(
     risk: EmpiricalRisk,
     *,
-    layers: Sequence[str] | None = None,
+    layers: str | Sequence[str] | None = None,
     num_probes: int = 30,
     seed: int = 0,
     max_seconds: float | None = None,
@@ -411,31 +414,35 @@ def relative_flatness(
     shapes = dict(zip(risk.names, risk.shapes, strict=True))
     chosen = [name for name, shape in shapes.items() if len(shape) > 1]
     if layers is not None:
+        layers = [layers] if isinstance(layers, str) else list(layers)
+        if not layers:
+            raise ValueError("`layers` must name at least one weight; got none.")
         unknown = [name for name in layers if name not in chosen]
         if unknown:
             raise ValueError(
                 f"`layers` must name weights of two dimensions or more; got {unknown[0]!r}."
                 f" There are {', '.join(chosen[:5])}."
             )
-        chosen = list(layers)
+        chosen = layers
     if not chosen:
         raise TypeError(
             "`risk` must have a weight of two dimensions or more; got none (not available "
             "for this network)."
         )
-    if num_probes < 2:
-        raise ValueError(f"`num_probes` must be at least 2; got {num_probes}.")
+    num_probes = whole("num_probes", num_probes, 2)
     weights = dict(zip(risk.names, _tensors.split(risk.theta, risk.shapes), strict=True))
-    roots = [_root_of_rows(weights[name].flatten(1)) for name in chosen]
+    is_finite = all(bool(weights[name].isfinite().all()) for name in chosen)
+    rows = [weights[name].flatten(1) for name in chosen]
+    roots = [_root_of_rows(weight) for weight in rows] if is_finite else []
     samples: list[list[float]] = []
     generator = torch.Generator().manual_seed(seed)
     budget = Budget("sweeps", max_seconds, progress, num_probes)
     with budget:
-        for _ in range(num_probes):
+        for _ in range(num_probes if is_finite else 0):
             budget.step()
             probes = [
-                root @ _signs(weights[name].flatten(1), generator)
-                for name, root in zip(chosen, roots, strict=True)
+                root @ _signs(weight, generator)
+                for weight, root in zip(rows, roots, strict=True)
             ]
             products = risk.block_products(
                 [[name] for name in chosen], [probe.flatten() for probe in probes]
@@ -448,12 +455,12 @@ def relative_flatness(
             )
     columns = list(zip(*samples, strict=True)) or [()] * len(chosen)
     found = [mean_and_error(column) for column in columns]
-    is_finite = all(math.isfinite(value) for value, _ in found)
+    is_finite = is_finite and all(math.isfinite(value) for value, _ in found)
     return RelativeFlatness(
         layers=tuple(chosen),
         values=tuple(value for value, _ in found),
         standard_errors=tuple(error for _, error in found),
-        status=budget.status if is_finite or not samples else Status.NON_FINITE,
+        status=budget.status if is_finite or not budget.status.ok else Status.NON_FINITE,
         num_probes=len(samples),
         num_hvps=len(samples) * len(chosen),
         seconds=budget.seconds,
@@ -495,24 +502,35 @@ class _Root:
         low, high = self.bracket
         return math.sqrt(low * high) if low > 0 and high < math.inf else math.nan
 
-    def find(self) -> None:
-        """Look at points until the bracket is narrow."""
-        x = 2.0**-5
-        while True:
+    def find(self, is_finite: bool) -> None:
+        """Look at points until the bracket is narrow, or as narrow as numbers can be."""
+        if not is_finite:
+            self.status = Status.NON_FINITE
+            return
+        exponent, stride = -5.0, 2.0
+        while abs(exponent) <= _WIDEST:  # by larger and larger powers, until enclosed
+            self._look(2.0**exponent)
             low, high = self.bracket
-            if self._function(x) < self._level:
-                low = x
-            else:
-                high = x
-            self.bracket = (low, high)
-            if low >= _WIDEST or high < 1 / _WIDEST:
-                return
-            if high <= low * (1 + self._rtol):
-                self.status = Status.CONVERGED
-                return
-            x = self.middle
-            if math.isnan(x):
-                x = 4 * low if low else high / 4
+            if low > 0 and high < math.inf:
+                break
+            exponent += stride if low else -stride
+            stride *= 2
+        else:
+            return
+        while high > low * (1 + self._rtol) and self.middle not in (low, high):
+            self._look(self.middle)
+            low, high = self.bracket
+        self.status = Status.CONVERGED
+
+    def _look(self, x: float) -> None:
+        low, high = self.bracket
+        is_below = self._function(x) < self._level - _SLACK
+        self.bracket = (x, high) if is_below else (low, x)
+
+
+def _accuracy_at_theta(risk: EmpiricalRisk) -> float:
+    """NaN where the loss is not finite: its largest outputs mean nothing."""
+    return risk.accuracy() if math.isfinite(risk.value()) else math.nan
 
 
 def _jackknife(drops: dict[float, np.ndarray], level: float) -> float | None:
@@ -550,8 +568,7 @@ def _check(risk: EmpiricalRisk, accuracy_drop: float, rtol: float) -> None:
         raise ValueError(
             f"`accuracy_drop` must lie in (0, 1); got {accuracy_drop}. 0.1 is usual."
         )
-    if not rtol > 0:
-        raise ValueError(f"`rtol` must be positive; got {rtol}.")
+    positive("rtol", rtol)
     if not risk.is_classification:
         raise TypeError(
             "`risk` must classify, with class numbers as targets; got another loss or "

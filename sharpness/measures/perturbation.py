@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sharpness import _tensors
+from sharpness.measures.arguments import positive_list, whole
 from sharpness.measures.budget import Budget
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball, Norm
 from sharpness.results import Reading, Result, Status, short
+from sharpness.risk.chunks import NoLossTermsError
 from sharpness.risk.empirical import EmpiricalRisk
 
 Adaptive = Literal["elementwise", "filterwise"]
@@ -153,7 +155,7 @@ def worst_case_sharpness(
     Args:
         risk: the mean loss f, held at the parameters theta.
         rho: radius of the ball, > 0, in units of c. A list gives a list of results,
-            each searched afresh.
+            each searched afresh; an interrupt (Ctrl-C) ends the list.
         norm: `"l2"` (p = 2) or `"linf"` (p = infinity).
         adaptive: `None`, `"elementwise"` or `"filterwise"`.
         num_steps: of Auto-PGD, >= 1.
@@ -180,8 +182,9 @@ def worst_case_sharpness(
         parameter, so that the value is invariant); Andriushchenko et al. (2023),
         arXiv:2302.07011 (Auto-PGD with 20 steps, shards of 128).
     """
-    radii = _radii(rho)
-    _check_choices(norm, adaptive, num_steps)
+    radii, several = positive_list("rho", rho, "SAM's default is 0.05.")
+    _check_choices(norm, adaptive)
+    num_steps = whole("num_steps", num_steps, 1)
     shards = list(_shards(risk, shard_size, seed))
     scale = perturbation_scale(risk, adaptive)
     results = []
@@ -190,7 +193,7 @@ def worst_case_sharpness(
         budget = Budget("gradients", max_seconds, progress, None)
         with budget:
             search.run(budget)
-        status = budget.status if budget.status is not Status.COMPLETED else search.status
+        status = search.status if budget.status.ok else budget.status
         results.append(
             WorstCaseSharpness(
                 value=search.mean("rise"),
@@ -210,7 +213,9 @@ def worst_case_sharpness(
                 seed=seed,
             )
         )
-    return results if isinstance(rho, Sequence) else results[0]
+        if budget.status is Status.INTERRUPTED:
+            break
+    return results if several else results[0]
 
 
 def average_case_sharpness(
@@ -254,18 +259,16 @@ def average_case_sharpness(
         Andriushchenko et al. (2023), arXiv:2302.07011, eq. 1; Keskar et al. (2017) and
         others perturb on average without a scale (c = 1).
     """
-    radii = _radii(rho)
-    _check_choices("l2", adaptive, 1)
-    if num_draws < 2:
-        raise ValueError(
-            f"`num_draws` must be at least 2; got {num_draws}. One draw has no spread."
-        )
-    scale, value = perturbation_scale(risk, adaptive), risk.value()
+    radii, several = positive_list("rho", rho)
+    _check_choices("l2", adaptive)
+    num_draws = whole("num_draws", num_draws, 2, "One draw has no spread.")
+    scale, value = perturbation_scale(risk, adaptive), math.nan
     results = []
     for radius in radii:
         rises: list[float] = []
         budget = Budget("forward passes", max_seconds, progress, 2 * num_draws)
         with budget:
+            value = risk.value() if math.isnan(value) else value
             for z in normal_draws(risk, num_draws, seed):
                 step = z.mul_(scale).mul_(radius)
                 budget.step(2)
@@ -287,7 +290,9 @@ def average_case_sharpness(
                 seed=seed,
             )
         )
-    return results if isinstance(rho, Sequence) else results[0]
+        if budget.status is Status.INTERRUPTED:
+            break
+    return results if several else results[0]
 
 
 def perturbation_scale(risk: EmpiricalRisk, adaptive: Adaptive | None) -> Tensor:
@@ -344,8 +349,11 @@ class NormalisedLogits(nn.Module):
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Logits (N, classes, ...) of the model, centred and scaled along dimension 1."""
         logits: Tensor = self.model(*args, **kwargs)
-        centred = logits - logits.mean(1, keepdim=True)
-        unit: Tensor = centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-10)
+        centred = logits - logits[:, :1]  # so that equal logits become exactly 0
+        centred = centred - centred.mean(1, keepdim=True)
+        # Not `norm`, whose second derivative at 0 is NaN.
+        square = centred.square().sum(1, keepdim=True).clamp_min(1e-20)
+        unit: Tensor = centred / square.sqrt()
         return unit
 
 
@@ -364,9 +372,23 @@ class _Ascent:
     ) -> None:
         self._shards, self._scale, self._ball = shards, scale, ball
         self._num_steps = num_steps
-        self.status = Status.COMPLETED
         self.displacement = torch.zeros_like(scale)
         self._seen: list[_Seen] = []
+        self._is_finite = True
+
+    @property
+    def status(self) -> Status:
+        """What the finished shards say together."""
+        if not self._is_finite:
+            return Status.NON_FINITE
+        is_flat = all(len(seen.values) == 1 for seen in self._counted)
+        return Status.ZERO_GRADIENT if is_flat and self._counted else Status.COMPLETED
+
+    @property
+    def _counted(self) -> list[_Seen]:
+        """The shards that are finished; the one that is not, if it is the only one."""
+        done = [seen for seen in self._seen if seen.finished]
+        return done or [seen for seen in self._seen if seen.values]
 
     def run(self, budget: Budget) -> None:
         """Search the shards while the budget lasts."""
@@ -377,9 +399,9 @@ class _Ascent:
             function = self._function(shard, seen, budget)
             for state in auto_pgd(function, zero, self._ball, num_steps=self._num_steps):
                 last = state
-            if last.num_iters == 0:  # stopped where it began
-                is_flat = last.message == "the gradient is zero"
-                self.status = Status.ZERO_GRADIENT if is_flat else Status.NON_FINITE
+            seen.finished = True
+            if last.num_iters == 0 and last.message != "the gradient is zero":
+                self._is_finite = False
 
     def _function(
         self, shard: EmpiricalRisk, seen: _Seen, budget: Budget
@@ -397,17 +419,16 @@ class _Ascent:
 
     def mean(self, what: str) -> float:
         """Mean over the shards, each with the weight of its loss terms."""
-        begun = [seen for seen in self._seen if seen.values]
-        if not begun:
+        if not self._counted:
             return math.nan
-        values = [getattr(seen, what) for seen in begun]
-        return float(np.average(values, weights=[seen.terms for seen in begun]))
+        values = [getattr(seen, what) for seen in self._counted]
+        return float(np.average(values, weights=[seen.terms for seen in self._counted]))
 
     def standard_error(self) -> float | None:
         """Of the mean over shards; None for a single shard."""
         if len(self._shards) == 1:
             return None
-        return mean_and_error([seen.rise for seen in self._seen if seen.values])[1]
+        return mean_and_error([seen.rise for seen in self._counted])[1]
 
 
 @dataclass
@@ -416,6 +437,7 @@ class _Seen:
 
     terms: float
     values: list[float] = field(default_factory=list)
+    finished: bool = False
 
     @property
     def value(self) -> float:
@@ -423,8 +445,10 @@ class _Seen:
 
     @property
     def sam(self) -> float:
-        """The rise after one step; NaN before it is made."""
-        return self.values[1] - self.values[0] if len(self.values) > 1 else math.nan
+        """The rise after one step: 0 where there is no step to make, NaN before it."""
+        if len(self.values) > 1:
+            return self.values[1] - self.values[0]
+        return 0.0 if self.finished and math.isfinite(self.values[0]) else math.nan
 
     @property
     def rise(self) -> float:
@@ -441,37 +465,27 @@ class _Seen:
 def _shards(
     risk: EmpiricalRisk, shard_size: int | None, seed: int
 ) -> Iterator[EmpiricalRisk]:
-    if shard_size is None or shard_size >= risk.num_samples:
+    if shard_size is None:
         yield risk
         return
-    if shard_size < 1:
-        raise ValueError(f"`shard_size` must be at least 1; got {shard_size}.")
+    whole("shard_size", shard_size, 1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(risk.num_samples, generator=generator)
     for index in order.tensor_split(math.ceil(risk.num_samples / shard_size)):
-        yield risk.subset(index)
+        try:
+            yield risk.subset(index)
+        except NoLossTermsError:  # all its targets are ignored: it weighs nothing
+            continue
 
 
 def _name(what: str, adaptive: str | None, rho: float, rest: str = "") -> str:
     return f"{what}{'_' + adaptive if adaptive else ''}({short(rho)}{rest})"
 
 
-def _radii(rho: float | Sequence[float]) -> list[float]:
-    radii = list(rho) if isinstance(rho, Sequence) else [rho]
-    for radius in radii:
-        if not (isinstance(radius, int | float) and 0 < radius < math.inf):
-            raise ValueError(
-                f"`rho` must be positive; got {radius}. SAM's default is 0.05."
-            )
-    return radii
-
-
-def _check_choices(norm: str, adaptive: str | None, num_steps: int) -> None:
+def _check_choices(norm: str, adaptive: str | None) -> None:
     if norm not in get_args(Norm):
         raise ValueError(f"`norm` must be 'l2' or 'linf'; got {norm!r}.")
     if adaptive is not None and adaptive not in get_args(Adaptive):
         raise ValueError(
             f"`adaptive` must be None, 'elementwise' or 'filterwise'; got {adaptive!r}."
         )
-    if num_steps < 1:
-        raise ValueError(f"`num_steps` must be at least 1; got {num_steps}.")

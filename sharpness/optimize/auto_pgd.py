@@ -23,13 +23,15 @@ def auto_pgd(
     the step is halved, and the search goes back to its best point, where too few of the
     steps since the last one have gained, or where neither step nor best value changed.
 
-    Stops early where the gradient is zero, and at the start where value or gradient is
-    not finite; later on such a point counts as a step too far.
+    Stops early at a best point whose gradient is zero, and at the start where value or
+    gradient is not finite; later on such points count as a step too far.
 
     Cost: one value with gradient a state; memory 6 vectors.
 
     References:
-        Croce and Hein (2020), arXiv:2003.01690, algorithm 1.
+        Croce and Hein (2020), arXiv:2003.01690, algorithm 1. As in the authors' code,
+        condition 2 is not asked at the first checkpoint; other than there, a search that
+        goes back to its best point starts without momentum.
     """
     points_to_check = _checkpoints(num_steps)
     u = last = best = ball.project(start)
@@ -50,7 +52,8 @@ def auto_pgd(
             ahead = ball.project(u + _MOMENTUM * (ahead - u) + (1 - _MOMENTUM) * (u - last))
         last, u = u, ahead
         value, gradient = value_and_gradient(u)
-        if _overflows(value, gradient):  # a point nobody can climb from: go back
+        is_dead = value <= best_value and not bool(gradient.any())
+        if is_dead or _overflows(value, gradient):  # nowhere to climb from: go back
             u, value, gradient, step = best, best_value, best_gradient, step / 2
         gains, last_value = gains + (value > last_value), value
         if value > best_value:
@@ -71,9 +74,9 @@ def _overflows(value: float, gradient: Tensor) -> bool:
 
 def _checkpoints(num_steps: int) -> set[int]:
     """After 22 % of the steps, then at distances that shrink by 3 % down to 6 %."""
-    found, gap, share = set(), 0.22, 0.22
-    while share < 1:
-        found.add(math.ceil(share * num_steps))
-        gap = max(gap - 0.03, 0.06)
-        share += gap
+    found, gap, percent = set(), 22, 22
+    while percent < 100:
+        found.add(-(-percent * num_steps // 100))  # rounded up, without rounding errors
+        gap = max(gap - 3, 6)
+        percent += gap
     return found

@@ -76,7 +76,7 @@ def _interpolated(low: Sample, high: Sample) -> float:
     d1 = da + db - 3 * (fa - fb) / (a - b)
     inside = d1 * d1 - da * db
     t = (a + b) / 2
-    if inside >= 0 and math.isfinite(fb):
+    if 0 <= inside < math.inf and math.isfinite(fb):
         d2 = (1 if b > a else -1) * inside**0.5
         bottom = db - da + 2 * d2
         t = b - (b - a) * (db + d2 - d1) / bottom if bottom else t

@@ -35,6 +35,10 @@ _CPU_CHUNK = 1024
 _CPU_TENSOR = 1 << 24
 
 
+class NoLossTermsError(ValueError):
+    """No target counts: there is no mean to take."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A part of the data that is evaluated at once, and the loss terms it holds."""
@@ -171,7 +175,7 @@ class ChunkedMean:
         self.counted = [chunk for chunk in self.all if chunk.count]
         self.num_terms = sum(chunk.count for chunk in self.counted)
         if not self.counted:
-            raise ValueError(
+            raise NoLossTermsError(
                 "`data` must hold at least one loss term; got none that counts (every "
                 "target equals `ignore_index`, or every weight is 0)."
             )

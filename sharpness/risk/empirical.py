@@ -13,6 +13,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness.risk import batches
@@ -21,6 +22,7 @@ from sharpness.risk.linearised import Matrix
 from sharpness.risk.model_state import (
     batchnorm_layers,
     convolves,
+    deep_copy,
     evaluation,
     is_recurrent,
     no_layers_computed_again,
@@ -157,6 +159,7 @@ class EmpiricalRisk:
             "autocast": autocast,
             "seed": seed,
         }
+        self._classifies: bool | None = None  # found out when asked for
         self._products: dict[str, Products] = {}
         self._gradient: Tensor | None = None
         self._checked = False  # that no layer is computed again in a backward pass
@@ -213,11 +216,17 @@ class EmpiricalRisk:
 
     @property
     def is_classification(self) -> bool:
-        """Whether targets are class numbers, so that there is an accuracy."""
+        """Whether outputs are scores of classes (N, C, ...) and targets class numbers."""
         if not self.has_outputs:
             return False
-        kinds = {batch[1].dtype for batch in self._mean.given}
-        return not any(k.is_floating_point or k is torch.bool for k in kinds)
+        if self._classifies is None:
+            inputs, targets = batches.rows(self._mean.given[0], 0, 2)
+            with self._evaluating(None), torch.no_grad():
+                outputs = self._objective.outputs(self._pieces(None), (inputs, targets))
+            self._classifies = _are_classes(outputs, targets) and bool(
+                (self.targets < outputs.shape[1]).all()
+            )
+        return self._classifies
 
     def settings(self) -> dict[str, Any]:
         """Plain values that say how f is defined and computed, for a record."""
@@ -402,12 +411,11 @@ class EmpiricalRisk:
 
     def network(self) -> nn.Module:
         """A copy of the model with the parameters and buffers that are measured."""
-        copied = copy.deepcopy(self.model)
+        copied = deep_copy(self.model)
         state = dict(zip(self.names, self._pieces(None), strict=True))
         state |= {k.removeprefix("model."): v for k, v in self._objective.fixed.items()}
-        with torch.no_grad():
-            for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
-                tensor.copy_(state[name])
+        for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
+            tensor.data = state[name].clone()
         return copied
 
     @property
@@ -426,9 +434,10 @@ class EmpiricalRisk:
         return [chunk.batch for chunk in self._mean.all]
 
     def probe_inputs(self, most: int = 16) -> Any:
-        """Inputs of the first few samples, on the device, as the model is called."""
+        """A copy of the inputs of the first few samples, as the model is called."""
         self._refuse_closure("inputs")
-        return batches.rows(self._mean.given[0], 0, most)[0]
+        inputs = batches.rows(self._mean.given[0], 0, most)[0]
+        return tree_map(lambda part: part.clone(), inputs)  # the model may write on them
 
     def with_model(
         self, model: nn.Module, params: str | Sequence[str] | None = None
@@ -485,7 +494,16 @@ class EmpiricalRisk:
         """Share of targets whose class has the largest output, in [0, 1].
 
         Targets that the loss ignores (`ignore_index`) do not count.
+
+        Raises:
+            TypeError: outputs that are no scores of classes, or other targets.
         """
+        self._refuse_closure("accuracy")
+        if not self.is_classification:
+            raise TypeError(
+                "`risk` must classify, with scores (N, C, ...) and class numbers; got "
+                "other outputs or targets (not available for regression)."
+            )
         right, targets = self.outputs(theta).argmax(1) == self.targets, self.targets
         counted = targets != keyword(self._objective.loss, "ignore_index", -100)
         return float(right[counted].double().mean())
@@ -584,6 +602,15 @@ class EmpiricalRisk:
                 f"`{what}` must come from a risk with a `loss`; got one with a "
                 "`closure` (not available for a closure). Pass `loss=` and pairs."
             )
+
+
+def _are_classes(outputs: Any, targets: Any) -> bool:
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        return False
+    if targets.is_floating_point() or targets.dtype == torch.bool or outputs.ndim < 2:
+        return False
+    others = (*outputs.shape[:1], *outputs.shape[2:])
+    return others == tuple(targets.shape)
 
 
 def _check_batchnorm(model: nn.Module, batchnorm: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import weakref
@@ -127,6 +128,17 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             module.sparse = True
         for attributes, kept in before:
             attributes.update({k: _shallow(v) for k, v in kept.items()})
+
+
+def deep_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model, also where a hook has left a computed tensor as an attribute."""
+    with _attributes_kept(model):
+        for module in model.modules():
+            attributes = vars(module)
+            for name, value in attributes.items():
+                if isinstance(value, torch.Tensor) and not value.is_leaf:
+                    attributes[name] = value.detach()
+        return copy.deepcopy(model)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -1,0 +1,47 @@
+"""Checks that many measures share: one line that names the argument and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+
+def positive(name: str, value: Any, advice: str = "") -> float:
+    """A finite number > 0.
+
+    Raises:
+        ValueError: it is none.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not (is_number and 0 < value < math.inf):
+        raise ValueError(f"`{name}` must be positive; got {value}. {advice}".rstrip())
+    return float(value)
+
+
+def positive_list(name: str, value: Any, advice: str = "") -> tuple[list[float], bool]:
+    """Positive numbers, and whether several were asked for (a list, an array).
+
+    Raises:
+        ValueError: none, or one that is not positive.
+    """
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    found = [positive(name, v, advice) for v in (value if several else [value])]
+    if not found:
+        raise ValueError(f"`{name}` must hold at least one number; got none. {advice}")
+    return found, several
+
+
+def whole(name: str, value: Any, least: int, advice: str = "") -> int:
+    """A whole number >= `least`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}` must be a whole number; got {value}.")
+    if value < least:
+        text = f"`{name}` must be at least {least}; got {value}. {advice}"
+        raise ValueError(text.rstrip())
+    return int(value)
