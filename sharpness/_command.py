@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -27,9 +28,23 @@ def guarded(name: str, command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         _say(name, "interrupted; the same command carries on where it stopped.")
         return INTERRUPTED
-    except (ValueError, TypeError, OSError) as error:
-        _say(name, " ".join(str(error).split()))
+    except (ValueError, TypeError, OSError, RuntimeError, IndexError, KeyError) as error:
+        # The last three are what a network raises on data that do not fit it.
+        plain = isinstance(error, ValueError | TypeError | OSError)
+        kind = "" if plain else f"{type(error).__name__}: "
+        _say(name, kind + " ".join(str(error).split()))
         return WRONG_CALL
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Refuse a file that cannot be written before hours are spent on what goes there.
+
+    Raises:
+        ValueError: it is a folder, or lies below something that is none.
+    """
+    parents = [p for p in path.absolute().parents if p.exists()]
+    if path.is_dir() or not parents[0].is_dir():
+        raise ValueError(f"`{flag}` must be a file that can be written; got {path}.")
 
 
 def _say(name: str, text: str) -> None:
@@ -41,7 +56,8 @@ def chosen_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("holds no numbers")
     except (RuntimeError, AssertionError):
         raise ValueError(
             f"`--device` must be a device that is there; got {name!r}. Use 'auto' or 'cpu'."

@@ -15,6 +15,9 @@ from sharpness.report import figures, tables
 from sharpness.statistics import compare_readings
 
 
+_COMPLETE = ("completed", "converged")
+
+
 def _parser() -> _command.Parser:
     parser = _command.Parser(
         prog="python -m sharpness.compare",
@@ -38,6 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def command() -> int:
         device = _command.chosen_device(options.device)
         groups = [_paths(options.first), _paths(options.second)]
+        if len(groups[0]) != len(groups[1]):
+            raise ValueError(
+                "`first` and `second` must be groups of one size, to be compared in "
+                f"pairs; got {len(groups[0])} and {len(groups[1])} checkpoints."
+            )
+        measure.check_options(options, [*groups[0], *groups[1]])
+        if options.figure:
+            _command.check_writable("--figure", Path(options.figure))
         records = [[_record(p, options, device) for p in group] for group in groups]
         first, second = _paired(*records)
         gaps = [_gap(record) for record in (*first, *second)]
@@ -51,49 +62,73 @@ def main(arguments: Sequence[str] | None = None) -> int:
             figures.comparison_plot(rows, names, options.figure)
         if options.json:
             checkpoints = [[r["checkpoint"]["path"] for r in g] for g in (first, second)]
-            print(to_line({"checkpoints": checkpoints, "comparisons": as_plain(rows)}))
+            plain = [
+                {**as_plain(row), "ratio": row.ratio, "verdict": row.verdict}
+                for row in rows
+            ]
+            print(to_line({"checkpoints": checkpoints, "comparisons": plain}))
         else:
             out = tables.console()
             out.print(tables.comparison_title(first, second))
             out.print(tables.comparison_table(rows))
             for line in tables.comparison_notes(rows, gaps):
                 out.print(line)
-        return _command.OK
+        complete = all(record["status"] in _COMPLETE for r in records for record in r)
+        return _command.OK if complete else _command.NOT_CONVERGED
 
     return _command.guarded("sharpness.compare", command)
 
 
 def _paths(text: str) -> list[str]:
-    return measure.expanded([part for part in text.split(",") if part])
+    found = measure.expanded([part for part in text.split(",") if part])
+    if not found:
+        raise ValueError(f"`first` and `second` must name checkpoints; got {text!r}.")
+    return found
 
 
 def _record(path: str, options: Any, device: str) -> dict[str, Any]:
     """This checkpoint's measurement: from its record file, or made now and kept."""
     subject = measure.opened(path, options)
     settings = measure.settings_of(options, subject)
-    output = Path(options.output or Path(path).with_name("records.jsonl"))
-    wanted = as_plain(asdict(settings))
+    output = measure.output_of(options, path)
+    question = as_plain(
+        {
+            "sha256": subject.facts["sha256"],
+            "network": subject.facts["network"],
+            "data": measurement.data_facts(subject, settings),
+            "settings": asdict(settings),
+        }
+    )
     for record in reversed(read_records(output) if output.exists() else Records()):
-        same_file = record.get("checkpoint", {}).get("sha256") == subject.facts["sha256"]
-        known = {k: v for k, v in record.get("settings", {}).items() if k != "risk"}
-        if same_file and known == wanted and "readings" in record:
+        if _question(record) == question and record["status"] in _COMPLETE:
             return record
     found = measurement.measured(
         subject, settings, device=device, on_estimate=_command.announce
     )
     append_record(output, found.record)
+    if found.interrupted:
+        raise KeyboardInterrupt
     return found.record
+
+
+def _question(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What a record answers; None for one of another kind."""
+    checkpoint, settings = record.get("checkpoint"), record.get("settings")
+    known = isinstance(checkpoint, dict) and isinstance(settings, dict)
+    if not known or "readings" not in record or "status" not in record:
+        return None
+    return {
+        "sha256": checkpoint.get("sha256"),  # type: ignore[union-attr]
+        "network": checkpoint.get("network"),  # type: ignore[union-attr]
+        "data": record.get("data"),
+        "settings": {k: v for k, v in settings.items() if k != "risk"},  # type: ignore[union-attr]
+    }
 
 
 def _paired(
     first: list[dict[str, Any]], second: list[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Both groups in an order in which they pair: by seed, or as they are."""
-    if len(first) != len(second):
-        raise ValueError(
-            f"`first` and `second` must be groups of one size, to be compared in pairs; "
-            f"got {len(first)} and {len(second)} checkpoints."
-        )
     seeds = [[r["checkpoint"]["training"].get("seed") for r in g] for g in (first, second)]
     if (
         None in seeds[0]

@@ -10,13 +10,17 @@ from typing import Any
 
 from sharpness import _command
 from sharpness.lab import measurement, subjects
-from sharpness.lab.cross_check import pyhessian_readings
+from sharpness.lab.cross_check import check_possible, pyhessian_readings
 from sharpness.measures.audit import audit
 from sharpness.measures.summary import DEFAULT_FAMILIES, FAMILIES, MEASURES, selected
 from sharpness.measures.summary import Settings as MeasureSettings
 from sharpness.record import append_record, to_line
 from sharpness.report import tables
+from sharpness.results import Reading
 from sharpness.risk.plan import ENGINES
+
+
+_USUAL = object()  # the number of samples, where none is given
 
 
 def _parser() -> _command.Parser:
@@ -45,6 +49,12 @@ def _parser() -> _command.Parser:
         action="store_true",
         help="also: lambda_max by PyHessian on the same data",
     )
+    add(
+        "--doctor",
+        action="store_true",
+        help="check the model and data first: determinism, symmetry, differences of "
+        "gradients, BatchNorm, dropout, unused parameters; exit 1 if a check fails",
+    )
     return parser
 
 
@@ -64,12 +74,6 @@ def add_options(parser: _command.Parser) -> None:
         choices=("auto", *ENGINES),
         default="auto",
         help="how Hessian-vector products are computed (default: auto, by a rule)",
-    )
-    add(
-        "--doctor",
-        action="store_true",
-        help="check the model and data first: determinism, symmetry, differences of "
-        "gradients, BatchNorm, dropout, unused parameters; exit 1 if a check fails",
     )
     add("--json", action="store_true", help="print JSON, one line a record")
     add("--output", help="record file to append to (default: beside the checkpoint)")
@@ -129,7 +133,7 @@ def _add_subject(parser: _command.Parser) -> None:
     add(
         "--num-samples",
         type=_command.samples_or_all,
-        default=1000,
+        default=_USUAL,
         help="class-balanced samples, or 'all' (default: 1000, or all if fewer)",
     )
     add("--split", choices=("train", "test"), default="train")
@@ -148,11 +152,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         device = _command.chosen_device(options.device)
-        selected(options.measures)  # a wrong name before any work
-        codes = [_one(path, options, device) for path in expanded(options.checkpoint)]
-        return max(codes)
+        paths = expanded(options.checkpoint)
+        check_options(options, paths)
+        if options.cross_check:
+            check_possible(options.batchnorm)
+        return max([_one(path, options, device) for path in paths])
 
     return _command.guarded("sharpness.measure", command)
+
+
+def check_options(options: Any, paths: Sequence[str]) -> None:
+    """Refuse before any work what can be seen to be wrong before it."""
+    selected(options.measures)
+    measure_settings(options)
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"`{path}` must be a checkpoint file; got no such file. Train one with "
+                "`python -m sharpness.train`."
+            )
+        _command.check_writable("--output", output_of(options, path))
+
+
+def output_of(options: Any, path: str) -> Path:
+    """The record file of a checkpoint."""
+    return Path(options.output or Path(path).with_name("records.jsonl"))
 
 
 def expanded(patterns: Sequence[str]) -> list[str]:
@@ -182,30 +206,34 @@ def opened(path: str, options: Any) -> subjects.Subject:
 
 def settings_of(options: Any, subject: subjects.Subject) -> measurement.Settings:
     """Settings from a command's options."""
-    total = len(subject.part(options.split)[1])
     num = options.num_samples
-    if num == 1000 and total < 1000:  # the default means "up to"
-        num = None
+    if num is _USUAL:
+        num = subject.usual_number(options.split)
     return measurement.Settings(
         num_samples=num,
         split=options.split,
         batchnorm=options.batchnorm,
         measures=options.measures,
-        of_measures=MeasureSettings(
-            k=options.k,
-            tol=options.tol,
-            epsilon=options.epsilon,
-            subspace_dim=options.subspace_dim,
-            num_starts=options.num_starts,
-            rho=options.rho,
-            shard_size=options.shard_size,
-            accuracy_drop=options.accuracy_drop,
-            seed=options.seed,
-            max_seconds=options.max_seconds,
-        ),
+        of_measures=measure_settings(options),
         engine=options.engine,
         dtype=options.dtype,
-        doctor=options.doctor,
+        doctor=getattr(options, "doctor", False),
+    )
+
+
+def measure_settings(options: Any) -> MeasureSettings:
+    """What the measures share, from a command's options."""
+    return MeasureSettings(
+        k=options.k,
+        tol=options.tol,
+        epsilon=options.epsilon,
+        subspace_dim=options.subspace_dim,
+        num_starts=options.num_starts,
+        rho=options.rho,
+        shard_size=options.shard_size,
+        accuracy_drop=options.accuracy_drop,
+        seed=options.seed,
+        max_seconds=options.max_seconds,
     )
 
 
@@ -215,22 +243,26 @@ def _one(path: str, options: Any, device: str) -> int:
     found = measurement.measured(
         subject, settings, device=device, on_estimate=_command.announce
     )
-    extra, text = [], ""
+    extra: list[Reading] = []
+    text = ""
     if options.cross_check or options.audit:
         risk = measurement.risk_of(subject, settings, device)
-        extra = pyhessian_readings(risk) if options.cross_check else []
+        if options.cross_check:
+            extra = pyhessian_readings(risk, seed=options.seed)
         if options.audit:
             audited = audit(risk, seed=options.seed)
             found.record["audit"] = {r.name: r.value for r in audited.readings()}
             text = audited.table()
     for reading in extra:
         found.record["readings"][reading.name] = {"value": reading.value, "error": None}
-    output = Path(options.output or Path(path).with_name("records.jsonl"))
+    output = output_of(options, path)
     append_record(output, found.record)
     if options.json:
         print(to_line(found.record))
     else:
         _print(found, extra, text, output)
+    if found.interrupted:
+        raise KeyboardInterrupt  # the others are not begun
     return _command.OK if found.ok else _command.NOT_CONVERGED
 
 

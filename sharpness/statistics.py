@@ -66,7 +66,7 @@ def paired_comparison(small: Sequence[float], large: Sequence[float]) -> PairedC
         ratio=float(10 ** differences.mean()),
         p_value=_paired_t(differences),
         sign_flip_p=_sign_flip(differences),
-        sign_flip_smallest=0.5 ** len(a),
+        sign_flip_smallest=_smallest_sign_flip(len(a)),
     )
 
 
@@ -90,6 +90,11 @@ def _sign_flip(differences: np.ndarray) -> float:
             rng=np.random.default_rng(0),
         ).pvalue
     )
+
+
+def _smallest_sign_flip(num: int) -> float:
+    """2^-n while all patterns are tried; one of 10 000 beyond."""
+    return 0.5**num if num <= 13 else 1e-4
 
 
 def order_verdict(best: PairedComparison, protocol: PairedComparison) -> Verdict:
@@ -176,12 +181,13 @@ class ReadingComparison:
     second: tuple[float, float]
     num_pairs: int
     num_larger: int  # pairs in which the second is larger
+    num_smaller: int
     ratios: tuple[float, ...]  # second / first by pair; empty unless all are positive
     scale: str  # "log10" or "linear": what was tested
     effect_size: float  # mean over sd of the paired differences (Cohen's d_z)
-    p_value: float  # one-sided paired t in the direction seen; NaN below two pairs
-    sign_flip_p: float  # exact, same side
-    sign_flip_smallest: float
+    p_value: float  # one-sided paired t, "second larger"; NaN below two pairs
+    sign_flip_p: float  # the same by sign flips, exact up to 13 pairs
+    sign_flip_smallest: float  # the least that test can give
     beyond_error: bool | None  # one pair: whether it differs by more than both errors
     kendall_tau: float | None  # with the gap, over all checkpoints; None below four
     kendall_p: float | None  # two-sided
@@ -202,11 +208,12 @@ class ReadingComparison:
             side = "larger" if self.num_larger else "smaller"
             known = "" if self.beyond_error else " (no error known)"
             return f"second {side}{known}"
-        if not self.p_value < 0.05:
+        if not min(self.p_value, 1 - self.p_value) < 0.025:  # 5 % for both sides
             return "no difference shown"
-        side = "larger" if self.effect_size > 0 else "smaller"
-        everywhere = self.num_larger in (0, self.num_pairs)
-        return f"second {side}" + (" in every pair" if everywhere else "")
+        is_larger = self.p_value < 0.5
+        num = self.num_larger if is_larger else self.num_smaller
+        everywhere = " in every pair" if num == self.num_pairs else ""
+        return f"second {'larger' if is_larger else 'smaller'}{everywhere}"
 
 
 Readings = Mapping[str, Mapping[str, float | None]]  # name -> {"value", "error"}
@@ -234,11 +241,15 @@ def compare_readings(
         raise ValueError(
             f"`first` and `second` must be pairs; got {len(first)} and {len(second)}."
         )
+    if len(gaps) != 2 * len(first):
+        raise ValueError(
+            f"`gaps` must have one entry a checkpoint, {2 * len(first)}; got {len(gaps)}."
+        )
     everywhere = [n for n in first[0] if all(n in r for r in (*first, *second))]
     found = []
     for name in everywhere:
         a, b = ([r[name]["value"] for r in group] for group in (first, second))
-        if any(value is None for value in (*a, *b)):
+        if any(value is None or not math.isfinite(value) for value in (*a, *b)):
             continue
         errors = [r[name].get("error") for r in (first[0], second[0])]
         found.append(_compared(name, np.array(a, float), np.array(b, float), errors, gaps))
@@ -256,7 +267,7 @@ def _compared(
     differences = np.log10(b) - np.log10(a) if positive else b - a
     num, mean = len(a), float(differences.mean())
     sd = float(differences.std(ddof=1)) if num > 1 else math.nan
-    side = 1.0 if mean >= 0 else -1.0
+    constant = num < 2 or np.ptp(differences) <= 1e-9 * np.abs(differences).max()
     beyond = None
     if num == 1 and all(error is not None for error in errors):
         beyond = bool(abs(b[0] - a[0]) > sum(float(error or 0.0) for error in errors))
@@ -267,12 +278,13 @@ def _compared(
         second=mean_and_sd(b.tolist()),
         num_pairs=num,
         num_larger=int((b > a).sum()),
+        num_smaller=int((b < a).sum()),
         ratios=tuple((b / a).tolist()) if positive else (),
         scale="log10" if positive else "linear",
-        effect_size=mean / sd if sd else math.nan,
-        p_value=_paired_t(side * differences),
-        sign_flip_p=_sign_flip(side * differences),
-        sign_flip_smallest=0.5**num,
+        effect_size=math.nan if constant else mean / sd,
+        p_value=_paired_t(differences),
+        sign_flip_p=_sign_flip(differences),
+        sign_flip_smallest=_smallest_sign_flip(num),
         beyond_error=beyond,
         kendall_tau=tau,
         kendall_p=tau_p,

@@ -400,9 +400,7 @@ def test_with_fewer_draws_than_asked_for_no_epsilon_is_completed():
     risk = mlp_risk()
     watched(risk, interrupt=3)
     found = sh.subspace_sharpness(risk, [0.05, 1e-3], subspace_dim=4, num_draws=4)
-    assert found[0].status == "interrupted"
-    assert len(found[1].draws) < 4
-    assert not found[1].status.ok
+    assert [result.status for result in found] == ["interrupted"]
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -444,7 +442,7 @@ def test_the_line_of_several_draws_says_what_was_averaged():
 
 def test_a_protocol_not_run_is_not_shown_as_a_number():
     found = sh.subspace_sharpness(mlp_risk(), subspace_dim=5, num_draws=2, solver="ascent")
-    assert math.isnan(found.phi_protocol)
+    assert found.phi_protocol is None
     (reading,) = found.readings()
     assert "nan" not in str(found)
     assert "nan" not in reading.evidence

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from sharpness.lab.subjects import Subject
+from sharpness.lab.subjects import Subject, as_type
 from sharpness.measures.summary import Settings as MeasureSettings
 from sharpness.measures.summary import Summary, selected, summary
 from sharpness.record import new_record
+from sharpness.results import Status
 from sharpness.risk.checks import Checkup, doctor
 from sharpness.risk.empirical import BatchNorm, EmpiricalRisk
 
@@ -45,6 +49,11 @@ class Measurement:
     summary: Summary
     record: dict[str, Any]
     checkup: Checkup | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a Ctrl-C has cut it short."""
+        return self.summary.status is Status.INTERRUPTED
 
     @property
     def ok(self) -> bool:
@@ -93,7 +102,8 @@ def measured(
     record = new_record(
         "measurement",
         checkpoint=subject.facts,
-        data={**subject.data, "split": settings.split},
+        data=data_facts(subject, settings),
+        status=str(found.status),
         settings={**asdict(settings), "risk": risk.settings()},
         measures={
             "value": found.value,
@@ -106,6 +116,18 @@ def measured(
         generalisation=_generalisation(subject, settings, found, device),
     )
     return Measurement(summary=found, record=record, checkup=checkup)
+
+
+def data_facts(subject: Subject, settings: Settings) -> dict[str, Any]:
+    """What a record says of the data: name, split, loss, and a digest of the samples."""
+    pair = subject.samples(settings.split, settings.num_samples, settings.seed)
+    digest = hashlib.sha256()
+    for leaf in tree_leaves(
+        (dict(pair[0]) if isinstance(pair[0], Mapping) else pair[0], pair[1])
+    ):
+        digest.update(repr((tuple(leaf.shape), leaf.dtype)).encode())
+        digest.update(leaf.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return {**subject.data, "split": settings.split, "samples": digest.hexdigest()}
 
 
 def _generalisation(
@@ -128,26 +150,16 @@ def _generalisation(
 def _risk(
     subject: Subject, settings: Settings, split: str, num: int | None, device: str
 ) -> EmpiricalRisk:
-    inputs, targets = subject.samples(split, num, settings.seed)
-    model = subject.model
+    pair = subject.samples(split, num, settings.seed, balanced=split == settings.split)
+    model, dtype = subject.model, subject.dtype
     if settings.dtype is not None:
         dtype = getattr(torch, settings.dtype)
-        model, inputs = model.to(dtype), _as_type(inputs, dtype)
-        targets = _as_type(targets, dtype)
+        model = copy.deepcopy(model).to(dtype)
     return EmpiricalRisk(
         model,
         subject.loss,
-        (inputs, targets),
+        (as_type(pair[0], dtype), as_type(pair[1], dtype)),
         batchnorm=settings.batchnorm,
         device=device,
         engine=settings.engine,
     )
-
-
-def _as_type(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in another precision."""
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _as_type(item, dtype) for key, item in value.items()}
-    return tuple(_as_type(item, dtype) for item in value)

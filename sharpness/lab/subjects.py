@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,6 +18,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors, checkpoint
 from sharpness.checkpoint import Checkpoint
@@ -25,6 +27,8 @@ from sharpness.lab import networks
 from sharpness.lab.data import Dataset, class_balanced
 
 Pair = tuple[Any, Tensor]
+USUAL_SAMPLES = 1000
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _SPEC = "package.module:factory or file.py:factory, with ?name=value&... for arguments"
 
 
@@ -42,6 +46,12 @@ class Subject:
     start: Tensor | None = field(repr=False)  # the parameters training began with
     facts: dict[str, Any]  # what a record says of the checkpoint
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's parameters."""
+        kinds = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
+        return kinds[0] if kinds else torch.float32
+
     def part(self, split: str) -> Pair:
         """The samples of a split.
 
@@ -57,13 +67,15 @@ class Subject:
             )
         return self.test
 
-    def samples(self, split: str, num_samples: int | None, seed: int) -> Pair:
+    def samples(
+        self, split: str, num_samples: int | None, seed: int, *, balanced: bool = True
+    ) -> Pair:
         """Some samples of a split: class-balanced, or at random without classes."""
         pair = self.part(split)
         total = len(pair[1])
         if num_samples is None or num_samples == total:
             return pair
-        if _has_classes(pair[1]):
+        if balanced and _has_classes(pair[1]):
             index = class_balanced(pair[1], num_samples, seed)
         elif 1 <= num_samples <= total:
             generator = torch.Generator().manual_seed(seed)
@@ -74,6 +86,15 @@ class Subject:
                 "'all' takes every sample."
             )
         return _indexed(pair[0], index), pair[1][index]
+
+    def usual_number(self, split: str) -> int | None:
+        """1000 samples, or as many balanced ones as there are; None for all."""
+        targets = self.part(split)[1]
+        most = len(targets)
+        if _has_classes(targets):
+            sizes = torch.bincount(targets)
+            most = min(most, int(sizes[sizes > 0].min()) * int((sizes > 0).sum()))
+        return None if len(targets) <= USUAL_SAMPLES else min(USUAL_SAMPLES, most)
 
 
 def opened(
@@ -127,23 +148,56 @@ def opened(
             f"({', '.join(lab_data.NAMES)}), an .npz file, or {_SPEC}."
         )
     splits, about = _made_data(source, data_dir)
+    for pair in splits.values():
+        _check_lengths(pair, source)
     if native and not data and native.data.get("sha256") not in (None, about.get("sha256")):
         raise ValueError(
             f"`{path}` must have been trained on this {source}; got a checkpoint of other "
             "data with that name (sha256 differs). Point --data-dir at it."
         )
-    start = _start(native, model) if native is not None and network is None else None
-    return Subject(
+    start = _start(native) if native is not None and network is None else None
+    subject = Subject(
         path=str(path),
         network_name=name,
         model=model.eval(),
         train=splits["train"],
         test=splits.get("test"),
         loss=_made_loss(loss, splits["train"][1]),
-        data=about,
+        data={**about, "loss": loss},
         start=start,
         facts=_facts(native, path, name),
     )
+    _check_fit(subject, source)
+    return subject
+
+
+def _check_fit(subject: Subject, source: str) -> None:
+    """Try two samples: what does not fit should fail here, in one line."""
+    inputs, targets = subject.train
+    few = as_type(_indexed(inputs, torch.arange(min(2, len(targets)))), subject.dtype)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")  # a squared error of shapes that broadcast
+            called = subject.model(**few) if isinstance(few, Mapping) else None
+            if called is None:
+                several = isinstance(few, tuple | list)
+                called = subject.model(*few) if several else subject.model(few)
+            subject.loss(called, as_type(targets[:2], subject.dtype))
+    except Exception as error:  # whatever a network and a loss can raise
+        raise ValueError(
+            f"`--data` must fit the network and the loss; got {source} and "
+            f"{subject.network_name} ({type(error).__name__}: {_first_line(error)}). Check "
+            "shapes and types, --network and --loss."
+        ) from None
+
+
+def as_type(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in another precision."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: as_type(item, dtype) for key, item in value.items()}
+    return tuple(as_type(item, dtype) for item in value)
 
 
 # -- networks --------------------------------------------------------------------------
@@ -188,14 +242,24 @@ class _Logits(nn.Module):
 
 def _classifier(spec: str, folder: str) -> nn.Module:
     transformers = _package("transformers", spec)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        named = (config.architectures or ["AutoModelForSequenceClassification"])[0]
-        model = getattr(transformers, named)(config)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    if not Path(folder, "config.json").is_file():
         raise ValueError(
-            f"`--network` must name a folder with the config.json of a classifier; got "
-            f"{folder!r} ({_first_line(error)}). Save it with `save_pretrained`."
+            "`--network` must name a folder with the config.json of a classifier; got "
+            f"{folder!r}. Save it with `save_pretrained`."
+        )
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        name = (config.architectures or [""])[0]
+        if hasattr(transformers, name):
+            model = getattr(transformers, name)(config)
+        else:
+            automatic = transformers.AutoModelForSequenceClassification
+            model = automatic.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged configuration makes it raise
+        raise ValueError(
+            f"`--network` must name a folder with the configuration of a classifier; got "
+            f"{folder!r} ({type(error).__name__}: {_first_line(error)})."
         ) from None
     return _Logits(model)
 
@@ -215,6 +279,9 @@ def _load_parameters(
             f"`{path}` must hold the parameters of {name}; got others: {len(wrong)} "
             f"tensors differ, first {wrong[0]}. Name the network it was trained with."
         )
+    kinds = {value.dtype for value in theirs.values() if value.is_floating_point()}
+    if kinds == {torch.float64}:
+        model.double()  # a factory makes float32; loading would round
     model.load_state_dict(dict(theirs))
 
 
@@ -230,7 +297,7 @@ def _matching(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> Mapping[s
     return state
 
 
-def _start(native: Checkpoint, model: nn.Module) -> Tensor | None:
+def _start(native: Checkpoint) -> Tensor | None:
     """The parameters a training of ours began with, if they can be made again."""
     fresh = build(native)
     networks.initialise(fresh, int(native.start.get("seed", 0)))
@@ -248,7 +315,10 @@ def _made_data(
     if source.endswith(".npz"):
         return _from_npz(Path(source)), {"name": source}
     if ":" not in source:
-        dataset = _named_set(source, data_dir)
+        try:
+            dataset = _named_set(source, data_dir)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`name`", "`--data`")) from None
         about = {"name": dataset.name, "sha256": dataset.sha256}
         return {"train": dataset.train, "test": dataset.test}, about
     factory, arguments = _factory("--data", source)
@@ -263,60 +333,64 @@ def _named_set(name: str, data_dir: str | Path | None) -> Dataset:
 
 
 def _from_npz(path: Path) -> dict[str, Pair]:
+    names = {"x", "y", "x_train", "y_train", "x_test", "y_test"}
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError) as error:
+            present = list(file.files)
+            arrays = {k: torch.from_numpy(file[k]) for k in names & set(present)}
+    except Exception as error:  # damaged archives raise half a dozen kinds
         raise ValueError(
-            f"`--data` must be an .npz file of plain arrays; got {path} "
-            f"({_first_line(error)})."
+            f"`--data` must be an .npz file of plain arrays of numbers; got {path} "
+            f"({type(error).__name__}: {_first_line(error)})."
         ) from None
-    names = (
-        {"train": ("x", "y")}
-        if "x" in arrays
-        else {
-            split: (f"x_{split}", f"y_{split}")
-            for split in ("train", "test")
-            if f"x_{split}" in arrays
-        }
-    )
-    if not names or any(y not in arrays for _, y in names.values()):
+    suffix = "" if "x" in arrays else "_train"
+    if f"x{suffix}" not in arrays or f"y{suffix}" not in arrays:
         raise ValueError(
             f"`--data` must hold arrays x and y, or x_train and y_train; got {path} with "
-            f"{', '.join(arrays) or 'none'}."
+            f"{', '.join(present) or 'none'}."
         )
+    parts = {"train": suffix, "test": "_test"}
     return {
-        split: _as_pair((_inputs(arrays[x]), _targets(arrays[y])), str(path))
-        for split, (x, y) in names.items()
+        split: _as_pair((arrays[f"x{end}"], _targets(arrays[f"y{end}"])), str(path))
+        for split, end in parts.items()
+        if f"x{end}" in arrays and f"y{end}" in arrays
     }
 
 
-def _inputs(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.float64 else x
-
-
 def _targets(y: Tensor) -> Tensor:
-    return y.float() if y.is_floating_point() else y.long()
+    return y if y.is_floating_point() else y.long()
 
 
 def _as_pair(made: Any, source: str) -> Pair:
     """A pair as it is; batches and loaders joined into one."""
     if isinstance(made, tuple | list) and len(made) == 2 and isinstance(made[1], Tensor):
-        inputs, targets = made
-        if len(_leading(inputs)) != len(targets):
-            raise ValueError(
-                f"`--data` must give as many inputs as targets; got "
-                f"{len(_leading(inputs))} and {len(targets)} from {source}."
-            )
-        return inputs, targets
-    batches = list(made) if hasattr(made, "__iter__") else []
-    if not batches or not all(isinstance(b, tuple | list) and len(b) == 2 for b in batches):
+        return made[0], made[1]
+    parts = list(made) if hasattr(made, "__iter__") else []
+    if not parts or not all(isinstance(b, tuple | list) and len(b) == 2 for b in parts):
         raise ValueError(
             "`--data` must give a pair (inputs, targets), a list of such batches, or a "
             f"loader; got {type(made).__name__} from {source}."
         )
-    inputs = _joined([batch[0] for batch in batches])
-    return inputs, torch.cat([batch[1] for batch in batches])
+    for part in parts:
+        _check_lengths((part[0], part[1]), source)
+    inputs = _joined([part[0] for part in parts])
+    return inputs, torch.cat([part[1] for part in parts])
+
+
+def _check_lengths(pair: Pair, source: str) -> None:
+    """One row of every input for each target."""
+    leaves = [leaf for leaf in tree_leaves(_plain(pair[0])) if isinstance(leaf, Tensor)]
+    lengths = {len(leaf) if leaf.ndim else 0 for leaf in (*leaves, pair[1])}
+    if not leaves or len(lengths) > 1 or 0 in lengths:
+        raise ValueError(
+            "`--data` must give as many inputs as targets, and at least one; got "
+            f"{[tuple(leaf.shape) for leaf in leaves]} and {tuple(pair[1].shape)} from "
+            f"{source}."
+        )
+
+
+def _plain(inputs: Any) -> Any:
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
 
 
 def _joined(inputs: Sequence[Any]) -> Any:
@@ -328,12 +402,6 @@ def _joined(inputs: Sequence[Any]) -> Any:
     return torch.cat(list(inputs))
 
 
-def _leading(inputs: Any) -> Tensor:
-    while not isinstance(inputs, Tensor):
-        inputs = next(iter(inputs.values() if isinstance(inputs, Mapping) else inputs))
-    return inputs
-
-
 def _indexed(inputs: Any, index: Tensor) -> Any:
     if isinstance(inputs, Mapping):
         return {k: v[index] for k, v in inputs.items()}
@@ -343,7 +411,9 @@ def _indexed(inputs: Any, index: Tensor) -> Any:
 
 
 def _has_classes(targets: Tensor) -> bool:
-    return targets.ndim == 1 and not targets.is_floating_point()
+    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
+        return False
+    return bool((targets >= 0).all())
 
 
 def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
@@ -352,8 +422,13 @@ def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
     if spec in ("cross-entropy", "mse"):
         return nn.CrossEntropyLoss() if spec == "cross-entropy" else nn.MSELoss()
     factory, arguments = _factory("--loss", spec)
-    made: nn.Module = _called("--loss", spec, factory, arguments)
-    return made
+    made = _called("--loss", spec, factory, arguments)
+    if not callable(made):
+        raise ValueError(
+            f"`--loss` must make a loss to be called; got {type(made).__name__} from {spec}."
+        )
+    loss: nn.Module = made
+    return loss
 
 
 # -- factories -------------------------------------------------------------------------
@@ -382,7 +457,13 @@ def _split(spec: str) -> tuple[str, str, str]:
 def _arguments(text: str) -> tuple[str, dict[str, Any]]:
     """`resnet?depth=20` as ("resnet", {"depth": 20})."""
     name, _, query = text.partition("?")
-    return name, {key: _literal(value) for key, value in parse_qsl(query)}
+    try:
+        pairs = parse_qsl(query.replace("+", "%2B"), True, bool(query))
+    except ValueError:
+        raise ValueError(
+            f"arguments of a factory must be ?name=value&...; got {text!r}."
+        ) from None
+    return name, {key: _literal(value) for key, value in pairs}
 
 
 def _literal(text: str) -> Any:
@@ -406,7 +487,7 @@ def _module(flag: str, where: str) -> ModuleType:
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         return importlib.import_module(where)
-    except Exception as error:  # whatever the user's module raises when imported
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
         raise ValueError(
             f"`{flag}` must name a module that can be imported; got {where!r} "
             f"({type(error).__name__}: {_first_line(error)})."
@@ -416,7 +497,7 @@ def _module(flag: str, where: str) -> ModuleType:
 def _called(flag: str, spec: str, factory: Any, arguments: dict[str, Any]) -> Any:
     try:
         return factory(**arguments)
-    except Exception as error:  # whatever the user's factory raises
+    except (Exception, SystemExit) as error:  # whatever the user's factory raises
         raise ValueError(
             f"`{flag}` must work when called; got {type(error).__name__} from {spec}: "
             f"{_first_line(error)}"

@@ -13,6 +13,7 @@ from sharpness.measures.summary import Keywords, summary
 from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
+_TOLERATED = 1e-5  # change of an output, over all samples
 AUDITED = (
     "lambda_max",
     "trace",
@@ -45,9 +46,17 @@ class AuditRow:
         return abs(after - self.value) > self.allowed[name]
 
     @property
+    def verdict(self) -> str:
+        """`invariant`, `moved`, or `unknown` where a value is missing."""
+        if any(self.moved(name) for name in self.after):
+            return "moved"
+        values = (self.value, *self.after.values())
+        return "invariant" if all(map(math.isfinite, values)) else "unknown"
+
+    @property
     def invariant(self) -> bool:
-        """Whether no map has moved it."""
-        return not any(self.moved(name) for name in self.after)
+        """Whether no map has moved it, and all values are there."""
+        return self.verdict == "invariant"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +86,9 @@ class Audit(Result):
                 name=f"audit {row.measure}",
                 value=max((_factor(row.value, v) for v in row.after.values()), default=1.0),
                 error=None,
-                evidence="invariant" if row.invariant else f"moved by {_movers(row)}",
+                evidence=f"moved by {_movers(row)}"
+                if row.verdict == "moved"
+                else row.verdict,
             )
             for row in self.rows
         ]
@@ -86,10 +97,10 @@ class Audit(Result):
         maps = ", ".join(f"{name} (drift {d:.1g})" for name, d in self.drifts.items())
         if not self.drifts:
             return f"audit: no map applies to this network   ({self.seconds:.1f} s)"
+        moved = (row.measure for row in self.rows if row.verdict == "moved")
         return (
             f"audit under {maps}: invariant are {', '.join(self.invariant) or 'none'}; "
-            f"moved are {', '.join(r.measure for r in self.rows if not r.invariant)}   "
-            f"({self.seconds:.1f} s)"
+            f"moved are {', '.join(moved)}   ({self.seconds:.1f} s)"
         )
 
     def table(self) -> str:
@@ -140,48 +151,62 @@ def audit(
     seed = settings.get("seed", 0)
     network = risk.network().eval()
     maps = reparametrisations(network, risk.probe_inputs(), seed=seed)
-    outputs = risk.outputs()
-    before = _values(risk, chosen, settings, progress)
-    after, drifts, layers = {}, {}, {}
-    for changed in maps:
-        other = risk.with_model(changed.network)
-        drifts[changed.name] = float(
-            (other.outputs() - outputs).abs().max() / outputs.abs().max()
-        )
-        layers[changed.name] = changed.layers
-        after[changed.name] = _values(other, chosen, settings, progress)
+    others = {each.name: risk.with_model(each.network) for each in maps}
+    drifts = {name: _drift(risk, other) for name, other in others.items()}
+    drifts = {name: drift for name, drift in drifts.items() if drift <= _TOLERATED}
+    before, status = _values(risk, chosen, settings, progress)
+    after: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in drifts:
+        if status is not Status.INTERRUPTED:
+            after[name], status = _values(others[name], chosen, settings, progress)
+    missing = (math.nan, 0.0)
     rows = tuple(
         AuditRow(
-            measure=name,
+            measure=measure,
             value=value,
-            after={m: after[m][name][0] for m in after},
-            allowed={m: error + after[m][name][1] + rtol * abs(value) for m in after},
+            after={name: after[name].get(measure, missing)[0] for name in after},
+            allowed={
+                name: error + after[name].get(measure, missing)[1] + rtol * abs(value)
+                for name in after
+            },
         )
-        for name, (value, error) in before.items()
+        for measure, (value, error) in before.items()
     )
+    if not drifts:
+        status = Status.NOT_AVAILABLE
     return Audit(
-        rows=rows,
-        drifts=drifts,
-        layers=layers,
-        status=Status.COMPLETED if maps else Status.NOT_AVAILABLE,
+        rows=rows if drifts else (),
+        drifts={name: drifts[name] for name in drifts if name in after},
+        layers={each.name: each.layers for each in maps if each.name in after},
+        status=status,
         rtol=rtol,
         seconds=time.monotonic() - began,
         seed=seed,
     )
 
 
+def _drift(risk: EmpiricalRisk, other: EmpiricalRisk) -> float:
+    """Largest change of any sample's output, over the largest output."""
+    before, after = risk.outputs(), other.outputs()
+    return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
+
+
 def _values(
     risk: EmpiricalRisk, measures: Any, settings: Keywords, progress: bool | None
-) -> dict[str, tuple[float, float]]:
+) -> tuple[dict[str, tuple[float, float]], Status]:
     """Value and error of every reading. Draws are shared, so their spread is no error."""
     found = summary(risk, measures, progress=progress, **settings)
-    return {
+    values = {
         reading.name: (
             reading.value,
             0.0 if "standard error" in reading.evidence else reading.error or 0.0,
         )
         for reading in found.readings()
     }
+    interrupted = any(
+        r.status is Status.INTERRUPTED for each in found.results.values() for r in each
+    )
+    return values, Status.INTERRUPTED if interrupted else Status.COMPLETED
 
 
 def _factor(before: float, after: float) -> float:

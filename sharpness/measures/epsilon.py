@@ -229,14 +229,16 @@ class SubspaceSharpness(Result):
 
     def readings(self) -> list[Reading]:
         """The mean with its standard error."""
-        num = len(self.draws)
+        num, protocol = len(self.draws), ""
+        if self.phi_protocol is not None:
+            protocol = f"; protocol {self.phi_protocol:.4g} %"
         return [
             Reading(
                 name=f"phi({short(self.epsilon)}, p={self.subspace_dim})",
                 value=self.phi,
                 error=self.phi_sd / math.sqrt(num) if num > 1 else None,
-                evidence=f"standard error over {num} draws of A; {self._protocol}"
-                f"{self.status}",
+                evidence=f"standard error over {num} draws of A{protocol}"
+                + ("" if self.status.ok else f"; {self.status}"),
                 cost=f"{self.num_evals} gradients, {self.seconds:.1f} s",
                 bound="≥",
                 unit="%",
@@ -281,7 +283,6 @@ def subspace_sharpness(
     Cost: `num_draws` times that of `epsilon_sharpness`.
     """
     whole("num_draws", num_draws, 2, "One draw is `epsilon_sharpness(subspace_dim=...)`.")
-    whole("subspace_dim", subspace_dim, 1)
     epsilons, several = positive_list("epsilon", epsilon, _USUAL)
     drawn: list[list[EpsilonSharpness]] = []
     for draw in range(num_draws):

@@ -15,7 +15,7 @@ from torch import Tensor
 from sharpness import _progress, _tensors
 from sharpness.krylov.lanczos import WHICH, Which
 from sharpness.krylov.search import Found, Search
-from sharpness.results import Result, Status
+from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
 
@@ -54,6 +54,19 @@ class LayerwiseEigenpairs(Result):
 
     def __getitem__(self, name: str) -> BlockEigenpairs:
         return {block.name: block for block in self.blocks}[name]
+
+    def readings(self) -> list[Reading]:
+        """The leading eigenvalue of every block."""
+        return [
+            Reading(
+                name=f"lambda_max {block.name}",
+                value=float(block.eigenvalues[0]) if len(block.eigenvalues) else math.nan,
+                error=float(block.error_bounds[0]) if len(block.eigenvalues) else None,
+                evidence=f"error bound, {block.status}",
+                cost=f"{block.num_products} products",
+            )
+            for block in self.blocks
+        ]
 
     def rows(self) -> list[dict[str, object]]:
         """One plain row a block, for a table or a data frame."""

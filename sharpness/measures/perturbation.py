@@ -38,7 +38,7 @@ class WorstCaseSharpness(Result):
     displacement: Tensor | None = field(repr=False, compare=False)  # (n,); None if shards
     num_evals: int  # values with gradient, each over the samples of one shard
     num_shards: int
-    shard_size: int  # samples of the largest shard
+    shard_size: int | None  # samples of the largest shard; None: all at once
     seconds: float
     rho: float
     norm: str
@@ -84,7 +84,7 @@ class WorstCaseSharpness(Result):
         ]
 
     def _name(self, kind: str) -> str:
-        shard = f", m={self.shard_size}" if self.num_shards > 1 else ""
+        shard = "" if self.shard_size is None else f", m={self.shard_size}"
         return _name(f"{kind}_{self.norm}", self.adaptive, self.rho, shard)
 
 
@@ -204,7 +204,9 @@ def worst_case_sharpness(
                 displacement=search.displacement if len(shards) == 1 else None,
                 num_evals=budget.num_steps,
                 num_shards=len(shards),
-                shard_size=max(shard.num_samples for shard in shards),
+                shard_size=None
+                if shard_size is None
+                else max(shard.num_samples for shard in shards),
                 seconds=budget.seconds,
                 rho=radius,
                 norm=norm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_map
 
 # Powers of two: scaling by them is exact in floating point, so that what moves is moved
 # by the map and not by rounding.
@@ -80,8 +82,11 @@ def reparametrisations(
         (call.name, following.name)
         for call, following in _following(calls)
         if isinstance(call.module, nn.Linear | _ConvNd)
+        and _is_affine(call)
         and isinstance(following.module, _BatchNorm)
         and following.module.running_mean is not None
+        and following.module.num_features == call.returned.shape[_channels(call.module)]
+        and _channels(call.module) % call.returned.ndim == 1
     ]
     found = []
     for name, uniform, places in (
@@ -115,7 +120,7 @@ def _applied_everywhere(
                 source, norm = place
                 applied = _rescale_before_norm(candidate, source, norm, uniform, generator)
         changed = _drift(network, candidate, inputs) if applied else float("inf")
-        if changed <= _TOLERANCE:
+        if changed <= _TOLERANCE and _differ(current, candidate):
             current, drift = candidate, changed
             layers.append(place.source if isinstance(place, _Pair) else place[0])
     return Reparametrisation(name=name, layers=tuple(layers), drift=drift, network=current)
@@ -182,7 +187,7 @@ def _carried(
 ) -> Tensor | None:
     """The factors as they arrive at the consumer's input, one for each of its columns."""
     view = [1] * len(pair.shape)
-    view[-1 if isinstance(source, nn.Linear) else 1] = -1
+    view[_channels(source)] = -1
     ones = torch.ones((1, *pair.shape[1:]), device=factors.device, dtype=factors.dtype)
     scaled = ones * factors.view(view)
     for name in pair.path:
@@ -193,7 +198,10 @@ def _carried(
         flat = gains.reshape(-1, gains.shape[-1])
     else:
         flat = gains.flatten(1).T
-    return flat[0] if bool((flat == flat[0]).all()) else None
+    known = flat.isfinite()  # a path that pads with zeros leaves 0/0
+    gain = torch.where(known, flat, -math.inf).amax(0)
+    agrees = bool(((flat == gain) | ~known).all()) and bool(gain.isfinite().all())
+    return gain if agrees else None
 
 
 # -- how layers are connected ----------------------------------------------------------
@@ -202,7 +210,7 @@ def _carried(
 def _pairs(calls: Mapping[str, _Call]) -> Iterator[_Pair]:
     following = {call.name: after for call, after in _following(calls)}
     for call in calls.values():
-        if not _is_affine(call.module):
+        if not _is_affine(call):
             continue
         path: list[str] = []
         after = following.get(call.name)
@@ -215,10 +223,24 @@ def _pairs(calls: Mapping[str, _Call]) -> Iterator[_Pair]:
                 yield _Pair(call.name, tuple(path), after.name, call.returned.shape)
 
 
-def _is_affine(module: nn.Module) -> bool:
+def _is_affine(call: _Call) -> bool:
+    """Whether a layer's outputs scale with weight and bias; samples come first."""
+    module, dims = call.module, call.returned.ndim
     if not isinstance(module, _Affine) or getattr(module, "transposed", False):
         return False
-    return module.weight is not None
+    least = module.weight.ndim if isinstance(module, _ConvNd) else 2  # type: ignore[union-attr]
+    return module.weight is not None and dims >= least
+
+
+def _channels(module: nn.Module) -> int:
+    """The dimension of a layer's output that counts its rows."""
+    return -1 if isinstance(module, nn.Linear) else 1
+
+
+def _differ(network: nn.Module, other: nn.Module) -> bool:
+    """Whether any parameter does: a weight that is computed anew undoes a map."""
+    pairs = zip(network.parameters(), other.parameters(), strict=True)
+    return any(not torch.equal(a, b) for a, b in pairs)
 
 
 def _is_homogeneous(call: _Call) -> bool:
@@ -228,7 +250,7 @@ def _is_homogeneous(call: _Call) -> bool:
     with torch.no_grad():
         return all(
             torch.equal(call.module(factor * call.given), factor * call.returned)
-            for factor in (0.5, 4.0)
+            for factor in (0.5, 2.0**16)
         )
 
 
@@ -287,6 +309,7 @@ def _drift(network: nn.Module, other: nn.Module, inputs: Any) -> float:
 
 
 def _call(network: nn.Module, inputs: Any) -> Tensor:
+    inputs = tree_map(lambda part: part.clone(), inputs)  # the model may write on them
     if isinstance(inputs, Mapping):
         result = network(**inputs)
     else:

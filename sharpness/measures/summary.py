@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
 from sharpness import _progress
-from sharpness.measures.eigenvalues import eigenpairs
+from sharpness.measures.arguments import positive, positive_list, whole
+from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness, subspace_sharpness
 from sharpness.measures.flatness import (
+    Norms,
     box_alpha,
     norms,
     pac_bayes_sigma,
@@ -50,26 +52,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse a value before any work is done."""
-        for name, values, advice in (
-            ("tol", (self.tol,), "The default is 1e-2."),
-            ("epsilon", self.epsilon, "The paper used 1e-3 and 5e-4."),
-            ("rho", self.rho or (), "SAM's default is 0.05."),
-            ("accuracy_drop", (self.accuracy_drop,), "0.1 is usual."),
-        ):
-            wrong = [value for value in values if not 0 < value < math.inf]
-            if wrong:
-                raise ValueError(f"`{name}` must be positive; got {wrong[0]}. {advice}")
-        for name, count in (
-            ("num_starts", self.num_starts),
-            ("subspace_dim", self.subspace_dim),
-            ("shard_size", self.shard_size),
-        ):
-            if count is not None and count < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {count}.")
-        if self.accuracy_drop >= 1:
+        positive("tol", self.tol, "The default is 1e-2.")
+        positive_list("epsilon", self.epsilon, "The paper used 1e-3 and 5e-4.")
+        if self.rho is not None:
+            positive_list("rho", self.rho, "SAM's default is 0.05.")
+        if not 0 < self.accuracy_drop < 1:
             raise ValueError(
-                f"`accuracy_drop` must lie in (0, 1); got {self.accuracy_drop}."
+                f"`accuracy_drop` must lie in (0, 1); got {self.accuracy_drop}. 0.1 is "
+                "usual."
             )
+        if self.max_seconds is not None and not self.max_seconds >= 0:
+            raise ValueError(f"`max_seconds` must be at least 0; got {self.max_seconds}.")
+        whole("num_starts", self.num_starts, 1)
+        for name in ("subspace_dim", "shard_size"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 1)
+        if whole("seed", self.seed, 0) >= 1 << 62:
+            raise ValueError(f"`seed` must be below 2^62; got {self.seed}.")
 
 
 class Keywords(TypedDict, total=False):
@@ -174,8 +173,10 @@ class Summary(Result):
         """All numbers, evidence and settings as one line of JSON."""
         from sharpness.record import to_line
 
+        readings = {r.name: {"value": r.value, "error": r.error} for r in self.readings()}
         return to_line(
             {
+                "readings": readings,
                 "value": self.value,
                 "accuracy": self.accuracy,
                 "measures": self.results,
@@ -230,7 +231,7 @@ def summary(
     Cost: with the default families about 170 products, 250 gradients and 500 forward
     passes over the data: a minute for F1 on 1000 samples and two cores.
     """
-    shared = replace(Settings(**settings), **_as_tuples(settings))  # type: ignore[arg-type]
+    shared = Settings(**{**settings, **_as_tuples(settings)})  # type: ignore[arg-type]
     chosen = selected(measures)
     if not 1 <= shared.k <= risk.n:
         raise ValueError(
@@ -270,12 +271,12 @@ def summary(
 
 def _as_tuples(settings: Keywords) -> dict[str, tuple[float, ...]]:
     """The lists of radii, which may come as a single number."""
-    found: dict[str, tuple[float, ...]] = {}
-    for name in ("epsilon", "rho"):
-        given = settings.get(name)
-        if given is not None:
-            found[name] = (given,) if isinstance(given, float | int) else tuple(given)  # type: ignore[arg-type]
-    return found
+    given = {name: settings.get(name) for name in ("epsilon", "rho")}
+    return {
+        name: tuple(positive_list(name, value)[0])
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 def selected(measures: str | Sequence[str] | None) -> list[str]:
@@ -326,6 +327,9 @@ def _measured(
         if "not available" not in str(error):
             raise
         return [Unavailable(name=name, note=str(error))]
+    except KeyboardInterrupt:  # before the measure had anything to keep
+        note = "interrupted before it began"
+        return [Unavailable(name=name, note=note, status=Status.INTERRUPTED)]
     return list(found) if isinstance(found, list) else [found]
 
 
@@ -339,19 +343,24 @@ def _notes(
     if risk.num_samples == 1:
         yield "One sample only: nothing here says how sharp the loss is on others."
     if accuracy is not None and risk.num_samples > 1:
-        num_classes = int(risk.targets.unique().numel())
+        num_classes = risk.num_classes_seen()
         if num_classes == 1:
             yield "All samples are of one class: a constant output is a minimum."
-        elif accuracy < 1.5 / num_classes:
+        elif accuracy <= 1 / num_classes + 0.04:
             yield (
                 f"The accuracy, {accuracy:.1%}, is near chance for {num_classes} classes: "
                 "is this checkpoint trained?"
             )
-    slope = next((r.gradient_norm for r in results.get("norms", [])), None)  # type: ignore[attr-defined]
-    top = next((r.lambda_max for r in results.get("lambda_max", [])), math.nan)  # type: ignore[attr-defined]
-    if slope == 0.0:
-        yield "The gradient is exactly zero: the loss does not depend on the parameters."
-    elif slope is not None and top > 0 and slope**2 / (2 * top) > 0.1 * abs(value):
+    slopes = [r.gradient_norm for r in results.get("norms", []) if isinstance(r, Norms)]
+    pairs = [r for r in results.get("lambda_max", []) if isinstance(r, HessianEigenpairs)]
+    if not slopes or not pairs or not math.isfinite(pairs[0].lambda_max):
+        return
+    slope, top, noise = slopes[0], pairs[0].lambda_max, pairs[0].noise_floor
+    if slope == 0 and abs(top) <= noise:
+        yield "Gradient and curvature are zero: the loss does not depend on the parameters."
+    elif slope > 0 and top <= noise:
+        yield "Not a minimum: there is a gradient, and no direction curves upwards."
+    elif slope > 0 and slope**2 / (2 * top) > 0.1 * abs(value):
         yield (
             "Not a minimum: along the gradient alone the loss could fall by "
             f"{slope**2 / (2 * top):.2g} of {value:.2g}. Sharpness of a minimum means "
@@ -387,7 +396,7 @@ def _phi(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
 
 
 def _phi_subspace(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
-    p = min(s.subspace_dim or 100, risk.n)
+    p = s.subspace_dim or min(100, risk.n)
     return subspace_sharpness(risk, list(s.epsilon), subspace_dim=p, **_common(s))
 
 
@@ -400,8 +409,24 @@ def _worst(norm: Any, adaptive: Any, default: float) -> _Run:
 
 
 def _sharded(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
-    size = s.shard_size or min(128, risk.num_samples)
+    size = s.shard_size or max(1, min(128, risk.num_samples // 2))
+    _refuse_parts(risk, 1)
     return worst_case_sharpness(risk, list(s.rho or (0.05,)), shard_size=size, **_common(s))
+
+
+def _refuse_parts(risk: EmpiricalRisk, least: int) -> None:
+    """Raise where the samples cannot be cut, or are too few for it."""
+    if risk.num_samples < least or not risk.can_be_cut:
+        raise TypeError(
+            f"`risk` must have at least {least} samples that can be cut into parts; got "
+            f"{risk.num_samples} (not available with a closure, or where BatchNorm "
+            "depends on the batch)."
+        )
+
+
+def _sampling(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    _refuse_parts(risk, 20)
+    return lambda_max_sampling(risk, **_common(s))
 
 
 def _average(adaptive: Any, default: float) -> _Run:
@@ -621,7 +646,7 @@ MEASURES: dict[str, Measure] = {
     "lambda_max_sampling": _entry(
         "sampling",
         "lambda_max of the distribution behind the samples",
-        lambda risk, s, left: lambda_max_sampling(risk, **_common(s)),
+        _sampling,
         lambda risk, s: Cost(products=60),
     ),
 }

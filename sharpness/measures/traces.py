@@ -96,6 +96,19 @@ class DiagonalEstimate(Result):
     seed: int
     matrix: str
 
+    def readings(self) -> list[Reading]:
+        """The norm of the diagonal, with that of its standard errors."""
+        norm = float(self.values.norm())
+        return [
+            Reading(
+                name="diagonal_norm",
+                value=norm,
+                error=self.relative_error * norm,
+                evidence=f"norm of all standard errors, {self.status}",
+                cost=f"{self.num_hvps} products, {self.seconds:.1f} s",
+            )
+        ]
+
     def __str__(self) -> str:
         return (
             f"diagonal of {len(self.values)} entries ± {self.relative_error:.1%} of its "

@@ -152,5 +152,6 @@ def comparison_plot(
 
 def _written(figure: Figure, path: str | Path | None) -> Figure:
     if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     return figure

@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sharpness.measures.audit import Audit, AuditRow
 from sharpness.results import Reading
@@ -22,7 +23,7 @@ _PIPED_WIDTH = 124  # columns when the output is no terminal
 def console() -> Console:
     """A console on stdout: colour on a terminal only, wide enough in a pipe."""
     width = None if sys.stdout.isatty() else _PIPED_WIDTH
-    return Console(width=width, highlight=False, soft_wrap=False)
+    return Console(width=width, highlight=False, soft_wrap=False, markup=False)
 
 
 def plain_table(title: str, *columns: str, right: int = 0) -> Table:
@@ -76,12 +77,15 @@ def readings_table(readings: Sequence[Reading]) -> Table:
     """Value, evidence and cost of every number."""
     table = plain_table("", "measure", "value", "evidence", "cost", right=2)
     for reading in readings:
-        table.add_row(reading.name, value_text(reading), evidence(reading), reading.cost)
+        cells = (reading.name, value_text(reading), evidence(reading), reading.cost)
+        table.add_row(*map(Text, cells))
     return table
 
 
 def value_text(reading: Reading) -> str:
     """`≥ 178.2 %`, `0.0123`."""
+    if not math.isfinite(reading.value):
+        return number(reading.value)
     parts = (reading.bound, number(reading.value), reading.unit)
     return " ".join(part for part in parts if part)
 
@@ -101,11 +105,13 @@ def readings_text(readings: Sequence[Reading], notes: Sequence[str]) -> str:
 def audit_text(audit: Audit) -> str:
     """Every measure and how each map has moved it."""
     maps = list(audit.drifts)
+    if not maps:
+        return f"{audit}\n"
     table = plain_table("", "measure", "value", *maps, "verdict", right=1)
     for row in audit.rows:
         cells = [_times(row, name) for name in maps]
-        verdict = "invariant" if row.invariant else "moved"
-        table.add_row(row.measure, number(row.value), *cells, verdict)
+        verdict = row.verdict
+        table.add_row(*map(Text, (row.measure, number(row.value), *cells, verdict)))
     drifts = (f"{name} {drift:.1g}" for name, drift in audit.drifts.items())
     return _as_text(table, f"Largest change of an output: {', '.join(drifts)}.")
 
@@ -117,7 +123,7 @@ def _times(row: AuditRow, name: str) -> str:
 
 
 def _as_text(*parts: Table | str) -> str:
-    out = Console(width=_PIPED_WIDTH, highlight=False, file=io.StringIO())
+    out = Console(width=_PIPED_WIDTH, highlight=False, markup=False, file=io.StringIO())
     out.print(*parts, sep="\n")
     return out.file.getvalue().rstrip() + "\n"  # type: ignore[attr-defined,no-any-return]
 
@@ -174,7 +180,7 @@ def comparison_table(rows: Sequence[ReadingComparison]) -> Table:
     columns = ("measure", "first", "second", "ratio", "d", "larger", "p", "flip p", "tau")
     table = plain_table("", *columns, "verdict", right=1)
     for row in rows:
-        table.add_row(
+        cells = (
             row.name,
             mean_sd(*row.first),
             mean_sd(*row.second),
@@ -186,6 +192,7 @@ def comparison_table(rows: Sequence[ReadingComparison]) -> Table:
             "–" if row.kendall_tau is None else f"{row.kendall_tau:.2f}",
             row.verdict,
         )
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -200,8 +207,8 @@ def comparison_notes(
     ]
     if num > 1:
         notes.append(
-            f"p: one-sided paired t in the direction seen, {num} pairs · flip p: exact "
-            f"sign flips, {0.5**num:.3g} at best"
+            f"p: one-sided paired t, 'second larger', {num} pairs; above 0.975 it is "
+            f"smaller · flip p: sign flips, {rows[0].sign_flip_smallest:.3g} at best"
         )
     else:
         notes.append("One pair: a difference beyond both errors, not a statistical test.")

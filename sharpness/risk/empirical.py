@@ -228,6 +228,16 @@ class EmpiricalRisk:
             )
         return self._classifies
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether `subset` works: no closure, no BatchNorm that depends on the batch."""
+        plain = self.batchnorm == "running" or not batchnorm_layers(self.model)
+        return self.has_outputs and plain
+
+    def num_classes_seen(self) -> int:
+        """How many classes the targets that count are of."""
+        return int(self.targets[self._counts()].unique().numel())
+
     def settings(self) -> dict[str, Any]:
         """Plain values that say how f is defined and computed, for a record."""
         known = sorted(self._products, key=lambda matrix: matrix != "hessian")
@@ -429,9 +439,17 @@ class EmpiricalRisk:
         assert self._objective.loss is not None
         return self._objective.loss
 
-    def batches(self) -> list[Any]:
-        """The data as they are evaluated, chunk by chunk, on the device."""
-        return [chunk.batch for chunk in self._mean.all]
+    def whole(self) -> Any:
+        """All data as one batch (inputs, targets), on the device.
+
+        Raises:
+            TypeError: a closure, or batches that cannot be joined.
+        """
+        self._refuse_closure("data")
+        joined = batches.joined(self._mean.given)
+        if len(joined) != 1:
+            raise TypeError("`data` must have rows of one shape to be one batch.")
+        return joined[0]
 
     def probe_inputs(self, most: int = 16) -> Any:
         """A copy of the inputs of the first few samples, as the model is called."""
@@ -504,9 +522,12 @@ class EmpiricalRisk:
                 "`risk` must classify, with scores (N, C, ...) and class numbers; got "
                 "other outputs or targets (not available for regression)."
             )
-        right, targets = self.outputs(theta).argmax(1) == self.targets, self.targets
-        counted = targets != keyword(self._objective.loss, "ignore_index", -100)
-        return float(right[counted].double().mean())
+        right = self.outputs(theta).argmax(1) == self.targets
+        return float(right[self._counts()].double().mean())
+
+    def _counts(self) -> Tensor:
+        """Where targets are not ignored."""
+        return self.targets != keyword(self._objective.loss, "ignore_index", -100)
 
     def linear_operator(self, matrix: Matrix = "hessian") -> LinearOperator:
         """One of the matrices of `product` as a SciPy `LinearOperator` (n, n)."""
