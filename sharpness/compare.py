@@ -14,7 +14,6 @@ from sharpness.record import Records, append_record, as_plain, read_records, to_
 from sharpness.report import figures, tables
 from sharpness.statistics import compare_readings
 
-
 _COMPLETE = ("completed", "converged")
 
 
@@ -29,7 +28,7 @@ def _parser() -> _command.Parser:
     add = parser.add_argument
     add("first", help="a checkpoint, or several: a glob in quotes, or names with commas")
     add("second", help="the same for the other side")
-    add("--figure", help="PNG with every pair's ratio")
+    add("--figure", help="a PNG, PDF or SVG with every pair's ratio")
     measure.add_options(parser)
     return parser
 
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         measure.check_options(options, [*groups[0], *groups[1]])
         if options.figure:
-            _command.check_writable("--figure", Path(options.figure))
+            _check_figure(Path(options.figure))
         records = [[_record(p, options, device) for p in group] for group in groups]
         first, second = _paired(*records)
         gaps = [_gap(record) for record in (*first, *second)]
@@ -77,6 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _command.OK if complete else _command.NOT_CONVERGED
 
     return _command.guarded("sharpness.compare", command)
+
+
+def _check_figure(path: Path) -> None:
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"`--figure` must end in .png, .pdf or .svg; got {path}.")
+    _command.check_writable("--figure", path)
 
 
 def _paths(text: str) -> list[str]:

@@ -19,7 +19,6 @@ from sharpness.report import tables
 from sharpness.results import Reading
 from sharpness.risk.plan import ENGINES
 
-
 _USUAL = object()  # the number of samples, where none is given
 
 

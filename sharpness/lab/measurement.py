@@ -80,8 +80,14 @@ def measured(
         ValueError: f(theta) is not finite, or a setting is out of range.
     """
     selected(settings.measures)  # before any work
-    risk = risk_of(subject, settings, device)
-    value = risk.value()
+    try:
+        risk = risk_of(subject, settings, device)
+        value = risk.value()
+    except (RuntimeError, IndexError) as error:  # a class number out of range, say
+        raise ValueError(
+            f"`--data` must fit the network and the loss; got {subject.data['name']} and "
+            f"{subject.path} ({type(error).__name__}: {error})."
+        ) from None
     if not math.isfinite(value):
         raise ValueError(
             f"`{subject.path}` must give a finite loss; got f(theta) = {value}. Its "

@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors, checkpoint
@@ -185,9 +186,10 @@ def _check_fit(subject: Subject, source: str) -> None:
             subject.loss(called, as_type(targets[:2], subject.dtype))
     except Exception as error:  # whatever a network and a loss can raise
         raise ValueError(
-            f"`--data` must fit the network and the loss; got {source} and "
-            f"{subject.network_name} ({type(error).__name__}: {_first_line(error)}). Check "
-            "shapes and types, --network and --loss."
+            f"`--data` must fit the network and the loss; got {source}, "
+            f"{subject.network_name} and {subject.data['loss'] or 'the usual loss'} "
+            f"({type(error).__name__}: {_first_line(error)}). Check shapes and types, "
+            "--network and --loss."
         ) from None
 
 
@@ -251,6 +253,8 @@ def _classifier(spec: str, folder: str) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         name = (config.architectures or [""])[0]
+        if name and not name.endswith(("Classification", "LMHeadModel", "ForCausalLM")):
+            raise TypeError(f"{name} is no classifier")
         if hasattr(transformers, name):
             model = getattr(transformers, name)(config)
         else:
@@ -267,6 +271,11 @@ def _classifier(spec: str, folder: str) -> nn.Module:
 def _load_parameters(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, name: str
 ) -> None:
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ValueError(
+            f"`--network` must make a network with all its parameters; got {name}, which "
+            "waits for a first batch (lazy layers). Run it on one in the factory."
+        )
     ours = model.state_dict()
     theirs = _matching(state, ours)
     wrong = [
@@ -287,13 +296,13 @@ def _load_parameters(
 
 def _matching(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The tensors under our names: wrappers leave prefixes, or lack ours."""
-    for prefix in ("module.", "_orig_mod.", "model.", "net."):
-        while (
-            state and all(k.startswith(prefix) for k in state) and set(state) != set(ours)
-        ):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
-    if set(state) != set(ours) and {f"model.{k}" for k in state} == set(ours):
-        state = {f"model.{k}": v for k, v in state.items()}
+    while set(state) != set(ours):
+        shared = [p for p in _PREFIXES if state and all(k.startswith(p) for k in state)]
+        if not shared:
+            break
+        state = {key.removeprefix(shared[0]): value for key, value in state.items()}
+    if {f"model.{key}" for key in state} == set(ours):
+        state = {f"model.{key}": value for key, value in state.items()}
     return state
 
 
@@ -335,7 +344,7 @@ def _named_set(name: str, data_dir: str | Path | None) -> Dataset:
 def _from_npz(path: Path) -> dict[str, Pair]:
     names = {"x", "y", "x_train", "y_train", "x_test", "y_test"}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             present = list(file.files)
             arrays = {k: torch.from_numpy(file[k]) for k in names & set(present)}
     except Exception as error:  # damaged archives raise half a dozen kinds
@@ -380,12 +389,11 @@ def _as_pair(made: Any, source: str) -> Pair:
 def _check_lengths(pair: Pair, source: str) -> None:
     """One row of every input for each target."""
     leaves = [leaf for leaf in tree_leaves(_plain(pair[0])) if isinstance(leaf, Tensor)]
-    lengths = {len(leaf) if leaf.ndim else 0 for leaf in (*leaves, pair[1])}
-    if not leaves or len(lengths) > 1 or 0 in lengths:
+    lengths = [len(leaf) if leaf.ndim else 0 for leaf in (*leaves, pair[1])]
+    if not leaves or len(set(lengths)) > 1 or 0 in lengths:
         raise ValueError(
             "`--data` must give as many inputs as targets, and at least one; got "
-            f"{[tuple(leaf.shape) for leaf in leaves]} and {tuple(pair[1].shape)} from "
-            f"{source}."
+            f"{' and '.join(map(str, lengths))} from {source}."
         )
 
 
@@ -425,7 +433,8 @@ def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
     made = _called("--loss", spec, factory, arguments)
     if not callable(made):
         raise ValueError(
-            f"`--loss` must make a loss to be called; got {type(made).__name__} from {spec}."
+            f"`--loss` must make a loss to be called; got {type(made).__name__} from "
+            f"{spec}."
         )
     loss: nn.Module = made
     return loss

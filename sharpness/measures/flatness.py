@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -312,7 +313,8 @@ def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
     fisher_rao, gradient_norm = None, math.nan
     with Budget("norms", None, False, None) as budget:
         gradient_norm = float(_tensors.norm64(risk.gradient()))
-        if risk.has_outputs:
+        # Neither a closure nor a loss without second derivative has such a product.
+        with suppress(ValueError, TypeError):
             product = risk.product(risk.theta, "gauss_newton")
             fisher_rao = float(_tensors.dot64(product, risk.theta))
     distance = None

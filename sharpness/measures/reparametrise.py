@@ -228,7 +228,7 @@ def _is_affine(call: _Call) -> bool:
     module, dims = call.module, call.returned.ndim
     if not isinstance(module, _Affine) or getattr(module, "transposed", False):
         return False
-    least = module.weight.ndim if isinstance(module, _ConvNd) else 2  # type: ignore[union-attr]
+    least = module.weight.ndim if isinstance(module, _ConvNd) else 2
     return module.weight is not None and dims >= least
 
 

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from sharpness._tensors import dot64
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
@@ -87,7 +88,7 @@ def _minimiser(model: _Model, x: Tensor, g: Tensor, box: Box) -> Tensor:
     """The model's, or that of B = I where rounding has made the model singular."""
     try:
         return model.minimiser(x, g, box)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         return box.clip(x - g)
 
 
@@ -145,7 +146,7 @@ class _Model:
         self._theta = square / curvature
         try:
             self._m = self._middle_matrix()
-        except torch.linalg.LinAlgError:  # pairs that rounding cannot tell apart
+        except LinAlgError:  # pairs that rounding cannot tell apart
             self._sy = self._ss = self._m = self._sy[:0, :0]
             self._theta = 1.0
 

@@ -527,7 +527,8 @@ class EmpiricalRisk:
 
     def _counts(self) -> Tensor:
         """Where targets are not ignored."""
-        return self.targets != keyword(self._objective.loss, "ignore_index", -100)
+        ignored: int = keyword(self._objective.loss, "ignore_index", -100)
+        return self.targets != ignored
 
     def linear_operator(self, matrix: Matrix = "hessian") -> LinearOperator:
         """One of the matrices of `product` as a SciPy `LinearOperator` (n, n)."""
