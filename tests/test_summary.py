@@ -97,9 +97,10 @@ OF_CLASSES = {
 }
 MEANINGLESS = {
     "regression": OF_CLASSES,
-    "closure": OF_CLASSES | {"lambda_max_sampling"},
+    "closure": OF_CLASSES | {"lambda_max_sampling", "worst_l2_sharded"},
     "one sample": {"lambda_max_sampling"},
-    "one parameter": OF_CLASSES | {"lambda_max_sampling", "relative_flatness"},
+    "one parameter": OF_CLASSES
+    | {"lambda_max_sampling", "relative_flatness", "worst_l2_sharded"},
 }
 
 

@@ -22,7 +22,6 @@ from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 _MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all
-_WIDEST = 100.0  # powers of 2 beyond which the search gives up
 _SLACK = 1e-9  # of an accuracy: 1 - 0.9 is a little less than 0.1
 
 
@@ -509,14 +508,13 @@ class _Root:
         if not is_finite:
             self.status = Status.NON_FINITE
             return
-        exponent, stride = -5.0, 2.0
-        while abs(exponent) <= _WIDEST:  # by larger and larger powers, until enclosed
+        exponent = -5
+        for stride in (2, 2, 2, 2, 4, 8, 16, 32, 64):  # powers of 2, until enclosed
             self._look(2.0**exponent)
             low, high = self.bracket
             if low > 0 and high < math.inf:
                 break
             exponent += stride if low else -stride
-            stride *= 2
         else:
             return
         while high > low * (1 + self._rtol) and self.middle not in (low, high):

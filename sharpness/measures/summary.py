@@ -611,13 +611,13 @@ MEASURES: dict[str, Measure] = {
         "flatness",
         "box in which ascent costs accuracy_drop of the accuracy",
         _box(False),
-        lambda risk, s: Cost(forwards=60, gradients=60),
+        lambda risk, s: Cost(forwards=90, gradients=90),
     ),
     "box_alpha_magnitude": _entry(
         "flatness",
         "the same in proportion to |theta|",
         _box(True),
-        lambda risk, s: Cost(forwards=60, gradients=60),
+        lambda risk, s: Cost(forwards=90, gradients=90),
     ),
     "relative_flatness": _entry(
         "flatness",
