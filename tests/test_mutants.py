@@ -9,21 +9,39 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_audit
 import test_blocks
+import test_compare
+import test_compat
 import test_doctor
 import test_eigenpairs
 import test_epsilon
+import test_flatness
 import test_lanczos
 import test_landscape
+import test_lbfgsb
 import test_optimize
+import test_perturbation
 import test_products
+import test_reparametrise
+import test_subspace
 import torch
 from measure_problems import second_minimum
 
-from sharpness import _tensors
+from sharpness import _tensors, compat, statistics
 from sharpness.krylov import basis, lanczos, search
-from sharpness.measures import eigenvalues, epsilon, landscape, preconditioner
+from sharpness.measures import (
+    audit,
+    eigenvalues,
+    epsilon,
+    flatness,
+    landscape,
+    perturbation,
+    preconditioner,
+    reparametrise,
+)
 from sharpness.optimize import lbfgsb, line_search
+from sharpness.optimize.ball import Ball
 from sharpness.risk import (
     batches,
     cases,
@@ -433,6 +451,174 @@ def columns_are_never_scaled(patch):
         "_random_columns",
         lambda risk, p, columns, seed: original(risk, p, "normal", seed),
     )
+
+
+# -- perturbations and flatness ----------------------------------------------------
+
+
+@seen_by(
+    test_perturbation.test_the_worst_of_a_quadratic_is_that_of_the_secular_equation,
+    "elementwise",
+)
+def the_worst_case_is_never_adaptive(patch):
+    patch.setattr(
+        perturbation, "perturbation_scale", lambda risk, _: torch.ones_like(risk.theta)
+    )
+
+
+@seen_by(
+    test_perturbation.test_the_step_of_sam_is_in_closed_form_r35,
+    "elementwise",
+    "l2",
+    (-2.0, 2.0),
+)
+def the_step_of_sam_is_too_short(patch):
+    patch.setattr(perturbation.Ball, "project", lambda self, u: u / 2)
+
+
+@seen_by(
+    test_perturbation.test_each_pair_of_draws_on_a_quadratic_rises_by_its_square_form,
+    "elementwise",
+)
+def the_noise_is_twice_as_strong(patch):
+    original = perturbation.normal_draws
+    patch.setattr(perturbation, "normal_draws", lambda *a: (2 * z for z in original(*a)))
+
+
+@seen_by(test_perturbation.test_filter_norms_are_those_of_a_plain_loop, torch.float64)
+def filters_are_columns(patch):
+    original = perturbation._filter_norms
+    patch.setattr(
+        perturbation,
+        "_filter_norms",
+        lambda w: original(w.transpose(0, 1)).transpose(0, 1) if w.ndim > 1 else w.abs(),
+    )
+
+
+@seen_by(test_perturbation.test_shards_of_a_network_rise_as_in_a_plain_loop)
+def shards_are_all_samples(patch):
+    patch.setattr(perturbation, "_shards", lambda risk, size, seed: iter([risk]))
+
+
+@seen_by(
+    test_perturbation.test_normalised_logits_have_mean_0_and_length_1,
+    torch.float64,
+    (6, 4),
+)
+def logits_are_left_as_they_are(patch):
+    patch.setattr(perturbation.NormalisedLogits, "forward", lambda self, x: self.model(x))
+
+
+@seen_by(
+    test_flatness.test_sigma_is_the_standard_deviation_of_the_normal_distribution, 0.03, 0.1
+)
+def sigma_is_a_variance(patch):
+    original = flatness._Root.__init__
+
+    def init(self, function, level, rtol):
+        original(self, lambda x: function(x**0.5), level, rtol)
+
+    patch.setattr(flatness._Root, "__init__", init)
+
+
+@seen_by(
+    test_flatness.test_noise_is_scaled_by_each_weight_with_a_floor,
+    2e-3,
+    -0.4,
+    True,
+    torch.float32,
+)
+def the_floor_of_the_magnitudes_is_gone(patch):
+    patch.setattr(flatness, "_MAGNITUDE_FLOOR", 0.0)
+
+
+@seen_by(
+    test_flatness.test_alpha_is_where_enough_small_margins_are_used_up,
+    0.08,
+    3,
+    20,
+    1,
+    0.3,
+    False,
+)
+def the_box_is_half_as_wide_as_it_says(patch):
+    patch.setattr(flatness, "Ball", lambda norm, radius: Ball(norm, radius / 2))
+
+
+@seen_by(test_flatness.test_the_last_layer_of_a_softmax_network_has_a_closed_form)
+def rows_are_not_weighted_by_their_products(patch):
+    patch.setattr(flatness, "_root_of_rows", lambda w: torch.eye(len(w)).to(w))
+
+
+@seen_by(
+    test_flatness.test_the_fisher_rao_norm_is_a_sum_over_samples_and_classes,
+    test_flatness.tiny_mlp,
+    -100,
+)
+def the_fisher_rao_norm_takes_the_hessian(patch):
+    original = empirical.EmpiricalRisk.product
+    patch.setattr(
+        empirical.EmpiricalRisk, "product", lambda self, v, matrix: original(self, v)
+    )
+
+
+# -- the audit, and PyHessian's door -----------------------------------------------
+
+
+@seen_by(test_reparametrise.test_running_statistics_are_scaled_along, "batchnorm")
+def the_running_mean_stays(patch):
+    original = reparametrise._rescale_before_norm
+
+    def rescale(network, source, norm, *rest):
+        before = network.get_submodule(norm).running_mean.clone()
+        applied = original(network, source, norm, *rest)
+        network.get_submodule(norm).running_mean.copy_(before)
+        return applied
+
+    patch.setattr(reparametrise, "_rescale_before_norm", rescale)
+    patch.setattr(reparametrise, "_TOLERANCE", 1e9)
+
+
+@seen_by(test_audit.test_what_counts_distances_in_parameters_moves, "lambda_max")
+def every_change_is_allowed(patch):
+    patch.setattr(audit.AuditRow, "moved", lambda self, name: False)
+
+
+@seen_by(test_compat.test_a_negative_eigenvalue_comes_before_a_smaller_positive_one)
+def the_door_asks_for_the_largest_algebraic(patch):
+    original = compat.eigenpairs
+
+    def pairs(risk, k, *, which, **rest):
+        return original(risk, k, which="LA", **rest)
+
+    patch.setattr(compat, "eigenpairs", pairs)
+
+
+@seen_by(
+    test_subspace.test_mean_and_spread_are_those_of_separate_calls_with_the_seeds_that_follow,
+    {"subspace_dim": 4},
+)
+def every_draw_is_the_first(patch):
+    original = epsilon.epsilon_sharpness
+
+    def same(risk, epsilons, *, seed, **rest):
+        return original(risk, epsilons, seed=0, **rest)
+
+    patch.setattr(epsilon, "epsilon_sharpness", same)
+
+
+@seen_by(test_lbfgsb.test_the_cauchy_point_is_that_of_the_published_algorithm, 10)
+def the_path_is_left_too_late(patch):
+    original = lbfgsb._Model._cauchy_step
+    patch.setattr(
+        lbfgsb._Model, "_cauchy_step", lambda self, g, b: 1.5 * original(self, g, b)
+    )
+
+
+@seen_by(test_compare.test_every_number_is_that_of_scipy_and_of_enumeration, 0, 0.0)
+def the_other_side_is_tested(patch):
+    original = statistics._paired_t
+    patch.setattr(statistics, "_paired_t", lambda d: original(-d))
 
 
 # -- the line between two points ---------------------------------------------------

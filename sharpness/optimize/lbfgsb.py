@@ -20,7 +20,7 @@ from sharpness._tensors import dot64
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.line_search import strong_wolfe
 
-_BLOCK = 1 << 15  # variables handled at a time: 20 rows of them fit a cache
+_BLOCK = 1 << 17  # variables handled at a time
 _NEAR = 0.02  # of a step: from there on the slope is a straight line
 _EXACT = 1 << 17  # variables up to which the path's bends are sorted
 _LOOKS = 8  # points of the path looked at in one sweep
@@ -235,23 +235,31 @@ class _Model:
             if math.isnan(top):
                 return low
             low, slope = found[rising - 1] if rising else (low, slope)
+            secant = low + (high - low) * slope / (slope - top)
             if high - low <= _NEAR * high:
-                return low + (high - low) * slope / (slope - top)
-            steps = [low + (high - low) * (i + 1) / _LOOKS for i in range(_LOOKS)]
+                return secant
+            even = [low + (high - low) * (i + 1) / _LOOKS for i in range(_LOOKS)]
+            around = [secant * (1 - _NEAR / 3), secant * (1 + _NEAR / 3)]
+            steps = sorted(even + [t for t in around if low < t < high])
 
     def _slopes(self, g: Tensor, breaks: Tensor, steps: list[float]) -> list[float]:
-        """Derivatives of the model along the path, each just after its step t."""
+        """Derivatives of the model along the path, each just after its step t.
+
+        What moves has moved by -t g, with the velocity -g; the rest by -g times its own
+        break.
+        """
         t = torch.tensor(steps, dtype=g.dtype, device=g.device)[:, None]
-        linear = torch.zeros(len(steps), dtype=torch.float64)
-        products = torch.zeros((2 * len(steps), len(self._m)), dtype=torch.float64)
+        squares = torch.zeros(len(steps), dtype=torch.float64)  # of the velocity
+        p = torch.zeros((len(steps), len(self._m)), dtype=torch.float64)
+        c = torch.zeros_like(p)
         for block, w in self._blocks():
             g_b, breaks_b = g[block], breaks[block]
-            velocity = torch.where(breaks_b > t, -g_b, 0.0)  # (steps, block)
-            moved = -g_b * torch.minimum(breaks_b, t)
-            products += (torch.cat([velocity, moved]) @ w.T).double().cpu()
-            along = velocity @ g_b + self._theta * (velocity * moved).sum(1)
-            linear += along.double().cpu()
-        p, c = products.chunk(2)
+            moving = (breaks_b > t).to(g.dtype)  # (steps, block)
+            pull = w * g_b
+            p -= (moving @ pull.T).double().cpu()
+            c -= (torch.minimum(breaks_b, t) @ pull.T).double().cpu()
+            squares += (moving @ g_b.square()).double().cpu()
+        linear = (self._theta * torch.tensor(steps, dtype=torch.float64) - 1) * squares
         slopes: list[float] = (linear - ((p @ self._m) * c).sum(1)).tolist()
         return slopes
 
@@ -263,16 +271,16 @@ class _Model:
         r, w_r = torch.empty_like(g), torch.zeros(2 * num, dtype=torch.float64)
         gram = torch.zeros((2 * num, 2 * num), dtype=torch.float64)
         for block, w in self._blocks():
-            free_b = free[block]
+            free_b = free[block].to(g.dtype)
             pull = g[block] + theta * moved[block] - back @ w
-            r[block] = torch.where(free_b, pull, 0.0)
+            r[block] = free_b * pull
             w_r += (w @ r[block]).double().cpu()
             gram += ((w * free_b) @ w.T).double().cpu()
         identity = torch.eye(2 * num, dtype=torch.float64)
         v = torch.linalg.solve(identity - m @ gram / theta, m @ w_r).to(g)
         for block, w in self._blocks():  # r becomes the step
             step = -(r[block] + (v @ w) / theta) / theta
-            r[block] = torch.where(free[block], step, 0.0)
+            r[block] = step * free[block].to(g.dtype)
         cauchy = box.clip(x + moved)
         best = box.clip(cauchy + r)
         if float(dot64(g, best - x)) < 0:
@@ -293,6 +301,11 @@ def _bordered(matrix: Tensor, column: Tensor, row: Tensor) -> Tensor:
 
 
 def _breakpoints(x: Tensor, g: Tensor, box: Box) -> Tensor:
-    """For each variable, the t at which x - t g reaches its bound."""
-    room = torch.where(g < 0, box.upper - x, x - box.lower)
-    return torch.where(g == 0, torch.inf, room / g.abs())
+    """For each variable, the t at which x - t g reaches its bound; a block at a time."""
+    breaks = torch.empty_like(x)
+    for start in range(0, len(x), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        x_b, g_b = x[block], g[block]
+        room = torch.where(g_b < 0, box.upper[block] - x_b, x_b - box.lower[block])
+        breaks[block] = torch.where(g_b == 0, torch.inf, room / g_b.abs())
+    return breaks
