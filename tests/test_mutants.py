@@ -473,7 +473,7 @@ def the_worst_case_is_never_adaptive(patch):
     (-2.0, 2.0),
 )
 def the_step_of_sam_is_too_short(patch):
-    patch.setattr(perturbation.Ball, "project", lambda self, u: u / 2)
+    patch.setattr(perturbation.Ball, "project", lambda self, u: u / 4)
 
 
 @seen_by(
