@@ -190,9 +190,10 @@ def comparison_table(rows: Sequence[ReadingComparison]) -> Table:
             p_value(row.p_value),
             p_value(row.sign_flip_p) if row.num_pairs > 1 else "–",
             "–" if row.kendall_tau is None else f"{row.kendall_tau:.2f}",
-            row.verdict,
+            row.verdict.removeprefix("second "),
         )
         table.add_row(*map(Text, cells))
+    table.columns[0].min_width = max([7, *(len(row.name) for row in rows)])
     return table
 
 
