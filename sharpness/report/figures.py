@@ -146,7 +146,8 @@ def comparison_plot(
     axes.set_yticks(range(len(shown)), [row.name for row in shown])
     axes.set_xscale("log")
     axes.grid(axis="x", color="0.9")
-    axes.set_xlabel(f"{names[1]} / {names[0]}: dots are pairs, bars geometric means")
+    axes.set_title(f"first: {names[0]}\nsecond: {names[1]}", fontsize=8, loc="left")
+    axes.set_xlabel("second / first: dots are pairs, bars geometric means")
     return _written(figure, path)
 
 
