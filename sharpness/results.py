@@ -45,9 +45,9 @@ _ADVICE = {
     Status.NON_FINITE: "The risk or a product of it is NaN or infinite. Check the "
     "parameters and the data for non-finite values.",
     Status.ZERO_GRADIENT: "The gradient is exactly zero, so there is no direction of "
-    "first-order ascent and the value 0 says nothing. Is the loss constant here?",
+    "first-order ascent and the value 0 says nothing. Check whether the loss is constant.",
     Status.NOT_REACHED: "The accuracy never fell as far as asked, however large the "
-    "perturbation. Is the accuracy near chance, or `accuracy_drop` above it?",
+    "perturbation. Lower `accuracy_drop` below what the accuracy has above chance.",
     Status.NOT_AVAILABLE: "This measure is not defined for this risk; its note says why.",
 }
 

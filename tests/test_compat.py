@@ -432,12 +432,13 @@ def test_a_subset_keeps_its_samples():
 # -- what a risk shows of its data --------------------------------------------------
 
 
-def test_batches_are_the_data_chunk_by_chunk():
+def test_the_whole_data_are_one_batch_however_they_came():
     problem = tiny_mlp()
-    found = problem.risk(chunk_size=7).batches()
-    assert [len(y) for _, y in found] == [7, 7, 7, 2]
-    for whole, parts in zip(problem.data, zip(*found, strict=True), strict=True):
-        assert torch.equal(torch.cat(parts), whole)
+    x, y = problem.data
+    loader = list(zip(x.split(7), y.split(7), strict=True))
+    risk = sh.EmpiricalRisk(problem.risk().model, CE, loader, chunk_size=3)
+    for whole, part in zip(problem.data, risk.whole(), strict=True):
+        assert torch.equal(part, whole)
 
 
 def test_a_loss_is_the_one_it_was_built_with():
@@ -479,7 +480,8 @@ def test_a_closure_hides_what_it_alone_knows(what):
     )
     with pytest.raises(TypeError, match="must come from a risk with a `loss`"):
         getattr(risk, what)()
-    assert torch.equal(risk.batches()[0], torch.ones(3))
+    with pytest.raises(TypeError, match="`data` must come"):
+        risk.whole()
 
 
 # -- accuracy -----------------------------------------------------------------------
