@@ -196,7 +196,7 @@ def test_accuracy_that_cannot_fall_is_not_reached(
     assert found.standard_error is None
     assert found.bracket[1] == math.inf
     assert "not_reached" in str(found)
-    with pytest.raises(sh.NotConvergedError, match="accuracy near chance"):
+    with pytest.raises(sh.NotConvergedError, match="above chance"):
         found.raise_for_status()
 
 
