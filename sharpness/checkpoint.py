@@ -75,12 +75,8 @@ def load(path: str | Path) -> Checkpoint:
         ValueError: it is not a checkpoint, is damaged, would run code, or was written
             by something else. One line each, saying what to do.
     """
-    path = Path(path)
-    facts = _read(path)
-    _check_facts(path, facts)
-    names = Checkpoint.__dataclass_fields__.keys() - {"sha256"}
-    known = {name: facts[name] for name in names if name in facts}
-    return Checkpoint(**known, sha256=sha256(path))
+    facts, digest = _read(Path(path))
+    return _checkpoint(Path(path), facts, digest)
 
 
 def load_if_native(path: str | Path) -> Checkpoint | None:
@@ -90,9 +86,9 @@ def load_if_native(path: str | Path) -> Checkpoint | None:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, would run code, or is of another schema.
     """
-    facts = _read(Path(path))
+    facts, digest = _read(Path(path))
     is_native = isinstance(facts, dict) and facts.get("format") == FORMAT
-    return load(path) if is_native else None
+    return _checkpoint(Path(path), facts, digest) if is_native else None
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -102,7 +98,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, would run code, or holds no tensors by name.
     """
-    facts = found = _read(Path(path))
+    facts, _ = _read(Path(path))
+    found = facts
     for name in _STATE_NAMES:
         if isinstance(facts, dict) and isinstance(facts.get(name), dict):
             found = facts[name]
@@ -123,14 +120,23 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _read(path: Path) -> Any:
+def _checkpoint(path: Path, facts: Any, digest: str) -> Checkpoint:
+    _check_facts(path, facts)
+    names = Checkpoint.__dataclass_fields__.keys() - {"sha256"}
+    known = {name: facts[name] for name in names if name in facts}
+    return Checkpoint(**known, sha256=digest)
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """What a file holds, and its digest."""
     if not path.is_file():
         raise FileNotFoundError(
             f"`{path}` must be a checkpoint file; got no such file. Train one with "
             "`python -m sharpness.train`."
         )
     read = _read_safetensors if path.suffix == ".safetensors" else _read_pt
-    return read(path, path.read_bytes())
+    content = path.read_bytes()
+    return read(path, content), hashlib.sha256(content).hexdigest()
 
 
 def _read_pt(path: Path, content: bytes) -> Any:

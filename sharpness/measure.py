@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -222,40 +223,31 @@ def settings_of(options: Any, subject: subjects.Subject) -> measurement.Settings
 
 def measure_settings(options: Any) -> MeasureSettings:
     """What the measures share, from a command's options."""
-    return MeasureSettings(
-        k=options.k,
-        tol=options.tol,
-        epsilon=options.epsilon,
-        subspace_dim=options.subspace_dim,
-        num_starts=options.num_starts,
-        rho=options.rho,
-        shard_size=options.shard_size,
-        accuracy_drop=options.accuracy_drop,
-        seed=options.seed,
-        max_seconds=options.max_seconds,
-    )
+    names = [field.name for field in fields(MeasureSettings)]
+    return MeasureSettings(**{name: getattr(options, name) for name in names})
 
 
 def _one(path: str, options: Any, device: str) -> int:
     subject = opened(path, options)
     settings = settings_of(options, subject)
+    extra: list[Reading] = []
+    if options.cross_check:  # first: where it fails, nothing has been spent
+        risk = measurement.risk_of(subject, settings, device)
+        extra = pyhessian_readings(risk, seed=options.seed)
     found = measurement.measured(
         subject, settings, device=device, on_estimate=_command.announce
     )
-    extra: list[Reading] = []
-    text = ""
-    if options.cross_check or options.audit:
-        risk = measurement.risk_of(subject, settings, device)
-        if options.cross_check:
-            extra = pyhessian_readings(risk, seed=options.seed)
-        if options.audit:
-            audited = audit(risk, seed=options.seed)
-            found.record["audit"] = {r.name: r.value for r in audited.readings()}
-            text = audited.table()
     for reading in extra:
         found.record["readings"][reading.name] = {"value": reading.value, "error": None}
-    output = output_of(options, path)
-    append_record(output, found.record)
+    text, output = "", output_of(options, path)
+    try:
+        if options.audit and not found.interrupted:
+            risk = measurement.risk_of(subject, settings, device)
+            audited = audit(risk, **vars(settings.of_measures))
+            found.record["audit"] = {r.name: r.value for r in audited.readings()}
+            text = audited.table()
+    finally:  # what has been measured is kept
+        append_record(output, found.record)
     if options.json:
         print(to_line(found.record))
     else:

@@ -84,6 +84,10 @@ class NondeterministicRiskError(RuntimeError):
         self.first, self.second = first, second
 
 
+class NotAvailableError(TypeError):
+    """A measure has no meaning for a risk: a closure, no classes, too few samples."""
+
+
 class Result:
     """Base of every result: the status check, and a small table for notebooks."""
 

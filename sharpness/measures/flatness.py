@@ -18,7 +18,7 @@ from sharpness.measures.budget import Budget
 from sharpness.measures.perturbation import mean_and_error, normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball
-from sharpness.results import Reading, Result, Status
+from sharpness.results import NotAvailableError, Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 _MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all
@@ -426,7 +426,7 @@ def relative_flatness(
             )
         chosen = layers
     if not chosen:
-        raise TypeError(
+        raise NotAvailableError(
             "`risk` must have a weight of two dimensions or more; got none (not available "
             "for this network)."
         )
@@ -485,7 +485,7 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class _Root:
-    """Where an increasing function of log x passes a level: by doubling, then halving.
+    """Where an increasing function of log x passes a level: by fours, then halving.
 
     `bracket` holds the last points below and above the level, also when interrupted.
     """
@@ -570,7 +570,7 @@ def _check(risk: EmpiricalRisk, accuracy_drop: float, rtol: float) -> None:
         )
     positive("rtol", rtol)
     if not risk.is_classification:
-        raise TypeError(
+        raise NotAvailableError(
             "`risk` must classify, with class numbers as targets; got another loss or "
             "targets (not available for regression or a closure)."
         )

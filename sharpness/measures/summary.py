@@ -31,7 +31,7 @@ from sharpness.measures.perturbation import (
 from sharpness.measures.sampling import lambda_max_sampling
 from sharpness.measures.spectrum import spectral_density
 from sharpness.measures.traces import frobenius_norm, trace
-from sharpness.results import Reading, Result, Status
+from sharpness.results import NotAvailableError, Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 
@@ -323,9 +323,7 @@ def _measured(
 ) -> list[Result]:
     try:
         found = MEASURES[name].run(risk, settings, left)
-    except TypeError as error:
-        if "not available" not in str(error):
-            raise
+    except NotAvailableError as error:
         return [Unavailable(name=name, note=str(error))]
     except KeyboardInterrupt:  # before the measure had anything to keep
         note = "interrupted before it began"
@@ -417,7 +415,7 @@ def _sharded(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
 def _refuse_parts(risk: EmpiricalRisk, least: int) -> None:
     """Raise where the samples cannot be cut, or are too few for it."""
     if risk.num_samples < least or not risk.can_be_cut:
-        raise TypeError(
+        raise NotAvailableError(
             f"`risk` must have at least {least} samples that can be cut into parts; got "
             f"{risk.num_samples} (not available with a closure, or where BatchNorm "
             "depends on the batch)."
@@ -465,7 +463,9 @@ def _box(magnitude_aware: bool) -> _Run:
 
 def _normalised(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
     if not risk.is_classification:
-        raise TypeError("`risk` must classify to have logits (not available otherwise).")
+        raise NotAvailableError(
+            "`risk` must classify to have logits (not available otherwise)."
+        )
     other = risk.with_model(
         NormalisedLogits(risk.network()), [f"model.{name}" for name in risk.names]
     )
@@ -507,143 +507,134 @@ def _ascents(extra: float = 0.0) -> Callable[[EmpiricalRisk, Settings], Cost]:
     return lambda risk, s: Cost(gradients=(21 + extra) * _radii(s))
 
 
-def _entry(
-    family: str,
-    definition: str,
-    run: _Run,
-    cost: Callable[[EmpiricalRisk, Settings], Cost],
-) -> Measure:
-    return Measure(family, definition, run, cost)
-
-
 MEASURES: dict[str, Measure] = {
-    "lambda_max": _entry(
+    "lambda_max": Measure(
         "curvature",
         "largest eigenvalues of the Hessian",
         _lambda_max,
         lambda risk, s: Cost(products=8 + 4 * s.k),
     ),
-    "trace": _entry(
+    "trace": Measure(
         "curvature",
         "sum of the Hessian's eigenvalues",
         lambda risk, s, left: trace(risk, rtol=0.1, **_common(s)),
         lambda risk, s: Cost(products=40),
     ),
-    "phi": _entry(
+    "phi": Measure(
         "epsilon",
         "largest rise of the loss in Keskar's box, in percent of 1 + f",
         _phi,
         lambda risk, s: Cost(gradients=34 * s.num_starts * len(s.epsilon)),
     ),
-    "phi_subspace": _entry(
+    "phi_subspace": Measure(
         "subspace",
         "the same over random subspaces, mean of several draws",
         _phi_subspace,
         lambda risk, s: Cost(gradients=5 * 60 * len(s.epsilon)),
     ),
-    "worst_l2": _entry(
+    "worst_l2": Measure(
         "perturbation",
         "largest rise in a Euclidean ball (and after one SAM step)",
         _worst("l2", None, 0.05),
         _ascents(),
     ),
-    "worst_linf": _entry(
+    "worst_linf": Measure(
         "perturbation",
         "largest rise in a cube",
         _worst("linf", None, 5e-4),
         _ascents(),
     ),
-    "worst_l2_elementwise": _entry(
+    "worst_l2_elementwise": Measure(
         "perturbation",
         "largest rise in a ball measured in |theta| (ASAM)",
         _worst("l2", "elementwise", 0.5),
         _ascents(),
     ),
-    "worst_linf_elementwise": _entry(
+    "worst_linf_elementwise": Measure(
         "perturbation",
         "largest rise in a cube measured in |theta|",
         _worst("linf", "elementwise", 0.002),
         _ascents(),
     ),
-    "worst_l2_filterwise": _entry(
+    "worst_l2_filterwise": Measure(
         "perturbation",
         "largest rise in a ball measured in filter norms",
         _worst("l2", "filterwise", 0.05),
         _ascents(),
     ),
-    "worst_l2_sharded": _entry(
+    "worst_l2_sharded": Measure(
         "sharded",
         "m-sharpness: the largest rise on each shard, mean over shards",
         _sharded,
         _ascents(10),
     ),
-    "worst_normalised": _entry(
+    "worst_normalised": Measure(
         "logits",
         "largest rise in |theta| with normalised logits",
         _normalised,
         _ascents(5),
     ),
-    "average": _entry(
+    "average": Measure(
         "perturbation",
         "mean rise under Gaussian noise",
         _average(None, 0.01),
         lambda risk, s: Cost(forwards=40 * _radii(s)),
     ),
-    "average_elementwise": _entry(
+    "average_elementwise": Measure(
         "perturbation",
         "mean rise under Gaussian noise in proportion to |theta|",
         _average("elementwise", 0.1),
         lambda risk, s: Cost(forwards=40 * _radii(s)),
     ),
-    "pac_bayes_sigma": _entry(
+    "pac_bayes_sigma": Measure(
         "flatness",
         "noise that costs accuracy_drop of the accuracy",
         _sigma(False),
         lambda risk, s: Cost(forwards=130),
     ),
-    "pac_bayes_sigma_magnitude": _entry(
+    "pac_bayes_sigma_magnitude": Measure(
         "flatness",
         "the same in proportion to |theta|",
         _sigma(True),
         lambda risk, s: Cost(forwards=130),
     ),
-    "box_alpha": _entry(
+    "box_alpha": Measure(
         "flatness",
         "box in which ascent costs accuracy_drop of the accuracy",
         _box(False),
         lambda risk, s: Cost(forwards=90, gradients=90),
     ),
-    "box_alpha_magnitude": _entry(
+    "box_alpha_magnitude": Measure(
         "flatness",
         "the same in proportion to |theta|",
         _box(True),
         lambda risk, s: Cost(forwards=90, gradients=90),
     ),
-    "relative_flatness": _entry(
+    "relative_flatness": Measure(
         "flatness",
         "trace of a layer's Hessian weighted with its weights (Petzka)",
         lambda risk, s, left: relative_flatness(risk, **_common(s)),
         lambda risk, s: Cost(products=20 + 5 * sum(len(x) > 1 for x in risk.shapes)),
     ),
-    "norms": _entry(
+    "norms": Measure(
         "norms",
         "norms of gradient and parameters, distance from the start, Fisher-Rao",
         lambda risk, s, left: norms(risk, start=left["start"]),
         lambda risk, s: Cost(gradients=1, products=1),
     ),
-    "frobenius_norm": _entry(
+    "frobenius_norm": Measure(
         "spectrum",
         "root of the sum of squared eigenvalues",
         lambda risk, s, left: frobenius_norm(risk, **_common(s)),
         lambda risk, s: Cost(products=60),
     ),
-    "density": _entry(
+    "density": Measure(
         "spectrum",
         "spectral density of the Hessian, with its negative mass",
         lambda risk, s, left: spectral_density(risk, **_common(s)),
         lambda risk, s: Cost(products=800),
     ),
-    "lambda_max_sampling": _entry(
+    "lambda_max_sampling": Measure(
         "sampling",
         "lambda_max of the distribution behind the samples",
         _sampling,

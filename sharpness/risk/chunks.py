@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpness.results import NotAvailableError
 from sharpness.risk import batches, linearised, memory
 from sharpness.risk.cases import Cases, loss_of_sampled, sampled_targets
 from sharpness.risk.kept_graph import ChunkedSum
@@ -273,7 +274,7 @@ class ChunkedMean:
         if matrix == "hessian":
             return linearised.hessian(objective, self.mean)
         if self._closed:
-            raise TypeError(
+            raise NotAvailableError(
                 f"`matrix` must be 'hessian' for a risk with a `closure`; got {matrix!r} "
                 "(not available for a closure). Pass `loss=` and pairs."
             )

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
+from sharpness.results import NotAvailableError
 from sharpness.risk import batches
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.linearised import Matrix
@@ -518,7 +519,7 @@ class EmpiricalRisk:
         """
         self._refuse_closure("accuracy")
         if not self.is_classification:
-            raise TypeError(
+            raise NotAvailableError(
                 "`risk` must classify, with scores (N, C, ...) and class numbers; got "
                 "other outputs or targets (not available for regression)."
             )
@@ -620,7 +621,7 @@ class EmpiricalRisk:
 
     def _refuse_closure(self, what: str) -> None:
         if self._objective.closure is not None:
-            raise TypeError(
+            raise NotAvailableError(
                 f"`{what}` must come from a risk with a `loss`; got one with a "
                 "`closure` (not available for a closure). Pass `loss=` and pairs."
             )
