@@ -23,7 +23,8 @@ from pathlib import Path
 from sharpness import checkpoint, eigenpairs, epsilon_sharpness
 from sharpness.lab import data
 from sharpness.lab.measurement import Settings, risk_of
-from sharpness.lab.training import Budget, Training, default_batch_sizes, train
+from sharpness.lab.run import train
+from sharpness.lab.training import Budget, Training, default_batch_sizes
 from sharpness.record import environment
 
 ROUNDS = 3

@@ -48,5 +48,6 @@ from sharpness.results import Status as Status
 from sharpness.risk.checks import Checkup as Checkup
 from sharpness.risk.checks import doctor as doctor
 from sharpness.risk.empirical import EmpiricalRisk as EmpiricalRisk
+from sharpness.tracking import SharpnessTracker as SharpnessTracker
 
 __version__ = version("sharpness")

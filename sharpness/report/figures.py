@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sharpness.measures.spectrum import SpectralDensity
 from sharpness.results import Reading
 from sharpness.statistics import ReadingComparison
+from sharpness.tracking import MEASURES, TrackedPoint
 
 _LOSS, _ACCURACY = "#1f4e9c", "#b3261e"
 
@@ -149,6 +151,57 @@ def comparison_plot(
     axes.set_title(f"first: {names[0]}\nsecond: {names[1]}", fontsize=8, loc="left")
     axes.set_xlabel("second / first: dots are pairs, bars geometric means")
     return _written(figure, path)
+
+
+def tracking_plot(points: Sequence[TrackedPoint], path: str | Path | None = None) -> Figure:
+    """Each measure along training with its stability threshold, above the loss.
+
+    Args:
+        points: a tracker's history.
+        path: where the PNG goes, if anywhere.
+    """
+    names = [name for name in MEASURES if any(name in p.values() for p in points)]
+    height = 0.8 + 1.9 * (len(names) + 1)
+    figure = Figure(figsize=(7.2, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(names) + 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(panels, names, strict=False):
+        _tracked_panel(axes, points, name)
+    losses = [point.loss for point in points]
+    panels[-1].plot([point.step for point in points], losses, color=_ACCURACY)
+    if all(loss > 0 for loss in losses):
+        panels[-1].set_yscale("log")
+    panels[-1].set_ylabel("loss")
+    panels[-1].set_xlabel("update")
+    return _written(figure, path)
+
+
+def _tracked_panel(axes: Axes, points: Sequence[TrackedPoint], name: str) -> None:
+    shown = [(p.step, p.values()[name]) for p in points if name in p.values()]
+    steps, values = [step for step, _ in shown], [value.value for _, value in shown]
+    errors = [value.error for _, value in shown if value.error is not None]
+    axes.errorbar(
+        steps, values, yerr=errors or None, fmt=".-", color=_LOSS, linewidth=1, markersize=4
+    )
+    limits = [(p.step, p.thresholds[name]) for p in points if name in p.thresholds]
+    if limits:
+        axes.step(
+            [step for step, _ in limits],
+            [limit for _, limit in limits],
+            where="post",
+            color="0.4",
+            linestyle="--",
+            label="stability threshold",
+        )
+        axes.legend(frameon=False, fontsize=9)
+    heights = [*(v for v in values if math.isfinite(v)), *(limit for _, limit in limits)]
+    if heights and 0 < min(heights) < max(heights) / 50:
+        axes.set_yscale("log")
+    elif heights and min(heights) >= 0:
+        axes.set_ylim(bottom=0)
+    axes.set_ylabel(
+        "phi (%), at least" if name == "phi" else name.replace("_pre", "\n_pre")
+    )
 
 
 def _written(figure: Figure, path: str | Path | None) -> Figure:

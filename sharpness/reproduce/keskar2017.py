@@ -25,8 +25,9 @@ import torch
 from sharpness import _progress, checkpoint
 from sharpness.lab import data
 from sharpness.lab.measurement import Settings, measured, risk_of
+from sharpness.lab.run import train
 from sharpness.lab.subjects import opened
-from sharpness.lab.training import Budget, Training, default_batch_sizes, train
+from sharpness.lab.training import Budget, Training, default_batch_sizes
 from sharpness.measures.landscape import Interpolation, interpolation
 from sharpness.measures.summary import Settings as MeasureSettings
 from sharpness.record import (

@@ -17,6 +17,7 @@ RANKS = [
     {"krylov", "optimize"},
     {"risk"},
     {"measures", "compat"},
+    {"tracking"},
     {"checkpoint", "record"},
     {"lab"},
     {"statistics"},

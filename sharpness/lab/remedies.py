@@ -1,0 +1,225 @@
+"""What is done to a batch's gradient before, or instead of, a plain update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sharpness.measures.arguments import at_least, positive, require, whole
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One batch, and what an update with it needs."""
+
+    model: nn.Module
+    loss: Loss  # (outputs, targets) -> mean
+    optimizer: torch.optim.Optimizer
+    inputs: Tensor
+    targets: Tensor
+    clip_norm: float | None = None
+
+    @property
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """Names and tensors of what is trained."""
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def gradient(self, inputs: Tensor | None = None, weight: float = 1.0) -> Tensor:
+        """Add `weight` times the gradient of the batch's loss to `.grad`; the loss."""
+        outputs = self.model(self.inputs if inputs is None else inputs)
+        loss = self.loss(outputs, self.targets)
+        (loss if weight == 1 else weight * loss).backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """Move the parameters along `.grad`."""
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_([p for _, p in self.parameters], self.clip_norm)
+        self.optimizer.step()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """The optimizer's own update. One gradient."""
+
+    def __call__(self, step: Step) -> Tensor:
+        """Make one update; the loss of the batch before it, ()."""
+        step.optimizer.zero_grad()
+        loss = step.gradient()
+        step.update()
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conservative:
+    r"""Conservative training: a proximal step on each batch (Li et al. 2014).
+
+    $$x_{k+1} \approx \arg\min_x f_B(x) + \frac{\lambda}{2} \|x - x_k\|^2$$
+
+    by `inner_steps` iterations of the optimizer on the same batch. Keskar et al. (2017,
+    Appendix E) had lambda = 1e-3 and 3 iterations of Adam; whether Adam's moments are
+    kept from batch to batch they do not say (here they are). The running averages of
+    BatchNorm move with the first iteration alone. `inner_steps` gradients an update.
+    """
+
+    strength: float = 1e-3  # lambda
+    inner_steps: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse what is no proximal step."""
+        at_least("strength", self.strength, 0)
+        whole("inner_steps", self.inner_steps, 1)
+
+    def __call__(self, step: Step) -> Tensor:
+        """Make one proximal step; the loss of the batch before it, ()."""
+        anchors = [(p, p.detach().clone()) for _, p in step.parameters]
+        first = Plain()(step)  # at the anchor the proximal term has no gradient
+        with frozen_averages(step.model):
+            for _ in range(self.inner_steps - 1):
+                step.optimizer.zero_grad()
+                step.gradient()
+                for p, anchor in anchors:
+                    if p.grad is not None:
+                        p.grad.add_(p.detach() - anchor, alpha=self.strength)
+                step.update()
+        return first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial:
+    r"""Adversarial training by the fast gradient sign method (Goodfellow et al. 2014).
+
+    $$(1 - s) f(x) + s f(x + \epsilon\, \mathrm{sign} \nabla_x f(x))$$
+
+    arXiv:1412.6572 with s = 1/2; its epsilon for MNIST, 0.25, is the default. Keskar et
+    al. (2017) do not say theirs. Inputs are not clipped to [0, 1]. The running averages
+    of BatchNorm see the clean batch alone. Two gradients an update.
+    """
+
+    epsilon: float = 0.25
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse what is no adversary."""
+        positive("epsilon", self.epsilon)
+        require(positive("share", self.share) < 1, "share", "be below 1", self.share)
+
+    def __call__(self, step: Step) -> Tensor:
+        """Make one update; the loss of the clean batch before it, ()."""
+        if not step.inputs.is_floating_point():
+            raise ValueError(
+                "`remedy` must fit the data: 'adversarial' moves inputs that are real "
+                f"numbers; got {step.inputs.dtype}."
+            )
+        step.optimizer.zero_grad()
+        clean = step.inputs.detach().requires_grad_()
+        loss = step.gradient(clean, 1 - self.share)
+        assert clean.grad is not None
+        with frozen_averages(step.model):
+            moved = clean.detach() + self.epsilon * clean.grad.sign()
+            step.gradient(moved, self.share)
+        step.update()
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAM:
+    r"""Sharpness-aware minimisation (Foret et al. 2021, arXiv:2010.01412).
+
+    The gradient is taken at $w + \rho g / \|g\|_2$, with g the batch's gradient over all
+    parameters; rho = 0.05 is the authors'. The running averages of BatchNorm move with
+    the first gradient alone; weight decay and clipping act on the second. Two gradients
+    an update.
+    """
+
+    rho: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuse a ball without a radius."""
+        positive("rho", self.rho)
+
+    def __call__(self, step: Step) -> Tensor:
+        """Make one update; the loss of the batch before it, ()."""
+        step.optimizer.zero_grad()
+        loss = step.gradient()
+        moving = [(n, p) for n, p in step.parameters if p.grad is not None]
+        here = [p.detach().clone() for _, p in moving]
+        with torch.no_grad():
+            scales = [self.scale(name, p) for name, p in moving]
+            scaled = [s * _grad(p) for s, (_, p) in zip(scales, moving, strict=True)]
+            norm = torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(g) for g in scaled])
+            )
+            for (_, p), s, g in zip(moving, scales, scaled, strict=True):
+                p.add_(s * g * (self.rho / norm.clamp_min(torch.finfo(norm.dtype).tiny)))
+        step.optimizer.zero_grad()
+        with frozen_averages(step.model):
+            step.gradient()
+        with torch.no_grad():
+            for (_, p), before in zip(moving, here, strict=True):
+                p.copy_(before)
+        step.update()
+        return loss
+
+    def scale(self, name: str, parameter: Tensor) -> Tensor | float:
+        """T, by which the ball is stretched along each parameter."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ASAM(SAM):
+    r"""Adaptive SAM (Kwon et al. 2021, arXiv:2102.11600), element-wise.
+
+    The gradient is taken at $w + \rho\, T^2 g / \|T g\|_2$. As in the authors' code
+    T = |w| + eta, eta = 0.01, for parameters called "weight" (so also BatchNorm's), and
+    1 for the others; rho = 0.5 is theirs for CIFAR-10, 1.0 for CIFAR-100.
+    """
+
+    rho: float = 0.5
+    eta: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse a ball without a radius."""
+        super().__post_init__()
+        at_least("eta", self.eta, 0)
+
+    def scale(self, name: str, parameter: Tensor) -> Tensor | float:
+        """|w| + eta for weights, 1 for everything else."""
+        return parameter.abs() + self.eta if "weight" in name else 1.0
+
+
+REMEDIES: dict[str, Callable[..., Callable[[Step], Tensor]]] = {
+    "none": Plain,
+    "conservative": Conservative,
+    "adversarial": Adversarial,
+    "sam": SAM,
+    "asam": ASAM,
+}
+
+
+@contextmanager
+def frozen_averages(model: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises with batch statistics, but its running averages stay."""
+    layers: list[Any] = [
+        m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -1,0 +1,440 @@
+"""A training carried out: the loop, what is saved, and how a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sharpness import checkpoint
+from sharpness.checkpoint import Checkpoint
+from sharpness.lab import networks
+from sharpness.lab.data import Dataset
+from sharpness.lab.ghost import use_ghost_batches
+from sharpness.lab.remedies import Loss, Step
+from sharpness.lab.training import OPTIMIZERS, Budget, Training
+from sharpness.measures.arguments import require
+from sharpness.record import as_plain
+from sharpness.risk.empirical import EmpiricalRisk
+
+OnEpoch = Callable[[int, float], None]
+OnUpdate = Callable[[int, nn.Module, torch.optim.Optimizer], None]
+_SAVE_EVERY = 20.0  # seconds of work a kill may cost
+
+
+def train(
+    training: Training,
+    budget: Budget,
+    dataset: Dataset,
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    keep_every: int | None = None,
+    on_epoch: OnEpoch = lambda epoch, loss: None,
+    on_update: OnUpdate = lambda update, model, optimizer: None,
+) -> Checkpoint:
+    """Train until the budget is spent, and leave a checkpoint at `path`.
+
+    A checkpoint of the same training that stands there already is carried on from where
+    it was saved, or returned as it is when its budget is spent. What a run draws follows
+    from its seed and the state that is saved, so a run that was killed ends with the
+    same bits as one that was not (on one device, with one number of threads). Two
+    processes that are asked for the same `path` take turns.
+
+    Args:
+        training: what to train; see `Training`.
+        budget: when to stop; a longer budget carries a finished run on.
+        dataset: the training and test samples.
+        path: where the checkpoint goes, `.pt` or `.safetensors`.
+        device: where to compute; the data go there whole.
+        keep_every: also keep the checkpoint of every so many epochs, as
+            `STEM-epoch7.pt` beside `path`.
+        on_epoch: called with the epochs done and the mean loss of the last one.
+        on_update: called with the number of updates made, the model and its optimizer
+            before the first update and after each.
+
+    Raises:
+        ValueError: `path` holds a checkpoint of another training, the batch is larger
+            than the training set, or the loss is no longer finite; what was saved
+            before stays.
+    """
+    with at_work_on([Path(path)]):
+        run = TrainingRun(training, dataset, Path(path), torch.device(device))
+        with run.own_generators():
+            if not run.update:
+                on_update(0, run.model, run.optimizer)
+
+            def one_update() -> None:
+                run.one_update()
+                on_update(run.update, run.model, run.optimizer)
+
+            while not run.is_over(budget):
+                one_epoch([run], one_update, budget.num_updates(run.course))
+                if keep_every and run.epoch_ended and run.epoch % keep_every == 0:
+                    run.save(finished=True, epoch=run.epoch)
+                on_epoch(run.epoch, run.history[-1])
+            if not run.finished:
+                run.save(finished=True)
+    return checkpoint.load(path)
+
+
+def one_epoch(
+    runs: Sequence[TrainingRun], one_update: Callable[[], None], last: int
+) -> None:
+    """Updates of runs that keep step, to the end of the epoch or update number `last`."""
+    first = runs[0]
+    end = (first.epoch + 1) * len(first.x)
+    for run in runs:
+        run.begin()
+    while first.seen < end and first.update < last:
+        if time.monotonic() - first.saved_at > _SAVE_EVERY:
+            for run in runs:
+                run.save(finished=False)
+        one_update()
+    for run in runs:
+        run.pause(epoch_ended=first.seen >= end)
+
+
+class TrainingRun:
+    """The state of one training, from its start or from its checkpoint."""
+
+    def __init__(
+        self, training: Training, dataset: Dataset, path: Path, device: torch.device
+    ) -> None:
+        self.training, self.dataset, self.path = training, dataset, path
+        self.device = device
+        x, y = dataset.train
+        self.course = training.course(len(x))
+        self.x, self.y = x.to(device), y.to(device)
+        self._start()
+        self.update, self.seen, self.seconds = 0, 0, 0.0
+        self.losses: list[Tensor] = []  # of this run's updates, () or (several,) each
+        self.epoch_begins = [0]  # number of each epoch's first update
+        self.finished = False
+        self.loss: float | None = None
+        self.random = self._seeded()
+        self.order = _Order(len(x), training.seed, device)
+        self.saved_at = self.counted_at = time.monotonic()
+        if path.exists():
+            self._carry_on(checkpoint.load(path))
+
+    def _start(self) -> None:
+        """Network, starting point and optimizer."""
+        name, arguments = networks.parsed(self.training.network)
+        x, y = self.dataset.train
+        fitting = networks.arguments_for(
+            name, x.shape[1:], self.dataset.num_classes, y.shape[1:]
+        )
+        self.network = {"name": name, "arguments": {**fitting, **arguments}}
+        self.initialisation = networks.initialisation_of(name)
+        self.model = networks.build(self.network)
+        networks.initialise(self.model, self.training.seed)
+        if self.training.start_from is not None:
+            _take_over(self.model, self.training.start_from)
+        self.start = {
+            "seed": self.training.seed,
+            "sha256": networks.digest(self.model),
+            "from": self.training.start_from,
+        }
+        self.model.to(self.device)
+        normalises = any(isinstance(m, _BatchNorm) for m in self.model.modules())
+        if self.training.ghost_batch_size is not None:
+            use_ghost_batches(self.model, self.training.ghost_batch_size)
+        least, given = 2 if normalises else 1, self.training.batch_size
+        contract = f"be at least {least} for a network with BatchNorm"
+        require(given >= least, "batch_size", contract, given)
+        self.optimizer = optimizer_for(self.training, self.model.parameters())
+        self.criterion: Loss = _criterion(self.dataset)
+
+    # -- where it stands -----------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Whole passes over the training set."""
+        return self.seen // len(self.x)
+
+    @property
+    def epoch_ended(self) -> bool:
+        """Whether the last update was the last of an epoch."""
+        return self.epoch_begins[-1] == self.update
+
+    @property
+    def history(self) -> list[float]:
+        """Mean loss of each epoch; the last may be part of one."""
+        losses, ends = self._all_losses(), [*self.epoch_begins[1:], self.update]
+        spans = zip(self.epoch_begins, ends, strict=True)
+        return [float(losses[a:b].mean()) for a, b in spans if b > a]
+
+    def is_over(self, budget: Budget) -> bool:
+        """Whether the budget is spent; beside updates it is looked at after epochs."""
+        if self.update >= budget.num_updates(self.course):
+            return True
+        if not self.update or not self.epoch_ended:
+            return False
+        if budget.patience is not None and budget.out_of_patience(self.history):
+            return True
+        if budget.until_loss is None:
+            return False
+        if self.loss is None:
+            self.loss = self._risk(self.dataset.train, "batch").value()
+        return self.loss <= budget.until_loss
+
+    # -- training ------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before updates: whatever was known of the parameters is not so any more."""
+        self.model.train()
+        self.loss, self.finished = None, False
+        self.counted_at = time.monotonic()
+
+    def one_update(self) -> None:
+        """The next batch, and what the remedy makes of it."""
+        batch_size, rate = self.course.at(self.update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        index = self.order.take(self.seen, batch_size)
+        x = self.x[index]
+        if self.training.augmented is not None:
+            x = self.training.augmented(x)
+        step = Step(
+            model=self.model,
+            loss=self.criterion,
+            optimizer=self.optimizer,
+            inputs=x,
+            targets=self.y[index],
+            clip_norm=self.training.clip_norm,
+        )
+        self.count(self.training.update_with(step), batch_size)
+
+    def count(self, loss: Tensor, batch_size: int) -> None:
+        """Note an update and its loss ()."""
+        self.losses.append(loss)
+        self.update, self.seen = self.update + 1, self.seen + batch_size
+
+    def pause(self, *, epoch_ended: bool) -> None:
+        """After updates: the time they took; their losses must be finite."""
+        self._count_seconds()
+        self._all_losses()
+        if epoch_ended:
+            self.epoch_begins.append(self.update)
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.counted_at = self.seconds + now - self.counted_at, now
+
+    def _all_losses(self) -> Tensor:
+        """The losses (updates,) so far, all finite."""
+        if not self.losses:
+            return torch.zeros(0)
+        losses = torch.cat([loss.reshape(-1) for loss in self.losses])
+        self.losses = [losses]
+        finite = losses.isfinite()
+        if not bool(finite.all()):
+            first = int(finite.logical_not().nonzero()[0])
+            raise ValueError(
+                f"`learning_rate` must keep the loss finite; got {float(losses[first])} in "
+                f"update {first + 1} (learning_rate={self.training.learning_rate:g}). "
+                "Lower it."
+            )
+        return losses
+
+    # -- random numbers ------------------------------------------------------------------
+
+    @contextmanager
+    def own_generators(self) -> Iterator[None]:
+        """Draws follow the run's seed; the caller's generators stay as they are."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            torch.set_rng_state(self.random["cpu"])
+            if cuda:
+                torch.cuda.set_rng_state(self.random["cuda"], self.device)
+            yield
+
+    def _seeded(self) -> dict[str, Tensor]:
+        """States of the generators at the beginning."""
+        kinds = {"cpu", self.device.type} & {"cpu", "cuda"}
+        seed = _seed_of(self.training.seed, "draws")
+        return {kind: torch.Generator(kind).manual_seed(seed).get_state() for kind in kinds}
+
+    def _states_of_generators(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    # -- keeping -------------------------------------------------------------------------
+
+    def save(self, *, finished: bool, epoch: int | None = None) -> None:
+        """Write the checkpoint; with `epoch` one of its own beside it."""
+        self._count_seconds()
+        path = self.path
+        if epoch is not None:
+            path = path.with_stem(f"{path.stem}-epoch{epoch}")
+        progress = {
+            "losses": self._all_losses(),
+            "seen": self.seen,
+            "epoch_begins": list(self.epoch_begins),
+            "generators": self._states_of_generators(),
+        }
+        saved = Checkpoint(
+            state_dict=_on_cpu(self.model.state_dict()),
+            network=self.network,
+            data=self._data_facts(),
+            training=self._facts(finished),
+            start=self.start,
+            optimizer=_on_cpu(self.optimizer.state_dict()),
+            progress=_on_cpu(progress),
+        )
+        checkpoint.save(path, saved)
+        if epoch is None:
+            self.finished, self.saved_at = finished, time.monotonic()
+        self.counted_at = time.monotonic()  # saving and evaluating are not training
+
+    def _facts(self, finished: bool) -> dict[str, Any]:
+        return {
+            **asdict(self.training),
+            "epoch": self.epoch,
+            "updates": self.update,
+            "finished": finished,
+            "history": self.history,
+            "seconds": self.seconds,
+            "metrics": self._metrics() if finished else {},
+            "num_threads": torch.get_num_threads(),
+            "device": str(self.device),
+            "initialisation": self.initialisation,
+            "torch": str(torch.__version__),
+        }
+
+    def _data_facts(self) -> dict[str, Any]:
+        return {
+            "name": self.dataset.name,
+            "num_train": len(self.x),
+            "num_test": len(self.dataset.test[0]),
+            "sha256": self.dataset.sha256,
+        }
+
+    def _metrics(self) -> dict[str, float]:
+        """Loss and accuracies of the trained network, for both ways to run BatchNorm."""
+        metrics = {}
+        for mode in ("batch", "running"):
+            train = self._risk(self.dataset.train, mode)
+            test = self._risk(self.dataset.test, mode)
+            metrics[f"train_loss_{mode}"] = train.value()
+            metrics[f"test_loss_{mode}"] = test.value()
+            if self.dataset.num_classes is not None:
+                metrics[f"train_accuracy_{mode}"] = train.accuracy()
+                metrics[f"test_accuracy_{mode}"] = test.accuracy()
+        return metrics
+
+    def _risk(self, data: tuple[Tensor, Tensor], mode: Any) -> EmpiricalRisk:
+        loss = _criterion(self.dataset)
+        return EmpiricalRisk(self.model, loss, data, batchnorm=mode, device=self.device)
+
+    def _carry_on(self, saved: Checkpoint) -> None:
+        ours = as_plain(asdict(self.training))
+        theirs = {name: as_plain(saved.training.get(name)) for name in ours}
+        ours |= {"start": self.start["sha256"], "data": self.dataset.sha256}
+        theirs |= {"start": saved.start.get("sha256"), "data": saved.data.get("sha256")}
+        ours |= {"device": str(self.device), "progress": True}
+        theirs |= {"device": saved.training.get("device"), "progress": bool(saved.progress)}
+        different = [name for name in ours if ours[name] != theirs[name]]
+        if different:
+            name = different[0]
+            raise ValueError(
+                f"`{self.path}` must hold a checkpoint of the same training to be "
+                f"carried on; got {name}={theirs[name]!r} (asked for {ours[name]!r}). "
+                "Choose another output folder, or delete the file."
+            )
+        self.model.load_state_dict(saved.state_dict)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.update = int(saved.training["updates"])
+        self.seconds = float(saved.training["seconds"])
+        self.finished = bool(saved.training["finished"])
+        self.losses = [saved.progress["losses"].to(self.device)]
+        self.seen = int(saved.progress["seen"])
+        self.epoch_begins = list(saved.progress["epoch_begins"])
+        self.random = saved.progress["generators"]
+
+
+class _Order:
+    """The endless stream of samples: one random order of the training set an epoch."""
+
+    def __init__(self, num_train: int, seed: int, device: torch.device) -> None:
+        self.num_train, self.seed, self.device = num_train, seed, device
+        self._epoch, self._indices = -1, torch.empty(0)
+
+    def take(self, start: int, count: int) -> Tensor:
+        """Indices (count,) of the samples from position `start` on."""
+        epoch, offset = divmod(start, self.num_train)
+        part = self._of(epoch)[offset : offset + count]
+        if len(part) == count:
+            return part
+        return torch.cat([part, self._of(epoch + 1)[: count - len(part)]])
+
+    def _of(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(_seed_of(self.seed, epoch))
+            order = torch.randperm(self.num_train, generator=generator)
+            self._epoch, self._indices = epoch, order.to(self.device)
+        return self._indices
+
+
+def optimizer_for(
+    training: Training, parameters: Iterable[Tensor]
+) -> torch.optim.Optimizer:
+    """PyTorch's optimizer; the learning rate is set anew for each update."""
+    kind, arguments, _ = OPTIMIZERS[training.optimizer]
+    if training.optimizer in ("momentum", "nesterov"):
+        arguments = {**arguments, "momentum": training.momentum}
+    settings = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
+    return kind(parameters, **settings, **arguments)  # type: ignore[arg-type]
+
+
+@contextmanager
+def at_work_on(paths: Sequence[Path]) -> Iterator[None]:
+    """Hold the locks of checkpoints; one process at a time writes each."""
+    with ExitStack() as locks:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
+        yield
+
+
+def _criterion(dataset: Dataset) -> nn.Module:
+    return nn.MSELoss() if dataset.num_classes is None else nn.CrossEntropyLoss()
+
+
+def _take_over(model: nn.Module, path: str) -> None:
+    """Parameters and buffers of another checkpoint."""
+    try:
+        model.load_state_dict(checkpoint.load(path).state_dict)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"`start_from` must hold parameters of the same network; got {path} ({first})."
+        ) from None
+
+
+def _seed_of(*parts: object) -> int:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy of nested dicts and lists with every tensor on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_on_cpu(item) for item in value]
+    return value

@@ -1,0 +1,308 @@
+"""Many training runs: side by side, each resumable, none stopped by another's failure."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import joblib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sharpness import _progress
+from sharpness.lab import data
+from sharpness.lab.data import Dataset
+from sharpness.lab.run import train
+from sharpness.lab.stacked import can_be_stacked, train_together
+from sharpness.lab.training import Budget, Training
+
+Backend = Literal["loky", "dask", "ray"]
+_FIXED_COST = 64  # samples whose gradient costs as much as an update of the parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One unit of a sweep: what is trained, for how long, and where it goes."""
+
+    training: Training
+    budget: Budget
+    path: Path
+
+    def cost(self, num_train: int) -> float:
+        """Relative, for the progress bar: samples, and some more for each update."""
+        updates = self.budget.num_updates(self.training.course(num_train))
+        return updates * (self.training.batch_size + _FIXED_COST)
+
+    def epochs(self, num_train: int) -> float:
+        """The most it takes, roughly where batches grow."""
+        updates = self.budget.num_updates(self.training.course(num_train))
+        return self.budget.epochs or updates * self.training.batch_size / num_train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: the facts of its checkpoint, or why there is none."""
+
+    run: Run
+    seconds: float  # spent on it just now; little for one that was finished already
+    failure: str | None = None
+    facts: dict[str, Any] = field(repr=False, default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a sweep runs, and on what.
+
+    Args:
+        data: a name or file that `data.load` knows.
+        data_dir: where the files of named sets lie.
+        device: where to compute.
+        jobs: runs at once; None means one a core on a CPU (no more than there are runs),
+            one on a GPU. On a CPU they share the cores: a run's threads are the cores
+            divided by `jobs`.
+        backend: of joblib: its own processes, or workers of Dask or Ray, for which a
+            cluster must be reachable (Dask: `$DASK_SCHEDULER_ADDRESS`; Ray: `ray.init`'s
+            defaults) that shares the file system.
+        stacked: whether runs that differ in their seed alone are trained as one stacked
+            model where they can be (`stacked.can_be_stacked`); None means on a GPU. On a
+            CPU that gains nothing over runs side by side.
+    """
+
+    data: str
+    data_dir: str | None = None
+    device: str = "cpu"
+    jobs: int | None = None
+    backend: Backend = "loky"
+    stacked: bool | None = None
+
+    def dataset(self) -> Dataset:
+        """The samples; the last set asked for is kept."""
+        return _loaded(self.data, self.data_dir, self.device)
+
+    def side_by_side(self, num_runs: int) -> tuple[int, int]:
+        """(runs at once, threads of each) for so many runs."""
+        cores = os.cpu_count() or 1
+        jobs = self.jobs or (min(cores, num_runs) if self.device == "cpu" else 1)
+        return jobs, max(1, cores // jobs)
+
+
+def sweep(
+    runs: Sequence[Run],
+    place: Place,
+    *,
+    keep_every: int | None = None,
+    progress: bool | None = None,
+) -> Iterator[Outcome]:
+    """Train every run, each to its checkpoint; yields outcomes as they come.
+
+    A run that is finished is not trained again, one that was killed is carried on
+    (`training.train`), one that fails is reported and the others go on. Processes end
+    with the one that started them.
+
+    Raises:
+        ValueError: two runs with one path, or a set that cannot be loaded.
+    """
+    paths = [run.path for run in runs]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(
+            f"`runs` must each have a path of their own; got {twice} twice. Leave one out."
+        )
+    num_train = len(place.dataset().train[0])
+    units = _units(list(enumerate(runs)), place)
+    jobs, threads = place.side_by_side(len(units))
+    with _gauge([_cost(run, num_train) for run in runs], progress) as levels:
+        worker = _Worker(
+            place=place,
+            threads=None if jobs == 1 and place.backend == "loky" else threads,
+            keep_every=keep_every,
+            levels=levels if place.backend == "loky" else None,
+            parent=os.getpid(),
+        )
+        pool = _pool(place.backend, jobs)
+        for outcomes in pool(joblib.delayed(worker)(unit) for unit in units):
+            yield from outcomes
+
+
+_Unit = list[tuple[int, Run]]  # what one worker does at a time, numbered
+
+
+def _units(runs: _Unit, place: Place) -> list[_Unit]:
+    """Runs that can be stacked, together; each other one by itself."""
+    if not (place.device != "cpu" if place.stacked is None else place.stacked):
+        return [[run] for run in runs]
+    units: list[_Unit] = []
+    for number, run in runs:
+        for unit in units:
+            together = [run.training, *(other.training for _, other in unit)]
+            same = run.budget == unit[0][1].budget
+            if same and can_be_stacked(together, run.budget):
+                unit.append((number, run))
+                break
+        else:
+            units.append([(number, run)])
+    return units
+
+
+def _cost(run: Run, num_train: int) -> float:
+    try:
+        return run.cost(num_train)
+    except ValueError:  # it will fail, and say why
+        return 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """Trains a unit, in whatever process; what goes wrong becomes its failure."""
+
+    place: Place
+    threads: int | None  # None: as they are
+    keep_every: int | None
+    levels: Path | None
+    parent: int
+
+    def __call__(self, unit: _Unit) -> list[Outcome]:
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.place.backend == "loky" and os.getpid() != self.parent:
+            _end_with(self.parent)
+        if len(unit) > 1:
+            with suppress(ValueError):  # one by one, each says what is wrong with it
+                return self._together(unit)
+        return [self._alone(number, run) for number, run in unit]
+
+    def _together(self, unit: _Unit) -> list[Outcome]:
+        began, runs = time.monotonic(), [run for _, run in unit]
+        trained = train_together(
+            [run.training for run in runs],
+            runs[0].budget,
+            self.place.dataset(),
+            [run.path for run in runs],
+            device=self.place.device,
+            keep_every=self.keep_every,
+            on_epoch=lambda epoch, loss: self._show(unit, epoch),
+        )
+        seconds = time.monotonic() - began
+        return [
+            Outcome(run=run, seconds=seconds, facts=done.training)
+            for run, done in zip(runs, trained, strict=True)
+        ]
+
+    def _alone(self, number: int, run: Run) -> Outcome:
+        began, facts, failure = time.monotonic(), {}, None
+        try:
+            done = train(
+                run.training,
+                run.budget,
+                self.place.dataset(),
+                run.path,
+                device=self.place.device,
+                keep_every=self.keep_every,
+                on_epoch=lambda epoch, loss: self._show([(number, run)], epoch),
+            )
+            facts = done.training
+        except Exception as error:  # the others go on
+            kind = "" if isinstance(error, ValueError | OSError) else type(error).__name__
+            failure = " ".join(f"{kind} {error}".split())
+        self._show([(number, run)])
+        seconds = time.monotonic() - began
+        return Outcome(run=run, seconds=seconds, failure=failure, facts=facts)
+
+    def _show(self, unit: _Unit, epoch: int | None = None) -> None:
+        """Note how far the runs are; None: at their end."""
+        if self.levels is None:
+            return
+        num_train = len(self.place.dataset().train[0])
+        for number, run in unit:
+            share = 1.0 if epoch is None else epoch / run.epochs(num_train)
+            levels = np.memmap(self.levels, np.float64, "r+")
+            levels[number] = min(1.0, share)
+
+
+@lru_cache(maxsize=1)
+def _loaded(name: str, data_dir: str | None, device: str) -> Dataset:
+    return data.load(name, data_dir=data_dir, device=device)
+
+
+def _pool(backend: Backend, jobs: int) -> Any:
+    options: dict[str, Any] = {}
+    if backend == "dask":
+        options["backend"] = _dask()
+    elif backend == "ray":
+        options["backend"] = _ray()
+    return joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", **options)
+
+
+def _dask() -> str:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError(
+            "`backend` must be installed; got 'dask' without it. pip install distributed."
+        ) from None
+    Client()  # the cluster of $DASK_SCHEDULER_ADDRESS, or a local one
+    return "dask"
+
+
+def _ray() -> str:
+    try:
+        from ray.util.joblib import register_ray
+    except ImportError:
+        raise ValueError(
+            "`backend` must be installed; got 'ray' without it. pip install ray."
+        ) from None
+    register_ray()
+    return "ray"
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent: a killed sweep leaves no orphans."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.getppid() == parent and "sweep-watch" not in {
+        t.name for t in threading.enumerate()
+    }:
+        threading.Thread(target=watch, name="sweep-watch", daemon=True).start()
+
+
+# -- progress across processes ---------------------------------------------------------
+
+
+@contextmanager
+def _gauge(costs: Sequence[float], progress: bool | None) -> Iterator[Path]:
+    """A bar over all runs, kept up from a file of levels."""
+    layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} to go"
+    with (
+        TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        _progress.bar("train", round(sum(costs)) or 1, progress, bar_format=layout) as bar,
+    ):
+        file = Path(folder) / "levels"
+        np.memmap(file, np.float64, "w+", shape=(max(1, len(costs)),)).flush()
+        done = threading.Event()
+        follower = threading.Thread(target=_follow, args=(bar, file, costs, done))
+        follower.start()
+        try:
+            yield file
+        finally:
+            done.set()
+            follower.join()
+
+
+def _follow(bar: Any, file: Path, costs: Sequence[float], done: threading.Event) -> None:
+    levels: NDArray[np.float64] = np.memmap(file, np.float64, "r")
+    while not done.wait(0.5):
+        bar.n = float(np.dot(levels[: len(costs)], costs))
+        bar.refresh()

@@ -1,0 +1,565 @@
+"""What happens to sharpness while a network trains? Measures along anyone's loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
+
+from sharpness.measures.arguments import positive, whole
+from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
+from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
+from sharpness.measures.preconditioner import adam_preconditioner
+from sharpness.results import Status
+from sharpness.risk import batches
+from sharpness.risk.empirical import EmpiricalRisk
+
+MEASURES = ("lambda_max", "lambda_max_preconditioned", "phi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedValue:
+    """One number with its evidence and its cost."""
+
+    value: float  # NaN where nothing was earned; phi in percent
+    error: float | None  # half width of the error bound; None: a lower bound (phi)
+    status: Status
+    num_hvps: int = 0
+    num_evals: int = 0  # values with gradient
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return f"unknown ({self.status})"
+        bound = "" if self.error is None else f" ± {self.error:.1g}"
+        text = f"≥ {self.value:.4g} %" if not bound else f"{self.value:.4g}{bound}"
+        return text if self.status.ok else f"{text} ({self.status})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedPoint:
+    """The risk after `step` updates: its value, its sharpness, what the optimizer bears."""
+
+    step: int  # updates made
+    loss: float  # f(theta) over the tracker's data
+    lambda_max: TrackedValue | None = None  # None: not asked for, or interrupted before
+    lambda_max_preconditioned: TrackedValue | None = None  # also before Adam's first step
+    phi: TrackedValue | None = None
+    learning_rate: float | None  # None: no optimizer, or groups that differ
+    thresholds: dict[str, float]  # by measure; see `stability_thresholds`
+    seconds: float
+
+    @property
+    def status(self) -> Status:
+        """That of the first number which is not as asked for."""
+        if not math.isfinite(self.loss):
+            return Status.NON_FINITE
+        troubled = [v.status for v in self.values().values() if not v.status.ok]
+        return troubled[0] if troubled else Status.COMPLETED
+
+    def values(self) -> dict[str, TrackedValue]:
+        """The measures that were taken, by name."""
+        found = {name: getattr(self, name) for name in MEASURES}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def __str__(self) -> str:
+        parts = [f"update {self.step}: loss {self.loss:.4g}"]
+        for name, value in self.values().items():
+            limit = self.thresholds.get(name)
+            of_limit = f" (threshold {limit:.4g})" if limit is not None else ""
+            parts.append(f"{name} {value}{of_limit}")
+        return ", ".join(parts)
+
+
+class SharpnessTracker:
+    r"""Measures a network every so many updates and leaves its training as it is.
+
+        tracker = SharpnessTracker(model, loss, (x, y), optimizer=optimizer, every=50)
+        for inputs, targets in loader:
+            ...
+            optimizer.step()
+            tracker.step()
+        print(tracker.table())
+
+    The first point is update 0, the parameters at construction; then follow updates
+    `every`, 2 `every`, ... Every point is measured on the same data, fixed here, and
+    model, mode, buffers, `.grad` and all random generators stay bit for bit as they are:
+    training ends where it would have ended without the tracker.
+
+    Beside the curvature stand the optimizer's `stability_thresholds`: full-batch
+    gradient descent drives lambda_max up to 2 / eta and keeps it there, the *edge of
+    stability* (Cohen et al. 2021, arXiv:2103.00065); Adam does so with its
+    preconditioned curvature (Cohen et al. 2022, arXiv:2207.14484).
+
+    Ctrl-C during a measurement ends it: what it has earned is kept as a last point, with
+    the status `interrupted`, and KeyboardInterrupt goes on to the training loop. An
+    interrupt before anything was earned leaves no point.
+
+    In distributed training, build and step the tracker on one process.
+
+    Attributes:
+        history: the points so far, oldest first.
+        num_updates: how often `step` was called.
+
+    Args:
+        model: the network in training, wrapped or not.
+        loss: as in `EmpiricalRisk`.
+        data: as in `EmpiricalRisk`; a loader is run through once. Copied, and kept in
+            main memory between points. A thousand samples give a usable lambda_max.
+        optimizer: whose thresholds are noted and whose second moments precondition;
+            None for neither.
+        every: updates from one point to the next, >= 1.
+        measures: of `"lambda_max"`, `"lambda_max_preconditioned"` (P^-1/2 H P^-1/2, P as
+            in `adam_preconditioner`; not available before Adam's first step) and `"phi"`
+            (Metric 2.1 by the paper's protocol, 10 iterations of L-BFGS-B). The loss is
+            always measured.
+        epsilon: of phi, > 0.
+        tol: error bound wanted of the eigenvalues, relative; > 0.
+        seed: of every measure's random starts.
+        at_start: whether update 0 is measured now. Pass False before `load_state_dict`,
+            and for the callbacks, which measure it when the training begins.
+        on_point: called with each new `TrackedPoint`, to log or to write it.
+        **risk: keywords of `EmpiricalRisk`: `closure`, `batchnorm`, `params`,
+            `device`, ....
+
+    Raises:
+        ValueError: an unknown measure, `every` below 1, `epsilon` or `tol` <= 0,
+            preconditioned curvature of an optimizer that is no Adam, or what
+            `EmpiricalRisk` refuses (with `at_start=False`, at the first point).
+        TypeError: `optimizer`, `on_point` or the data are of another kind.
+
+    Cost of a point: building the risk (a few samples), one forward pass for the loss,
+    and in gradients (passes forward and backward over the data) about 10 to 25 for each
+    eigenvalue, 11 for phi. Eigenvalues start from the last eigenvector, so following
+    them is cheaper than finding them. Between points: the data and a vector of n numbers
+    for each eigenvalue.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[..., Tensor] | None = None,
+        data: Any = None,
+        *,
+        optimizer: Optimizer | None = None,
+        every: int = 50,
+        measures: str | Sequence[str] = ("lambda_max",),
+        epsilon: float = 1e-3,
+        tol: float = 1e-2,
+        seed: int = 0,
+        at_start: bool = True,
+        on_point: Callable[[TrackedPoint], object] | None = None,
+        **risk: Any,
+    ) -> None:
+        self._every = whole("every", every, 1, "1 measures after each update.")
+        self._measures = _selected(measures)
+        self._epsilon = positive("epsilon", epsilon, "The paper used 1e-3 and 5e-4.")
+        self._tol = positive("tol", tol, "The default is 1e-2.")
+        self._seed = whole("seed", seed, 0)
+        if on_point is not None and not callable(on_point):
+            raise TypeError(
+                "`on_point` must be a function of a TrackedPoint; got "
+                f"{type(on_point).__name__}. To write to a file, pass one that appends."
+            )
+        self._on_point = on_point
+        self._optimizer = self._checked(optimizer)
+        self._model, self._loss, self._risk_settings = model, loss, risk
+        self._data = batches.materialised(
+            data, torch.device("cpu"), pairs=risk.get("closure") is None
+        )
+        self.history: list[TrackedPoint] = []
+        self.num_updates = 0
+        self._eigenvectors: dict[str, Tensor] = {}  # the last ones, (n,) each
+        if at_start:
+            self.measure()
+
+    # -- in the loop -------------------------------------------------------------------
+
+    def step(self) -> TrackedPoint | None:
+        """Count one update, and measure where it is due. Call it after the optimizer's.
+
+        A scheduler that steps with every update comes before, so that the thresholds are
+        those of the next update.
+
+        Returns:
+            The new point, or None.
+
+        Raises:
+            KeyboardInterrupt: the measurement was interrupted.
+        """
+        self.num_updates += 1
+        return self.measure() if self.num_updates % self._every == 0 else None
+
+    def measure(self) -> TrackedPoint:
+        """Measure now, whether due or not, and add the point to `history`.
+
+        Raises:
+            KeyboardInterrupt: it was interrupted; the point holds what was earned.
+        """
+        began = time.monotonic()
+        risk = EmpiricalRisk(self._model, self._loss, self._data, **self._risk_settings)
+        loss = risk.value()
+        values = self._values(risk, loss)
+        point = TrackedPoint(
+            step=self.num_updates,
+            loss=loss,
+            **values,
+            learning_rate=_common_learning_rate(self._optimizer),
+            thresholds=stability_thresholds(self._optimizer),
+            seconds=time.monotonic() - began,
+        )
+        self.history.append(point)
+        if self._on_point is not None:
+            self._on_point(point)
+        if point.status is Status.INTERRUPTED:
+            raise KeyboardInterrupt
+        return point
+
+    # -- what it shows -----------------------------------------------------------------
+
+    def __str__(self) -> str:
+        last = f"; {self.history[-1]}" if self.history else ""
+        values = [value for point in self.history for value in point.values().values()]
+        return (
+            f"{len(self.history)} points in {self.num_updates} updates{last}   "
+            f"({sum(value.num_hvps for value in values)} Hessian-vector products, "
+            f"{sum(value.num_evals for value in values)} gradients, "
+            f"{sum(point.seconds for point in self.history):.1f} s)"
+        )
+
+    def __repr__(self) -> str:
+        return f"SharpnessTracker({self})"
+
+    def table(self) -> str:
+        """A line for each point: every number with its evidence, threshold and cost."""
+        shown = [name for name in MEASURES if any(name in p.values() for p in self.history)]
+        rows = [["update", "loss", *shown, "threshold", "products", "gradients", "s"]]
+        rows += [_cells(point, shown) for point in self.history]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+            for row in rows
+        )
+        return "\n".join(lines) + "\n"
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Every measure and its threshold above the loss; a matplotlib figure.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        from sharpness.report.figures import tracking_plot
+
+        return tracking_plot(self.history, path)
+
+    # -- across an interruption --------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors from which tracking goes on, for a checkpoint."""
+        return {
+            "num_updates": self.num_updates,
+            "history": [_plain(point) for point in self.history],
+            "eigenvectors": dict(self._eigenvectors),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another tracker was when it gave its `state_dict`.
+
+        A training that goes on with the same bits is then tracked with the same numbers.
+
+        Raises:
+            ValueError: `state` is not from `state_dict`.
+        """
+        try:
+            num_updates, eigenvectors = state["num_updates"], dict(state["eigenvectors"])
+            history = [_point(plain) for plain in state["history"]]
+        except (KeyError, TypeError, ValueError):
+            got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state)
+            raise ValueError(
+                f"`state` must come from a tracker's `state_dict()`; got {got or 'none'}. "
+                "Save it beside the model's and the optimizer's."
+            ) from None
+        self.num_updates, self.history = num_updates, history
+        self._eigenvectors = eigenvectors
+
+    # -- in other people's loops -------------------------------------------------------
+
+    def transformers_callback(self) -> Any:
+        """A `transformers.TrainerCallback` that steps this tracker after each update.
+
+        For a tracker built with `at_start=False`; the optimizer is taken from the
+        trainer where none was given. Only the first process measures.
+
+        Raises:
+            ImportError: transformers is not installed.
+        """
+        base: Any = _imported("TrainerCallback", "transformers")
+        tracker = self
+
+        class TrackingCallback(base):  # type: ignore[misc]
+            def on_train_begin(
+                self, args: Any, state: Any, control: Any, **parts: Any
+            ) -> None:
+                if state.is_world_process_zero:
+                    tracker._begin(parts.get("optimizer"), state.global_step)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.is_world_process_zero:
+                    tracker.step()
+
+        return TrackingCallback()
+
+    def lightning_callback(self) -> Any:
+        """A Lightning `Callback` that steps this tracker after each update.
+
+        For a tracker built with `at_start=False`; the optimizer is the trainer's first
+        where none was given. Only the first process measures. Lightning's checkpoints
+        hold the tracker's state.
+
+        Raises:
+            ImportError: neither lightning nor pytorch_lightning is installed.
+        """
+        base: Any = _imported("Callback", "lightning.pytorch", "pytorch_lightning")
+        tracker = self
+
+        class TrackingCallback(base):  # type: ignore[misc]
+            num_seen = 0  # the trainer's updates; several batches may make one
+
+            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+                self.num_seen = trainer.global_step
+                if trainer.is_global_zero:
+                    tracker._begin(next(iter(trainer.optimizers), None), self.num_seen)
+
+            def on_train_batch_end(
+                self, trainer: Any, pl_module: Any, *_: Any, **__: Any
+            ) -> None:
+                updated = trainer.global_step > self.num_seen
+                self.num_seen = trainer.global_step
+                if updated and trainer.is_global_zero:
+                    tracker.step()
+
+            def state_dict(self) -> dict[str, Any]:
+                return tracker.state_dict()
+
+            def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+                tracker.load_state_dict(state_dict)
+
+        return TrackingCallback()
+
+    # -- inside ------------------------------------------------------------------------
+
+    def _begin(self, optimizer: Any, num_updates: int) -> None:
+        """What a callback does before the first update that it sees."""
+        if self._optimizer is None:
+            self._optimizer = self._checked(optimizer)
+        if not self.history:
+            self.num_updates = num_updates
+            self.measure()
+
+    def _checked(self, optimizer: Any) -> Optimizer | None:
+        """The optimizer, out of the wrapper that Accelerate or Lightning puts around."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if inner is None:
+            return None
+        if not isinstance(inner, Optimizer):
+            raise TypeError(
+                f"`optimizer` must be a torch.optim.Optimizer; got {type(inner).__name__}. "
+                "Leave it out where there is none."
+            )
+        preconditioned = "lambda_max_preconditioned" in self._measures
+        if preconditioned and not isinstance(inner, Adam | AdamW | NAdam):
+            raise ValueError(
+                "`optimizer` must be Adam, AdamW or NAdam for 'lambda_max_preconditioned'; "
+                f"got {type(inner).__name__}. Track 'lambda_max' instead."
+            )
+        return inner
+
+    def _values(self, risk: EmpiricalRisk, loss: float) -> dict[str, Any]:
+        found = {}
+        for name in self._measures:
+            value = self._value(name, risk) if math.isfinite(loss) else _NON_FINITE
+            if value is not None:
+                found[name] = value
+                if value.status is Status.INTERRUPTED:
+                    break
+        return found
+
+    def _value(self, name: str, risk: EmpiricalRisk) -> TrackedValue | None:
+        if name == "phi":
+            return _of_phi(
+                epsilon_sharpness(
+                    risk, self._epsilon, solver="lbfgsb", seed=self._seed, progress=False
+                )
+            )
+        preconditioner = None
+        if name == "lambda_max_preconditioned":
+            state = _named_state(self._optimizer, risk.model)
+            if state is None:
+                return None
+            preconditioner = adam_preconditioner(risk, state)
+        last = self._eigenvectors.get(name)
+        pairs = eigenpairs(
+            risk,
+            preconditioner=preconditioner,
+            tol=self._tol,
+            seed=self._seed,
+            # Freezing or thawing a layer changes what theta is.
+            v0=last if last is not None and len(last) == risk.n else None,
+            progress=False,
+        )
+        if len(pairs.eigenvectors):
+            self._eigenvectors[name] = pairs.eigenvectors[0].clone()  # not the whole basis
+        return _of_pairs(pairs)
+
+
+def stability_thresholds(optimizer: Optimizer | None) -> dict[str, float]:
+    r"""The curvature above which an optimizer's updates diverge on a quadratic.
+
+    With learning rate eta, full-batch gradients, and momentum b:
+
+    - plain gradient descent: $2 / \eta$;
+    - heavy-ball (Polyak) momentum: $(2 + 2b) / \eta$;
+    - Nesterov momentum: $(2 + 2b) / (\eta (1 + 2b))$;
+    - Adam and AdamW, of the preconditioned curvature $P^{-1} H$:
+      $(2 + 2\beta_1) / ((1 - \beta_1) \eta)$, 38 / eta for beta_1 = 0.9.
+
+    SGD's dampening d makes eta (1 - d) of eta. Weight decay, which is no part of f, moves
+    them by a relative eta times decay at most and is left out.
+
+    Returns:
+        `{"lambda_max": ...}` for SGD, `{"lambda_max_preconditioned": ...}` for Adam and
+        AdamW; empty for any other optimizer, a learning rate of 0, ascent
+        (`maximize=True`), or parameter groups whose thresholds differ: no single number
+        holds for the whole curvature then.
+
+    References:
+        Cohen et al. (2021), arXiv:2103.00065, for gradient descent with and without
+        momentum; Cohen et al. (2022), arXiv:2207.14484, for Adam.
+    """
+    groups = optimizer.param_groups if optimizer is not None else []
+    found = [_threshold(optimizer, group) for group in groups]
+    return found[0] if found and all(other == found[0] for other in found) else {}
+
+
+def _threshold(optimizer: Optimizer | None, group: Mapping[str, Any]) -> dict[str, float]:
+    eta = float(group["lr"])
+    if eta <= 0 or group.get("maximize"):
+        return {}
+    if isinstance(optimizer, SGD):
+        b = float(group["momentum"])
+        eta *= 1 - (float(group["dampening"]) if b else 0.0)
+        times = 1 + 2 * b if group["nesterov"] else 1
+        return {"lambda_max": (2 + 2 * b) / (eta * times)} if eta > 0 else {}
+    if isinstance(optimizer, Adam | AdamW):
+        b = float(group["betas"][0])
+        return {"lambda_max_preconditioned": (2 + 2 * b) / ((1 - b) * eta)}
+    return {}
+
+
+def _common_learning_rate(optimizer: Optimizer | None) -> float | None:
+    groups = optimizer.param_groups if optimizer is not None else []
+    rates = {float(group["lr"]) for group in groups}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def _named_state(optimizer: Optimizer | None, model: nn.Module) -> dict[str, Any] | None:
+    """Adam's state with the parameters' names in it; None before its first step.
+
+    Its groups may hold some of the parameters only, in any order.
+    """
+    if optimizer is None or not any("exp_avg_sq" in s for s in optimizer.state.values()):
+        return None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    state = optimizer.state_dict()
+    for group, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group["param_names"] = [names.get(id(p), "") for p in live["params"]]
+    return state
+
+
+_NON_FINITE = TrackedValue(value=math.nan, error=math.nan, status=Status.NON_FINITE)
+
+
+def _of_pairs(pairs: HessianEigenpairs) -> TrackedValue:
+    return TrackedValue(
+        value=pairs.lambda_max,
+        error=float(pairs.error_bounds[0]) if len(pairs.error_bounds) else math.nan,
+        status=pairs.status,
+        num_hvps=pairs.num_hvps,
+        seconds=pairs.seconds,
+    )
+
+
+def _of_phi(found: EpsilonSharpness) -> TrackedValue:
+    return TrackedValue(
+        value=found.phi,
+        error=None,
+        status=found.status,
+        num_evals=found.num_evals,
+        seconds=found.seconds,
+    )
+
+
+def _cells(point: TrackedPoint, shown: Sequence[str]) -> list[str]:
+    values = point.values()
+    limits = ", ".join(f"{limit:.4g}" for limit in point.thresholds.values())
+    return [
+        str(point.step),
+        f"{point.loss:.4g}",
+        *(str(values.get(name, "–")) for name in shown),
+        limits or "–",
+        str(sum(value.num_hvps for value in values.values())),
+        str(sum(value.num_evals for value in values.values())),
+        f"{point.seconds:.1f}",
+    ]
+
+
+def _plain(point: TrackedPoint) -> dict[str, Any]:
+    """Nested plain values, readable with `weights_only=True`."""
+    plain = asdict(point)
+    for name in point.values():
+        plain[name]["status"] = str(plain[name]["status"])
+    return plain
+
+
+def _point(plain: Mapping[str, Any]) -> TrackedPoint:
+    values = {
+        name: TrackedValue(**{**plain[name], "status": Status(plain[name]["status"])})
+        for name in MEASURES
+        if plain[name] is not None
+    }
+    return TrackedPoint(**{**plain, **values})
+
+
+def _selected(measures: str | Sequence[str]) -> list[str]:
+    asked = [measures] if isinstance(measures, str) else list(measures)
+    for name in asked:
+        if name not in MEASURES:
+            close = get_close_matches(str(name), MEASURES, 1)
+            raise ValueError(
+                f"`measures` must be of {', '.join(MEASURES)}; got {name!r}."
+                + (f" Did you mean {close[0]}?" if close else "")
+            )
+    return [name for name in MEASURES if name in asked]
+
+
+def _imported(name: str, *modules: str) -> Any:
+    """A class from the first of these modules that is installed."""
+    for module in modules:
+        try:
+            return getattr(import_module(module), name)
+        except ModuleNotFoundError:
+            continue
+    package = modules[0].split(".")[0]
+    raise ImportError(
+        f"`{package}_callback` must find {' or '.join(modules)}; got no such module. "
+        f"Run `pip install {package}`."
+    )
