@@ -11,7 +11,7 @@ import torch
 import sharpness as sh
 from sharpness.lab import data
 
-LEARNING_RATE = 0.5
+LEARNING_RATE = 0.4
 
 
 def track(num_updates: int, every: int) -> sh.SharpnessTracker:
@@ -41,7 +41,7 @@ def track(num_updates: int, every: int) -> sh.SharpnessTracker:
 
 
 if __name__ == "__main__":
-    tracker = track(num_updates=6000, every=50)
+    tracker = track(num_updates=4000, every=50)
     print(tracker.table())
     print(tracker)
     tracker.plot(sys.argv[1] if len(sys.argv) > 1 else "edge_of_stability.png")

@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharpness import checkpoint, read_records
 from sharpness import train as command
+from sharpness.lab import run as loop
 from sharpness.lab import sweep
 from sharpness.lab.run import train
 
@@ -30,24 +31,22 @@ LONG = 60.0  # seconds that nothing here takes
 
 
 def always_save():
-    sys.modules[train.__module__]._SAVE_EVERY = -1.0
+    loop._SAVE_EVERY = -1.0
 
 
-def outcome_of_impatient(*arguments):
-    """What a worker process does instead of `sweep._outcome`."""
-    always_save()
-    return OUTCOME(*arguments)
+class Impatient(sweep._Worker):
+    """Saves before each update, in whatever process it works."""
 
-
-OUTCOME = sweep._outcome
+    def __call__(self, unit):
+        always_save()
+        return super().__call__(unit)
 
 
 def live(call, beats):
     """One life of the command; a beat before each update that it makes itself."""
     sys.stdout = sys.stderr = open(os.devnull, "w")
     torch.set_num_threads(1)
-    always_save()
-    sweep._outcome = outcome_of_impatient
+    sweep._Worker = Impatient
     os.cpu_count = lambda: 2
     if beats is not None:
         register_optimizer_step_pre_hook(lambda *_: beats.send_bytes(b"."))

@@ -376,10 +376,10 @@ def test_stages_double_the_channels_and_halve_the_image(name, stages):
 
 @pytest.mark.parametrize("place", range(6))
 def test_a_later_token_changes_no_earlier_output(place):
-    model = started("GPT", 0)
+    model = started("GPT", 0).double()
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(10)  # away from attention that weighs all tokens alike
+            p.normal_(std=0.3)  # away from attention that weighs all tokens alike
     tokens = samples("GPT")[0]
     changed = tokens.clone()
     changed[:, place] = (tokens[:, place] + 1) % 5
@@ -387,7 +387,7 @@ def test_a_later_token_changes_no_earlier_output(place):
     assert before.shape == (2, 5, 6)
     torch.testing.assert_close(before[..., :place], after[..., :place])
     moved = (before - after).abs().amax(1)[:, place:]
-    assert bool((moved > 1e-6).all())  # attention sees all that came before
+    assert bool((moved > 1e-9).all())  # attention sees all that came before
 
 
 def test_gpt_is_what_its_formulas_say():

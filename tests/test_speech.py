@@ -99,9 +99,7 @@ def test_the_set_is_built_from_recordings(recordings, tmp_path):
     folder, lengths = recordings
     write_spoken_digits(folder, tmp_path / "spoken-digits.npz")
     dataset = load("spoken-digits", data_dir=tmp_path)
-    (x, y), (_, test_y) = (
-        (a.numpy(), b.numpy()) for a, b in (dataset.train, dataset.test)
-    )
+    (x, y), (_, test_y) = ((a.numpy(), b.numpy()) for a, b in (dataset.train, dataset.test))
     frames = {name: length // 80 for name, length in lengths.items()}
     assert len(test_y) == sum(n for name, n in frames.items() if name.endswith("_4"))
     assert len(x) == sum(frames.values()) - len(test_y)

@@ -160,29 +160,29 @@ def test_every_point_has_the_loss_and_lambda_max_of_its_own_parameters():
     assert abs(first.value - last) > 2 * first.error  # or a stale one would pass
 
 
-def test_the_next_search_starts_from_the_last_eigenvector(monkeypatch):
+def test_the_next_search_starts_from_the_last_eigenvectors(monkeypatch):
     problem, starts = softmax_regression(), []
     original = tracking.eigenpairs
 
-    def eigenpairs(risk, *, v0, **rest):
+    def eigenpairs(*arguments, v0, **rest):
         starts.append(v0)
-        return original(risk, v0=v0, **rest)
+        return original(*arguments, v0=v0, **rest)
 
     monkeypatch.setattr(tracking, "eigenpairs", eigenpairs)
     tracker = tracked(problem, tol=1e-8)
-    v = tracker.state_dict()["eigenvectors"]["lambda_max"]
+    vectors = tracker.state_dict()["eigenvectors"]["lambda_max"]
+    v = vectors[0]
     hessian, value = problem.hessian, tracker.history[0].lambda_max
     residual = (hessian @ v - value.value * v).norm() / v.norm()
     assert residual <= 1e-6 * value.value
-    assert v.untyped_storage().nbytes() == v.nbytes  # the basis is let go
+    assert vectors.untyped_storage().nbytes() == vectors.nbytes  # the basis is let go
     tracker.measure()
     assert starts[0] is None
-    assert torch.equal(starts[1], v)
+    assert torch.equal(starts[1], vectors)
 
 
-def test_following_a_converged_eigenvector_costs_fewer_products():
-    problem = tiny_mlp()
-    tracker = tracked(problem, tol=1e-3)
+def test_following_converged_eigenvectors_costs_fewer_products():
+    tracker = tracked(tiny_mlp(), tol=1e-3)
     again = tracker.measure()
     assert again.lambda_max.num_hvps < tracker.history[0].lambda_max.num_hvps
 
@@ -202,6 +202,19 @@ def test_preconditioned_curvature_divides_by_adams_moments_whatever_their_order(
     found = tracker.history[1].lambda_max_preconditioned
     assert abs(found.value - float(exact)) <= found.error + 1e-9 * float(exact)
     assert set(tracker.history[1].thresholds) == {"lambda_max_preconditioned"}
+
+
+def test_an_eigenvalue_that_overtakes_the_one_that_was_followed_is_seen():
+    h = torch.linspace(0.5, 1.0, 40, dtype=torch.float64)
+    model, scale = Point(torch.zeros(40, dtype=torch.float64)), torch.ones(40).double()
+    scale[3], scale[7] = 10.0, 9.0
+    tracker = sh.SharpnessTracker(
+        model, closure=lambda m, _: 0.5 * (scale * h * m.theta**2).sum(), data=ONE_SAMPLE
+    )
+    for growth in torch.linspace(1.0, 1.5, 9).tolist():
+        scale[7] = 9.0 * growth
+        found = tracker.measure().lambda_max
+        assert abs(found.value - float((scale * h).max())) <= found.error + 1e-12
 
 
 def test_phi_is_that_of_the_protocol_in_closed_form():
@@ -236,7 +249,7 @@ def test_layers_may_be_thawed_on_the_way():
     tracker = tracked(problem)
     problem.model[0].requires_grad_(True)
     assert tracker.measure().status is Status.COMPLETED
-    assert len(tracker.state_dict()["eigenvectors"]["lambda_max"]) == 44
+    assert tracker.state_dict()["eigenvectors"]["lambda_max"].shape == (2, 44)
 
 
 def test_a_diverged_training_is_reported_and_not_stopped():

@@ -27,7 +27,7 @@ NAME = "batch64-seed0.pt"
 
 
 def call(folder, *options):
-    return command.main([*options, *FIXED, "--output", str(folder)])
+    return command.main([*FIXED, "--output", str(folder), *options])
 
 
 def files(folder):
@@ -57,7 +57,9 @@ def planned(monkeypatch):
     def of(*options):
         runs = []
         with monkeypatch.context() as patch:
-            patch.setattr(command, "sweep", lambda asked, *_, **__: runs.extend(asked) or [])
+            patch.setattr(
+                command, "sweep", lambda asked, *_, **__: runs.extend(asked) or []
+            )
             assert command.main([*options, *FIXED[:4]]) == 0
         return runs
 
@@ -86,15 +88,15 @@ def test_two_batch_sizes_and_two_seeds_are_four_networks(tmp_path, capsys):
     assert files(tmp_path).keys() == names
     assert status(tmp_path) == {(name, "finished"): 1 for name in names}
     assert (out.count("3 updates, training loss"), out.count("\n"), err) == (4, 4, "")
-    digits, starts = data.load("digits"), {}
-    for size, seed in itertools.product((64, 256), (0, 1)):
-        saved = checkpoint.load(tmp_path / f"batch{size}-seed{seed}.pt")
-        starts[size, seed] = saved.start["sha256"]
-        if size == 256:
-            training = Training(network="F1", batch_size=size, seed=seed)
-            path = tmp_path / "alone" / f"{seed}.pt"
-            assert bits(saved) == bits(train(training, Budget(updates=3), digits, path))
-    assert starts[64, 0] == starts[256, 0] != starts[64, 1] == starts[256, 1]
+    saved = {name: checkpoint.load(tmp_path / name) for name in names}
+    training = Training(network="F1", batch_size=256, seed=1)
+    path = tmp_path / "alone" / "a.pt"
+    alone = train(training, Budget(updates=3), data.load("digits"), path)
+    assert bits(saved["batch256-seed1.pt"]) == bits(alone)
+    starts = [
+        saved[f"batch{b}-seed{s}.pt"].start["sha256"] for s in (0, 1) for b in (64, 256)
+    ]
+    assert starts[0] == starts[1] != starts[2] == starts[3]
 
 
 def test_small_and_large_batch_train_for_the_epochs_asked_for(tmp_path, capsys):
@@ -122,7 +124,7 @@ def test_finished_runs_are_skipped_and_a_longer_budget_carries_on(tmp_path, upda
 
 
 def test_an_interrupted_call_carries_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(f"{train.__module__}._SAVE_EVERY", -1.0)
+    monkeypatch.setattr("sharpness.lab.run._SAVE_EVERY", -1.0)
     whole, made = tmp_path / "whole", []
     assert call(whole, *ONE, "--seeds", "2") == 0
     capsys.readouterr()
@@ -207,10 +209,16 @@ def test_flags_override_a_regime(planned):
     small, large = planned(*options)
     assert (small.budget.epochs, large.budget.epochs) == (200, 1600)
     assert large.training.course(50_000).num_updates(1600) == 200 * 50_000 / 128
-    other = planned(*options[:-1], "128", "--learning-rate", "0.3", "--clip-norm", "2",
-                    "--weight-decay", "0", "--epochs", "3", "--schedule", "constant")  # fmt: skip
-    expected = replace(small.training, learning_rate=0.3, clip_norm=2.0, weight_decay=0.0,
-                       schedule="constant")  # fmt: skip
+    flags = ["--learning-rate", "0.3", "--clip-norm", "2", "--weight-decay", "0"]
+    flags += ["--epochs", "3", "--schedule", "constant"]
+    other = planned(*options[:-1], "128", *flags)
+    expected = replace(
+        small.training,
+        learning_rate=0.3,
+        clip_norm=2.0,
+        weight_decay=0.0,
+        schedule="constant",
+    )
     assert [run.training for run in other] == [expected]
     assert other[0].budget == Budget(epochs=3)
 
@@ -230,7 +238,9 @@ def test_what_is_not_given_has_the_papers_or_keras_values(planned):
 
 def test_lists_with_commas_are_every_combination_with_a_name_of_its_own(planned):
     options = ["--batch-size", "32,64", "--learning-rate", "0.01,0.1", "--seeds", "2"]
-    runs = planned("F1", *options, "--optimizer", "adam,sgd", "--remedy", "none,sam?rho=0.1")
+    runs = planned(
+        "F1", *options, "--optimizer", "adam,sgd", "--remedy", "none,sam?rho=0.1"
+    )
     trained = {
         (t.batch_size, t.learning_rate, t.optimizer, t.remedy, t.seed)
         for t in (run.training for run in runs)
@@ -343,7 +353,6 @@ def test_a_disk_that_fills_up_leaves_the_last_sound_checkpoint(tmp_path, capsys)
         ([MLP, "--augmentation", "mixup"], "`augmentation` must be one of .*'mixup'"),
         ([MLP, "--scaling", "cubic"], "`scaling` must be none, linear or sqrt; got 'cub"),
         ([MLP, "--regime", "keskar2016"], "invalid choice: 'keskar2016'"),
-        ([MLP, "--regime", "smith2018-increased-momentum"], "1433 .*; got '3200'"),
         ([MLP, "--batch-size", "1434"], "`--batch-size` must .*; got '1434'"),
         ([MLP, "--batch-size", "64,0"], "`--batch-size` must .*; got '0'"),
         ([MLP, "--batch-size", "²"], "`--batch-size` must .*; got '²'"),
@@ -368,7 +377,7 @@ def test_a_call_that_is_wrong_is_one_line_and_trains_nothing(
     tmp_path, capsys, updates, options, expected
 ):
     try:
-        code = command.main([*FIXED, "--output", str(tmp_path / "runs"), *options])
+        code = call(tmp_path / "runs", "--batch-size", "64", "--updates", "2", *options)
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()

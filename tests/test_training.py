@@ -109,13 +109,6 @@ def kill_at(number):
     return kill
 
 
-def often_killed(training, budget, dataset, path, kills, **options):
-    for number in kills:
-        with pytest.raises(KeyboardInterrupt):
-            train(training, budget, dataset, path, on_update=kill_at(number), **options)
-    return train(training, budget, dataset, path, **options)
-
-
 # -- what an update is -------------------------------------------------------------------
 
 
@@ -224,9 +217,7 @@ def test_the_loop_is_the_optimizer_on_the_mean_cross_entropy(images, tmp_path, n
 )  # fmt: skip
 def test_batches_and_rates_follow_the_schedule(images, tmp_path, schedule, sizes, rates):
     watched = Watched()
-    run = replace(
-        RUN, batch_size=8, optimizer="sgd", learning_rate=1.0, schedule=schedule
-    )
+    run = replace(RUN, batch_size=8, optimizer="sgd", learning_rate=1.0, schedule=schedule)
     train(run, Budget(epochs=3), images, tmp_path / "a.pt", on_update=watched)
     assert [len(batch) for batch in watched.batches] == sizes
     assert watched.rates == pytest.approx(rates)
@@ -299,7 +290,9 @@ def test_tokens_and_numbers_are_learnt_too(tmp_path, network, dataset):
     criterion = nn.MSELoss() if dataset is numbers else nn.CrossEntropyLoss()
     target = y.double() if dataset is numbers else y
     expected = float(criterion(outputs, target).detach())
-    assert saved.training["metrics"]["train_loss_batch"] == pytest.approx(expected, rel=1e-5)
+    assert saved.training["metrics"]["train_loss_batch"] == pytest.approx(
+        expected, rel=1e-5
+    )
     assert expected < 0.7 * saved.training["history"][0]
 
 
@@ -390,91 +383,6 @@ def test_default_batch_sizes_shrink_with_the_training_set():
 
 # -- carrying on -------------------------------------------------------------------------
 
-KINDS = {
-    "adam": {},
-    "sgd": {"optimizer": "sgd", "clip_norm": 0.1},
-    "nesterov": {"optimizer": "nesterov", "weight_decay": 1e-3},
-    "adagrad": {"optimizer": "adagrad"},
-    "increase": {"optimizer": "momentum", "scaling": "sqrt", "base_batch_size": 8,
-                 "schedule": "increase?drops=(1,2.5)&factor=1.5&warmup=0.5"},
-    "conservative": {"remedy": "conservative"},
-    "adversarial": {"remedy": "adversarial?epsilon=0.1"},
-    "asam": {"remedy": "asam", "optimizer": "momentum"},
-    "batchnorm": {"network": "ResNet-8", "ghost_batch_size": 8, "augmentation": "keskar",
-                  "remedy": "sam"},
-    "dropout": {"network": "C1"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_run_killed_after_every_update_ends_with_the_same_bits(
-    images, tmp_path, saving_always, kind
-):
-    run = replace(RUN, **KINDS[kind])
-    budget = Budget(updates=7)
-    whole = train(run, budget, images, tmp_path / "whole.pt")
-    torch.rand(7)  # the global generator stands elsewhere now
-    path = tmp_path / "killed.pt"
-    killed = often_killed(run, budget, images, path, range(1, 8))
-    assert bits(killed) == bits(whole)
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_kill_changes_neither_where_a_run_stops_nor_what_it_keeps(
-    images, tmp_path, saving_always, suffix
-):
-    run = replace(RUN, learning_rate=0.03)
-    budget = Budget(epochs=60, until_loss=1.9, patience=5)
-    (tmp_path / "a").mkdir()
-    whole = train(run, budget, images, tmp_path / f"a/f{suffix}", keep_every=2)
-    updates = whole.training["updates"]
-    assert 5 < updates < 60
-    killed = tmp_path / f"b/f{suffix}"
-    often_killed(run, budget, images, killed, range(1, updates + 1), keep_every=2)
-    names = {p.name for p in (tmp_path / "a").glob(f"*{suffix}")}
-    assert {p.name for p in (tmp_path / "b").glob(f"*{suffix}")} == names
-    for name in names:
-        ours, theirs = (checkpoint.load(tmp_path / folder / name) for folder in "ab")
-        assert bits(ours) == bits(theirs)
-
-
-def test_a_kill_before_the_first_save_costs_nothing_but_time(images, tmp_path):
-    whole = train(RUN, FOUR, images, tmp_path / "whole.pt")
-    path = tmp_path / "killed.pt"
-    with pytest.raises(KeyboardInterrupt):
-        train(RUN, FOUR, images, path, on_update=kill_at(6))
-    assert not path.exists()
-    assert bits(train(RUN, FOUR, images, path)) == bits(whole)
-
-
-def test_what_a_kill_leaves_is_a_checkpoint_in_mid_epoch(images, tmp_path, saving_always):
-    path = tmp_path / "a.pt"
-    with pytest.raises(KeyboardInterrupt):
-        train(RUN, FOUR, images, path, on_update=kill_at(5))
-    left = checkpoint.load(path)
-    assert (left.training["updates"], left.training["epoch"]) == (4, 1)
-    assert not left.training["finished"]
-    assert len(left.training["history"]) == 2
-    assert len(left.progress["losses"]) == 4
-
-
-def test_a_kill_while_a_kept_checkpoint_is_written_does_not_lose_it(
-    images, tmp_path, saving_always, monkeypatch
-):
-    path, save = tmp_path / "a.pt", checkpoint.save
-
-    def dying(where, saved):
-        if where.name == "a-epoch2.pt":
-            raise KeyboardInterrupt
-        save(where, saved)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", dying)
-        with pytest.raises(KeyboardInterrupt):
-            train(RUN, FOUR, images, path, keep_every=1)
-    train(RUN, FOUR, images, path, keep_every=1)
-    assert {p.name for p in tmp_path.glob("a-*")} == {f"a-epoch{i}.pt" for i in (1, 2, 3, 4)}
-
 
 def test_kept_checkpoints_are_those_of_runs_that_ended_there(images, tmp_path):
     train(RUN, FOUR, images, tmp_path / "a.pt", keep_every=2)
@@ -561,7 +469,7 @@ def test_the_callers_random_generators_are_untouched(images, tmp_path):
 
 def test_a_diverging_run_says_so_and_leaves_no_checkpoint(images, tmp_path):
     wild = replace(RUN, network="F1", learning_rate=1e38)
-    with pytest.raises(ValueError, match=r"`learning_rate` must keep the loss finite; [^\n]*$"):
+    with pytest.raises(ValueError, match=r"`learning_rate` must keep [^\n]*$"):
         train(wild, Budget(epochs=5), images, tmp_path / "a.pt")
     assert list(tmp_path.glob("*.pt")) == []
 

@@ -306,17 +306,14 @@ def _split(x: Tensor, y: Tensor) -> tuple[Part, Part]:
     return (x[first], y[first]), (x[~first], y[~first])
 
 
+_REPLACE = "Replace it with a sound copy, or delete it to have it downloaded again."
+
+
 def _require(
-    sound: bool, path: str | Path, contract: str, got: str, advice: str = ""
+    sound: bool, path: str | Path, contract: str, got: str, advice: str = _REPLACE
 ) -> None:
     if not sound:
-        raise ValueError(
-            f"`{path}` must {contract}; got {got}. "
-            + (
-                advice
-                or "Replace it with a sound copy, or delete it to have it downloaded again."
-            )
-        )
+        raise ValueError(f"`{path}` must {contract}; got {got}. {advice}")
 
 
 # -- sets that come with packages ------------------------------------------------------

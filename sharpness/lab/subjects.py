@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import sys
@@ -13,9 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import parse_qsl
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -25,7 +22,7 @@ from sharpness import _tensors, checkpoint
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import data as lab_data
 from sharpness.lab import networks
-from sharpness.lab.data import Dataset, class_balanced
+from sharpness.lab.data import Dataset, class_balanced, has_classes
 
 Pair = tuple[Any, Tensor]
 USUAL_SAMPLES = 1000
@@ -76,7 +73,7 @@ class Subject:
         total = len(pair[1])
         if num_samples is None or num_samples == total:
             return pair
-        if balanced and _has_classes(pair[1]):
+        if balanced and has_classes(pair[1]):
             index = class_balanced(pair[1], num_samples, seed)
         elif 1 <= num_samples <= total:
             generator = torch.Generator().manual_seed(seed)
@@ -92,7 +89,7 @@ class Subject:
         """1000 samples, or as many balanced ones as there are; None for all."""
         targets = self.part(split)[1]
         most = len(targets)
-        if _has_classes(targets):
+        if has_classes(targets):
             sizes = torch.bincount(targets)
             most = min(most, int(sizes[sizes > 0].min()) * int((sizes > 0).sum()))
         return None if len(targets) <= USUAL_SAMPLES else min(USUAL_SAMPLES, most)
@@ -148,7 +145,7 @@ def opened(
             f"`--data` must say what `{path}` is measured on; got none. Give a named set "
             f"({', '.join(lab_data.NAMES)}), an .npz file, or {_SPEC}."
         )
-    splits, about = _made_data(source, data_dir)
+    splits, about = _made_data(source, data_dir, as_trained=not data)
     for pair in splits.values():
         _check_lengths(pair, source)
     if native and not data and native.data.get("sha256") not in (None, about.get("sha256")):
@@ -214,7 +211,7 @@ def made_network(spec: str) -> nn.Module:
     """A module from `package.module:factory?args`, `timm:...` or `transformers:...`."""
     kind, _, rest = spec.partition(":")
     if kind == "timm":
-        name, arguments = _arguments(rest)
+        name, arguments = networks.parsed(rest)
         create = _package("timm", spec).create_model
         model = _called("--network", spec, create, {"model_name": name, **arguments})
     elif kind == "transformers":
@@ -319,11 +316,12 @@ def _start(native: Checkpoint) -> Tensor | None:
 
 
 def _made_data(
-    source: str, data_dir: str | Path | None
+    source: str, data_dir: str | Path | None, *, as_trained: bool
 ) -> tuple[dict[str, Pair], dict[str, Any]]:
-    if source.endswith(".npz"):
-        return _from_npz(Path(source)), {"name": source}
-    if ":" not in source:
+    """Splits, and what a record says of them; `as_trained` by the lab, bytes scaled."""
+    if source.endswith(".npz") and not as_trained:
+        return _from_npz(source), {"name": source}
+    if ":" not in source or as_trained:
         try:
             dataset = _named_set(source, data_dir)
         except ValueError as error:
@@ -341,29 +339,12 @@ def _named_set(name: str, data_dir: str | Path | None) -> Dataset:
     return lab_data.load(name, data_dir=data_dir)
 
 
-def _from_npz(path: Path) -> dict[str, Pair]:
-    names = {"x", "y", "x_train", "y_train", "x_test", "y_test"}
+def _from_npz(source: str) -> dict[str, Pair]:
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            present = list(file.files)
-            arrays = {k: torch.from_numpy(file[k]) for k in names & set(present)}
-    except Exception as error:  # damaged archives raise half a dozen kinds
-        raise ValueError(
-            f"`--data` must be an .npz file of plain arrays of numbers; got {path} "
-            f"({type(error).__name__}: {_first_line(error)})."
-        ) from None
-    suffix = "" if "x" in arrays else "_train"
-    if f"x{suffix}" not in arrays or f"y{suffix}" not in arrays:
-        raise ValueError(
-            f"`--data` must hold arrays x and y, or x_train and y_train; got {path} with "
-            f"{', '.join(present) or 'none'}."
-        )
-    parts = {"train": suffix, "test": "_test"}
-    return {
-        split: _as_pair((arrays[f"x{end}"], _targets(arrays[f"y{end}"])), str(path))
-        for split, end in parts.items()
-        if f"x{end}" in arrays and f"y{end}" in arrays
-    }
+        parts = lab_data.read_npz(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(str(error).replace(f"`{source}`", f"`--data {source}`")) from None
+    return {split: (x, _targets(y)) for split, (x, y) in parts.items()}
 
 
 def _targets(y: Tensor) -> Tensor:
@@ -418,12 +399,6 @@ def _indexed(inputs: Any, index: Tensor) -> Any:
     return inputs[index]
 
 
-def _has_classes(targets: Tensor) -> bool:
-    if targets.ndim != 1 or targets.is_floating_point() or targets.dtype == torch.bool:
-        return False
-    return bool((targets >= 0).all())
-
-
 def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
     if spec is None:
         spec = "mse" if targets.is_floating_point() else "cross-entropy"
@@ -445,7 +420,7 @@ def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
 
 def _factory(flag: str, spec: str) -> tuple[Any, dict[str, Any]]:
     where, colon, rest = spec.rpartition(":") if "?" not in spec else _split(spec)
-    name, arguments = _arguments(rest)
+    name, arguments = networks.parsed(rest)
     if not colon or not where or not name:
         raise ValueError(f"`{flag}` must be {_SPEC}; got {spec!r}.")
     module = _module(flag, where)
@@ -461,25 +436,6 @@ def _split(spec: str) -> tuple[str, str, str]:
     head, _, query = spec.partition("?")
     where, colon, name = head.rpartition(":")
     return where, colon, f"{name}?{query}"
-
-
-def _arguments(text: str) -> tuple[str, dict[str, Any]]:
-    """`resnet?depth=20` as ("resnet", {"depth": 20})."""
-    name, _, query = text.partition("?")
-    try:
-        pairs = parse_qsl(query.replace("+", "%2B"), True, bool(query))
-    except ValueError:
-        raise ValueError(
-            f"arguments of a factory must be ?name=value&...; got {text!r}."
-        ) from None
-    return name, {key: _literal(value) for key, value in pairs}
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _module(flag: str, where: str) -> ModuleType:

@@ -32,7 +32,7 @@ def _parser() -> _command.Parser:
         help="short for --preset quick: 3 starting points, 20 and 40 epochs, 1000 samples",
     )
     add("--network", choices=sorted(networks.NETWORKS), default="F1")
-    add("--data", choices=data.NAMES, default="mnist5k", help="(default: mnist5k)")
+    add("--data", default="mnist5k", help="(default: mnist5k)")
     add("--data-dir", help="folder of the data set's files (also $SHARPNESS_DATA)")
     add(
         "--num-samples",
