@@ -12,12 +12,14 @@ from typing import Any
 from sharpness import _command
 from sharpness.lab import data, networks
 from sharpness.lab.augment import AUGMENTATIONS
+from sharpness.lab.following import Following
 from sharpness.lab.regimes import REGIMES, Regime
 from sharpness.lab.remedies import REMEDIES
 from sharpness.lab.schedules import SCHEDULES
 from sharpness.lab.sweep import Outcome, Place, Run, sweep
 from sharpness.lab.training import OPTIMIZERS, Budget, Training, default_batch_sizes
 from sharpness.record import append_record, new_record
+from sharpness.tracking import MEASURES
 
 EPOCHS = {"small": 20, "large": 40}
 # Settings of `Training` that are flags of their own; these may be several, with commas.
@@ -113,6 +115,13 @@ def _add_place(group: Any) -> None:
     add = group.add_argument
     add("--output", help="folder for the checkpoints (default: runs/NETWORK-DATA)")
     add("--keep-every", type=int, help="also keep the checkpoint of every so many epochs")
+    add(
+        "--track",
+        type=_command.names,
+        help=f"measure on the way, with commas: {', '.join(MEASURES)}; points go to "
+        "records.jsonl",
+    )
+    add("--track-every", type=int, default=50, help="updates between (default: 50)")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     add("--jobs", type=int, help="runs at once (default: one a core; on a GPU one)")
     add("--backend", choices=("loky", "dask", "ray"), default="loky", help="of joblib")
@@ -135,8 +144,12 @@ def _train(options: argparse.Namespace) -> int:
     folder = Path(options.output or _default_folder(options))
     _command.check_writable("--output", folder / "records.jsonl")
     runs = list(_runs(options, folder, len(place.dataset().train[0])))
+    following = None
+    if options.track:
+        following = Following(measures=options.track, every=options.track_every)
     failed = 0
-    for outcome in sweep(runs, place, keep_every=options.keep_every):
+    outcomes = sweep(runs, place, keep_every=options.keep_every, following=following)
+    for outcome in outcomes:
         append_record(folder / "records.jsonl", _record(outcome))
         failed += outcome.failure is not None
         _say(outcome)

@@ -153,7 +153,7 @@ class TrainingRun:
         contract = f"be at least {least} for a network with BatchNorm"
         require(given >= least, "batch_size", contract, given)
         self.optimizer = optimizer_for(self.training, self.model.parameters())
-        self.criterion: Loss = _criterion(self.dataset)
+        self.criterion: Loss = criterion_for(self.dataset)
 
     # -- where it stands -----------------------------------------------------------------
 
@@ -336,7 +336,7 @@ class TrainingRun:
         return metrics
 
     def _risk(self, data: tuple[Tensor, Tensor], mode: Any) -> EmpiricalRisk:
-        loss = _criterion(self.dataset)
+        loss = criterion_for(self.dataset)
         return EmpiricalRisk(self.model, loss, data, batchnorm=mode, device=self.device)
 
     def _carry_on(self, saved: Checkpoint) -> None:
@@ -409,7 +409,8 @@ def at_work_on(paths: Sequence[Path]) -> Iterator[None]:
         yield
 
 
-def _criterion(dataset: Dataset) -> nn.Module:
+def criterion_for(dataset: Dataset) -> nn.Module:
+    """The mean loss that is trained: squared error for numbers, else cross-entropy."""
     return nn.MSELoss() if dataset.num_classes is None else nn.CrossEntropyLoss()
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sharpness import _progress
 from sharpness.lab import data
 from sharpness.lab.data import Dataset
+from sharpness.lab.following import Following
 from sharpness.lab.run import train
 from sharpness.lab.stacked import can_be_stacked, train_together
 from sharpness.lab.training import Budget, Training
@@ -100,6 +101,7 @@ def sweep(
     place: Place,
     *,
     keep_every: int | None = None,
+    following: Following | None = None,
     progress: bool | None = None,
 ) -> Iterator[Outcome]:
     """Train every run, each to its checkpoint; yields outcomes as they come.
@@ -107,6 +109,13 @@ def sweep(
     A run that is finished is not trained again, one that was killed is carried on
     (`training.train`), one that fails is reported and the others go on. Processes end
     with the one that started them.
+
+    Args:
+        runs: each with a path of its own.
+        place: data, device, how many at once.
+        keep_every: also keep the checkpoint of every so many epochs.
+        following: measure on the way; see `Following`.
+        progress: whether a bar is shown; None means only where a person can see it.
 
     Raises:
         ValueError: two runs with one path, or a set that cannot be loaded.
@@ -118,13 +127,15 @@ def sweep(
             f"`runs` must each have a path of their own; got {twice} twice. Leave one out."
         )
     num_train = len(place.dataset().train[0])
-    units = _units(list(enumerate(runs)), place)
+    numbered = list(enumerate(runs))
+    units = [[run] for run in numbered] if following else _units(numbered, place)
     jobs, threads = place.side_by_side(len(units))
     with _gauge([_cost(run, num_train) for run in runs], progress) as levels:
         worker = _Worker(
             place=place,
             threads=None if jobs == 1 and place.backend == "loky" else threads,
             keep_every=keep_every,
+            following=following,
             levels=levels if place.backend == "loky" else None,
             parent=os.getpid(),
         )
@@ -167,6 +178,7 @@ class _Worker:
     place: Place
     threads: int | None  # None: as they are
     keep_every: int | None
+    following: Following | None
     levels: Path | None
     parent: int
 
@@ -200,14 +212,19 @@ class _Worker:
     def _alone(self, number: int, run: Run) -> Outcome:
         began, facts, failure = time.monotonic(), {}, None
         try:
+            dataset = self.place.dataset()
+            options: dict[str, Any] = {}
+            if self.following is not None:
+                options["on_update"] = self.following.of(dataset, run.path)
             done = train(
                 run.training,
                 run.budget,
-                self.place.dataset(),
+                dataset,
                 run.path,
                 device=self.place.device,
                 keep_every=self.keep_every,
                 on_epoch=lambda epoch, loss: self._show([(number, run)], epoch),
+                **options,
             )
             facts = done.training
         except Exception as error:  # the others go on

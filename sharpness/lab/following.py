@@ -1,0 +1,66 @@
+"""A training followed by a tracker: points as records beside the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from sharpness.lab.data import Dataset, at_random, class_balanced, has_classes
+from sharpness.lab.run import OnUpdate, criterion_for
+from sharpness.record import append_record, new_record
+from sharpness.tracking import SharpnessTracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """What is measured on the way, and how often.
+
+    Args:
+        measures: of `SharpnessTracker`.
+        every: updates from one point to the next; update 0 is the first point.
+        num_samples: of the training set, class-balanced where there are classes.
+    """
+
+    measures: tuple[str, ...] = ("lambda_max",)
+    every: int = 50
+    num_samples: int = 1000
+
+    def of(self, dataset: Dataset, path: Path) -> OnUpdate:
+        """What `run.train` calls: each point goes to `records.jsonl` beside `path`.
+
+        BatchNorm takes batch statistics, as in training. A run that was killed measures
+        again what came after its last save; of points with one number the last counts.
+        """
+        x, y = dataset.train
+        few = min(self.num_samples, len(y))
+        balanced = has_classes(y) and few < len(y)
+        index = class_balanced(y, few, 0) if balanced else at_random(len(y), few, 0)
+        trackers: list[SharpnessTracker] = []
+
+        def on_update(update: int, model: nn.Module, optimizer: Optimizer) -> None:
+            if update % self.every:
+                return
+            if not trackers:
+                trackers.append(
+                    SharpnessTracker(
+                        model,
+                        criterion_for(dataset),
+                        (x[index], y[index]),
+                        optimizer=optimizer,
+                        every=self.every,
+                        measures=self.measures,
+                        at_start=False,
+                        batchnorm="batch",
+                        on_point=lambda point: append_record(
+                            path.with_name("records.jsonl"),
+                            new_record("tracking", path=path, point=point),
+                        ),
+                    )
+                )
+            trackers[0].num_updates = update
+            trackers[0].measure()
+
+        return on_update
