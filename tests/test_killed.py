@@ -6,19 +6,21 @@ import random
 import signal
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
-from test_training import FOUR, RUN, bits, tiny
+from test_training import FOUR, RUN, bits, kill_at, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharpness import checkpoint, read_records
 from sharpness import train as command
+from sharpness.lab import data, sweep
 from sharpness.lab import run as loop
-from sharpness.lab import sweep
 from sharpness.lab.run import train
+from sharpness.lab.training import Budget
 
 PREPARED = ["sharpness.train", "sklearn.datasets", "pytest", __name__]
 FORKS = multiprocessing.get_context("forkserver")  # clean, with PyTorch loaded
@@ -27,6 +29,9 @@ CALL = ["F1", "--data", "digits", "--batch-size", "64,256", "--seeds", "2"]
 CALL += ["--epochs", "2", "--device", "cpu"]
 NAMES = [f"batch{size}-seed{seed}.pt" for size in (64, 256) for seed in (0, 1)]
 UPDATES = 2 * (45 + 11)  # of all four runs
+DIGITS = data.load("digits")  # once, before the forks
+PAIR = ["MLP?width=16", "--data", "digits", "--batch-size", "64,256", "--seeds", "2"]
+PAIR += ["--updates", "250", "--device", "cpu", "--jobs"]
 LONG = 60.0  # seconds that nothing here takes
 
 
@@ -44,9 +49,9 @@ class Impatient(sweep._Worker):
 
 def live(call, beats):
     """One life of the command; a beat before each update that it makes itself."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     torch.set_num_threads(1)
-    sweep._Worker = Impatient
+    sweep._Worker, sweep._loaded = Impatient, lambda *_: DIGITS
     os.cpu_count = lambda: 2
     if beats is not None:
         register_optimizer_step_pre_hook(lambda *_: beats.send_bytes(b"."))
@@ -121,6 +126,114 @@ def test_kills_leave_no_half_written_files(often_killed):
     assert names == {*NAMES, "records.jsonl"}
 
 
+# -- killed in this process, at every update ---------------------------------------------
+
+
+@pytest.fixture
+def saving_always(monkeypatch):
+    monkeypatch.setattr(loop, "_SAVE_EVERY", -1.0)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return tiny()
+
+
+def carried_on(training, budget, dataset, path, kills, **options):
+    for number in kills:
+        with pytest.raises(KeyboardInterrupt):
+            train(training, budget, dataset, path, on_update=kill_at(number), **options)
+    return train(training, budget, dataset, path, **options)
+
+
+KINDS = {
+    "adam": {},
+    "sgd": {"optimizer": "sgd", "clip_norm": 0.1},
+    "nesterov": {"optimizer": "nesterov", "weight_decay": 1e-3},
+    "adagrad": {"optimizer": "adagrad"},
+    "increase": {"optimizer": "momentum", "scaling": "sqrt", "base_batch_size": 8,
+                 "schedule": "increase?drops=(1,2.5)&factor=1.5&warmup=0.5"},
+    "conservative": {"remedy": "conservative"},
+    "adversarial": {"remedy": "adversarial?epsilon=0.1"},
+    "asam": {"remedy": "asam", "optimizer": "momentum"},
+    "batchnorm": {"network": "ResNet-8", "ghost_batch_size": 8, "augmentation": "keskar",
+                  "remedy": "sam"},
+    "dropout": {"network": "C1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_killed_after_every_update_ends_with_the_same_bits(
+    images, tmp_path, saving_always, kind
+):
+    run = replace(RUN, **KINDS[kind])
+    budget = Budget(updates=5)
+    whole = train(run, budget, images, tmp_path / "whole.pt")
+    torch.rand(7)  # the global generator stands elsewhere now
+    path = tmp_path / "killed.pt"
+    killed = carried_on(run, budget, images, path, range(1, 6))
+    assert bits(killed) == bits(whole)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_kill_changes_neither_where_a_run_stops_nor_what_it_keeps(
+    images, tmp_path, saving_always, suffix
+):
+    run = replace(RUN, learning_rate=0.03)
+    budget = Budget(epochs=60, until_loss=1.9, patience=5)
+    (tmp_path / "a").mkdir()
+    whole = train(run, budget, images, tmp_path / f"a/f{suffix}", keep_every=2)
+    updates = whole.training["updates"]
+    assert 5 < updates < 60
+    killed = tmp_path / f"b/f{suffix}"
+    carried_on(run, budget, images, killed, range(1, updates + 1), keep_every=2)
+    names = {p.name for p in (tmp_path / "a").glob(f"*{suffix}")}
+    assert {p.name for p in (tmp_path / "b").glob(f"*{suffix}")} == names
+    for name in names:
+        ours, theirs = (checkpoint.load(tmp_path / folder / name) for folder in "ab")
+        assert bits(ours) == bits(theirs)
+
+
+def test_a_kill_before_the_first_save_costs_nothing_but_time(images, tmp_path):
+    whole = train(RUN, FOUR, images, tmp_path / "whole.pt")
+    path = tmp_path / "killed.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(RUN, FOUR, images, path, on_update=kill_at(6))
+    assert not path.exists()
+    assert bits(train(RUN, FOUR, images, path)) == bits(whole)
+
+
+def test_what_a_kill_leaves_is_a_checkpoint_in_mid_epoch(images, tmp_path, saving_always):
+    path = tmp_path / "a.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(RUN, FOUR, images, path, on_update=kill_at(5))
+    left = checkpoint.load(path)
+    assert (left.training["updates"], left.training["epoch"]) == (4, 1)
+    assert not left.training["finished"]
+    assert len(left.training["history"]) == 2
+    assert len(left.progress["losses"]) == 4
+
+
+def test_a_kill_while_a_kept_checkpoint_is_written_does_not_lose_it(
+    images, tmp_path, saving_always, monkeypatch
+):
+    path, save = tmp_path / "a.pt", checkpoint.save
+
+    def dying(where, saved):
+        if where.name == "a-epoch2.pt":
+            raise KeyboardInterrupt
+        save(where, saved)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(RUN, FOUR, images, path, keep_every=1)
+    train(RUN, FOUR, images, path, keep_every=1)
+    assert {p.name for p in tmp_path.glob("a-*")} == {
+        f"a-epoch{i}.pt" for i in (1, 2, 3, 4)
+    }
+
+
 # -- processes side by side --------------------------------------------------------------
 
 
@@ -139,49 +252,55 @@ def family(process):
 
 
 def alive(processes):
-    return [
-        p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE
-    ]
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@contextmanager
+def two_processes(folder):
+    """The command with two worker processes; nobody outlives the test."""
+    call = [*PAIR, "2", "--output", str(folder)]
+    process = FORKS.Process(target=live, args=(call, None))
+    process.start()
+    try:
+        yield process
+    finally:
+        for member in family(process) if process.is_alive() else []:
+            member.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_sweep_of_two_processes_loses_nothing_and_leaves_nobody(
-    undisturbed, tmp_path, number
-):
-    call = [*CALL, "--jobs", "2", "--output", str(tmp_path)]
-
-    def begun():
-        return FORKS.Process(target=live, args=(call, None))
-
-    process = begun()
-    process.start()
-    assert waited(lambda: len(list(tmp_path.glob("batch*.pt"))) >= 2)
-    members = family(process)
-    assert len(members) >= 3
-    os.kill(process.pid, number)
-    process.join(LONG)
-    assert process.exitcode == (-9 if number == signal.SIGKILL else 130)
-    assert waited(lambda: not alive(members), 8), alive(members)
-    left = sum(checkpoint.load(p).training["updates"] for p in tmp_path.glob("batch*.pt"))
-    assert 0 < left < UPDATES
-    process = begun()
-    process.start()
-    process.join(LONG)
-    assert process.exitcode == 0
+def test_a_sweep_of_two_processes_loses_nothing_and_leaves_nobody(tmp_path, number):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with two_processes(killed) as process:
+        assert waited(lambda: len(list(killed.glob("batch*.pt"))) >= 2)
+        members = family(process)
+        assert len(members) >= 3
+        os.kill(process.pid, number)
+        process.join(LONG)
+        assert process.exitcode == (-9 if number == signal.SIGKILL else 130)
+        assert waited(lambda: not alive(members), 8), alive(members)
+    left = sum(checkpoint.load(p).training["updates"] for p in killed.glob("batch*.pt"))
+    assert 0 < left < 1000
+    with two_processes(killed) as process:
+        process.join(LONG)
+        assert process.exitcode == 0
+    assert command.main([*PAIR, "1", "--output", str(whole)]) == 0
     for name in NAMES:
-        killed, whole = (checkpoint.load(f / name) for f in (tmp_path, undisturbed))
-        assert bits(killed) == bits(whole)
+        ours, theirs = (checkpoint.load(folder / name) for folder in (killed, whole))
+        assert bits(ours) == bits(theirs)
 
 
 def test_processes_that_are_killed_before_they_begin_leave_nobody(tmp_path):
-    call = [*CALL, "--jobs", "2", "--output", str(tmp_path)]
-    process = FORKS.Process(target=live, args=(call, None))
-    process.start()
-    assert waited(lambda: len(family(process)) >= 3)
-    members = family(process)
-    process.kill()
-    process.join(LONG)
-    assert waited(lambda: not alive(members), 20), alive(members)
+    with two_processes(tmp_path) as process:
+        assert waited(lambda: len(family(process)) >= 3)
+        members = family(process)
+        process.kill()
+        process.join(LONG)
+    try:
+        assert waited(lambda: not alive(members), 15), alive(members)
+    finally:
+        for member in alive(members):
+            member.kill()
 
 
 def count(path, beats):

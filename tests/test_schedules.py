@@ -16,8 +16,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sharpness.lab.regimes import REGIMES
-from sharpness.lab.schedules import Course, Schedule, scaled_rate
 from sharpness.lab.run import _Order
+from sharpness.lab.schedules import Course, Schedule, scaled_rate
 from sharpness.lab.training import Budget, Training
 
 CIFAR10, MNIST = 50_000, 60_000
