@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sharpness.measures.arguments import whole
+
 
 def use_ghost_batches(model: nn.Module, size: int) -> None:
     """Let every BatchNorm of a model normalise ghost batches in training (in place).
@@ -18,24 +20,27 @@ def use_ghost_batches(model: nn.Module, size: int) -> None:
     from the SGD batch in Masters & Luschi (2018, arXiv:1804.07612). Evaluation, names,
     parameters and buffers stay as they are.
 
+    No ghost batch has less than two samples. A layer is told apart by the training mode
+    of the whole model: where BatchNorm alone is switched to batch statistics, as for an
+    `EmpiricalRisk`, the batch stays whole.
+
     Raises:
         ValueError: `size` < 2, or a model without BatchNorm.
     """
+    whole("ghost_batch_size", size, 2, "One sample has no variance.")
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if size < 2:
-        raise ValueError(
-            f"`ghost_batch_size` must be at least 2; got {size}. One sample has no "
-            "variance."
-        )
     if not layers:
         raise ValueError(
             f"`ghost_batch_size` must be None for a network without BatchNorm; got {size}."
         )
     for layer in layers:
-        layer.forward = partial(_in_parts, layer, type(layer).forward, size)  # type: ignore[method-assign]
+        layer.forward = partial(_in_parts, model, layer, size)  # type: ignore[method-assign]
 
 
-def _in_parts(layer: nn.Module, forward: object, size: int, x: Tensor) -> Tensor:
-    count = -(-len(x) // size) if layer.training else 1
-    parts = [forward(layer, part) for part in x.tensor_split(count)]  # type: ignore[operator]
-    return torch.cat(parts) if count > 1 else parts[0]
+def _in_parts(model: nn.Module, layer: nn.Module, size: int, input: Tensor) -> Tensor:
+    forward, num = type(layer).forward, len(input)
+    if not (model.training and layer.training) or num <= size:
+        whole_batch: Tensor = forward(layer, input)
+        return whole_batch
+    count = max(1, min(-(-num // size), num // 2))
+    return torch.cat([forward(layer, part) for part in input.tensor_split(count)])

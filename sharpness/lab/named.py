@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from sharpness.lab.networks import parsed
+from sharpness.measures.arguments import require
 
 
 def made(argument: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
@@ -20,7 +21,13 @@ def made(argument: str, text: str, table: Mapping[str, Callable[..., Any]]) -> A
     Raises:
         ValueError: an unknown name, or arguments it does not take.
     """
-    name, arguments = parsed(text)
+    require(isinstance(text, str), argument, "be a name, with its arguments", text)
+    try:
+        name, arguments = parsed(text)
+    except ValueError:
+        raise ValueError(
+            f"`{argument}` must be written NAME?argument=value&...; got {text!r}."
+        ) from None
     if name not in table:
         close = get_close_matches(name.lower(), table, 1, 0.5)
         raise ValueError(

@@ -122,9 +122,10 @@ class Adversarial:
         step.optimizer.zero_grad()
         clean = step.inputs.detach().requires_grad_()
         loss = step.gradient(clean, 1 - self.share)
-        assert clean.grad is not None
+        moved = clean.detach()
+        if clean.grad is not None:  # of a network that looks at its input
+            moved = moved + self.epsilon * clean.grad.sign()
         with frozen_averages(step.model):
-            moved = clean.detach() + self.epsilon * clean.grad.sign()
             step.gradient(moved, self.share)
         step.update()
         return loss
@@ -155,17 +156,16 @@ class SAM:
         with torch.no_grad():
             scales = [self.scale(name, p) for name, p in moving]
             scaled = [s * _grad(p) for s, (_, p) in zip(scales, moving, strict=True)]
-            norm = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(g) for g in scaled])
-            )
-            for (_, p), s, g in zip(moving, scales, scaled, strict=True):
-                p.add_(s * g * (self.rho / norm.clamp_min(torch.finfo(norm.dtype).tiny)))
-        step.optimizer.zero_grad()
-        with frozen_averages(step.model):
-            step.gradient()
-        with torch.no_grad():
-            for (_, p), before in zip(moving, here, strict=True):
-                p.copy_(before)
+            for (_, p), s, direction in zip(moving, scales, _unit(scaled), strict=True):
+                p.add_(s * direction, alpha=self.rho)
+        try:
+            step.optimizer.zero_grad()
+            with frozen_averages(step.model):
+                step.gradient()
+        finally:
+            with torch.no_grad():
+                for (_, p), before in zip(moving, here, strict=True):
+                    p.copy_(before)
         step.update()
         return loss
 
@@ -218,6 +218,18 @@ def frozen_averages(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+def _unit(vectors: list[Tensor]) -> list[Tensor]:
+    """Tensors of one long vector, over its l2 norm; zeros stay zeros."""
+    if not vectors:
+        return []
+    # Squares of a saturated network's gradient underflow; those of its shape do not.
+    largest = torch.stack([v.abs().max() for v in vectors if v.numel()]).max()
+    shapes = [v / largest.clamp_min(torch.finfo(v.dtype).tiny) for v in vectors]
+    norms = [torch.linalg.vector_norm(shape) for shape in shapes]
+    norm = torch.linalg.vector_norm(torch.stack(norms)).clamp_min(1)  # one entry is 1
+    return [shape / norm for shape in shapes]
 
 
 def _grad(parameter: Tensor) -> Tensor:

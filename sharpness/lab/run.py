@@ -92,16 +92,16 @@ def one_epoch(
 ) -> None:
     """Updates of runs that keep step, to the end of the epoch or update number `last`."""
     first = runs[0]
-    end = (first.epoch + 1) * len(first.x)
+    epoch = first.epoch
     for run in runs:
         run.begin()
-    while first.seen < end and first.update < last:
+    while first.epoch == epoch and first.update < last:
         if time.monotonic() - first.saved_at > _SAVE_EVERY:
             for run in runs:
                 run.save(finished=False)
         one_update()
     for run in runs:
-        run.pause(epoch_ended=first.seen >= end)
+        run.pause(epoch_ended=first.epoch > epoch)
 
 
 class TrainingRun:
@@ -117,6 +117,7 @@ class TrainingRun:
         self.x, self.y = x.to(device), y.to(device)
         self._start()
         self.update, self.seen, self.seconds = 0, 0, 0.0
+        self.batch_size = 0  # of the last update
         self.losses: list[Tensor] = []  # of this run's updates, () or (several,) each
         self.epoch_begins = [0]  # number of each epoch's first update
         self.finished = False
@@ -159,8 +160,8 @@ class TrainingRun:
 
     @property
     def epoch(self) -> int:
-        """Whole passes over the training set."""
-        return self.seen // len(self.x)
+        """Passes over the training set: one ends with the update nearest to its end."""
+        return int((self.seen + self.batch_size / 2) // len(self.x))
 
     @property
     def epoch_ended(self) -> bool:
@@ -219,6 +220,7 @@ class TrainingRun:
         """Note an update and its loss ()."""
         self.losses.append(loss)
         self.update, self.seen = self.update + 1, self.seen + batch_size
+        self.batch_size = batch_size
 
     def pause(self, *, epoch_ended: bool) -> None:
         """After updates: the time they took; their losses must be finite."""
@@ -361,6 +363,7 @@ class TrainingRun:
         self.finished = bool(saved.training["finished"])
         self.losses = [saved.progress["losses"].to(self.device)]
         self.seen = int(saved.progress["seen"])
+        self.batch_size = self.course.at(self.update - 1)[0] if self.update else 0
         self.epoch_begins = list(saved.progress["epoch_begins"])
         self.random = saved.progress["generators"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
@@ -61,8 +62,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Refuse what is no schedule."""
-        alone = isinstance(self.drops, int | float)
-        drops = (self.drops,) if alone else tuple(self.drops)
+        several = isinstance(self.drops, Iterable)
+        drops = tuple(self.drops) if several else (self.drops,)
         object.__setattr__(self, "drops", drops)
         require(self.kind in get_args(Kind), "kind", f"be one of {_KINDS}", self.kind)
         times = [positive("drops", epoch) for epoch in drops]
@@ -143,14 +144,15 @@ class Course:
     def num_updates(self, epochs: float) -> int:
         """Updates in so many epochs: the sum over phases, rounded once (half up)."""
         last = bisect_right([phase.begins for phase in self.phases], epochs) - 1
-        here = (epochs - self.phases[last].begins) * self.num_train
-        return math.floor(self._begins[last] + here / self.phases[last].batch_size + 0.5)
+        begins, batch_size, _ = self.phases[last]
+        here = (Fraction(epochs) - Fraction(begins)) * self.num_train / batch_size
+        return math.floor(self._begins[last] + here + Fraction(1, 2))
 
     def at(self, update: int) -> tuple[int, float]:
         """Batch size and learning rate of update number `update`, from 0."""
         i = bisect_right(self._begins, update) - 1
         begins, batch_size, rate = self.phases[i]
-        epoch = begins + (update - self._begins[i]) * batch_size / self.num_train
+        epoch = begins + float(update - self._begins[i]) * batch_size / self.num_train
         if epoch < self.schedule.warmup:
             start = self.schedule.warmup_start
             rate *= start + (1 - start) * epoch / self.schedule.warmup
@@ -170,11 +172,11 @@ def scaled_rate(
     return learning_rate * float((batch_size / base_batch_size) ** _POWER[scaling])
 
 
-def _updates_before(phases: Sequence[Phase], num_train: int) -> list[float]:
-    """Updates made when each phase begins, as real numbers."""
+def _updates_before(phases: Sequence[Phase], num_train: int) -> list[Fraction]:
+    """Updates made when each phase begins: exact, so that none is on the wrong side."""
     ends = [phase.begins for phase in phases[1:]]
     lengths = [
-        (end - phase.begins) * num_train / phase.batch_size
+        (Fraction(end) - Fraction(phase.begins)) * num_train / phase.batch_size
         for phase, end in zip(phases, ends, strict=False)
     ]
-    return list(accumulate(lengths, initial=0.0))
+    return list(accumulate(lengths, initial=Fraction(0)))

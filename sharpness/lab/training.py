@@ -83,15 +83,18 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
+        require(isinstance(self.network, str), "network", "be a name", self.network)
         networks.initialisation_of(networks.parsed(self.network)[0])  # a known name
         whole("batch_size", self.batch_size, 1)
-        whole("seed", self.seed, 0)
+        require(whole("seed", self.seed, 0) < 2**63, "seed", "be below 2^63", self.seed)
         kinds = ", ".join(OPTIMIZERS)
         known = self.optimizer in OPTIMIZERS
         require(known, "optimizer", f"be one of {kinds}", self.optimizer)
         positive("learning_rate", self.learning_rate)
         momentum = at_least("momentum", self.momentum, 0)
         require(momentum < 1, "momentum", "be below 1", momentum)
+        some = momentum > 0 or self.optimizer != "nesterov"
+        require(some, "momentum", "be above 0 for nesterov", momentum)
         at_least("weight_decay", self.weight_decay, 0)
         known = self.scaling in ("none", "linear", "sqrt")
         require(known, "scaling", "be none, linear or sqrt", self.scaling)
@@ -154,8 +157,9 @@ class Budget:
             more epochs (regime adaptation, Hoffer et al. 2017).
         until_loss: the training loss f that is enough: of the whole training set,
             BatchNorm on batch statistics, dropout off, looked at after each epoch.
-        patience: epochs in a row whose mean loss is no improvement (of 0.1 %) on the
-            best before; "until the loss ceases to improve" (Keskar et al. 2017).
+        patience: so many epochs together, the best of which is no improvement (by 0.1 %)
+            on the best before them, measured by their mean losses, are the end: "until
+            the loss ceases to improve" (Keskar et al. 2017).
 
     Raises:
         ValueError: neither epochs nor updates, or a number out of range.
@@ -174,6 +178,8 @@ class Budget:
             positive("epochs", self.epochs)
         if self.updates is not None:
             whole("updates", self.updates, 1)
+        if self.until_loss is not None:
+            at_least("until_loss", self.until_loss, 0)
         if self.patience is not None:
             whole("patience", self.patience, 1)
 
@@ -189,7 +195,7 @@ class Budget:
         if self.patience is None or len(history) <= self.patience:
             return False
         before, since = history[: -self.patience], history[-self.patience :]
-        return min(since) > (1 - _IMPROVED) * min(before)
+        return min(since) >= (1 - _IMPROVED) * min(before)
 
 
 def default_batch_sizes(num_train: int) -> tuple[int, int]:
