@@ -522,7 +522,7 @@ def test_data_that_are_not_finite_fail_in_the_first_epoch(images, tmp_path):
         ({"schedule": "increase?drops=(1,)"}, r"got 80, grown from 16"),
         ({"network": "ResNet-8", "batch_size": 1}, r"at least 2 .*BatchNorm; got 1"),
         ({"ghost_batch_size": 8}, r"without BatchNorm; got 8"),
-        ({"network": "MLP?width=0"}, r"`width` must be at least 1; got 0"),
+        ({"network": "MLP?width=0"}, r"`width` must .*; got 0"),
         ({"network": "MLP?breadth=3"}, r"breadth"),
         ({"network": "F9"}, r"`network` must be one of .*; got 'F9'"),
     ],
