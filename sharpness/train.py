@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sharpness.lab.remedies import REMEDIES
 from sharpness.lab.schedules import SCHEDULES
 from sharpness.lab.sweep import Outcome, Place, Run, sweep
 from sharpness.lab.training import OPTIMIZERS, Budget, Training, default_batch_sizes
-from sharpness.record import append_record, new_record
+from sharpness.record import append_record, new_record, read_records
 from sharpness.tracking import MEASURES
 
 EPOCHS = {"small": 20, "large": 40}
@@ -142,7 +143,12 @@ def _train(options: argparse.Namespace) -> int:
         backend=options.backend,
     )
     folder = Path(options.output or _default_folder(options))
-    _command.check_writable("--output", folder / "records.jsonl")
+    _check_folder(folder)
+    if options.start_from and not Path(options.start_from).is_file():
+        raise ValueError(
+            f"`--start-from` must be a checkpoint file; got {options.start_from}, no such "
+            "file. Keep some with --keep-every."
+        )
     runs = list(_runs(options, folder, len(place.dataset().train[0])))
     following = None
     if options.track:
@@ -150,7 +156,7 @@ def _train(options: argparse.Namespace) -> int:
     failed = 0
     outcomes = sweep(runs, place, keep_every=options.keep_every, following=following)
     for outcome in outcomes:
-        append_record(folder / "records.jsonl", _record(outcome))
+        _note(outcome, folder / "records.jsonl")
         failed += outcome.failure is not None
         _say(outcome)
     if failed == len(runs):
@@ -224,7 +230,7 @@ def _batch_sizes(text: str | None, regime: Regime, num_train: int) -> dict[str, 
     for part in text.split(","):
         if part in named:
             sizes[part] = named[part]
-        elif part.isdigit() and 1 <= int(part) <= num_train:
+        elif part.isdecimal() and 1 <= int(part) <= num_train:
             sizes[f"batch{part}"] = int(part)
         else:
             raise ValueError(
@@ -251,9 +257,23 @@ def _slug(text: str) -> str:
     return "-".join(part for part in kept.split("-") if part)
 
 
-def _record(outcome: Outcome) -> dict[str, Any]:
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written before anything is trained."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`--output` must be a folder that can be written; got {folder} "
+            f"({error.strerror})."
+        ) from None
+
+
+def _note(outcome: Outcome, path: Path) -> None:
+    """Append a record, unless a run was finished before and is recorded."""
     run = outcome.run
-    return new_record(
+    record = new_record(
         "training",
         path=run.path,
         status="failed" if outcome.failure else "finished",
@@ -262,6 +282,14 @@ def _record(outcome: Outcome) -> dict[str, Any]:
         budget=run.budget,
         seconds=outcome.seconds,
     )
+    before = read_records(path) if path.exists() else []
+    known = [(r.get("path"), r.get("status"), r.get("training")) for r in before]
+    if (record["path"], record["status"], record["training"]) in known:
+        return
+    try:
+        append_record(path, record)
+    except OSError as error:  # the checkpoints are what counts
+        print(f"sharpness.train: {path}: {error.strerror}", file=sys.stderr)
 
 
 def _say(outcome: Outcome) -> None:

@@ -22,7 +22,7 @@ from sharpness.lab.data import Dataset
 from sharpness.lab.ghost import use_ghost_batches
 from sharpness.lab.remedies import Loss, Step
 from sharpness.lab.training import OPTIMIZERS, Budget, Training
-from sharpness.measures.arguments import require
+from sharpness.measures.arguments import require, whole
 from sharpness.record import as_plain
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -64,9 +64,11 @@ def train(
 
     Raises:
         ValueError: `path` holds a checkpoint of another training, the batch is larger
-            than the training set, or the loss is no longer finite; what was saved
-            before stays.
+            than the training set, `keep_every` is below 1, or the loss or the parameters
+            are no longer finite; what was saved before stays.
     """
+    if keep_every is not None:
+        whole("keep_every", keep_every, 1, "None keeps the last one alone.")
     with at_work_on([Path(path)]):
         run = TrainingRun(training, dataset, Path(path), torch.device(device))
         with run.own_generators():
@@ -92,16 +94,16 @@ def one_epoch(
 ) -> None:
     """Updates of runs that keep step, to the end of the epoch or update number `last`."""
     first = runs[0]
-    epoch = first.epoch
+    end = first.course.num_updates(first.epoch + 1)
     for run in runs:
         run.begin()
-    while first.epoch == epoch and first.update < last:
+    while first.update < min(end, last):
         if time.monotonic() - first.saved_at > _SAVE_EVERY:
             for run in runs:
                 run.save(finished=False)
         one_update()
     for run in runs:
-        run.pause(epoch_ended=first.epoch > epoch)
+        run.pause(epoch_ended=first.update == end)
 
 
 class TrainingRun:
@@ -117,7 +119,6 @@ class TrainingRun:
         self.x, self.y = x.to(device), y.to(device)
         self._start()
         self.update, self.seen, self.seconds = 0, 0, 0.0
-        self.batch_size = 0  # of the last update
         self.losses: list[Tensor] = []  # of this run's updates, () or (several,) each
         self.epoch_begins = [0]  # number of each epoch's first update
         self.finished = False
@@ -137,7 +138,8 @@ class TrainingRun:
         )
         self.network = {"name": name, "arguments": {**fitting, **arguments}}
         self.initialisation = networks.initialisation_of(name)
-        self.model = networks.build(self.network)
+        with torch.random.fork_rng(devices=[]):
+            self.model = networks.build(self.network)
         networks.initialise(self.model, self.training.seed)
         if self.training.start_from is not None:
             _take_over(self.model, self.training.start_from)
@@ -160,8 +162,8 @@ class TrainingRun:
 
     @property
     def epoch(self) -> int:
-        """Passes over the training set: one ends with the update nearest to its end."""
-        return int((self.seen + self.batch_size / 2) // len(self.x))
+        """Passes over the training set; a batch may reach into the next."""
+        return len(self.epoch_begins) - 1
 
     @property
     def epoch_ended(self) -> bool:
@@ -220,7 +222,6 @@ class TrainingRun:
         """Note an update and its loss ()."""
         self.losses.append(loss)
         self.update, self.seen = self.update + 1, self.seen + batch_size
-        self.batch_size = batch_size
 
     def pause(self, *, epoch_ended: bool) -> None:
         """After updates: the time they took; their losses must be finite."""
@@ -242,12 +243,22 @@ class TrainingRun:
         finite = losses.isfinite()
         if not bool(finite.all()):
             first = int(finite.logical_not().nonzero()[0])
-            raise ValueError(
-                f"`learning_rate` must keep the loss finite; got {float(losses[first])} in "
-                f"update {first + 1} (learning_rate={self.training.learning_rate:g}). "
-                "Lower it."
+            raise self._diverged(
+                "the loss", f"{float(losses[first])} in update {first + 1}"
             )
         return losses
+
+    def _check_parameters(self) -> None:
+        """Those of the last update, whose loss nobody has seen."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise self._diverged("parameters", f"{name} after update {self.update}")
+
+    def _diverged(self, what: str, got: str) -> ValueError:
+        return ValueError(
+            f"`learning_rate` must keep {what} finite; got {got} "
+            f"(learning_rate={self.training.learning_rate:g}). Lower it."
+        )
 
     # -- random numbers ------------------------------------------------------------------
 
@@ -278,6 +289,7 @@ class TrainingRun:
     def save(self, *, finished: bool, epoch: int | None = None) -> None:
         """Write the checkpoint; with `epoch` one of its own beside it."""
         self._count_seconds()
+        self._check_parameters()
         path = self.path
         if epoch is not None:
             path = path.with_stem(f"{path.stem}-epoch{epoch}")
@@ -363,7 +375,6 @@ class TrainingRun:
         self.finished = bool(saved.training["finished"])
         self.losses = [saved.progress["losses"].to(self.device)]
         self.seen = int(saved.progress["seen"])
-        self.batch_size = self.course.at(self.update - 1)[0] if self.update else 0
         self.epoch_begins = list(saved.progress["epoch_begins"])
         self.random = saved.progress["generators"]
 

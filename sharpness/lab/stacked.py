@@ -22,6 +22,7 @@ from sharpness.checkpoint import Checkpoint
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnEpoch, TrainingRun, at_work_on, one_epoch, optimizer_for
 from sharpness.lab.training import Budget, Training
+from sharpness.measures.arguments import whole
 
 
 def train_together(
@@ -53,6 +54,8 @@ def train_together(
         ValueError: trainings or a budget that cannot be stacked, checkpoints that stand
             at different updates, or what `run.train` refuses.
     """
+    if keep_every is not None:
+        whole("keep_every", keep_every, 1, "None keeps the last one alone.")
     if not can_be_stacked(trainings, budget):
         raise ValueError(
             "`trainings` must differ in their seed alone, without remedy, augmentation, "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import joblib
 import numpy as np
@@ -25,6 +25,7 @@ from sharpness.lab.following import Following
 from sharpness.lab.run import train
 from sharpness.lab.stacked import can_be_stacked, train_together
 from sharpness.lab.training import Budget, Training
+from sharpness.measures.arguments import require, whole
 
 Backend = Literal["loky", "dask", "ray"]
 _FIXED_COST = 64  # samples whose gradient costs as much as an update of the parameters
@@ -85,6 +86,13 @@ class Place:
     backend: Backend = "loky"
     stacked: bool | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot run."""
+        if self.jobs is not None:
+            whole("jobs", self.jobs, 1, "None means one a core.")
+        known = self.backend in get_args(Backend)
+        require(known, "backend", "be loky, dask or ray", self.backend)
+
     def dataset(self) -> Dataset:
         """The samples; the last set asked for is kept."""
         return _loaded(self.data, self.data_dir, self.device)
@@ -92,7 +100,7 @@ class Place:
     def side_by_side(self, num_runs: int) -> tuple[int, int]:
         """(runs at once, threads of each) for so many runs."""
         cores = os.cpu_count() or 1
-        jobs = self.jobs or (min(cores, num_runs) if self.device == "cpu" else 1)
+        jobs = self.jobs or (min(cores, num_runs) if self.device == "cpu" else 1) or 1
         return jobs, max(1, cores // jobs)
 
 
@@ -137,7 +145,6 @@ def sweep(
             keep_every=keep_every,
             following=following,
             levels=levels if place.backend == "loky" else None,
-            parent=os.getpid(),
         )
         pool = _pool(place.backend, jobs)
         for outcomes in pool(joblib.delayed(worker)(unit) for unit in units):
@@ -180,15 +187,12 @@ class _Worker:
     keep_every: int | None
     following: Following | None
     levels: Path | None
-    parent: int
 
     def __call__(self, unit: _Unit) -> list[Outcome]:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        if self.place.backend == "loky" and os.getpid() != self.parent:
-            _end_with(self.parent)
         if len(unit) > 1:
-            with suppress(ValueError):  # one by one, each says what is wrong with it
+            with suppress(Exception):  # one by one, each says what is wrong with it
                 return self._together(unit)
         return [self._alone(number, run) for number, run in unit]
 
@@ -229,7 +233,7 @@ class _Worker:
             facts = done.training
         except Exception as error:  # the others go on
             kind = "" if isinstance(error, ValueError | OSError) else type(error).__name__
-            failure = " ".join(f"{kind} {error}".split())
+            failure = " ".join(f"{kind}: {error}".removeprefix(": ").split())
         self._show([(number, run)])
         seconds = time.monotonic() - began
         return Outcome(run=run, seconds=seconds, failure=failure, facts=facts)
@@ -256,6 +260,8 @@ def _pool(backend: Backend, jobs: int) -> Any:
         options["backend"] = _dask()
     elif backend == "ray":
         options["backend"] = _ray()
+    elif jobs > 1:
+        options |= {"initializer": _end_with, "initargs": (os.getpid(),)}
     return joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", **options)
 
 
@@ -289,10 +295,7 @@ def _end_with(parent: int) -> None:
             time.sleep(0.5)
         os._exit(1)
 
-    if os.getppid() == parent and "sweep-watch" not in {
-        t.name for t in threading.enumerate()
-    }:
-        threading.Thread(target=watch, name="sweep-watch", daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # -- progress across processes ---------------------------------------------------------

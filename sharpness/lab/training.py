@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,12 +84,15 @@ class Training:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # as a grid in NumPy gives them
+                object.__setattr__(self, name, value.item())
         require(isinstance(self.network, str), "network", "be a name", self.network)
         networks.initialisation_of(networks.parsed(self.network)[0])  # a known name
         whole("batch_size", self.batch_size, 1)
         require(whole("seed", self.seed, 0) < 2**63, "seed", "be below 2^63", self.seed)
         kinds = ", ".join(OPTIMIZERS)
-        known = self.optimizer in OPTIMIZERS
+        known = self.optimizer in list(OPTIMIZERS)
         require(known, "optimizer", f"be one of {kinds}", self.optimizer)
         positive("learning_rate", self.learning_rate)
         momentum = at_least("momentum", self.momentum, 0)
