@@ -61,6 +61,15 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
         raise
 
 
+def remove_leftovers(path: str | Path) -> None:
+    """Delete what kills have left of writing a checkpoint, or a kept one beside it."""
+    path = Path(path)
+    name = re.compile(rf"\.{re.escape(path.stem)}(-epoch\d+)?{re.escape(path.suffix)}\.\d+")
+    for file in path.parent.iterdir():
+        if name.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
+
 def _pt_content(path: Path, facts: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
     torch.save(facts, stream)

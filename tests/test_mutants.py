@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_audit
+import test_augment
 import test_blocks
 import test_compare
 import test_compat
@@ -23,13 +24,17 @@ import test_lbfgsb
 import test_optimize
 import test_perturbation
 import test_products
+import test_remedies
 import test_reparametrise
+import test_schedules
 import test_subspace
+import test_tracking
 import torch
 from measure_problems import second_minimum
 
-from sharpness import _tensors, compat, statistics
+from sharpness import _tensors, compat, statistics, tracking
 from sharpness.krylov import basis, lanczos, search
+from sharpness.lab import augment, ghost, remedies, run, schedules
 from sharpness.measures import (
     audit,
     eigenvalues,
@@ -619,6 +624,78 @@ def the_path_is_left_too_late(patch):
 def the_other_side_is_tested(patch):
     original = statistics._paired_t
     patch.setattr(statistics, "_paired_t", lambda d: original(-d))
+
+
+# -- the lab, and what is seen on the way ------------------------------------------
+
+
+@seen_by(
+    test_schedules.test_smiths_schedules_take_the_updates_of_his_table,
+    "smith2018-increased-rate",
+    6_406,
+)
+def every_phase_is_rounded(patch):
+    original = schedules._updates_before
+    patch.setattr(
+        schedules, "_updates_before", lambda *phases: [round(u) for u in original(*phases)]
+    )
+
+
+@seen_by(
+    test_schedules.test_batches_are_one_stream_with_every_sample_once_an_epoch, [7] * 6
+)
+def every_epoch_has_the_same_order(patch):
+    patch.setattr(run, "_seed_of", lambda *parts: 0)
+
+
+@seen_by(
+    test_remedies.test_a_conservative_update_descends_to_the_solution_of_the_proximal_problem,
+    0.5,
+    3,
+)
+def the_proximal_term_pushes_away(patch):
+    original = remedies.Conservative.__call__
+    patch.setattr(
+        remedies.Conservative,
+        "__call__",
+        lambda self, step: original(replace(self, strength=-self.strength), step),
+    )
+    patch.setattr(remedies, "at_least", lambda *_: None)
+
+
+@seen_by(test_remedies.test_a_sam_update_takes_the_gradient_on_the_sphere, 0.5, 0.0)
+def the_ball_has_the_wrong_radius(patch):
+    original = remedies._unit
+    patch.setattr(remedies, "_unit", lambda vectors: [2 * v for v in original(vectors)])
+
+
+@seen_by(
+    test_remedies.test_an_asam_update_takes_the_gradient_on_the_stretched_sphere, 1, 0.3
+)
+def the_ball_is_not_stretched(patch):
+    patch.setattr(remedies.ASAM, "scale", remedies.SAM.scale)
+
+
+@seen_by(
+    test_remedies.test_a_network_with_ghost_batches_is_the_network_on_split_batches, {}
+)
+def the_batch_is_normalised_whole(patch):
+    patch.setattr(
+        ghost, "_in_parts", lambda model, layer, size, x: type(layer).forward(layer, x)
+    )
+
+
+@seen_by(test_tracking.test_an_eigenvalue_that_overtakes_the_one_that_was_followed_is_seen)
+def only_one_eigenpair_is_followed(patch):
+    patch.setattr(tracking, "_NUM_FOLLOWED", 1)
+
+
+@seen_by(
+    test_augment.test_turns_and_shifts_are_those_of_a_plain_loop, (3, 2, 6, 6), 10.0, 0.2
+)
+def images_turn_the_other_way(patch):
+    original = augment._moved
+    patch.setattr(augment, "_moved", lambda x, angles, shifts: original(x, -angles, shifts))
 
 
 # -- the line between two points ---------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -339,14 +340,15 @@ class TrainingRun:
     def _metrics(self) -> dict[str, float]:
         """Loss and accuracies of the trained network, for both ways to run BatchNorm."""
         metrics = {}
-        for mode in ("batch", "running"):
-            train = self._risk(self.dataset.train, mode)
-            test = self._risk(self.dataset.test, mode)
-            metrics[f"train_loss_{mode}"] = train.value()
-            metrics[f"test_loss_{mode}"] = test.value()
+        splits = {"train": self.dataset.train, "test": self.dataset.test}
+        for mode, (split, data) in itertools.product(("batch", "running"), splits.items()):
+            risk = self._risk(data, mode)
+            outputs, targets = risk.outputs(), risk.targets
+            loss = self.criterion(outputs.double(), _as_double(targets))
+            metrics[f"{split}_loss_{mode}"] = float(loss)
             if self.dataset.num_classes is not None:
-                metrics[f"train_accuracy_{mode}"] = train.accuracy()
-                metrics[f"test_accuracy_{mode}"] = test.accuracy()
+                right = outputs.argmax(1) == targets
+                metrics[f"{split}_accuracy_{mode}"] = float(right.double().mean())
         return metrics
 
     def _risk(self, data: tuple[Tensor, Tensor], mode: Any) -> EmpiricalRisk:
@@ -420,6 +422,7 @@ def at_work_on(paths: Sequence[Path]) -> Iterator[None]:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             locks.enter_context(FileLock(path.with_name(f".{path.name}.lock")))
+            checkpoint.remove_leftovers(path)
         yield
 
 
@@ -437,6 +440,10 @@ def _take_over(model: nn.Module, path: str) -> None:
         raise ValueError(
             f"`start_from` must hold parameters of the same network; got {path} ({first})."
         ) from None
+
+
+def _as_double(targets: Tensor) -> Tensor:
+    return targets.double() if targets.is_floating_point() else targets
 
 
 def _seed_of(*parts: object) -> int:
