@@ -117,7 +117,7 @@ class Stack:
     def __init__(self, runs: Sequence[TrainingRun]) -> None:
         self.runs = runs
         models = [run.model for run in runs]
-        self.model = copy.deepcopy(models[0])  # its own tensors are never used
+        self.model = copy.deepcopy(models[0]).train()  # its tensors are never used
         self.parameters, self.buffers = stack_module_state(models)
         for tensors in (self.parameters, self.buffers):
             for name, stacked in tensors.items():
