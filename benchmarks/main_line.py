@@ -20,10 +20,11 @@ import sys
 import time
 from pathlib import Path
 
-from sharpness import checkpoint, eigenpairs, epsilon_sharpness
+from sharpness import eigenpairs, epsilon_sharpness
 from sharpness.lab import data
 from sharpness.lab.measurement import Settings, risk_of
 from sharpness.lab.run import train
+from sharpness.lab.subjects import opened
 from sharpness.lab.training import Budget, Training, default_batch_sizes
 from sharpness.record import environment
 
@@ -43,7 +44,7 @@ def main() -> None:
             train(training, Budget(epochs=EPOCHS[role]), dataset, path)
         for mode in ("batch", "running"):
             settings = Settings(batchnorm=mode)
-            risk = risk_of(checkpoint.load(path), path, dataset, settings)
+            risk = risk_of(opened(path), settings)
             rows.append({"network": role, "batchnorm": mode, **measure(risk)})
             report(rows[-1])
     target = Path(__file__).with_suffix(".json")

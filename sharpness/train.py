@@ -143,13 +143,13 @@ def _train(options: argparse.Namespace) -> int:
         backend=options.backend,
     )
     folder = Path(options.output or _default_folder(options))
-    _check_folder(folder)
     if options.start_from and not Path(options.start_from).is_file():
         raise ValueError(
             f"`--start-from` must be a checkpoint file; got {options.start_from}, no such "
             "file. Keep some with --keep-every."
         )
-    runs = list(_runs(options, folder, len(place.dataset().train[0])))
+    runs = list(_runs(options, folder, len(_dataset(place).train[0])))
+    _check_folder(folder)
     following = None
     if options.track:
         following = Following(measures=options.track, every=options.track_every)
@@ -162,6 +162,13 @@ def _train(options: argparse.Namespace) -> int:
     if failed == len(runs):
         return _command.WRONG_CALL
     return _command.NOT_CONVERGED if failed else _command.OK
+
+
+def _dataset(place: Place) -> data.Dataset:
+    try:
+        return place.dataset()
+    except ValueError as error:
+        raise ValueError(str(error).replace("`name`", "`--data`")) from None
 
 
 def _default_folder(options: argparse.Namespace) -> str:
