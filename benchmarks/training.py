@@ -8,7 +8,7 @@ For batches of 32 and of 256, Adam 1e-3, the same start:
   its defaults, all threads;
 - loader: the usual loop over a `DataLoader` (shuffling, no workers; with two workers
   where that is faster) of single samples;
-- lab: `sharpness.lab.training.train`, one run with all threads;
+- lab: `sharpness.lab.run.train`, one run with all threads;
 - lab, six seeds: `sharpness.lab.sweep.sweep` with its defaults, six runs together.
 
 They take turns, round by round, so that a change of the machine's speed hits all; ratios
@@ -85,7 +85,7 @@ def lab(dataset: Dataset, batch_size: int, epochs: int) -> float:
 
 
 def lab_six_seeds(place: Place, batch_size: int, epochs: int) -> float:
-    """The longest time that one of the places had updates to make."""
+    """Mean time that a process spent on updates alone."""
     with tempfile.TemporaryDirectory() as folder:
         runs = [
             Run(

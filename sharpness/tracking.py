@@ -437,8 +437,9 @@ def stability_thresholds(optimizer: Optimizer | None) -> dict[str, float]:
     - Adam and AdamW, of the preconditioned curvature $P^{-1} H$:
       $(2 + 2\beta_1) / ((1 - \beta_1) \eta)$, 38 / eta for beta_1 = 0.9.
 
-    SGD's dampening d makes eta (1 - d) of eta. Weight decay, which is no part of f, moves
-    them by a relative eta times decay at most and is left out.
+    SGD's dampening d makes eta (1 - d) of eta. Weight decay is no part of f and is left
+    out: of SGD and AdamW it moves them by a relative eta times decay at most, of Adam,
+    which divides it by P as well, by more where P is small.
 
     Returns:
         `{"lambda_max": ...}` for SGD, `{"lambda_max_preconditioned": ...}` for Adam and

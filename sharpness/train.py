@@ -24,7 +24,7 @@ from sharpness.tracking import MEASURES
 
 EPOCHS = {"small": 20, "large": 40}
 # Settings of `Training` that are flags of their own; these may be several, with commas.
-_SEVERAL = {"learning_rate": float, "optimizer": str, "remedy": str}
+_SEVERAL = {"learning_rate": float, "optimizer": str, "remedy": str, "start_from": str}
 _SINGLE = (
     "momentum",
     "weight_decay",
@@ -35,7 +35,6 @@ _SINGLE = (
     "clip_norm",
     "ghost_batch_size",
     "augmentation",
-    "start_from",
 )
 
 
@@ -101,15 +100,18 @@ def _add_regime(group: Any) -> None:
     )
     add(
         "--regime-adaptation",
-        action="store_true",
-        default=None,
+        action=argparse.BooleanOptionalAction,
         help="as many updates for every batch size: epochs and schedule grow with it",
     )
-    add("--clip-norm", type=float, help="longest gradient (default: any)")
-    add("--ghost-batch-size", type=int, help="samples of BatchNorm's statistics")
+    add("--clip-norm", type=float, help="longest gradient (default, 0: any)")
+    add(
+        "--ghost-batch-size",
+        type=int,
+        help="samples of BatchNorm's statistics (0: the whole batch)",
+    )
     add("--augmentation", help=f"{', '.join(AUGMENTATIONS)} (default: none)")
     add("--remedy", help=f"with commas: {', '.join(REMEDIES)} (default: none)")
-    add("--start-from", help="checkpoint whose parameters to start from")
+    add("--start-from", help="with commas: checkpoints whose parameters to start from")
 
 
 def _add_place(group: Any) -> None:
@@ -125,7 +127,6 @@ def _add_place(group: Any) -> None:
     add("--track-every", type=int, default=50, help="updates between (default: 50)")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     add("--jobs", type=int, help="runs at once (default: one a core; on a GPU one)")
-    add("--backend", choices=("loky", "dask", "ray"), default="loky", help="of joblib")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,23 +141,23 @@ def _train(options: argparse.Namespace) -> int:
         data_dir=options.data_dir,
         device=_command.chosen_device(options.device),
         jobs=options.jobs,
-        backend=options.backend,
     )
     folder = Path(options.output or _default_folder(options))
-    if options.start_from and not Path(options.start_from).is_file():
-        raise ValueError(
-            f"`--start-from` must be a checkpoint file; got {options.start_from}, no such "
-            "file. Keep some with --keep-every."
-        )
+    for start in (options.start_from or "").split(","):
+        if start and not Path(start).is_file():
+            raise ValueError(
+                f"`--start-from` must be a checkpoint file; got {start}, no such file. A "
+                "run keeps some on its way with --keep-every."
+            )
+    following = None
+    if options.track is not None:
+        following = Following(measures=options.track, every=options.track_every)
     runs = list(_runs(options, folder, len(_dataset(place).train[0])))
     _check_folder(folder)
-    following = None
-    if options.track:
-        following = Following(measures=options.track, every=options.track_every)
     failed = 0
     outcomes = sweep(runs, place, keep_every=options.keep_every, following=following)
     for outcome in outcomes:
-        _note(outcome, folder / "records.jsonl")
+        _note(outcome, folder / "records.jsonl", options.regime)
         failed += outcome.failure is not None
         _say(outcome)
     if failed == len(runs):
@@ -183,6 +184,7 @@ def _runs(options: argparse.Namespace, folder: Path, num_train: int) -> Iterator
     regime = REGIMES[options.regime] if options.regime else Regime(source="")
     sizes = _batch_sizes(options.batch_size, regime, num_train)
     single = {k: v for k in _SINGLE if (v := getattr(options, k)) is not None}
+    single |= {k: None for k in ("clip_norm", "ghost_batch_size") if single.get(k) == 0}
     choices = [_parts(options, name, kind) for name, kind in _SEVERAL.items()]
     large = default_batch_sizes(num_train)[1]
     for seed in range(options.seeds):
@@ -211,6 +213,8 @@ def _training(
 ) -> Training:
     settings = {**regime.training, **given}
     optimizer = settings.get("optimizer", "adam")
+    if optimizer != regime.training.get("optimizer", optimizer):  # a rate of another
+        settings["learning_rate"] = given.get("learning_rate", OPTIMIZERS[optimizer][2])
     if optimizer in OPTIMIZERS:
         settings.setdefault("learning_rate", OPTIMIZERS[optimizer][2])
     return Training(network=options.network, batch_size=batch_size, seed=seed, **settings)
@@ -253,6 +257,8 @@ def _differences(given: Mapping[str, Any]) -> list[str]:
     for name, value in given.items():
         if name == "learning_rate":
             names.append(f"lr{value:g}")
+        elif name == "start_from":
+            names.append(f"from-{Path(value).stem}")
         elif value not in ("adam", "none"):
             names.append(_slug(str(value)))
     return names
@@ -277,7 +283,7 @@ def _check_folder(folder: Path) -> None:
         ) from None
 
 
-def _note(outcome: Outcome, path: Path) -> None:
+def _note(outcome: Outcome, path: Path, regime: str | None) -> None:
     """Append a record, unless a run was finished before and is recorded."""
     run = outcome.run
     record = new_record(
@@ -287,11 +293,12 @@ def _note(outcome: Outcome, path: Path) -> None:
         failure=outcome.failure,
         training=outcome.facts or run.training,
         budget=run.budget,
+        regime=regime and {"name": regime, "source": REGIMES[regime].source},
         seconds=outcome.seconds,
     )
     before = read_records(path) if path.exists() else []
-    known = [(r.get("path"), r.get("status"), r.get("training")) for r in before]
-    if (record["path"], record["status"], record["training"]) in known:
+    what = ("path", "status", "failure", "training")
+    if any(all(old.get(key) == record[key] for key in what) for old in before):
         return
     try:
         append_record(path, record)

@@ -36,9 +36,9 @@ def training(batch_size: int, **settings) -> Training:
     return Training(network="F1", batch_size=batch_size, **settings)
 
 
-def named(regime: str, batch_size: int = 128) -> Training:
+def named(regime: str, batch_size: int | None = None) -> Training:
     settings = REGIMES[regime]
-    return training(settings.batch_size or batch_size, **settings.training)
+    return training(batch_size or settings.batch_size or 128, **settings.training)
 
 
 def laid_out(num_train=100, batch_size=5, learning_rate=0.8, **schedule) -> Course:

@@ -170,7 +170,7 @@ def test_a_run_starts_from_a_checkpoint(tmp_path):
     start = ["--start-from", str(tmp_path / NAME), "--optimizer", "sgd"]
     assert call(tmp_path, *ONE[:-1], "1", *start, "--learning-rate", "1e-30") == 0
     first = checkpoint.load(tmp_path / NAME).state_dict
-    second = checkpoint.load(tmp_path / "batch64-lr1e-30-sgd-seed0.pt")
+    second = checkpoint.load(tmp_path / f"batch64-lr1e-30-sgd-from-{NAME[:-3]}-seed0.pt")
     assert second.start["from"] == str(tmp_path / NAME)
     assert all(torch.equal(first[name], t) for name, t in second.state_dict.items())
 

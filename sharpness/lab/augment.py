@@ -45,6 +45,8 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"`flip` must be True or False; got {self.flip!r}.")
         if not (isinstance(self.crop, int) and self.crop >= 0):
             raise ValueError(
                 f"`crop` must be a whole number of pixels, at least 0; got {self.crop!r}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from torch.optim import Optimizer
 
 from sharpness.lab.data import Dataset, at_random, class_balanced, has_classes
 from sharpness.lab.run import OnUpdate, criterion_for
+from sharpness.measures.arguments import require, whole
 from sharpness.record import append_record, new_record
-from sharpness.tracking import SharpnessTracker
+from sharpness.tracking import MEASURES, SharpnessTracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +23,24 @@ class Following:
     Args:
         measures: of `SharpnessTracker`.
         every: updates from one point to the next; update 0 is the first point.
-        num_samples: of the training set, class-balanced where there are classes.
+        num_samples: of the training set, class-balanced where that can be had.
+
+    Raises:
+        ValueError: an unknown measure, or a number below 1.
     """
 
     measures: tuple[str, ...] = ("lambda_max",)
     every: int = 50
     num_samples: int = 1000
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured, before anything is trained."""
+        require(bool(self.measures), "measures", "be at least one", self.measures)
+        for name in self.measures:
+            known = name in MEASURES
+            require(known, "measures", f"be of {', '.join(MEASURES)}", name)
+        whole("every", self.every, 1, "1 measures after each update.")
+        whole("num_samples", self.num_samples, 1)
 
     def of(self, dataset: Dataset, path: Path) -> OnUpdate:
         """What `run.train` calls: each point goes to `records.jsonl` beside `path`.
@@ -36,8 +50,10 @@ class Following:
         """
         x, y = dataset.train
         few = min(self.num_samples, len(y))
-        balanced = has_classes(y) and few < len(y)
-        index = class_balanced(y, few, 0) if balanced else at_random(len(y), few, 0)
+        index = at_random(len(y), few, 0)
+        if has_classes(y):
+            with suppress(ValueError):  # a class too rare to be balanced
+                index = class_balanced(y, few, 0)
         trackers: list[SharpnessTracker] = []
 
         def on_update(update: int, model: nn.Module, optimizer: Optimizer) -> None:

@@ -66,6 +66,7 @@ REGIMES: dict[str, Regime] = {
         source="Masters & Luschi 2018, arXiv:1804.07612: SGD without momentum, a rate per "
         "sample (2^-8 is one of 2^-12 ... 2^0), CIFAR-10",
         epochs=82,
+        batch_size=32,
         training={
             "optimizer": "sgd",
             "learning_rate": 2.0**-8,

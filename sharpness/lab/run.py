@@ -48,7 +48,7 @@ def train(
     A checkpoint of the same training that stands there already is carried on from where
     it was saved, or returned as it is when its budget is spent. What a run draws follows
     from its seed and the state that is saved, so a run that was killed ends with the
-    same bits as one that was not (on one device, with one number of threads). Two
+    same bits as one that was not (on a CPU, with one number of threads). Two
     processes that are asked for the same `path` take turns.
 
     Args:
@@ -61,7 +61,7 @@ def train(
             `STEM-epoch7.pt` beside `path`.
         on_epoch: called with the epochs done and the mean loss of the last one.
         on_update: called with the number of updates made, the model and its optimizer
-            before the first update and after each.
+            before the first update and after each; the rate is that of the next.
 
     Raises:
         ValueError: `path` holds a checkpoint of another training, the batch is larger
@@ -73,18 +73,21 @@ def train(
     with at_work_on([Path(path)]):
         run = TrainingRun(training, dataset, Path(path), torch.device(device))
         with run.own_generators():
+            run.set_rate()
             if not run.update:
                 on_update(0, run.model, run.optimizer)
 
             def one_update() -> None:
                 run.one_update()
+                run.set_rate()
                 on_update(run.update, run.model, run.optimizer)
 
+            run.check_kept(keep_every)
             while not run.is_over(budget):
                 one_epoch([run], one_update, budget.num_updates(run.course))
                 if keep_every and run.epoch_ended and run.epoch % keep_every == 0:
                     run.save(finished=True, epoch=run.epoch)
-                on_epoch(run.epoch, run.history[-1])
+                on_epoch(run.epoch, run.mean_loss())
             if not run.finished:
                 run.save(finished=True)
     return checkpoint.load(path)
@@ -178,6 +181,25 @@ class TrainingRun:
         spans = zip(self.epoch_begins, ends, strict=True)
         return [float(losses[a:b].mean()) for a, b in spans if b > a]
 
+    def check_kept(self, keep_every: int | None) -> None:
+        """Refuse to keep what is past: a finished run is not trained again."""
+        first = self._kept(keep_every) if keep_every else self.path
+        if keep_every and self.epoch >= keep_every and not first.exists():
+            raise ValueError(
+                f"`keep_every` must be given from the beginning of a run; got {keep_every} "
+                f"for {self.path}, which has made {self.epoch} epochs and kept none. "
+                "Choose another output folder."
+            )
+
+    def _kept(self, epoch: int) -> Path:
+        return self.path.with_stem(f"{self.path.stem}-epoch{epoch}")
+
+    def mean_loss(self) -> float:
+        """Of the updates since the last epoch but one ended."""
+        begins = [*self.epoch_begins, self.update]
+        first = max(begin for begin in begins if begin < self.update)
+        return float(self._all_losses()[first:].mean())
+
     def is_over(self, budget: Budget) -> bool:
         """Whether the budget is spent; beside updates it is looked at after epochs."""
         if self.update >= budget.num_updates(self.course):
@@ -202,9 +224,7 @@ class TrainingRun:
 
     def one_update(self) -> None:
         """The next batch, and what the remedy makes of it."""
-        batch_size, rate = self.course.at(self.update)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        batch_size = self.set_rate()
         index = self.order.take(self.seen, batch_size)
         x = self.x[index]
         if self.training.augmented is not None:
@@ -218,6 +238,13 @@ class TrainingRun:
             clip_norm=self.training.clip_norm,
         )
         self.count(self.training.update_with(step), batch_size)
+
+    def set_rate(self) -> int:
+        """Give the optimizer the learning rate of the next update; its batch size."""
+        batch_size, rate = self.course.at(self.update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return batch_size
 
     def count(self, loss: Tensor, batch_size: int) -> None:
         """Note an update and its loss ()."""
@@ -256,9 +283,10 @@ class TrainingRun:
                 raise self._diverged("parameters", f"{name} after update {self.update}")
 
     def _diverged(self, what: str, got: str) -> ValueError:
+        rate = self.course.at(max(0, self.update - 1))[1]
         return ValueError(
-            f"`learning_rate` must keep {what} finite; got {got} "
-            f"(learning_rate={self.training.learning_rate:g}). Lower it."
+            f"`learning_rate` must keep {what} finite; got {got} (at a rate of {rate:g}). "
+            "Lower it."
         )
 
     # -- random numbers ------------------------------------------------------------------
@@ -291,9 +319,7 @@ class TrainingRun:
         """Write the checkpoint; with `epoch` one of its own beside it."""
         self._count_seconds()
         self._check_parameters()
-        path = self.path
-        if epoch is not None:
-            path = path.with_stem(f"{path.stem}-epoch{epoch}")
+        path = self.path if epoch is None else self._kept(epoch)
         progress = {
             "losses": self._all_losses(),
             "seen": self.seen,

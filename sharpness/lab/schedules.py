@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from itertools import accumulate
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from sharpness.measures.arguments import at_least, positive, require, whole
 
@@ -104,8 +104,12 @@ class Schedule:
         return found
 
 
+def _of_kind(kind: Kind, **settings: Any) -> Schedule:
+    return Schedule(kind=kind, **settings)
+
+
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
-    kind: partial(Schedule, kind=kind) for kind in get_args(Kind)
+    kind: partial(_of_kind, kind) for kind in get_args(Kind)
 }
 
 

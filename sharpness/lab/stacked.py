@@ -39,7 +39,8 @@ def train_together(
 
     The losses agree with those of single runs to rounding, which Adam, dividing by the
     size of a gradient that is itself rounding, makes visible after some updates. Killed
-    and started again it ends with the same bits, as a single run does.
+    and started again it ends with the same bits, as a single run does; killed between
+    the saves of two of its runs, they stand at different updates and are refused.
 
     Args:
         trainings: that differ in their seed alone; see `can_be_stacked`.
@@ -76,7 +77,7 @@ def train_together(
                 if keep_every and runs[0].epoch_ended and epoch % keep_every == 0:
                     for run in runs:
                         run.save(finished=True, epoch=epoch)
-                on_epoch(epoch, sum(run.history[-1] for run in runs) / len(runs))
+                on_epoch(epoch, sum(run.mean_loss() for run in runs) / len(runs))
             for run in runs:
                 if not run.finished:
                     run.save(finished=True)
@@ -130,8 +131,9 @@ class Stack:
         """The next update of every run."""
         first = self.runs[0]
         batch_size, rate = first.course.at(first.update)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in (self.optimizer, *(run.optimizer for run in self.runs)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         index = torch.stack([run.order.take(run.seen, batch_size) for run in self.runs])
         losses = self.losses(first.x[index], first.y[index])
         self.optimizer.zero_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any
 
 import joblib
 import numpy as np
@@ -25,9 +25,8 @@ from sharpness.lab.following import Following
 from sharpness.lab.run import train
 from sharpness.lab.stacked import can_be_stacked, train_together
 from sharpness.lab.training import Budget, Training
-from sharpness.measures.arguments import require, whole
+from sharpness.measures.arguments import whole
 
-Backend = Literal["loky", "dask", "ray"]
 _FIXED_COST = 64  # samples whose gradient costs as much as an update of the parameters
 
 
@@ -71,9 +70,6 @@ class Place:
         jobs: runs at once; None means one a core on a CPU (no more than there are runs),
             one on a GPU. On a CPU they share the cores: a run's threads are the cores
             divided by `jobs`.
-        backend: of joblib: its own processes, or workers of Dask or Ray, for which a
-            cluster must be reachable (Dask: `$DASK_SCHEDULER_ADDRESS`; Ray: `ray.init`'s
-            defaults) that shares the file system.
         stacked: whether runs that differ in their seed alone are trained as one stacked
             model where they can be (`stacked.can_be_stacked`); None means on a GPU. On a
             CPU that gains nothing over runs side by side.
@@ -83,15 +79,12 @@ class Place:
     data_dir: str | None = None
     device: str = "cpu"
     jobs: int | None = None
-    backend: Backend = "loky"
     stacked: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot run."""
         if self.jobs is not None:
             whole("jobs", self.jobs, 1, "None means one a core.")
-        known = self.backend in get_args(Backend)
-        require(known, "backend", "be loky, dask or ray", self.backend)
 
     def dataset(self) -> Dataset:
         """The samples; the last set asked for is kept."""
@@ -115,7 +108,7 @@ def sweep(
     """Train every run, each to its checkpoint; yields outcomes as they come.
 
     A run that is finished is not trained again, one that was killed is carried on
-    (`training.train`), one that fails is reported and the others go on. Processes end
+    (`run.train`), one that fails is reported and the others go on. Processes end
     with the one that started them.
 
     Args:
@@ -141,12 +134,12 @@ def sweep(
     with _gauge([_cost(run, num_train) for run in runs], progress) as levels:
         worker = _Worker(
             place=place,
-            threads=None if jobs == 1 and place.backend == "loky" else threads,
+            threads=None if jobs == 1 else threads,
             keep_every=keep_every,
             following=following,
-            levels=levels if place.backend == "loky" else None,
+            levels=levels,
         )
-        pool = _pool(place.backend, jobs)
+        pool = _pool(jobs)
         for outcomes in pool(joblib.delayed(worker)(unit) for unit in units):
             yield from outcomes
 
@@ -186,7 +179,7 @@ class _Worker:
     threads: int | None  # None: as they are
     keep_every: int | None
     following: Following | None
-    levels: Path | None
+    levels: Path
 
     def __call__(self, unit: _Unit) -> list[Outcome]:
         if self.threads is not None:
@@ -240,8 +233,6 @@ class _Worker:
 
     def _show(self, unit: _Unit, epoch: int | None = None) -> None:
         """Note how far the runs are; None: at their end."""
-        if self.levels is None:
-            return
         num_train = len(self.place.dataset().train[0])
         for number, run in unit:
             share = 1.0 if epoch is None else epoch / run.epochs(num_train)
@@ -254,37 +245,11 @@ def _loaded(name: str, data_dir: str | None, device: str) -> Dataset:
     return data.load(name, data_dir=data_dir, device=device)
 
 
-def _pool(backend: Backend, jobs: int) -> Any:
+def _pool(jobs: int) -> Any:
     options: dict[str, Any] = {}
-    if backend == "dask":
-        options["backend"] = _dask()
-    elif backend == "ray":
-        options["backend"] = _ray()
-    elif jobs > 1:
-        options |= {"initializer": _end_with, "initargs": (os.getpid(),)}
+    if jobs > 1:
+        options = {"initializer": _end_with, "initargs": (os.getpid(),)}
     return joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", **options)
-
-
-def _dask() -> str:
-    try:
-        from distributed import Client
-    except ImportError:
-        raise ValueError(
-            "`backend` must be installed; got 'dask' without it. pip install distributed."
-        ) from None
-    Client()  # the cluster of $DASK_SCHEDULER_ADDRESS, or a local one
-    return "dask"
-
-
-def _ray() -> str:
-    try:
-        from ray.util.joblib import register_ray
-    except ImportError:
-        raise ValueError(
-            "`backend` must be installed; got 'ray' without it. pip install ray."
-        ) from None
-    register_ray()
-    return "ray"
 
 
 def _end_with(parent: int) -> None:
