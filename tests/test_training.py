@@ -90,7 +90,7 @@ class Watched:
             model.register_forward_pre_hook(lambda _, x: self._inputs.append(x[0].clone()))
         else:
             self.batches.append(self._inputs[0])
-            self.rates.append(optimizer.param_groups[0]["lr"])
+        self.rates.append(optimizer.param_groups[0]["lr"])  # of the update that follows
         self.updates.append(update)
         self._inputs = []
 
@@ -220,7 +220,7 @@ def test_batches_and_rates_follow_the_schedule(images, tmp_path, schedule, sizes
     run = replace(RUN, batch_size=8, optimizer="sgd", learning_rate=1.0, schedule=schedule)
     train(run, Budget(epochs=3), images, tmp_path / "a.pt", on_update=watched)
     assert [len(batch) for batch in watched.batches] == sizes
-    assert watched.rates == pytest.approx(rates)
+    assert watched.rates[:-1] == pytest.approx(rates)
 
 
 def test_callbacks_hear_of_every_update_and_every_epoch(images, tmp_path):
