@@ -84,6 +84,7 @@ def load(
     name: str | Path,
     *,
     num_train: int | None = None,
+    num_test: int | None = None,
     subset_seed: int = 0,
     data_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -109,7 +110,9 @@ def load(
             first 80 % to train. The others are split as published. Or the path of a file
             that ends with `.npz`. A subset's name, such as `cifar10[5000]`, will do.
         num_train: take only so many training samples, class-balanced where there are
-            classes; the test part stays whole. The name says so: `cifar10[5000]`.
+            classes. The name says so: `cifar10[5000]`.
+        num_test: likewise of the test part, which stays whole by default:
+            `cifar10[5000,test=2000]`, `cifar10[test=2000]`.
         subset_seed: which of them; stands in the name when not 0: `cifar10[5000,seed=3]`.
         data_dir: the only place to look in; has no effect on `mnist5k`, `digits` and
             paths.
@@ -117,17 +120,17 @@ def load(
 
     Raises:
         ValueError: unknown `name`; a damaged file; arrays that are no data set; a
-            `num_train` that leaves a class out, or that the rarest class cannot give.
+            `num_train` or `num_test` that leaves a class out, or that the rarest class
+            cannot give.
         FileNotFoundError: the set was not found and could not be downloaded.
 
     Example:
         >>> load("digits", num_train=100).train[0].shape
         torch.Size([100, 1, 8, 8])
     """
-    whole, num_train, subset_seed = _asked(str(name), num_train, subset_seed)
-    dataset = _whole(whole, data_dir)
-    if num_train is not None:
-        dataset = _subset(dataset, num_train, subset_seed)
+    wanted = _Subset(num_train, num_test, subset_seed)
+    whole, wanted = _asked(str(name), wanted)
+    dataset = _taken(_whole(whole, data_dir), wanted)
     train, test = ((x.to(device), y.to(device)) for x, y in (dataset.train, dataset.test))
     return replace(dataset, train=train, test=test)
 
@@ -223,20 +226,37 @@ def read_npz(path: str | Path) -> dict[str, Part]:
 
 # -- from a name to a set --------------------------------------------------------------
 
-_SUBSET = re.compile(r"(.+)\[(\d+)(?:,seed=(-?\d+))?\]")
+
+class _Subset(NamedTuple):
+    """How much of a set is asked for; None means all."""
+
+    num_train: int | None
+    num_test: int | None
+    seed: int
+
+    def __str__(self) -> str:
+        parts = [str(self.num_train)] if self.num_train is not None else []
+        parts += [f"seed={self.seed}"] if self.seed else []
+        parts += [f"test={self.num_test}"] if self.num_test is not None else []
+        return ",".join(parts)
 
 
-def _asked(name: str, num_train: int | None, seed: int) -> tuple[str, int | None, int]:
-    """Name, number and seed, which may all stand in the name."""
-    found = _SUBSET.fullmatch(name)
+_NAMED = re.compile(r"(.+)\[(\d+)?,?(?:seed=(-?\d+))?,?(?:test=(\d+))?(?<=\d)\]")
+
+
+def _asked(name: str, wanted: _Subset) -> tuple[str, _Subset]:
+    """The whole set's name and the subset, which may stand in the name."""
+    found = _NAMED.fullmatch(name)
     if found is None:
-        return name, num_train, seed
-    if num_train is not None or seed:
+        return name, wanted
+    if str(wanted):
         raise ValueError(
-            "`num_train` and `subset_seed` must be left out where the name has them; got "
-            f"{num_train} and {seed} beside {name!r}. Say it once."
+            "`num_train`, `num_test` and `subset_seed` must be left out where the name has "
+            f"them; got {wanted} beside {name!r}. Say it once."
         )
-    return found[1], int(found[2]), int(found[3] or 0)
+    whole, num_train, seed, num_test = found.groups()
+    train, test = (None if text is None else int(text) for text in (num_train, num_test))
+    return whole, _Subset(train, test, int(seed or 0))
 
 
 def _whole(name: str, data_dir: str | Path | None) -> Dataset:
@@ -258,23 +278,32 @@ def _whole(name: str, data_dir: str | Path | None) -> Dataset:
     )
 
 
-def _subset(dataset: Dataset, num_train: int, seed: int) -> Dataset:
-    x, y = dataset.train
+def _taken(dataset: Dataset, wanted: _Subset) -> Dataset:
+    if not str(wanted):
+        return dataset
+    train, test = (
+        part if num is None else _some(dataset.name, part, argument, num, wanted.seed)
+        for part, argument, num in (
+            (dataset.train, "num_train", wanted.num_train),
+            (dataset.test, "num_test", wanted.num_test),
+        )
+    )
+    return replace(dataset, name=f"{dataset.name}[{wanted}]", train=train, test=test)
+
+
+def _some(name: str, part: Part, argument: str, num: int, seed: int) -> Part:
+    x, y = part
     classes = len(y.unique()) if has_classes(y) else 0
-    if not (isinstance(num_train, int) and num_train >= classes):
+    if not (isinstance(num, int) and num >= classes):
         raise ValueError(
-            f"`num_train` must be a whole number, at least one of each class; got "
-            f"{num_train} ({dataset.name} has {classes} classes). Ask for more."
+            f"`{argument}` must be a whole number, at least one of each class; got "
+            f"{num} ({name} has {classes} classes). Ask for more."
         )
     try:
-        if classes:
-            chosen = class_balanced(y, num_train, seed)
-        else:
-            chosen = at_random(len(y), num_train, seed)
+        chosen = class_balanced(y, num, seed) if classes else at_random(len(y), num, seed)
     except ValueError as error:
-        raise ValueError(str(error).replace("`num_samples`", "`num_train`")) from None
-    label = f"{num_train},seed={seed}" if seed else str(num_train)
-    return replace(dataset, name=f"{dataset.name}[{label}]", train=(x[chosen], y[chosen]))
+        raise ValueError(str(error).replace("`num_samples`", f"`{argument}`")) from None
+    return x[chosen], y[chosen]
 
 
 def _part(x: Tensor, y: Tensor, full_scale: int = 255) -> Part:

@@ -27,6 +27,11 @@ from sharpness.measures.arguments import require, whole
 from sharpness.record import as_plain
 from sharpness.risk.empirical import EmpiricalRisk
 
+
+class DivergedError(ValueError):
+    """The loss or the parameters of a training are no longer finite."""
+
+
 OnEpoch = Callable[[int, float], None]
 OnUpdate = Callable[[int, nn.Module, torch.optim.Optimizer], None]
 _SAVE_EVERY = 20.0  # seconds of work a kill may cost
@@ -65,8 +70,9 @@ def train(
 
     Raises:
         ValueError: `path` holds a checkpoint of another training, the batch is larger
-            than the training set, `keep_every` is below 1, or the loss or the parameters
-            are no longer finite; what was saved before stays.
+            than the training set, or `keep_every` is below 1.
+        DivergedError: the loss or the parameters are no longer finite; what was saved
+            before stays.
     """
     if keep_every is not None:
         whole("keep_every", keep_every, 1, "None keeps the last one alone.")
@@ -282,9 +288,9 @@ class TrainingRun:
             if not bool(parameter.isfinite().all()):
                 raise self._diverged("parameters", f"{name} after update {self.update}")
 
-    def _diverged(self, what: str, got: str) -> ValueError:
+    def _diverged(self, what: str, got: str) -> DivergedError:
         rate = self.course.at(max(0, self.update - 1))[1]
-        return ValueError(
+        return DivergedError(
             f"`learning_rate` must keep {what} finite; got {got} (at a rate of {rate:g}). "
             "Lower it."
         )

@@ -139,8 +139,7 @@ def sweep(
             following=following,
             levels=levels,
         )
-        pool = _pool(jobs)
-        for outcomes in pool(joblib.delayed(worker)(unit) for unit in units):
+        for outcomes in pool(jobs)(joblib.delayed(worker)(unit) for unit in units):
             yield from outcomes
 
 
@@ -245,7 +244,8 @@ def _loaded(name: str, data_dir: str | None, device: str) -> Dataset:
     return data.load(name, data_dir=data_dir, device=device)
 
 
-def _pool(jobs: int) -> Any:
+def pool(jobs: int) -> Any:
+    """Processes that yield what they return as it comes, and end with this one."""
     options: dict[str, Any] = {}
     if jobs > 1:
         options = {"initializer": _end_with, "initargs": (os.getpid(),)}

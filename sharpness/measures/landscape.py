@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sharpness.risk.empirical import EmpiricalRisk
@@ -13,10 +13,10 @@ from sharpness.risk.empirical import EmpiricalRisk
 
 @dataclass(frozen=True, kw_only=True)
 class Interpolation:
-    """Risk and accuracy along the line through two points."""
+    """Risk and accuracy along the line, or the arc, through two points."""
 
     alphas: tuple[float, ...]
-    values: tuple[float, ...]  # f at (1 - alpha) theta + alpha other
+    values: tuple[float, ...]  # f at each alpha
     accuracies: tuple[float, ...]  # in [0, 1]
 
     def __str__(self) -> str:
@@ -28,9 +28,13 @@ class Interpolation:
 
 
 def interpolation(
-    risk: EmpiricalRisk, other: Tensor, alphas: Iterable[float] | None = None
+    risk: EmpiricalRisk,
+    other: Tensor,
+    alphas: Iterable[float] | None = None,
+    *,
+    arc: bool = False,
 ) -> Interpolation:
-    """Risk and accuracy at (1 - alpha) theta + alpha `other`.
+    """Risk and accuracy at (1 - alpha) theta + alpha `other`, or on an arc through both.
 
     Buffers stay those of the model: with `batchnorm="running"` the statistics fit only
     alpha = 0, so the paper's picture needs `batchnorm="batch"` (or `"recalibrated"`).
@@ -39,6 +43,7 @@ def interpolation(
         risk: f and theta, the point at alpha = 0 (in the paper: small batch).
         other: parameters (n,) at alpha = 1 (large batch).
         alphas: where to look; by default 25 points from -1 to 2.
+        arc: look at cos(alpha pi/2) theta + sin(alpha pi/2) `other` instead.
 
     Raises:
         ValueError: `other` has another length than theta.
@@ -47,7 +52,8 @@ def interpolation(
     Cost: two forward passes a point.
 
     References:
-        Keskar et al. (2017), figure 3; Goodfellow et al. (2015), arXiv:1412.6544.
+        Keskar et al. (2017), figures 3 and 7 (the arc); Goodfellow et al. (2015),
+        arXiv:1412.6544.
     """
     if other.shape != risk.theta.shape:
         raise ValueError(
@@ -55,9 +61,17 @@ def interpolation(
         )
     default = (i / 8 - 1 for i in range(25))
     points = tuple(float(alpha) for alpha in (default if alphas is None else alphas))
-    thetas = [torch.lerp(risk.theta, other.to(risk.theta), alpha) for alpha in points]
+    end = other.to(risk.theta)
+    thetas = [
+        _on_arc(risk.theta, end, a) if arc else risk.theta.lerp(end, a) for a in points
+    ]
     return Interpolation(
         alphas=points,
         values=tuple(risk.value(theta) for theta in thetas),
         accuracies=tuple(risk.accuracy(theta) for theta in thetas),
     )
+
+
+def _on_arc(theta: Tensor, end: Tensor, alpha: float) -> Tensor:
+    angle = alpha * math.pi / 2
+    return math.cos(angle) * theta + math.sin(angle) * end

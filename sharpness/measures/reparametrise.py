@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,6 +102,37 @@ def reparametrisations(
     return found
 
 
+def scaled_by(
+    network: nn.Module, inputs: Any, factor: float
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The alpha-scale map of Dinh et al. (2017) by a factor of choice: same function.
+
+    The first layer that can be is scaled by `factor`, the last layer it can be made up
+    for in by its inverse; what lies between stays as it is.
+
+    Args:
+        network: in evaluation mode; not changed.
+        inputs: what it is called with, to see how layers are connected.
+        factor: > 0; a power of two is exact.
+
+    Returns:
+        The network, and the names of the layers from the first to the last.
+
+    Raises:
+        ValueError: no layer of the network can be scaled.
+    """
+    current, layers = copy.deepcopy(network), []
+    for pair in _pairs(_watched(network, inputs)):
+        with torch.no_grad():
+            if _rescale(current, pair, lambda w: w.new_full((len(w),), factor)):
+                layers += [pair.source, pair.consumer]
+    if not layers:
+        raise ValueError(
+            "`network` must have two layers with ReLU or pooling between; found none."
+        )
+    return current, tuple(dict.fromkeys(layers))
+
+
 def _applied_everywhere(
     network: nn.Module,
     inputs: Any,
@@ -115,7 +147,10 @@ def _applied_everywhere(
         candidate = copy.deepcopy(current)
         with torch.no_grad():
             if isinstance(place, _Pair):
-                applied = _rescale(candidate, place, uniform, generator)
+                draw = partial(
+                    _drawn, uniform=uniform, generator=generator, factors=_FACTORS
+                )
+                applied = _rescale(candidate, place, draw)
             else:
                 source, norm = place
                 applied = _rescale_before_norm(candidate, source, norm, uniform, generator)
@@ -129,13 +164,11 @@ def _applied_everywhere(
 # -- the maps --------------------------------------------------------------------------
 
 
-def _rescale(
-    network: nn.Module, pair: _Pair, uniform: bool, generator: torch.Generator
-) -> bool:
+def _rescale(network: nn.Module, pair: _Pair, draw: Callable[[Tensor], Tensor]) -> bool:
     """Scale one layer's outputs up and the next one's weights down."""
     source: Any = network.get_submodule(pair.source)
     columns: Any = network.get_submodule(pair.consumer).weight
-    factors = _drawn(source.weight, uniform, generator, _FACTORS)
+    factors = draw(source.weight)
     gain = _carried(network, pair, source, factors)
     if gain is None or len(gain) != columns.shape[1]:
         return False

@@ -1,124 +1,58 @@
-"""A reproduced table in the terminal: ours, the paper's, and what it means in words."""
+"""Findings in the terminal: what a paper claims, what was found, whether they agree."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
+from rich.text import Text
 
+from sharpness.claims import Check, Finding
 from sharpness.report import tables
-from sharpness.statistics import Row, Section, Verdict
 
 
-def print_section(console: Console, section: Section, *, title: str) -> None:
-    """One section as a table."""
-    console.print(f"\n{title}: [bold]{section.title}[/bold]")
-    table = tables.plain_table(
-        "",
-        "",
-        "small\nours",
-        "large\nours",
-        "LB/SB\nours",
-        "small\npaper",
-        "large\npaper",
-        "LB/SB\npaper",
-        "LB\nlarger",
-        "p",
-        "verdict",
-        right=1,
-    )
-    for line in section.rows:
-        table.add_row(*_cells(line))
-    console.print(table)
+def print_finding(console: Console, finding: Finding) -> None:
+    """One item with its checks and its verdict."""
+    console.print(f"\n[bold]{finding.title}[/bold] · {finding.study}", markup=True)
+    console.print(f"Claim: {finding.claim}")
+    if finding.checks:
+        columns = ("paper", "ours", "n", "p", "verdict")
+        table = tables.plain_table("", "", *columns, right=1)
+        for check in finding.checks:
+            table.add_row(*map(Text, cells(check)))
+        for column in table.columns[1:3]:
+            column.justify = "left"
+        console.print(table)
+    for note in finding.notes:
+        console.print(note)
+    console.print(f"Verdict: {finding.verdict_text}", style="bold")
 
 
-def _cells(line: Row) -> list[str]:
-    def cell(value: tuple[float, float] | None) -> str:
-        return "" if value is None else tables.mean_sd(*value)
-
-    pairs, is_ratio = line.comparison, "acc." not in line.quantity
+def cells(check: Check) -> list[str]:
+    """Claim, paper, ours, n, p, verdict."""
+    verdict = "" if check.verdict is None else str(check.verdict)
     return [
-        line.quantity,
-        cell(line.small),
-        cell(line.large),
-        f"{pairs.ratio:.3g}" if is_ratio else "",
-        cell(line.paper_small),
-        cell(line.paper_large),
-        f"{line.paper_ratio:.3g}" if is_ratio and line.paper_ratio else "",
-        f"{pairs.num_larger} of {pairs.num_pairs}",
-        tables.p_value(pairs.p_value),
-        _verdict(line),
+        check.claim,
+        check.paper or "–",
+        check.ours,
+        str(check.n),
+        p_text(check),
+        verdict or "beyond the paper",
     ]
 
 
-def _verdict(line: Row) -> str:
-    if line.verdict is None:
-        pairs = line.comparison
-        return {0: "smaller", pairs.num_pairs: "larger"}.get(pairs.num_larger, "mixed")
-    order = {
-        Verdict.REPRODUCED: "order yes",
-        Verdict.NOT_REPRODUCED: "order no",
-        Verdict.INCONCLUSIVE_SOLVER: "order: solvers differ",
-        Verdict.INCONCLUSIVE_FEW: "order: too few pairs",
-    }[line.verdict]
-    if line.size_agrees is None:
-        return order
-    return f"{order}, size {'yes' if line.size_agrees else 'no'}"
+def p_text(check: Check) -> str:
+    """`0.0004 / 0.016`: paired t or Kendall, and sign flips."""
+    if check.p is None:
+        return "–"
+    flips = "" if check.flip_p is None else f" / {tables.p_value(check.flip_p)}"
+    return tables.p_value(check.p) + flips
 
 
-def in_words(section: Section, num_pairs: int) -> list[str]:
-    """What the section says, for someone who has not read the paper."""
-    by_name = {line.quantity: line for line in section.rows}
-    sentences = []
-    for name, line in by_name.items():
-        if line.verdict is not None:
-            sentences.append(f"{name.removesuffix(' %')}: {_phi_sentence(line)}")
-    sentences.append(_lambda_sentence(by_name["lambda_max"], num_pairs))
-    sentences.append(_accuracy_sentence(by_name["test acc. %"]))
-    return sentences
-
-
-def _phi_sentence(line: Row) -> str:
-    pairs = line.comparison
-    smallest = f"{pairs.sign_flip_p:.3g} (at best {pairs.sign_flip_smallest:.3g})"
-    order = {
-        Verdict.REPRODUCED: "the large batch is sharper, as the paper says",
-        Verdict.NOT_REPRODUCED: "the paper's order does not hold here",
-        Verdict.INCONCLUSIVE_SOLVER: "the order depends on how the maximum is sought",
-        Verdict.INCONCLUSIVE_FEW: "too few pairs to tell",
-    }[line.verdict or Verdict.INCONCLUSIVE_FEW]
-    size = ""
-    if line.size_agrees is not None and line.paper_ratio is not None:
-        near = "within" if line.size_agrees else "not within"
-        size = (
-            f"; {pairs.ratio:.3g} times, {near} 10x of the paper's "
-            f"{line.paper_ratio:.3g} times"
-        )
-    return f"{order} (paired t p = {pairs.p_value:.2g}, sign flip p = {smallest}){size}."
-
-
-def _lambda_sentence(line: Row, num_pairs: int) -> str:
-    larger = line.comparison.num_larger
-    if larger == num_pairs:
-        means = "by curvature, too, the large batch is sharper"
-    elif larger == 0:
-        means = "by curvature at the minimum itself, the large batch is flatter"
-    else:
-        means = "curvature at the minimum itself does not tell them apart"
-    return (
-        f"lambda_max: {means} (larger in {larger} of {num_pairs} pairs, "
-        f"ratio {line.comparison.ratio:.3g})."
-    )
-
-
-def _accuracy_sentence(line: Row) -> str:
-    gap = line.small[0] - line.large[0]
-    pairs = line.comparison
-    better = "small" if gap > 0 else "large"
-    paper = ""
-    if line.paper_small is not None and line.paper_large is not None:
-        theirs = line.paper_small[0] - line.paper_large[0]
-        paper = f"; in the paper the small batch, by {theirs:.2f}"
-    return (
-        f"test accuracy: the {better} batch is better by {abs(gap):.2f} points on "
-        f"average (large batch better in {pairs.num_larger} of {pairs.num_pairs} "
-        f"pairs){paper}."
-    )
+def print_verdicts(console: Console, findings: Sequence[Finding]) -> None:
+    """Every item's verdict in a line."""
+    table = tables.plain_table("", "item", "on", "verdict", right=2)
+    for finding in findings:
+        table.add_row(*map(Text, (finding.title, finding.study, finding.verdict_text)))
+    console.print()
+    console.print(table)

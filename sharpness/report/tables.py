@@ -15,7 +15,7 @@ from rich.text import Text
 
 from sharpness.measures.audit import Audit, AuditRow
 from sharpness.results import Reading
-from sharpness.statistics import ReadingComparison
+from sharpness.statistics import ReadingComparison, mean_sd
 
 _PIPED_WIDTH = 124  # columns when the output is no terminal
 
@@ -50,20 +50,6 @@ def number(value: float | None) -> str:
         digits = 4 - 1 - math.floor(math.log10(abs(value))) if value else 0
         return f"{value:.{max(0, min(digits, 6))}f}"
     return f"{value:.3g}"
-
-
-def mean_sd(mean: float, sd: float) -> str:
-    """Mean ± standard deviation, both to the digits the deviation allows."""
-    if not math.isfinite(sd):
-        return number(mean)
-    if sd == 0:
-        return f"{number(mean)} ± 0"
-    digits = max(0, 1 - math.floor(math.log10(sd)))
-    if abs(mean) >= 1:
-        digits = min(digits, 2)
-    if digits > 5:
-        return f"{mean:.3g} ± {sd:.1g}"
-    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
 def p_value(p: float) -> str:

@@ -1,117 +1,194 @@
-"""`python -m sharpness.reproduce keskar2017 --quick`: a paper's tables beside ours."""
+"""`python -m sharpness.reproduce keskar2017 --quick`: a paper's findings beside ours."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sharpness import _command
-from sharpness.lab import data, networks
+from sharpness.claims import Finding
+from sharpness.record import append_record, new_record
 from sharpness.report import tables
-from sharpness.report.reproduction import in_words, print_section
-from sharpness.reproduce.keskar2017 import Plan, Reproduction, reproduce
-from sharpness.statistics import mean_and_sd
+from sharpness.report.panels import draw
+from sharpness.report.reproduction import print_finding, print_verdicts
+from sharpness.reproduce.paper import PRESETS, Item, Paper, Study, finding
+from sharpness.reproduce.papers import PAPERS
+from sharpness.reproduce.workshop import Seen, Workshop, expected_seconds
+
+_ADVICE = (
+    "p: one-sided paired t test over starting points (Kendall's tau over runs for "
+    "trends), then sign flips, 2^-n at best. reproduced: p < .05; not reproduced: p > .95, "
+    "or p > .05 with 6 pairs or more; inconclusive otherwise. phi: ten iterations of "
+    "L-BFGS-B, as in the paper; the verdict must hold for the best value found as well."
+)
 
 
 def _parser() -> _command.Parser:
     parser = _command.Parser(
         prog="python -m sharpness.reproduce",
-        description="Train small- and large-batch networks from the same starting "
-        "points, measure both, and print the paper's tables with ours beside them. "
-        "What is already there is not done again: an interrupted run carries on.",
+        description="Train what a paper trained, measure it, and print every table and "
+        "figure with ours beside theirs and a verdict. What is already there is not done "
+        "again: an interrupted run carries on.",
     )
     add = parser.add_argument
-    add("paper", choices=("keskar2017",), help="Keskar et al. (2017)")
-    add("--preset", choices=("quick",), default="quick", help="size of the job")
+    add("paper", choices=sorted(PAPERS), help="which paper")
+    add("item", nargs="*", help="tables or figures (default: all; --list names them)")
+    add("--preset", choices=PRESETS, default="quick", help="size of the job")
     add(
         "--quick",
         action="store_const",
         const="quick",
         dest="preset",
-        help="short for --preset quick: 3 starting points, 20 and 40 epochs, 1000 samples",
+        help="short for --preset quick, the default: minutes on two cores",
     )
-    add("--network", choices=sorted(networks.NETWORKS), default="F1")
-    add("--data", default="mnist5k", help="(default: mnist5k)")
-    add("--data-dir", help="folder of the data set's files (also $SHARPNESS_DATA)")
-    add(
-        "--num-samples",
-        type=_command.samples_or_all,
-        default=1000,
-        help="class-balanced training samples measured, or 'all' (default: 1000)",
-    )
-    add("--seeds", type=int, default=3, help="starting points (default: 3)")
-    add("--epochs", type=_epochs, default=(20, 40), help="small,large (default: 20,40)")
-    add("--output", help="run folder (default: runs/keskar2017-NETWORK-DATA)")
+    add("--study", action="append", help="network and data, by name (default: all)")
+    add("--seeds", type=int, help="starting points (default: the preset's)")
+    add("--data-dir", help="folder of the data sets' files (also $SHARPNESS_DATA)")
+    add("--output", type=Path, help="run folder (default: runs/reproduce-PRESET)")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    add("--jobs", type=int, help="things done at once (default: one a core)")
+    add("--list", action="store_true", help="name items and studies, and do nothing")
+    add("--plan", action="store_true", help="say what would be done, and do nothing")
     return parser
-
-
-def _epochs(text: str) -> tuple[int, int]:
-    small, large = (int(part) for part in text.split(","))
-    return small, large
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
+    paper = PAPERS[options.paper]
 
     def command() -> int:
-        name = f"{options.paper}-{options.network}-{options.data}".lower()
-        plan = Plan(
-            output=Path(options.output or f"runs/{name}"),
-            data=options.data,
+        if options.list:
+            return _list(paper)
+        if options.jobs is not None and options.jobs < 1:
+            raise ValueError(f"`--jobs` must be at least 1; got {options.jobs}.")
+        workshop = Workshop(
+            folder=options.output or Path(f"runs/reproduce-{options.preset}"),
             data_dir=options.data_dir,
-            network=options.network,
-            num_seeds=options.seeds,
-            epochs_small=options.epochs[0],
-            epochs_large=options.epochs[1],
-            num_samples=options.num_samples,
             device=_command.chosen_device(options.device),
+            jobs=options.jobs,
         )
-        dataset = data.load(plan.data, data_dir=plan.data_dir)
-        _announce(plan, len(dataset.train[0]))
-        _print(reproduce(plan))
+        findings = []
+        for study in _studies(paper, options):
+            items = _items(paper, options.item, study)
+            if items:
+                findings += _reproduced(paper, items, study, workshop, options.plan)
+        if not findings and not options.plan:
+            names = ", ".join(options.item)
+            raise ValueError(
+                f"`ITEM` must be part of this preset's studies; got {names}. See --list."
+            )
+        if findings:
+            print_verdicts(tables.console(), findings)
+            tables.console().print(f"\n{_ADVICE}\nWritten to {workshop.folder}.")
         return _command.OK
 
     return _command.guarded("sharpness.reproduce", command)
 
 
-def _announce(plan: Plan, num_train: int) -> None:
-    measured = "all" if plan.num_samples is None else plan.num_samples
-    minutes = "under 4 minutes" if plan.data == "mnist5k" else "longer than mnist5k"
-    tables.console().print(
-        f"{plan.network} on {plan.data}, {num_train} training images: {plan.num_seeds} "
-        f"starting points, each trained with small and large batch and measured on "
-        f"{measured} of them. With the defaults {minutes} on two cores."
+def _list(paper: Paper) -> int:
+    out = tables.console()
+    out.print(paper.citation)
+    table = tables.plain_table("", "item", "what", right=1)
+    for item in paper.items:
+        table.add_row(item.name, item.title)
+    out.print(table)
+    table = tables.plain_table("", "study", "preset", "network and data", right=2)
+    for study in paper.studies:
+        table.add_row(study.name, study.preset, f"{study.network} on {study.data}")
+    out.print(table)
+    return _command.OK
+
+
+def _studies(paper: Paper, options: argparse.Namespace) -> list[Study]:
+    """Those of the preset that were asked for, with as many starting points."""
+    of_preset = [study for study in paper.studies if study.preset == options.preset]
+    if not of_preset:
+        there = ", ".join(sorted({study.preset for study in paper.studies}))
+        raise ValueError(
+            f"`--preset` must be one of {there} for {paper.name}; got {options.preset}."
+        )
+    unknown = set(options.study or ()) - {study.name for study in of_preset}
+    if unknown:
+        names = ", ".join(study.name for study in of_preset)
+        raise ValueError(
+            f"`--study` must be of {names} (preset {options.preset}); got "
+            f"{', '.join(sorted(unknown))}."
+        )
+    chosen = [
+        study for study in of_preset if not options.study or study.name in options.study
+    ]
+    if options.seeds is None:
+        return chosen
+    if options.seeds < 2:
+        raise ValueError(
+            f"`--seeds` must be at least 2 for a paired comparison; got {options.seeds}. "
+            "6 are enough for a verdict."
+        )
+    return [study.with_seeds(options.seeds) for study in chosen]
+
+
+def _items(paper: Paper, names: Sequence[str], study: Study) -> list[Item]:
+    asked = [paper.item(name) for name in dict.fromkeys(names)]
+    everything = [i for i in paper.items if i.in_quick or study.preset != "quick"]
+    return [item for item in asked or everything if item.applies(study)]
+
+
+def _reproduced(
+    paper: Paper, items: Sequence[Item], study: Study, workshop: Workshop, only_plan: bool
+) -> list[Finding]:
+    out = tables.console()
+    wanted = [o for item in items for o in item.observations(study)]
+    _announce(study, items, workshop, wanted)
+    if only_plan:
+        return []
+    seen = workshop.carry_out(wanted)
+    findings = []
+    for item in items:
+        found = finding(paper, item, study, seen)
+        print_finding(out, found)
+        findings.append(found)
+        path = _drawn(item, study, seen, found, workshop.folder)
+        if path is not None:
+            out.print(f"Picture: {path}")
+    record = new_record("findings", paper=paper.name, study=study.name, findings=findings)
+    append_record(workshop.folder / "findings.jsonl", record)
+    return findings
+
+
+def _announce(
+    study: Study, items: Sequence[Item], workshop: Workshop, wanted: Sequence[object]
+) -> None:
+    stages, missing = workshop.lacking(wanted)  # type: ignore[arg-type]
+    runs = sum(len(stage) for stage in stages)
+    jobs = workshop.jobs or (1 if workshop.device != "cpu" else os.cpu_count() or 1)
+    minutes = expected_seconds(stages, missing, jobs) / 60
+    time = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
+    time = time if workshop.device == "cpu" else "less than on a CPU"
+    out = tables.console()
+    out.print(f"\n{study.name}, preset {study.preset}: {study.network} on {study.data}.")
+    if study.stand_in:
+        out.print(f"Stand-in: {study.stand_in}.")
+    if study.reduced:
+        out.print(f"Reduced: {study.reduced}.")
+    out.print(f"Items: {', '.join(item.name for item in items)}.")
+    out.print(
+        f"To do: {runs} training runs, {len(missing)} of {len(set(wanted))} observations; "
+        f"{time}."
     )
 
 
-def _print(found: Reproduction) -> None:
-    out, plan = tables.console(), found.plan
-    small, large = found.batch_sizes
-    for section in found.sections:
-        print_section(out, section, title=f"Tables 2 and 3, {plan.network}")
-    losses = {role: mean_and_sd(v)[0] for role, v in found.final_losses.items()}
-    out.print(
-        f"Small batch {small}, {plan.epochs_small} epochs, training loss "
-        f"{losses['small']:.2g}; large batch {large}, {plan.epochs_large} epochs, loss "
-        f"{losses['large']:.2g}; told to stop at the small batch's loss: "
-        f"{losses['matched']:.2g}. Mean ± standard deviation over starting points "
-        f"(ours {plan.num_seeds}, paper {found.num_trials_paper}); LB/SB: large over "
-        "small batch; p: one-sided paired t test of the logarithms. phi after 10 "
-        "iterations of L-BFGS-B, as in the paper; 'best found' also runs sign ascent. "
-        "order yes: larger in every pair and p < .05, by both solvers; size yes: ratio "
-        "within 10 times of the paper's."
-    )
-    out.print("\n[bold]In words[/bold] (first table, the paper's setting)")
-    for sentence in in_words(found.sections[0], plan.num_seeds):
-        out.print(f"  {sentence}")
-    out.print(
-        f"\nWritten to {plan.output}: records.jsonl, {3 * plan.num_seeds} checkpoints "
-        f"(measure one: python -m sharpness.measure {plan.path('large', 0)}), "
-        f"{found.figure.name}"
-    )
+def _drawn(
+    item: Item, study: Study, seen: Seen, found: Finding, folder: Path
+) -> Path | None:
+    panels = [p for p in (item.panels(study, seen) if item.panels else ()) if p.curves]
+    if not panels:
+        return None
+    path = folder / f"{found.paper}-{item.name}-{study.name}-{study.preset}.png"
+    return draw(path, panels, title=f"{item.title} · {study.network} on {study.data}")
 
 
 if __name__ == "__main__":

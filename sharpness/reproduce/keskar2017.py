@@ -1,335 +1,945 @@
-"""Keskar et al. (2017): Tables 2 and 3 and the parametric plot, for one network.
+"""Keskar et al. (2017): every table and figure, for small- and large-batch networks.
 
 From each starting point one network is trained with the small and one with the large
-batch. A third, "matched", has the large batch and stops as soon as its training loss is
-that of the small-batch network: the first two may differ a hundredfold in loss. All are
-measured with BatchNorm on batch statistics (the authors' Keras models kept no others)
-and again with running statistics (what PyTorch calls evaluation mode).
+batch. Measures run BatchNorm on batch statistics (the authors' Keras models kept no
+others) unless they say otherwise.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
-import joblib
-import torch
-
-from sharpness import _progress, checkpoint
-from sharpness.lab import data
-from sharpness.lab.measurement import Settings, measured, risk_of
-from sharpness.lab.run import train
-from sharpness.lab.subjects import opened
-from sharpness.lab.training import Budget, Training, default_batch_sizes
-from sharpness.measures.landscape import Interpolation, interpolation
-from sharpness.measures.summary import Settings as MeasureSettings
-from sharpness.record import (
-    Records,
-    append_record,
-    as_plain,
-    new_record,
-    read_records,
+from sharpness.claims import (
+    Check,
+    by_both_solvers,
+    holds,
+    paired,
+    trend,
+    within,
 )
-from sharpness.report.figures import parametric_plot
+from sharpness.lab.training import Budget, Training
+from sharpness.report.panels import Curve, Panel
+from sharpness.reproduce import paper
+from sharpness.reproduce.looks import (
+    Facts,
+    Look,
+    Pick,
+    accuracy,
+    adaptive_rise,
+    band,
+    lambda_max,
+    listed,
+    metric,
+    pairs,
+    phi,
+    points,
+)
+from sharpness.reproduce.observations import EPSILONS, Accuracy, Joining, Measured
+from sharpness.reproduce.paper import Item, Paper, paper_numbers
+from sharpness.reproduce.trained import Trained
+from sharpness.reproduce.workshop import Seen
 from sharpness.results import short
-from sharpness.statistics import Row, Section, order_verdict, row, size_verdict
 
-EPSILONS = (1e-3, 5e-4)
-MODES = ("batch", "running")
-# A table each. Stopping early is compared in the authors' way to run BatchNorm alone.
-TABLES = (("large", "batch"), ("matched", "batch"), ("large", "running"))
-ROLES = {
-    "small": "small batch",
-    "large": "large batch trained to the end",
-    "matched": "large batch stopped at the small batch's training loss",
-}
-_COST = {"train": 6, "matched": 1, "measure": 1}  # relative, for the progress bar
-
-_Record = dict[str, Any]
-_Records = dict[tuple[str, str, int], _Record]  # by role, BatchNorm mode, pair
+Role = Literal["small", "large"]
+ROLES: tuple[Role, Role] = ("small", "large")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is trained and measured, and where it goes."""
+class Study(paper.Study):
+    """Sizes of a network's comparison.
 
-    output: Path
-    data: str = "mnist5k"
-    data_dir: str | None = None
-    network: str = "F1"
-    num_seeds: int = 3
-    epochs_small: int = 20
-    epochs_large: int = 40
-    num_samples: int | None = 1000
-    device: str = "cpu"
-    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
-
-    def __post_init__(self) -> None:
-        """Refuse what gives no paired comparison."""
-        if self.num_seeds < 2:
-            raise ValueError(
-                "`num_seeds` must be at least 2 for a paired comparison; got "
-                f"{self.num_seeds}. The paper used 5."
-            )
-
-    def path(self, role: str, seed: int) -> Path:
-        """Where the network of a role and a starting point lies."""
-        return self.output / f"{role}-seed{seed}.pt"
-
-    def settings(self, mode: Any) -> Settings:
-        """How it is measured, with BatchNorm in `mode`."""
-        return Settings(
-            num_samples=self.num_samples,
-            batchnorm=mode,
-            measures=("lambda_max", "phi"),
-            of_measures=MeasureSettings(epsilon=EPSILONS),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reproduction:
-    """The paper's tables with ours beside them, and where everything lies."""
-
-    plan: Plan
-    batch_sizes: tuple[int, int]
-    num_trials_paper: int
-    sections: list[Section]
-    final_losses: dict[str, list[float]]  # training loss by role, one a starting point
-    figure: Path
-    records: Path
-
-
-def reproduce(plan: Plan, *, progress: bool | None = None) -> Reproduction:
-    """Train, measure, compare, draw; what is already there is not done again.
-
-    Cost: per starting point three trainings (the third a short one), five measurements.
+    Args:
+        small: batch size.
+        large: batch size.
+        epochs_small: epochs at which small-batch networks are looked at; the last is
+            the end.
+        epochs_large: of large-batch ones.
+        num_followed: of the starting points, looked at before the end as well.
+        num_samples: training samples that sharpness is measured on.
+        swept: batch sizes of figure 4.
+        epochs_swept: for each of them.
+        num_swept: starting points of figure 4.
+        epochs_warm: of the large-batch runs of figure 5.
+        num_warm: starting points of figure 5.
+        num_remedied: starting points of tables 6 and 7 and of adversarial training.
     """
-    plan.output.mkdir(parents=True, exist_ok=True)
-    records_path = plan.output / "records.jsonl"
-    done = _measurements(plan, records_path)
-    seeds = range(plan.num_seeds)
-    with warnings.catch_warnings(), _pool(plan) as pool, _bar(plan, progress) as bar:
-        # joblib replaces a process that has grown; nothing is lost, no need to say so.
-        warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
-        first = [(plan, role, s) for role in ("small", "large") for s in seeds]
-        for _ in pool(joblib.delayed(_train)(*unit) for unit in first):
-            bar.update(_COST["train"])
-        # A matched run ends at a loss that its small-batch twin must have reached.
-        for _ in pool(joblib.delayed(_train)(plan, "matched", s) for s in seeds):
-            bar.update(_COST["matched"])
-        known = {
-            f"{mode} {record['checkpoint']['sha256']}"
-            for (_, mode, _), record in done.items()
-        }
-        pairs = [("small", mode) for mode in MODES] + list(TABLES)
-        units = [(role, s, mode) for role, mode in pairs for s in seeds]
-        for record in pool(joblib.delayed(_measure)(plan, *u, known) for u in units):
-            if record is not None:
-                append_record(records_path, record)
-            bar.update(_COST["measure"])
-    curves = _curves(plan)
-    figure = _draw(plan, curves)
-    done = _measurements(plan, records_path)
-    found = Reproduction(
-        plan=plan,
-        batch_sizes=_batch_sizes(plan),
-        num_trials_paper=paper_numbers()["num_trials"],
-        sections=_sections(plan, done),
-        final_losses={
-            role: [_metric(done[role, "batch", s], "train_loss_batch") for s in seeds]
-            for role in ROLES
-        },
-        figure=figure,
-        records=records_path,
-    )
-    append_record(records_path, new_record("interpolation", pair=0, curves=curves))
-    append_record(records_path, new_record("comparison", paper="keskar2017", **vars(found)))
-    return found
 
+    small: int
+    large: int
+    epochs_small: tuple[float, ...]
+    epochs_large: tuple[float, ...]
+    num_followed: int = 3
+    num_samples: int | None = 1000
+    swept: tuple[int, ...] = ()
+    epochs_swept: float = 0.0
+    num_swept: int = 3
+    epochs_warm: float = 0.0
+    num_warm: int = 3
+    num_remedied: int = 6
 
-# -- training and measuring, each in a process of its own ----------------------------
+    def with_seeds(self, num: int) -> Study:
+        """The same with so many starting points, everywhere."""
+        names = ("num_seeds", "num_followed", "num_swept", "num_warm", "num_remedied")
+        few = {name: min(num, getattr(self, name)) for name in names}
+        return replace(self, **{**few, "num_seeds": num})
 
+    @property
+    def seeds(self) -> range:
+        """Starting points."""
+        return range(self.num_seeds)
 
-def _pool(plan: Plan) -> Any:
-    """Processes on a CPU; one after another on a GPU."""
-    jobs = plan.jobs if plan.device == "cpu" else 1
-    return joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
-
-
-def _bar(plan: Plan, progress: bool | None) -> Any:
-    units = 2 * _COST["train"] + _COST["matched"] + 5 * _COST["measure"]
-    layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} to go"
-    total = plan.num_seeds * units
-    return _progress.bar("train and measure", total, progress, bar_format=layout)
-
-
-def _train(plan: Plan, role: str, seed: int) -> None:
-    _share_cores(plan)
-    small, large = _batch_sizes(plan)
-    training = Training(
-        network=plan.network, batch_size=small if role == "small" else large, seed=seed
-    )
-    budget = Budget(epochs=plan.epochs_small if role == "small" else plan.epochs_large)
-    if role == "matched":
-        twin = checkpoint.load(plan.path("small", seed))
-        loss = twin.training["metrics"]["train_loss_batch"]
-        budget = replace(budget, until_loss=loss)
-    train(training, budget, _dataset(plan), plan.path(role, seed), device=plan.device)
-
-
-def _measure(
-    plan: Plan, role: str, seed: int, mode: str, known: set[str]
-) -> _Record | None:
-    """A measurement record; None for a checkpoint whose records are there already."""
-    _share_cores(plan)
-    path = plan.path(role, seed)
-    loaded = checkpoint.load(path)
-    if f"{mode} {loaded.sha256}" in known:
-        return None
-    subject = opened(path, data_dir=plan.data_dir)
-    found = measured(subject, plan.settings(mode), device=plan.device, progress=False)
-    return {**found.record, "role": role, "pair": seed}
-
-
-def _share_cores(plan: Plan) -> None:
-    if plan.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // plan.jobs))
-
-
-def _dataset(plan: Plan) -> data.Dataset:
-    return _loaded(plan.data, plan.data_dir)
-
-
-@cache
-def _loaded(name: str, data_dir: str | None) -> data.Dataset:
-    return data.load(name, data_dir=data_dir)
-
-
-def _batch_sizes(plan: Plan) -> tuple[int, int]:
-    return default_batch_sizes(len(_dataset(plan).train[0]))
-
-
-def _measurements(plan: Plan, path: Path) -> _Records:
-    """The last measurement by this plan of each role, mode and pair."""
-    found: _Records = {}
-    for record in read_records(path) if path.exists() else Records():
-        if record["kind"] != "measurement" or "role" not in record:
-            continue
-        mode, pair = record["settings"]["batchnorm"], record["pair"]
-        wanted = as_plain(asdict(plan.settings(mode)))
-        same = {k: v for k, v in record["settings"].items() if k != "risk"} == wanted
-        if same and pair < plan.num_seeds:
-            found[record["role"], mode, pair] = record
-    return found
-
-
-# -- comparing with the paper --------------------------------------------------------
-
-
-def paper_numbers() -> dict[str, Any]:
-    """The paper's Tables 2 and 3, as far as they concern the lab's networks."""
-    source = files("sharpness.reproduce") / "paper_numbers" / "keskar2017.json"
-    numbers: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
-    return numbers
-
-
-def _sections(plan: Plan, records: _Records) -> list[Section]:
-    """One for each table: a way to stop the large batch, a way to run BatchNorm."""
-    return [
-        Section(
-            title=f"{ROLES[role]}; BatchNorm on {mode} statistics",
-            rows=_rows(plan, records, role, mode),
+    def network_at(
+        self,
+        batch_size: int,
+        seed: int,
+        epochs: float,
+        start: Trained | None = None,
+        until_loss_of: Trained | None = None,
+        **settings: Any,
+    ) -> Trained:
+        """A network of this study: Adam at 1e-3, the same for every batch size."""
+        return Trained(
+            data=self.data,
+            training=Training(
+                network=self.network, batch_size=batch_size, seed=seed, **settings
+            ),
+            budget=Budget(epochs=epochs),
+            start=start,
+            until_loss_of=until_loss_of,
         )
-        for role, mode in TABLES
+
+    def epochs(self, role: Role) -> tuple[float, ...]:
+        """When networks of a role are looked at."""
+        return self.epochs_small if role == "small" else self.epochs_large
+
+    def at(
+        self, role: Role, seed: int, epochs: float | None = None, **more: Any
+    ) -> Trained:
+        """A network of a role, at its end unless told otherwise."""
+        batch_size = self.small if role == "small" else self.large
+        return self.network_at(batch_size, seed, epochs or self.epochs(role)[-1], **more)
+
+    def sharpness(self, of: Trained) -> Measured:
+        """What the tables need, by the authors' way to run BatchNorm."""
+        names = ("lambda_max", "phi", "phi_normal", "phi_unit", "adaptive")
+        return Measured(of=of, measures=names, num_samples=self.num_samples)
+
+    def phi(self, of: Trained) -> Measured:
+        """Phi alone."""
+        return Measured(of=of, measures=("phi",), num_samples=self.num_samples)
+
+    def curvature_and_phi(self, of: Trained, **more: Any) -> Measured:
+        """lambda_max and phi."""
+        names = ("lambda_max", "phi")
+        return Measured(of=of, measures=names, num_samples=self.num_samples, **more)
+
+
+def ends(study: Study) -> list[tuple[Trained, Trained]]:
+    """Small- and large-batch networks, by starting point."""
+    return [(study.at("small", seed), study.at("large", seed)) for seed in study.seeds]
+
+
+def both(study: Study) -> list[Trained]:
+    """The same in one list."""
+    return [network for pair in ends(study) for network in pair]
+
+
+def phi_checks(
+    study: Study,
+    seen: Seen,
+    look: Look,
+    networks: Sequence[tuple[Trained, Trained]],
+    *,
+    of: str = "phi",
+    space: str = "full space",
+    published: dict[str, Any] | None = None,
+    larger: bool = True,
+) -> Iterator[Check]:
+    """For both epsilons: the protocol beside the paper, the best found beyond it."""
+    for i, epsilon in enumerate(EPSILONS):
+        name = f"phi({short(epsilon)}), {space}, %"
+        protocol, best = (
+            pairs(seen, look, phi(i, which, of), networks)
+            for which in ("phi_protocol", "phi")
+        )
+        if not protocol[0]:
+            continue
+        words = f"{name}: {'larger' if larger else 'smaller'}"
+        check = paired(
+            words,
+            *protocol,
+            larger=larger,
+            paper=(published or {}).get(f"{epsilon:g}"),
+        )
+        if protocol == best:
+            yield check
+            continue
+        found = paired(f"{name}, best found", *best, larger=larger)
+        yield by_both_solvers(check, found)
+        yield replace(found, verdict=None)
+
+
+# -- tables 2, 3, 4 and beyond ---------------------------------------------------------
+
+
+def _table2(study: Study, seen: Seen) -> list[Check]:
+    published = paper_numbers("keskar2017")["table2"].get(study.network, {})
+    checks = []
+    for split, larger, judged in (("test", False, True), ("train", True, False)):
+        values = pairs(seen, accuracy, metric(f"{split}_accuracy_batch", 100), ends(study))
+        if values[0]:
+            words = f"{split} accuracy, %, small → large batch"
+            checks.append(
+                paired(
+                    f"{words}: smaller" if judged else words,
+                    *values,
+                    larger=larger,
+                    ratio=False,
+                    paper=published.get(split),
+                    judged=judged,
+                )
+            )
+    losses = pairs(seen, accuracy, metric("train_loss_batch"), ends(study))
+    if losses[0]:
+        checks.append(paired("training loss, small → large batch", *losses, judged=False))
+    return checks
+
+
+def _looks_at_ends(study: Study) -> list[Any]:
+    return [study.sharpness(network) for network in both(study)]
+
+
+def _table3(study: Study, seen: Seen) -> list[Check]:
+    published = paper_numbers("keskar2017")["table3"].get(study.network)
+    return list(phi_checks(study, seen, study.sharpness, ends(study), published=published))
+
+
+def _table4(study: Study, seen: Seen) -> list[Check]:
+    published = paper_numbers("keskar2017")["table4"].get(study.network)
+    return [
+        check
+        for columns, numbers in (("normal", published), ("unit", None))
+        for check in phi_checks(
+            study,
+            seen,
+            study.sharpness,
+            ends(study),
+            of=f"phi_{columns}",
+            space=f"100 random columns, {columns}",
+            published=numbers,
+        )
     ]
 
 
-def _rows(plan: Plan, records: _Records, role: str, mode: str) -> list[Row]:
-    paper = paper_numbers()
-    table2 = paper["table2"].get(plan.network)
-    table3 = paper["table3"].get(plan.network, {})
-
-    def pairs(pick: Callable[[_Record], float]) -> tuple[list[float], list[float]]:
-        seeds = range(plan.num_seeds)
-        small = [pick(records["small", mode, seed]) for seed in seeds]
-        return small, [pick(records[role, mode, seed]) for seed in seeds]
-
-    rows = []
-    for part in ("train", "test"):
-        name = f"{part}_accuracy_{mode}"
-        published = (table2[f"{part}_small"], table2[f"{part}_large"]) if table2 else None
-        values = pairs(lambda record, name=name: 100 * _metric(record, name))  # type: ignore[misc]
-        rows.append(row(f"{part} acc. %", *values, published))
-    for i, epsilon in enumerate(EPSILONS):
-        cell = table3.get(f"{epsilon:g}")
-        published = (cell["small"], cell["large"]) if cell else None
-        rows += _phi_rows(epsilon, lambda name, i=i: pairs(_phi(i, name)), published)  # type: ignore[misc]
-    lambda_max = pairs(lambda record: record["measures"]["lambda_max"][0]["eigenvalues"][0])
-    rows.append(row("lambda_max", *lambda_max))
-    return rows
+def _running(study: Study) -> Look:
+    return partial(study.curvature_and_phi, batchnorm="running")
 
 
-def _phi_rows(
-    epsilon: float,
-    pairs: Callable[[str], tuple[list[float], list[float]]],
-    published: tuple[list[float], list[float]] | None,
-) -> list[Row]:
-    """The paper's protocol beside the paper's numbers, and the best value found."""
-    protocol = row(f"phi({short(epsilon)}) %", *pairs("phi_protocol"), published)
-    best = row("  best found", *pairs("phi"))
-    size = protocol.paper_ratio
-    protocol = replace(
-        protocol,
-        verdict=order_verdict(best.comparison, protocol.comparison),
-        size_agrees=size_verdict(protocol.comparison.ratio, size) if size else None,
+def _matched(study: Study) -> list[tuple[Trained, Trained]]:
+    """The large batch stopped at its small-batch twin's training loss."""
+    return [
+        (small, study.at("large", seed, until_loss_of=small))
+        for seed in study.seeds
+        for small in [study.at("small", seed)]
+    ]
+
+
+def _beyond_observations(study: Study) -> list[Any]:
+    looks: list[Any] = _looks_at_ends(study)
+    looks += [_running(study)(network) for network in both(study)]
+    return looks + [study.curvature_and_phi(large) for _, large in _matched(study)]
+
+
+def _beyond(study: Study, seen: Seen) -> list[Check]:
+    """The same question to other measures; no claim of the paper is judged."""
+
+    def asked(words: str, first: Look, second: Look, pick: Pick, networks: Any) -> None:
+        found = [(seen.get(first(a)), seen.get(second(b))) for a, b in networks]
+        known = [(pick(a), pick(b)) for a, b in found if a and b]
+        if known:
+            values = [a for a, _ in known], [b for _, b in known]
+            checks.append(paired(words, *values, judged=False))
+
+    checks: list[Check] = []
+    here, running = study.sharpness, _running(study)
+    asked("lambda_max", here, here, lambda_max, ends(study))
+    asked("worst rise in the adaptive l2 ball 0.5", here, here, adaptive_rise, ends(study))
+    matched = _matched(study)
+    words = "large batch stopped at the small one's loss: "
+    stopped = study.curvature_and_phi
+    asked(f"{words}phi(1e-3), %", here, stopped, phi(0), matched)
+    asked(f"{words}lambda_max", here, stopped, lambda_max, matched)
+    words = "BatchNorm on running statistics: "
+    asked(f"{words}phi(1e-3), %", running, running, phi(0), ends(study))
+    asked(f"{words}lambda_max", running, running, lambda_max, ends(study))
+    return checks
+
+
+def _distances(study: Study, seen: Seen) -> list[float]:
+    values = pairs(
+        seen, study.sharpness, lambda facts: facts["distance_from_start"], ends(study)
     )
-    return [protocol, best]
+    return [small / large for small, large in zip(*values, strict=True)]
 
 
-def _phi(i: int, name: str) -> Callable[[_Record], float]:
-    return lambda record: float(record["measures"]["phi"][i][name])
+def _distance(study: Study, seen: Seen) -> list[Check]:
+    ratios = _distances(study, seen)
+    if not ratios:
+        return []
+    words = "distance from the start, small over large batch"
+    return [within(words, ratios, 3, 10)]
 
 
-def _metric(record: _Record, name: str) -> float:
-    return float(record["checkpoint"]["training"]["metrics"][name])
+# -- figures 2 and 6: along training ---------------------------------------------------
 
 
-# -- the parametric plot -------------------------------------------------------------
+def _followed(study: Study, role: Role) -> list[list[Trained]]:
+    """For each followed starting point its networks along training."""
+    return [
+        [study.at(role, seed, epochs) for epochs in study.epochs(role)]
+        for seed in range(study.num_followed)
+    ]
 
 
-def _curves(plan: Plan) -> dict[str, Interpolation]:
-    """Between the minima of starting point 0, on training and on test samples."""
-    curves = {}
-    dataset = _dataset(plan)
-    for split, part in (("train", dataset.train), ("test", dataset.test)):
-        num = plan.num_samples
-        settings = Settings(
-            num_samples=None if num is None or num > len(part[1]) else num,
-            split="train" if split == "train" else "test",
-            batchnorm="batch",
+def _figure2_observations(study: Study) -> list[Any]:
+    return [
+        Accuracy(of=network)
+        for role in ROLES
+        for run in _followed(study, role)
+        for network in run
+    ]
+
+
+def _accuracies(seen: Seen, run: list[Trained], name: str) -> list[float]:
+    found = [seen.get(Accuracy(of=network)) for network in run]
+    return [100 * facts["metrics"][name] for facts in found if facts is not None]
+
+
+def _figure2(study: Study, seen: Seen) -> list[Check]:
+    """Would stopping the large batch early have closed the gap?"""
+    best, small_end = [], []
+    for small, large in zip(
+        _followed(study, "small"), _followed(study, "large"), strict=True
+    ):
+        curve = _accuracies(seen, large, "test_accuracy_batch")
+        end = _accuracies(seen, small[-1:], "test_accuracy_batch")
+        if len(curve) == len(large) and end:
+            best.append(max(curve) - curve[-1])
+            small_end.append(end[0] - curve[-1])
+    if not best:
+        return []
+    ours = f"{max(best):.2f} points at most; the gap is {sum(small_end) / len(best):.2f}"
+    words = "large batch: its best test accuracy along training is within 0.5 of its last"
+    return [holds(words, max(best) <= 0.5, ours=ours, n=len(best), paper="no peak is seen")]
+
+
+def _figure2_panels(study: Study, seen: Seen) -> list[Panel]:
+    curves = []
+    for colour, role in enumerate(ROLES):
+        for split, style in (("test", "o-"), ("train", "o:")):
+            runs = _followed(study, role)
+            values = [_accuracies(seen, run, f"{split}_accuracy_batch") for run in runs]
+            full = [v for v in values if len(v) == len(study.epochs(role))]
+            flat = [value for run in full for value in run]
+            if full:
+                epochs = [*study.epochs(role)] * len(full)
+                label = f"{role} batch, {split}"
+                curves.append(band(label, epochs, flat, colour=colour, style=style))
+    return [
+        Panel(title="", x_label="epoch", y_label="accuracy, %", curves=curves, log_x=True)
+    ]
+
+
+def _figure6_observations(study: Study) -> list[Any]:
+    return [
+        study.phi(network)
+        for role in ROLES
+        for run in _followed(study, role)
+        for network in run
+    ]
+
+
+def _figure6_points(study: Study, seen: Seen, role: Role) -> list[tuple[float, float]]:
+    """(training loss, phi) of every followed network, in order of the loss."""
+    looks = [seen.get(study.phi(n)) for run in _followed(study, role) for n in run]
+    return sorted((f["value"], f["phi"][0]["phi_protocol"]) for f in looks if f)
+
+
+def _figure6(study: Study, seen: Seen) -> list[Check]:
+    checks = []
+    for role, rising in (("large", True), ("small", False)):
+        points = _figure6_points(study, seen, role)  # type: ignore[arg-type]
+        if len(points) < 3:
+            continue
+        lower_half = points[: len(points) // 2 + 1]
+        losses, values = zip(*lower_half, strict=True)
+        words = (
+            "large batch: phi(1e-3) grows as the loss falls (lower half of losses)"
+            if rising
+            else "small batch: phi(1e-3) does not grow as the loss falls (lower half)"
         )
-        small, large = (
-            risk_of(opened(path, data_dir=plan.data_dir), settings, plan.device)
-            for path in (plan.path("small", 0), plan.path("large", 0))
+        falling = [-loss for loss in losses]
+        checks.append(trend(words, falling, values, rising=rising))
+    return checks
+
+
+def _figure6_panels(study: Study, seen: Seen) -> list[Panel]:
+    curves = [
+        Curve(
+            label=f"{role} batch",
+            x=[loss for loss, _ in points],
+            y=[value for _, value in points],
+            colour=colour,
+            style="o",
         )
-        curves[split] = interpolation(small, large.theta)
-    return curves
+        for colour, role in enumerate(ROLES)
+        if (points := _figure6_points(study, seen, role))
+    ]
+    return [
+        Panel(
+            title="along training",
+            x_label="cross-entropy on the training set",
+            y_label="phi(1e-3), %",
+            curves=curves,
+            log_x=True,
+            log_y=True,
+        )
+    ]
 
 
-def _draw(plan: Plan, curves: dict[str, Interpolation]) -> Path:
-    train_curve, test_curve = curves["train"], curves["test"]
-    return parametric_plot(
-        plan.output / "parametric.png",
-        train_curve.alphas,
-        (train_curve.values, train_curve.accuracies),
-        (test_curve.values, test_curve.accuracies),
-        title=f"{plan.network} on {plan.data}, starting point 0: "
-        "the line through the two minima",
+# -- figures 3 and 7: between the minima -----------------------------------------------
+
+
+def _joinings(study: Study, arc: bool) -> list[Joining]:
+    networks = ends(study)[: study.num_followed]
+    return [
+        Joining(first=a, second=b, arc=arc, num_samples=study.num_samples, split=split)
+        for a, b in networks
+        for split in ("train", "test")
+    ]
+
+
+def _rises(curve: Facts) -> tuple[float, float]:
+    """Mean rise of f a quarter of a step to both sides of either minimum."""
+    at = dict(zip(curve["alphas"], curve["values"], strict=True))
+    small, large = (
+        max((at[x - 0.125] + at[x + 0.125]) / 2 - at[x], 1e-12) for x in (0.0, 1.0)
     )
+    return small, large
+
+
+def _between(arc: bool, study: Study, seen: Seen) -> list[Check]:
+    looks = [j for j in _joinings(study, arc) if j.split == "train"]
+    found = [_rises(facts["curve"]) for j in looks if (facts := seen.get(j))]
+    if not found:
+        return []
+    published = ""
+    if not arc and study.network in paper_numbers("keskar2017_curves"):
+        theirs = paper_numbers("keskar2017_curves")
+        values = theirs[study.network]["train_xent"]
+        low, high = _rises({"alphas": theirs["alphas"], "values": values})
+        published = f"{low:.2g} → {high:.2g} (one pair)"
+    small, large = [a for a, _ in found], [b for _, b in found]
+    words = "rise of the training loss an eighth of the way off, small → large: larger"
+    return [replace(paired(words, small, large), paper=published)]
+
+
+def _between_panels(arc: bool, study: Study, seen: Seen) -> list[Panel]:
+    panels = []
+    shown = _joinings(study, arc)[:2]  # of one pair, as in the paper
+    theirs = {} if arc else paper_numbers("keskar2017_curves")
+    for key, name, times in (("values", "xent", 1.0), ("accuracies", "acc", 100.0)):
+        curves = []
+        for colour, joining in enumerate(shown):
+            facts = seen.get(joining)
+            if facts is None:
+                continue
+            y = [times * value for value in facts["curve"][key]]
+            x, split = facts["curve"]["alphas"], joining.split
+            curves.append(Curve(label=f"ours, {split}", x=x, y=y, colour=colour))
+            if study.network in theirs:
+                published = theirs[study.network][f"{split}_{name}"]
+                curves.append(
+                    Curve(
+                        label=f"paper, {split}",
+                        x=theirs["alphas"],
+                        y=published,
+                        colour=colour,
+                        style="s--",
+                        faint=True,
+                    )
+                )
+        label = "cross-entropy" if key == "values" else "accuracy, %"
+        where = "alpha: 0 small batch, 1 large batch"
+        panels.append(
+            Panel(title="", x_label=where, y_label=label, curves=curves, marks=(0, 1))
+        )
+    return panels
+
+
+# -- figure 4: batch sizes -------------------------------------------------------------
+
+
+def _swept(study: Study) -> list[tuple[int, Trained]]:
+    return [
+        (batch_size, study.network_at(batch_size, seed, study.epochs_swept))
+        for batch_size in study.swept
+        for seed in range(study.num_swept)
+    ]
+
+
+def _figure4_observations(study: Study) -> list[Any]:
+    networks = [network for _, network in _swept(study)]
+    looks: list[Any] = [Accuracy(of=network) for network in networks]
+    return looks + [study.curvature_and_phi(network) for network in networks]
+
+
+_TEST = metric("test_accuracy_batch", 100)
+
+
+def _figure4(study: Study, seen: Seen) -> list[Check]:
+    checks = []
+    for words, look, pick, rising, judged, published in (
+        ("test accuracy falls with batch size", accuracy, _TEST, False, True, ""),
+        (
+            "phi(1e-3) rises with batch size",
+            study.curvature_and_phi,
+            phi(0),
+            True,
+            True,
+            "",
+        ),
+        (
+            "lambda_max with batch size (Yao et al. 2018: rises)",
+            study.curvature_and_phi,
+            lambda_max,
+            True,
+            False,
+            "0.64 (16) → 80 (2048), C1, from memory",
+        ),
+    ):
+        x, y = points(seen, look, pick, _swept(study))
+        if len(x) >= 3:
+            check = trend(
+                words,
+                x,
+                y,
+                rising=rising,
+                ours=listed(x, y),
+                judged=judged,
+                paper=published,
+            )
+            checks.append(check)
+    return checks
+
+
+def _figure4_panels(study: Study, seen: Seen) -> list[Panel]:
+    panels = []
+    for label, look, pick, log in (
+        ("test accuracy, %", accuracy, _TEST, False),
+        ("phi(1e-3), %", study.curvature_and_phi, phi(0), True),
+        ("lambda_max", study.curvature_and_phi, lambda_max, True),
+    ):
+        x, y = points(seen, look, pick, _swept(study))
+        if x:
+            panels.append(
+                Panel(
+                    title="",
+                    x_label="batch size",
+                    y_label=label,
+                    curves=[band("", x, y)],
+                    log_x=True,
+                    log_y=log,
+                    ticks=study.swept,
+                )
+            )
+    return panels
+
+
+# -- figure 5: warm starts -------------------------------------------------------------
+
+
+def _warm(study: Study) -> list[tuple[float, Trained]]:
+    """(epochs of small batch before, large-batch network); 0 is a cold start."""
+    found = []
+    for seed in range(study.num_warm):
+        found.append((0.0, study.at("large", seed, study.epochs_warm)))
+        for epochs in study.epochs_small:
+            start = study.at("small", seed, epochs)
+            found.append((epochs, study.at("large", seed, study.epochs_warm, start=start)))
+    return found
+
+
+def _figure5_observations(study: Study) -> list[Any]:
+    networks = [network for _, network in _warm(study)]
+    looks: list[Any] = [Accuracy(of=network) for network in networks]
+    looks += [study.phi(network) for network in networks]
+    small = [n for run in _followed(study, "small")[: study.num_warm] for n in run]
+    return looks + [Accuracy(of=network) for network in small]
+
+
+def _figure5(study: Study, seen: Seen) -> list[Check]:
+    checks = []
+    for words, look, pick, rising in (
+        ("test accuracy rises with the epochs before", accuracy, _TEST, True),
+        ("phi(1e-3) falls with the epochs before", study.phi, phi(0), False),
+    ):
+        x, y = points(seen, look, pick, _warm(study))
+        if len(x) >= 3:
+            checks.append(trend(words, x, y, rising=rising, ours=listed(x, y)))
+    return checks
+
+
+def _figure5_panels(study: Study, seen: Seen) -> list[Panel]:
+    small = [
+        (network.budget.epochs or 0.0, network)
+        for run in _followed(study, "small")[: study.num_warm]
+        for network in run
+    ]
+    panels = []
+    for label, look, pick, log in (
+        ("test accuracy, %", accuracy, _TEST, False),
+        ("phi(1e-3), %", study.phi, phi(0), True),
+    ):
+        curves = []
+        warm = points(seen, look, pick, _warm(study))
+        if warm[0]:
+            curves.append(band("large batch, warm start", *warm, colour=1))
+        before = points(seen, look, pick, small)
+        if before[0]:
+            curves.append(band("small batch, before", *before, colour=0))
+        panels.append(
+            Panel(
+                title="",
+                x_label="epochs of small-batch training before",
+                y_label=label,
+                curves=curves,
+                log_y=log,
+            )
+        )
+    return panels
+
+
+# -- tables 6 and 7, adversarial training: remedies ------------------------------------
+
+
+def _remedied(
+    study: Study, settings: dict[str, Any], roles: Sequence[Role]
+) -> dict[Role, list[Trained]]:
+    seeds = range(study.num_remedied)
+    return {role: [study.at(role, seed, **settings) for seed in seeds] for role in roles}
+
+
+def _remedy_observations(
+    settings: dict[str, Any], roles: Sequence[Role], study: Study
+) -> list[Any]:
+    treated = _remedied(study, settings, roles)
+    plain = [n for pair in ends(study)[: study.num_remedied] for n in pair]
+    networks = [*plain, *(n for networks in treated.values() for n in networks)]
+    looks: list[Any] = [Accuracy(of=network) for network in networks]
+    looks += [study.sharpness(network) for network in plain]
+    return looks + [study.phi(network) for network in treated["large"]]
+
+
+def _remedy(
+    settings: dict[str, Any], roles: Sequence[Role], table: str, study: Study, seen: Seen
+) -> list[Check]:
+    """Better than the large batch, and still sharper than the small one?"""
+    treated = _remedied(study, settings, roles)["large"]
+    published = paper_numbers("keskar2017").get(table, {}).get(study.network, {})
+    plain = paper_numbers("keskar2017")["table2"].get(study.network, {}).get("test")
+    small, large = zip(*ends(study)[: study.num_remedied], strict=True)
+    checks = []
+    values = pairs(seen, accuracy, _TEST, list(zip(large, treated, strict=True)))
+    if values[0]:
+        theirs = published.get("test")
+        theirs = theirs[1] if table == "table6" and theirs else theirs
+        beside = [plain[1], theirs] if plain and theirs else None
+        better = table != "adversarial"
+        words = "test accuracy of the large batch, %, without → with: "
+        gain = paired(
+            words + ("larger" if better else "no larger"),
+            *values,
+            ratio=False,
+            paper=beside,  # type: ignore[arg-type]
+            judged=better,
+        )
+        if not better:
+            shown = gain.p is not None and gain.p < 0.05
+            gain = replace(holds(gain.claim, not shown, ours=gain.ours, n=gain.n), p=gain.p)
+        checks.append(gain)
+    found = [
+        (a["phi"][0]["phi_protocol"], b["phi"][0]["phi_protocol"])
+        for one, other in zip(small, treated, strict=True)
+        if (a := seen.get(study.sharpness(one))) and (b := seen.get(study.phi(other)))
+    ]
+    if found:
+        cells = paper_numbers("keskar2017")["table3"].get(study.network, {}).get("0.001")
+        theirs = published.get("0.001")
+        checks.append(
+            paired(
+                "phi(1e-3), %, small batch → large batch with it: still larger",
+                [a for a, _ in found],
+                [b for _, b in found],
+                paper=(cells[0], theirs) if cells and theirs else None,
+            )
+        )
+    return checks
+
+
+def _remedy_item(
+    name: str, title: str, claim: str, settings: dict[str, Any], roles: Sequence[Role]
+) -> Item:
+    return Item(
+        name=name,
+        title=title,
+        claim=claim,
+        observations=partial(_remedy_observations, settings, roles),
+        checks=partial(_remedy, settings, roles, name),
+        in_quick=False,
+    )
+
+
+# -- the paper -------------------------------------------------------------------------
+
+ITEMS = (
+    Item(
+        name="table2",
+        title="Table 2: accuracy",
+        claim="Large-batch networks fit the training set as well and generalise worse.",
+        observations=lambda study: [Accuracy(of=network) for network in both(study)],
+        checks=_table2,
+    ),
+    Item(
+        name="table3",
+        title="Table 3: phi in the full space",
+        claim="Large-batch minima are sharper, by one to two orders of magnitude.",
+        observations=_looks_at_ends,
+        checks=_table3,
+    ),
+    Item(
+        name="table4",
+        title="Table 4: phi in a random subspace",
+        claim="The same holds in 100 random directions. The paper does not say how they "
+        "are drawn; entries from N(0, 1) stand beside its numbers, columns of unit length "
+        "below.",
+        observations=_looks_at_ends,
+        checks=_table4,
+    ),
+    Item(
+        name="beyond",
+        title="Beyond the paper: other measures, other BatchNorm, equal loss",
+        claim="Not in the paper: whether other measures give the same order.",
+        observations=_beyond_observations,
+        checks=_beyond,
+    ),
+    Item(
+        name="distance",
+        title="Section 3: distance from the starting point",
+        claim="Small-batch minima lie 3 to 10 times as far from the starting point.",
+        observations=_looks_at_ends,
+        checks=_distance,
+    ),
+    Item(
+        name="figure2",
+        title="Figure 2: accuracy along training",
+        claim="Test accuracy rises and levels off: stopping early would not help.",
+        observations=_figure2_observations,
+        checks=_figure2,
+        panels=_figure2_panels,
+    ),
+    Item(
+        name="figure3",
+        title="Figure 3: the line through both minima",
+        claim="The loss rises more steeply around the large-batch minimum.",
+        observations=partial(_joinings, arc=False),
+        checks=partial(_between, False),
+        panels=partial(_between_panels, False),
+    ),
+    Item(
+        name="figure4",
+        title="Figure 4: accuracy and phi by batch size",
+        claim="Beyond a threshold test accuracy falls with the batch size, and phi rises "
+        "up to about there.",
+        observations=_figure4_observations,
+        checks=_figure4,
+        panels=_figure4_panels,
+        applies=lambda study: bool(study.swept),
+        in_quick=False,
+    ),
+    Item(
+        name="figure5",
+        title="Figure 5: large batch after a warm start with small batches",
+        claim="After enough epochs of small batches the large batch reaches as good and as "
+        "flat minima.",
+        observations=_figure5_observations,
+        checks=_figure5,
+        panels=_figure5_panels,
+        applies=lambda study: study.epochs_warm > 0,
+        in_quick=False,
+    ),
+    Item(
+        name="figure6",
+        title="Figure 6: phi against the loss along training",
+        claim="As the loss falls phi grows in large-batch training and not in small-batch "
+        "training.",
+        observations=_figure6_observations,
+        checks=_figure6,
+        panels=_figure6_panels,
+    ),
+    Item(
+        name="figure7",
+        title="Figure 7: the arc through both minima",
+        claim="On the arc, too, the loss rises more steeply at the large-batch minimum.",
+        observations=partial(_joinings, arc=True),
+        checks=partial(_between, True),
+        panels=partial(_between_panels, True),
+    ),
+    _remedy_item(
+        "table6",
+        "Table 6: data augmentation",
+        "Augmentation makes large batches generalise better; their minima stay sharp.",
+        {"augmentation": "keskar"},
+        ROLES,
+    ),
+    _remedy_item(
+        "table7",
+        "Table 7: conservative training",
+        "Conservative training makes large batches generalise better; their minima stay "
+        "sharp.",
+        {"remedy": "conservative"},
+        ("large",),
+    ),
+    _remedy_item(
+        "adversarial",
+        "Appendix E: adversarial training",
+        "Adversarial training does not make large batches generalise better; their minima "
+        "stay sharp.",
+        {"remedy": "adversarial"},
+        ("large",),
+    ),
+)
+
+_TWO_CORES = "for two cores"
+STUDIES = (
+    Study(
+        name="F1-mnist",
+        preset="quick",
+        network="F1",
+        data="mnist5k",
+        reduced="4000 of MNIST's 60 000 training images, 3 starting points for the paper's "
+        "5, so that it takes minutes",
+        small=32,
+        large=400,
+        epochs_small=(1, 4, 20),
+        epochs_large=(4, 12, 40),
+        num_seeds=3,
+        num_followed=1,
+        swept=(32, 400, 2000),
+        epochs_swept=20,
+        num_swept=2,
+        epochs_warm=20,
+        num_warm=1,
+        num_remedied=3,
+    ),
+    Study(
+        name="F1-mnist",
+        preset="reduced",
+        network="F1",
+        data="mnist[5000]",
+        reduced=f"5000 of MNIST's 60 000 training images, {_TWO_CORES}; large batch 10 % "
+        "as in the paper, small batch 32",
+        small=32,
+        large=500,
+        epochs_small=(1, 2, 4, 8, 14, 20),
+        epochs_large=(2, 5, 10, 20, 40, 60),
+        swept=(32, 100, 250, 500, 1000, 2500),
+        epochs_swept=40,
+        epochs_warm=40,
+    ),
+    Study(
+        name="F1-fashion-mnist",
+        preset="reduced",
+        network="F1",
+        data="fashion-mnist[5000]",
+        reduced=f"5000 of 60 000 training images, {_TWO_CORES}",
+        stand_in="Fashion-MNIST for MNIST, to see whether it carries over",
+        small=32,
+        large=500,
+        epochs_small=(1, 2, 4, 8, 14, 20),
+        epochs_large=(2, 5, 10, 20, 40, 60),
+        swept=(32, 100, 250, 500, 1000, 2500),
+        epochs_swept=40,
+        num_swept=2,
+        epochs_warm=40,
+        num_warm=2,
+    ),
+    Study(
+        name="C1-cifar10",
+        preset="reduced",
+        network="C1",
+        data="cifar10[2000,test=2000]",
+        reduced=f"2000 of CIFAR-10's 50 000 training and of its test images, {_TWO_CORES}; "
+        "large batch 10 % as in the paper, small batch 16; sharpness on 100 samples",
+        small=16,
+        large=200,
+        epochs_small=(1, 2, 4, 8, 11, 15),
+        epochs_large=(2, 5, 10, 20, 30),
+        num_followed=2,
+        num_samples=100,
+        swept=(16, 64, 200, 1000),
+        epochs_swept=20,
+        num_swept=2,
+        epochs_warm=15,
+        num_warm=1,
+    ),
+    Study(
+        name="F2-spoken-digits",
+        preset="reduced",
+        network="F2",
+        data="spoken-digits[12000,test=4800]",
+        reduced=f"12 000 of 116 967 frames, {_TWO_CORES}",
+        stand_in="spoken digits for TIMIT, which is licensed",
+        small=64,
+        large=1200,
+        epochs_small=(2, 8),
+        epochs_large=(5, 25),
+    ),
+    *(
+        Study(
+            name=f"{network}-{data}",
+            preset="full",
+            network=network,
+            data=data,
+            stand_in=stand_in,
+            small=256,
+            large=large,
+            epochs_small=(1, 2, 5, 10, 20, 50, 100),
+            epochs_large=(1, 2, 5, 10, 20, 50, 100),
+            num_seeds=6,
+            num_samples=samples,
+            swept=(64, 256, 512, 1024, 2048, 5000),
+            epochs_swept=100,
+            epochs_warm=100,
+        )
+        for network, data, large, samples, stand_in in (
+            ("F1", "mnist", 6000, None, None),
+            ("C1", "cifar10", 5000, None, None),
+            ("C2", "cifar10", 5000, 5000, None),
+            ("C3", "cifar100", 5000, None, None),
+            ("C4", "cifar100", 5000, 5000, None),
+            ("F2", "spoken-digits", 11696, None, "spoken digits for TIMIT, licensed"),
+        )
+    ),
+)
+
+PAPER = Paper(
+    name="keskar2017",
+    citation="Keskar, Mudigere, Nocedal, Smelyanskiy, Tang (2017), On Large-Batch Training "
+    "for Deep Learning: Generalization Gap and Sharp Minima, arXiv:1609.04836",
+    items=ITEMS,
+    studies=STUDIES,
+)

@@ -1,0 +1,216 @@
+"""A paper's claim as a predicate on our numbers, and the verdict that follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from sharpness.statistics import mean_and_sd, mean_sd, paired_t, sign_flip
+
+
+class Verdict(StrEnum):
+    """What our numbers say of a paper's claim."""
+
+    REPRODUCED = "reproduced"
+    NOT_REPRODUCED = "not reproduced"
+    INCONCLUSIVE_SOLVER = "inconclusive (solver)"
+    INCONCLUSIVE_FEW = "inconclusive (n too small)"
+    STAND_IN = "stand-in"
+    NOT_RUN = "not run"
+
+
+LEVEL = 0.05  # of every test, one-sided
+ENOUGH = 6  # pairs from which a test that shows nothing counts against a claim
+Published = tuple[Sequence[float], Sequence[float]]  # (mean, sd) of two groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One claim: what the paper found, what we found, and whether they agree."""
+
+    claim: str
+    ours: str
+    n: int  # pairs, or runs, that it rests on
+    paper: str = ""
+    p: float | None = None  # one-sided, of the claim
+    flip_p: float | None = None  # the same by sign flips; 2^-n at best
+    verdict: Verdict | None = None  # None: beyond the paper, no claim to hold it to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """An item of a paper, reproduced: its claim, the checks, the verdict."""
+
+    paper: str
+    item: str
+    title: str
+    claim: str
+    study: str
+    data: str
+    preset: str
+    command: str
+    stand_in: str | None = None  # what stands in for data that cannot be had
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def outcome(self) -> Verdict:
+        """What the checks say together, whatever the data."""
+        found = [check.verdict for check in self.checks if check.verdict is not None]
+        if not found:
+            return Verdict.NOT_RUN
+        for verdict in (
+            Verdict.NOT_REPRODUCED,
+            Verdict.INCONCLUSIVE_SOLVER,
+            Verdict.INCONCLUSIVE_FEW,
+        ):
+            if verdict in found:
+                return verdict
+        return Verdict.REPRODUCED
+
+    @property
+    def verdict(self) -> Verdict:
+        """The outcome, or that the data are a stand-in."""
+        ran = self.outcome is not Verdict.NOT_RUN
+        return Verdict.STAND_IN if self.stand_in and ran else self.outcome
+
+    @property
+    def verdict_text(self) -> str:
+        """With how many of several claims hold, and for what stands in the outcome."""
+        judged = [check for check in self.checks if check.verdict is not None]
+        held = sum(check.verdict is Verdict.REPRODUCED for check in judged)
+        of_all = f" ({held} of {len(judged)} claims)" if len(judged) > 1 else ""
+        if self.verdict is Verdict.STAND_IN:
+            return f"stand-in: {self.outcome} there{of_all}"
+        return f"{self.outcome}{of_all}"
+
+
+def by_test(p: float, n: int) -> Verdict:
+    """Of a one-sided test: shown, its opposite shown, or too few to tell."""
+    if n > 1 and p < LEVEL:
+        return Verdict.REPRODUCED
+    if n > 1 and (p > 1 - LEVEL or n >= ENOUGH):
+        return Verdict.NOT_REPRODUCED
+    return Verdict.INCONCLUSIVE_FEW
+
+
+def paired(
+    claim: str,
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    larger: bool = True,
+    ratio: bool = True,
+    paper: Published | None = None,
+    judged: bool = True,
+) -> Check:
+    """Is the second of each pair larger (or smaller)? Paired t test, by pairs' seeds.
+
+    Args:
+        claim: in words.
+        first: values; `first[i]` and `second[i]` share a starting point.
+        second: values.
+        larger: the direction claimed.
+        ratio: compare by ratios (logarithms), where all values are positive.
+        paper: (mean, sd) of both groups in the paper.
+        judged: whether it is a claim of the paper.
+    """
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    by_ratio = ratio and min(a.min(), b.min()) > 0
+    moved = np.log10(b) - np.log10(a) if by_ratio else b - a
+    signed = moved if larger else -moved
+    n, p = len(a), paired_t(signed)
+    means = " → ".join(mean_sd(*mean_and_sd(values)) for values in (first, second))
+    count = f"{int((signed > 0).sum())} of {n} {'larger' if larger else 'smaller'}"
+    effect = f"{10 ** moved.mean():.3g}×" if by_ratio else f"{moved.mean():+.2f}"
+    published = ""
+    if paper is not None:
+        (low, _), (high, _) = paper
+        change = f"{high / low:.3g}×" if by_ratio else f"{high - low:+.2f}"
+        published = f"{mean_sd(*paper[0])} → {mean_sd(*paper[1])} ({change})"
+    return Check(
+        claim=claim,
+        paper=published,
+        ours=f"{means} ({effect}, {count})",
+        n=n,
+        p=p if math.isfinite(p) else None,
+        flip_p=sign_flip(signed) if n > 1 else None,
+        verdict=by_test(p, n) if judged else None,
+    )
+
+
+def by_both_solvers(protocol: Check, best: Check) -> Check:
+    """The protocol's check, whose verdict the best value found must share."""
+    verdict = protocol.verdict
+    if best.verdict is not verdict:
+        verdict = Verdict.INCONCLUSIVE_SOLVER
+    return replace(protocol, verdict=verdict)
+
+
+def trend(
+    claim: str,
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    rising: bool = True,
+    ours: str = "",
+    paper: str = "",
+    judged: bool = True,
+) -> Check:
+    """Does y rise (or fall) with x? Kendall's tau over all runs, one-sided."""
+    xs, ys = np.asarray(x, float), np.asarray(y, float)
+    test = stats.kendalltau(xs, ys, alternative="greater" if rising else "less")
+    tau, p = float(test.statistic), float(test.pvalue)
+    text = f"tau {tau:+.2f}" if math.isfinite(tau) else "constant"
+    return Check(
+        claim=claim,
+        paper=paper,
+        ours=f"{ours}; {text}" if ours else text,
+        n=len(xs),
+        p=p if math.isfinite(p) else None,
+        verdict=by_test(p, len(xs)) if judged else None,
+    )
+
+
+def within(
+    claim: str, values: Sequence[float], low: float, high: float, *, paper: str = ""
+) -> Check:
+    """Does the mean lie in a range? Yes or no where its 95 % interval is on one side."""
+    n, (mean, sd) = len(values), mean_and_sd(values)
+    half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else math.inf
+    if low <= mean - half and mean + half <= high:
+        verdict = Verdict.REPRODUCED
+    elif mean + half < low or mean - half > high:
+        verdict = Verdict.NOT_REPRODUCED
+    else:
+        verdict = Verdict.INCONCLUSIVE_FEW
+    ours = mean_sd(mean, sd)
+    return Check(
+        claim=claim, paper=paper or f"{low:g} to {high:g}", ours=ours, n=n, verdict=verdict
+    )
+
+
+def holds(claim: str, answer: bool, *, ours: str, n: int, paper: str = "") -> Check:
+    """A predicate without a test: a shape, a count, an identity."""
+    verdict = Verdict.REPRODUCED if answer else Verdict.NOT_REPRODUCED
+    return Check(claim=claim, paper=paper, ours=ours, n=n, verdict=verdict)
+
+
+def means_by(
+    x: Sequence[float], y: Sequence[float]
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """For each x in order: x, mean, smallest and largest y."""
+    xs, ys = np.asarray(x, float), np.asarray(y, float)
+    groups = [ys[xs == point] for point in np.unique(xs)]
+    return (
+        np.unique(xs).tolist(),
+        [float(group.mean()) for group in groups],
+        [float(group.min()) for group in groups],
+        [float(group.max()) for group in groups],
+    )

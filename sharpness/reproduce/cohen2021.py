@@ -1,0 +1,225 @@
+"""Cohen et al. (2021, 2022): full-batch training goes to the edge of stability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, Literal
+
+from sharpness.claims import Check, paired, within
+from sharpness.lab.training import Budget, Training
+from sharpness.report.panels import Curve, Panel
+from sharpness.reproduce import paper
+from sharpness.reproduce.observations import Followed
+from sharpness.reproduce.paper import Item, Paper
+from sharpness.reproduce.workshop import Seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(paper.Study):
+    """Full-batch training of one network, by gradient descent and by Adam.
+
+    Args:
+        num_train: samples, which are the batch.
+        rates: learning rates of gradient descent.
+        updates: of gradient descent.
+        every: updates from one measurement to the next.
+        rates_adam: learning rates of Adam.
+        updates_adam: of Adam.
+    """
+
+    num_train: int
+    rates: tuple[float, ...]
+    updates: int
+    every: int
+    rates_adam: tuple[float, ...]
+    updates_adam: int
+
+    def with_seeds(self, num: int) -> Study:
+        """The same with so many starting points."""
+        return replace(self, num_seeds=num)
+
+    def descents(self, optimizer: Literal["sgd", "adam"]) -> list[tuple[float, Followed]]:
+        """(learning rate, run) for every rate and starting point."""
+        adam = optimizer == "adam"
+        return [
+            (
+                rate,
+                Followed(
+                    data=self.data,
+                    training=Training(
+                        network=self.network,
+                        batch_size=self.num_train,
+                        seed=seed,
+                        optimizer=optimizer,
+                        learning_rate=rate,
+                    ),
+                    budget=Budget(updates=self.updates_adam if adam else self.updates),
+                    measure="lambda_max_preconditioned" if adam else "lambda_max",
+                    every=self.every,
+                    num_samples=self.num_train,
+                ),
+            )
+            for rate in (self.rates_adam if adam else self.rates)
+            for seed in range(self.num_seeds)
+        ]
+
+
+def _curve(facts: dict[str, Any]) -> list[tuple[int, float, float]]:
+    """(update, curvature over its threshold, loss) wherever both are known."""
+    rows = zip(
+        facts["steps"], facts["values"], facts["thresholds"], facts["losses"], strict=True
+    )
+    return [
+        (step, value["value"] / limit, loss)
+        for step, value, limit, loss in rows
+        if value is not None and limit and value["value"] is not None
+    ]
+
+
+def _hover(curve: Sequence[tuple[int, float, float]]) -> float | None:
+    """The median of curvature over threshold, once it has come within a tenth of it."""
+    shares = [share for _, share, _ in curve]
+    first = next((i for i, share in enumerate(shares) if share >= 0.9), None)
+    return None if first is None else median(shares[first:])
+
+
+def _checks(
+    study: Study, seen: Seen, optimizer: Literal["sgd", "adam"], name: str
+) -> list[Check]:
+    checks = []
+    rates = study.rates_adam if optimizer == "adam" else study.rates
+    for rate in rates:
+        runs = [seen.get(run) for at, run in study.descents(optimizer) if at == rate]
+        curves = [curve for facts in runs if facts and (curve := _curve(facts))]
+        if not curves:
+            continue
+        first = [curve[0][1] for curve in curves]
+        most = [max(share for _, share, _ in curve) for curve in curves]
+        words = f"eta {rate:g}: {name} over its threshold, first → largest: rises"
+        checks.append(paired(words, first, most))
+        hovers = [hover for curve in curves if (hover := _hover(curve)) is not None]
+        words = f"eta {rate:g}: median of it after coming near ({len(hovers)} of "
+        words += f"{len(curves)} runs did): at the threshold"
+        if hovers:
+            checks.append(within(words, hovers, 0.9, 1.2, paper="just above 1"))
+    return checks
+
+
+def _panels(
+    study: Study, seen: Seen, optimizer: Literal["sgd", "adam"], name: str
+) -> list[Panel]:
+    shares, losses = [], []
+    for colour, (rate, run) in enumerate(
+        (rate, run) for rate, run in study.descents(optimizer) if run.training.seed == 0
+    ):
+        facts = seen.get(run)
+        if facts is None:
+            continue
+        curve = _curve(facts)
+        steps, values = [c[0] for c in curve], [c[1] for c in curve]
+        label = f"eta {rate:g}"
+        shares.append(Curve(label=label, x=steps, y=values, colour=colour, style=".-"))
+        values = [c[2] for c in curve]
+        losses.append(Curve(label=label, x=steps, y=values, colour=colour, style=".-"))
+    if not shares:
+        return []
+    last = max(max(curve.x) for curve in shares)
+    edge = Curve(label="stability threshold", x=[0, last], y=[1, 1], colour=6, style="--")
+    return [
+        Panel(
+            title="",
+            x_label="update",
+            y_label=f"{name} / threshold",
+            curves=[*shares, edge],
+        ),
+        Panel(title="", x_label="update", y_label="loss", curves=losses, log_y=True),
+    ]
+
+
+def _item(
+    name: str, title: str, claim: str, optimizer: Literal["sgd", "adam"], measure: str
+) -> Item:
+    return Item(
+        name=name,
+        title=title,
+        claim=claim,
+        observations=lambda study: [run for _, run in study.descents(optimizer)],
+        checks=lambda study, seen: _checks(study, seen, optimizer, measure),
+        panels=lambda study, seen: _panels(study, seen, optimizer, measure),
+    )
+
+
+ITEMS = (
+    _item(
+        "gradient-descent",
+        "Gradient descent at the edge of stability",
+        "Full-batch gradient descent drives lambda_max up to 2 / eta and keeps it there "
+        "(Cohen et al. 2021).",
+        "sgd",
+        "lambda_max",
+    ),
+    _item(
+        "adam",
+        "Adam at the adaptive edge of stability",
+        "Full-batch Adam drives the preconditioned lambda_max to 38 / eta and keeps it "
+        "there (Cohen et al. 2022).",
+        "adam",
+        "preconditioned lambda_max",
+    ),
+)
+
+_TANH = "MLP?width=200&out_features=10"
+STUDIES = (
+    Study(
+        name="tanh-digits",
+        preset="quick",
+        network="MLP?width=64&out_features=10",
+        data="digits[300]",
+        reduced="300 digits of 8 x 8 pixels, so that it takes a minute",
+        stand_in="digits for CIFAR-10",
+        num_seeds=3,
+        num_train=300,
+        rates=(0.2, 0.4),
+        updates=300,
+        every=10,
+        rates_adam=(1e-3,),
+        updates_adam=300,
+    ),
+    Study(
+        name="tanh-cifar10",
+        preset="reduced",
+        network=_TANH,
+        data="cifar10[500,test=500]",
+        reduced="500 of CIFAR-10's images (the paper: 5000), cross-entropy, for two cores",
+        num_seeds=3,
+        num_train=500,
+        rates=(0.02, 0.05),
+        updates=600,
+        every=20,
+        rates_adam=(1e-4,),
+        updates_adam=600,
+    ),
+    Study(
+        name="tanh-cifar10",
+        preset="full",
+        network=_TANH,
+        data="cifar10[5000]",
+        num_train=5000,
+        rates=(0.01, 0.02, 0.04),
+        updates=5000,
+        every=25,
+        rates_adam=(3e-5, 1e-4),
+        updates_adam=5000,
+    ),
+)
+
+PAPER = Paper(
+    name="cohen2021",
+    citation="Cohen, Kaur, Li, Kolter, Talwalkar (2021), Gradient Descent on Neural "
+    "Networks Typically Occurs at the Edge of Stability, arXiv:2103.00065; for Adam Cohen "
+    "et al. (2022), arXiv:2207.14484",
+    items=ITEMS,
+    studies=STUDIES,
+)

@@ -1,0 +1,158 @@
+"""Dinh et al. (2017): sharpen a minimum at will without changing its function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sharpness.claims import Check, holds
+from sharpness.lab.training import Budget, Training
+from sharpness.report.panels import Curve, Panel
+from sharpness.reproduce import paper
+from sharpness.reproduce.looks import Pick, adaptive_rise, lambda_max, phi
+from sharpness.reproduce.observations import Rescaled
+from sharpness.reproduce.paper import Item, Paper
+from sharpness.reproduce.trained import Trained
+from sharpness.reproduce.workshop import Seen
+
+# Name, how it is read, and whether the paper says that it can be moved at will.
+_MEASURES: tuple[tuple[str, Pick, bool | None], ...] = (
+    ("lambda_max", lambda_max, True),
+    ("phi(1e-3), full space", phi(0), True),
+    ("phi(1e-3), 100 normal columns", phi(0, of="phi_normal"), None),
+    ("worst rise, adaptive l2 ball", adaptive_rise, False),
+)
+_UNMOVED = 0.05  # relative: what counts as the same value of a searched maximum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(paper.Study):
+    """Trained networks whose first layer is scaled up and whose last is scaled down."""
+
+    batch_size: int
+    epochs: float
+    factors: tuple[float, ...] = (1.0, 4.0, 16.0, 64.0)
+    num_samples: int = 500
+
+    def looks(self) -> list[Rescaled]:
+        """One for each starting point."""
+        return [
+            Rescaled(
+                of=Trained(
+                    data=self.data,
+                    training=Training(
+                        network=self.network, batch_size=self.batch_size, seed=seed
+                    ),
+                    budget=Budget(epochs=self.epochs),
+                ),
+                factors=self.factors,
+                measures=("lambda_max", "phi", "phi_normal", "adaptive"),
+                num_samples=self.num_samples,
+            )
+            for seed in range(self.num_seeds)
+        ]
+
+
+def _found(study: Study, seen: Seen) -> list[list[dict[str, Any]]]:
+    return [facts["points"] for look in study.looks() if (facts := seen.get(look))]
+
+
+def _checks(study: Study, seen: Seen) -> list[Check]:
+    runs = _found(study, seen)
+    if not runs:
+        return []
+    n, most = len(runs), max(study.factors)
+    drift = max(point["drift"] for run in runs for point in run)
+    words = f"scaled by up to {most:g} the function stays"
+    checks = [holds(words, drift < 1e-4, ours=f"outputs move by {drift:.1g}", n=n)]
+    for name, pick, moves in _MEASURES:
+        ratios = [pick(run[-1]) / pick(run[0]) for run in runs]
+        ours = f"{min(ratios):.3g}× to {max(ratios):.3g}×"
+        if moves is True:
+            words = f"{name}: grows more than tenfold"
+            checks.append(holds(words, min(ratios) > 10, ours=ours, n=n, paper="at will"))
+        elif moves is False:
+            words = f"{name}: stays"
+            same = all(abs(ratio - 1) < _UNMOVED for ratio in ratios)
+            checks.append(holds(words, same, ours=ours, n=n, paper="(Kwon et al. 2021)"))
+        else:
+            theirs = "could not be shown"
+            checks.append(Check(claim=f"{name}: moves", ours=ours, n=n, paper=theirs))
+    return checks
+
+
+def _panels(study: Study, seen: Seen) -> list[Panel]:
+    runs = _found(study, seen)
+    curves = []
+    for colour, (name, pick, _) in enumerate(_MEASURES):
+        for i, run in enumerate(runs):
+            values = [pick(point) / pick(run[0]) for point in run]
+            factors = [point["factor"] for point in run]
+            label = "" if i else name
+            curves.append(Curve(label=label, x=factors, y=values, colour=colour))
+    return [
+        Panel(
+            title="",
+            x_label="factor of the first layer",
+            y_label="measure, relative to the trained network",
+            curves=curves,
+            log_x=True,
+            log_y=True,
+            ticks=study.factors,
+        )
+    ]
+
+
+ITEMS = (
+    Item(
+        name="rescaling",
+        title="Theorem 4: minima sharpened by rescaling",
+        claim="Scaling one layer up and a later one down leaves the function and makes "
+        "curvature and epsilon-sharpness as large as one likes.",
+        observations=lambda study: study.looks(),
+        checks=_checks,
+        panels=_panels,
+    ),
+)
+
+STUDIES = (
+    Study(
+        name="F1-mnist",
+        preset="quick",
+        network="F1",
+        data="mnist5k",
+        reduced="networks of keskar2017's quick preset, BatchNorm on running statistics",
+        num_seeds=2,
+        batch_size=32,
+        epochs=20,
+        factors=(1.0, 16.0),
+    ),
+    Study(
+        name="F1-mnist",
+        preset="reduced",
+        network="F1",
+        data="mnist[5000]",
+        reduced="networks of the reduced preset of keskar2017, BatchNorm on running "
+        "statistics; the paper proves, and measures nothing",
+        num_seeds=3,
+        batch_size=32,
+        epochs=20,
+    ),
+    Study(
+        name="C1-cifar10",
+        preset="full",
+        network="C1",
+        data="cifar10",
+        num_seeds=3,
+        batch_size=256,
+        epochs=100,
+    ),
+)
+
+PAPER = Paper(
+    name="dinh2017",
+    citation="Dinh, Pascanu, Bengio, Bengio (2017), Sharp Minima Can Generalize For Deep "
+    "Nets, arXiv:1703.04933",
+    items=ITEMS,
+    studies=STUDIES,
+)

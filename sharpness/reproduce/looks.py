@@ -1,0 +1,74 @@
+"""Numbers picked from observations: what findings are computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sharpness.claims import means_by
+from sharpness.report.panels import Curve
+from sharpness.reproduce.observations import Accuracy, Measured
+from sharpness.reproduce.trained import Trained
+from sharpness.reproduce.workshop import Seen
+
+Facts = dict[str, Any]
+Pick = Callable[[Facts], float]
+Look = Callable[[Trained], Accuracy | Measured]
+
+
+def pairs(
+    seen: Seen,
+    look: Look,
+    pick: Pick,
+    networks: Sequence[tuple[Trained, Trained]],
+) -> tuple[list[float], list[float]]:
+    """A number of both networks of each pair that has been looked at."""
+    found = [(seen.get(look(a)), seen.get(look(b))) for a, b in networks]
+    known = [(pick(a), pick(b)) for a, b in found if a is not None and b is not None]
+    return [a for a, _ in known], [b for _, b in known]
+
+
+def metric(name: str, times: float = 1.0) -> Pick:
+    """One of a training's metrics."""
+    return lambda facts: times * float(facts["metrics"][name])
+
+
+def phi(i: int, name: str = "phi_protocol", of: str = "phi") -> Pick:
+    """Phi for the i-th epsilon: by the protocol, or the best found."""
+    return lambda facts: float(facts[of][i][name])
+
+
+def lambda_max(facts: Facts) -> float:
+    """The largest eigenvalue."""
+    return float(facts["lambda_max"]["eigenvalues"][0])
+
+
+def adaptive_rise(facts: Facts) -> float:
+    """The worst rise in the element-wise adaptive ball."""
+    return float(facts["adaptive"]["value"])
+
+
+def accuracy(network: Trained) -> Accuracy:
+    """Look at how its training ended."""
+    return Accuracy(of=network)
+
+
+def points(
+    seen: Seen, look: Look, pick: Pick, networks: Sequence[tuple[float, Trained]]
+) -> tuple[list[float], list[float]]:
+    """(x, number) of each network that has been looked at."""
+    found = [(x, seen.get(look(network))) for x, network in networks]
+    known = [(x, pick(facts)) for x, facts in found if facts is not None]
+    return [x for x, _ in known], [y for _, y in known]
+
+
+def band(label: str, x: Sequence[float], y: Sequence[float], **style: Any) -> Curve:
+    """Means by x, with the range of the runs."""
+    at, mean, low, high = means_by(x, y)
+    return Curve(label=label, x=at, y=mean, low=low, high=high, **style)
+
+
+def listed(x: Sequence[float], y: Sequence[float]) -> str:
+    """`94.1 (32), 93.0 (100)`: the mean at each x."""
+    at, means, _, _ = means_by(x, y)
+    return ", ".join(f"{mean:.3g} ({a:g})" for a, mean in zip(at, means, strict=True))

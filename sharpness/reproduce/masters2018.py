@@ -1,0 +1,363 @@
+"""Masters & Luschi (2018): batch size against learning rate, SGD without momentum.
+
+Learning rates are given per sample, as in the paper: an update of m samples uses m
+times as much ("linear scaling"), so that equal base rates mean equal mean progress.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sharpness.claims import Check, holds, trend
+from sharpness.lab.training import Budget, Training
+from sharpness.report.panels import Curve, Panel
+from sharpness.reproduce import paper
+from sharpness.reproduce.looks import accuracy, band, listed
+from sharpness.reproduce.paper import Item, Paper
+from sharpness.reproduce.trained import Trained
+from sharpness.reproduce.workshop import Seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(paper.Study):
+    """A grid of batch sizes and base learning rates.
+
+    Args:
+        batch_sizes: of SGD.
+        rates: base rates, per sample.
+        epochs: for every run; the rate falls tenfold after half and three quarters.
+        normalised: the same network with BatchNorm.
+        ghosts: samples that BatchNorm takes its statistics from.
+        batch_sizes_ghost: batch sizes of SGD for them.
+        rate_ghost: base rate of those runs.
+        weight_decay: added to gradients.
+        chance: accuracy of a guess, %; a run has trained if it is beyond three times it.
+    """
+
+    batch_sizes: tuple[int, ...]
+    rates: tuple[float, ...]
+    epochs: float
+    normalised: str
+    ghosts: tuple[int, ...] = ()
+    batch_sizes_ghost: tuple[int, ...] = ()
+    rate_ghost: float = 0.0
+    weight_decay: float = 1e-4
+    chance: float = 10.0
+    num_seeds: int = 1
+
+    def with_seeds(self, num: int) -> Study:
+        """The same with so many starting points."""
+        return replace(self, num_seeds=num)
+
+    @property
+    def seeds(self) -> range:
+        """Starting points."""
+        return range(self.num_seeds)
+
+    def network_at(self, batch_size: int, rate: float, seed: int, **more: Any) -> Trained:
+        """A run of the grid."""
+        settings: dict[str, Any] = {
+            "network": self.network,
+            "schedule": f"decay?drops=({self.epochs / 2:g},{self.epochs * 0.75:g})"
+            "&factor=10",
+            **more,
+        }
+        return Trained(
+            data=self.data,
+            training=Training(
+                batch_size=batch_size,
+                seed=seed,
+                optimizer="sgd",
+                learning_rate=rate,
+                scaling="linear",
+                base_batch_size=1,
+                weight_decay=self.weight_decay,
+                **settings,
+            ),
+            budget=Budget(epochs=self.epochs),
+        )
+
+    def grid(self) -> list[tuple[int, float, Trained]]:
+        """(batch size, base rate, run)."""
+        return [
+            (batch_size, rate, self.network_at(batch_size, rate, seed))
+            for batch_size in self.batch_sizes
+            for rate in self.rates
+            for seed in self.seeds
+        ]
+
+    def ghostly(self) -> list[tuple[int, int, Trained]]:
+        """(batch size of SGD, of BatchNorm, run)."""
+        return [
+            (
+                size,
+                ghost,
+                self.network_at(
+                    size,
+                    self.rate_ghost,
+                    seed,
+                    network=self.normalised,
+                    ghost_batch_size=ghost,
+                ),
+            )
+            for size in self.batch_sizes_ghost
+            for ghost in self.ghosts
+            if ghost <= size
+            for seed in self.seeds
+        ]
+
+    def warmed(self) -> list[tuple[float, Trained]]:
+        """(base rate, run) of the largest batch with warm-up over 5 % of the epochs."""
+        drops = f"({self.epochs / 2:g},{self.epochs * 0.75:g})"
+        warm = f"decay?drops={drops}&factor=10&warmup={self.epochs / 20:g}"
+        return [
+            (rate, self.network_at(self.batch_sizes[-1], rate, seed, schedule=warm))
+            for rate in self.rates
+            for seed in self.seeds
+        ]
+
+
+def _test(seen: Seen, network: Trained) -> float | None:
+    """Test accuracy in percent; 0 where training diverged, None where nobody looked."""
+    if seen.diverged(accuracy(network)):
+        return 0.0
+    facts = seen.get(accuracy(network))
+    return None if facts is None else 100 * facts["metrics"]["test_accuracy_running"]
+
+
+def _by_size(study: Study, seen: Seen) -> dict[int, list[tuple[float, float]]]:
+    """(base rate, mean test accuracy) for each batch size that was run at all rates."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for size in study.batch_sizes:
+        for rate in study.rates:
+            values = [_test(seen, n) for s, r, n in study.grid() if (s, r) == (size, rate)]
+            known = [value for value in values if value is not None]
+            if known:
+                found.setdefault(size, []).append((rate, sum(known) / len(known)))
+    return {size: rows for size, rows in found.items() if len(rows) == len(study.rates)}
+
+
+def _best(study: Study, seen: Seen) -> list[Check]:
+    table = _by_size(study, seen)
+    if len(table) < 3:
+        return []
+    best = {size: max(value for _, value in rows) for size, rows in table.items()}
+    winner = max(best, key=lambda size: best[size])
+    sizes, values = list(best), list(best.values())
+    n = len(sizes) * len(study.rates)
+    ours = f"best at {winner}: {listed(sizes, values)}"
+    words = "the best batch size over all rates is 32 or less"
+    checks = [holds(words, winner <= 32, ours=ours, n=n, paper="2 to 32")]
+    large = [size for size in sizes if size >= 16]
+    words = "from 16 on the best accuracy over rates falls with the batch size"
+    checks.append(trend(words, large, [best[size] for size in large], rising=False))
+    return checks
+
+
+def _trains(study: Study, rows: Sequence[tuple[float, float]]) -> list[float]:
+    """Base rates at which the network learned something."""
+    return [rate for rate, value in rows if value > 3 * study.chance]
+
+
+def _range(study: Study, seen: Seen) -> list[Check]:
+    table = _by_size(study, seen)
+    if len(table) < 3:
+        return []
+    largest = {
+        size: math.log2(max(_trains(study, rows), default=min(study.rates) / 2))
+        for size, rows in table.items()
+    }
+    shown = ", ".join(f"2^{exponent:g} ({size})" for size, exponent in largest.items())
+    words = "the largest base rate that trains falls with the batch size"
+    sizes, exponents = list(largest), list(largest.values())
+    return [trend(words, sizes, exponents, rising=False, ours=shown)]
+
+
+def _grid_panels(study: Study, seen: Seen) -> list[Panel]:
+    table = _by_size(study, seen)
+    by_rate = [
+        Curve(
+            label=f"batch {size}",
+            x=[rate for rate, _ in rows],
+            y=[value for _, value in rows],
+            colour=colour,
+        )
+        for colour, (size, rows) in enumerate(table.items())
+    ]
+    best = Curve(
+        label="",
+        x=list(table),
+        y=[max(value for _, value in rows) for rows in table.values()],
+    )
+    return [
+        Panel(
+            title="0 %: diverged",
+            x_label="base learning rate (per sample)",
+            y_label="test accuracy, %",
+            curves=by_rate,
+            log_x=True,
+        ),
+        Panel(
+            title="",
+            x_label="batch size",
+            y_label="best test accuracy over rates, %",
+            curves=[best],
+            log_x=True,
+            ticks=list(table),
+        ),
+    ]
+
+
+def _ghost_points(study: Study, seen: Seen) -> dict[int, tuple[list[float], list[float]]]:
+    found: dict[int, tuple[list[float], list[float]]] = {}
+    for size, ghost, network in study.ghostly():
+        value = _test(seen, network)
+        if value is not None:
+            x, y = found.setdefault(size, ([], []))
+            x.append(float(ghost))
+            y.append(value)
+    return found
+
+
+def _ghosts(study: Study, seen: Seen) -> list[Check]:
+    checks = []
+    for size, (x, y) in _ghost_points(study, seen).items():
+        at = dict(zip(x, y, strict=True))
+        best = max(at, key=lambda ghost: at[ghost])
+        words = f"SGD batch {size}: the best BatchNorm batch is 16 or less"
+        ours = f"best at {best:g}: {listed(x, y)}"
+        checks.append(holds(words, best <= 16, ours=ours, n=len(x), paper="4 or 8"))
+    return checks
+
+
+def _ghost_panels(study: Study, seen: Seen) -> list[Panel]:
+    curves = [
+        band(f"SGD batch {size}", x, y, colour=colour)
+        for colour, (size, (x, y)) in enumerate(_ghost_points(study, seen).items())
+    ]
+    label = "samples of BatchNorm's statistics"
+    return [
+        Panel(
+            title="",
+            x_label=label,
+            y_label="test accuracy, %",
+            curves=curves,
+            log_x=True,
+            ticks=study.ghosts,
+        )
+    ]
+
+
+def _warm(study: Study, seen: Seen) -> list[Check]:
+    table = _by_size(study, seen)
+    warm = [value for _, n in study.warmed() if (value := _test(seen, n)) is not None]
+    if len(warm) < len(study.rates) or len(table) < 3:
+        return []
+    last = study.batch_sizes[-1]
+    small = max(value for size in table if size <= 32 for _, value in table[size])
+    words = f"with warm-up a batch of {last} stays below the best small batch"
+    ours = (
+        f"{max(warm):.3g} % with, {max(v for _, v in table[last]):.3g} % without; small "
+        f"batch {small:.3g} %"
+    )
+    return [holds(words, max(warm) < small, ours=ours, n=len(warm))]
+
+
+ITEMS = (
+    Item(
+        name="grid",
+        title="Figures 2 to 12: accuracy by batch size and base learning rate",
+        claim="At equal epochs the best accuracy is had with a batch of 2 to 32.",
+        observations=lambda study: [accuracy(n) for _, _, n in study.grid()],
+        checks=_best,
+        panels=_grid_panels,
+    ),
+    Item(
+        name="stable-range",
+        title="The range of learning rates that train",
+        claim="Smaller batches train over a wider range of base learning rates.",
+        observations=lambda study: [accuracy(n) for _, _, n in study.grid()],
+        checks=_range,
+    ),
+    Item(
+        name="bn-batch",
+        title="BatchNorm's batch apart from SGD's",
+        claim="BatchNorm does best with 4 or 8 samples, whatever the batch of SGD.",
+        observations=lambda study: [accuracy(n) for _, _, n in study.ghostly()],
+        checks=_ghosts,
+        panels=_ghost_panels,
+        applies=lambda study: bool(study.ghosts),
+        in_quick=False,
+    ),
+    Item(
+        name="warm-up",
+        title="Gradual warm-up",
+        claim="Warm-up does not bring the largest batches back.",
+        observations=lambda study: [
+            accuracy(n)
+            for n in (*(n for _, n in study.warmed()), *(n for *_, n in study.grid()))
+        ],
+        checks=_warm,
+        in_quick=False,
+    ),
+)
+
+_DIGITS = "digits of 8 x 8 pixels for CIFAR-10"
+STUDIES = (
+    Study(
+        name="ResNet-8-digits",
+        preset="quick",
+        network="ResNet-8?batchnorm=False",
+        data="digits",
+        reduced="digits, 6 epochs for the paper's 82, so that it takes minutes",
+        stand_in=_DIGITS,
+        batch_sizes=(8, 32, 128, 512),
+        rates=tuple(2.0**k for k in (-10, -8, -6)),
+        epochs=6,
+        normalised="ResNet-8",
+    ),
+    Study(
+        name="ResNet-8-cifar10",
+        preset="reduced",
+        network="ResNet-8?batchnorm=False",
+        data="cifar10[2000,test=2000]",
+        reduced="2000 of CIFAR-10's 50 000 training images, 12 epochs for 82, accuracy at "
+        "the end for the median of the last 5 epochs, for two cores",
+        batch_sizes=(4, 16, 64, 256, 1000),
+        rates=tuple(2.0**k for k in (-10, -9, -8, -7, -6)),
+        epochs=12,
+        normalised="ResNet-8",
+        ghosts=(4, 16, 64, 256),
+        batch_sizes_ghost=(64, 256),
+        rate_ghost=2.0**-8,
+    ),
+    *(
+        Study(
+            name=f"{network}-cifar10",
+            preset="full",
+            network=f"{network}?batchnorm=False",
+            data="cifar10",
+            batch_sizes=tuple(2**k for k in range(1, 12)),
+            rates=tuple(2.0**k for k in range(-12, 1)),
+            epochs=82,
+            normalised=network,
+            ghosts=(2, 4, 8, 16, 32, 64),
+            batch_sizes_ghost=(16, 64, 256),
+            rate_ghost=2.0**-8,
+            weight_decay=decay,
+            num_seeds=3,
+        )
+        for network, decay in (("AlexNet", 5e-4), ("ResNet-8", 1e-4), ("ResNet-20", 1e-4))
+    ),
+)
+
+PAPER = Paper(
+    name="masters2018",
+    citation="Masters, Luschi (2018), Revisiting Small Batch Training for Deep Neural "
+    "Networks, arXiv:1804.07612",
+    items=ITEMS,
+    studies=STUDIES,
+)

@@ -1,0 +1,273 @@
+"""What is looked at: each observation says which networks it needs and what it finds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sharpness import checkpoint
+from sharpness.lab.data import Dataset, at_random, class_balanced, has_classes
+from sharpness.lab.measurement import Settings, data_facts, risk_of
+from sharpness.lab.run import DivergedError, criterion_for, train
+from sharpness.lab.subjects import opened
+from sharpness.lab.training import Budget, Training
+from sharpness.measures.eigenvalues import eigenpairs
+from sharpness.measures.epsilon import epsilon_sharpness
+from sharpness.measures.landscape import interpolation
+from sharpness.measures.perturbation import worst_case_sharpness
+from sharpness.measures.reparametrise import scaled_by
+from sharpness.reproduce.plain import kind
+from sharpness.reproduce.trained import Bench, Trained
+from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.tracking import SharpnessTracker
+
+EPSILONS = (1e-3, 5e-4)  # Keskar et al. (2017)
+Facts = dict[str, Any]
+
+
+def _phi(risk: EmpiricalRisk, seed: int) -> Any:
+    return epsilon_sharpness(risk, EPSILONS, seed=seed, progress=False)
+
+
+def _subspace(risk: EmpiricalRisk, seed: int, columns: Any) -> Any:
+    # One A a network: the paper's deviation is over five trials, its draws not stated.
+    return epsilon_sharpness(
+        risk,
+        EPSILONS,
+        subspace_dim=100,
+        columns=columns,
+        solver="lbfgsb",
+        seed=seed,
+        progress=False,
+    )
+
+
+# Name: what is called, and what it costs, in gradients.
+MEASURES: dict[str, tuple[Callable[[EmpiricalRisk, int], Any], float]] = {
+    "lambda_max": (lambda risk, s: eigenpairs(risk, seed=s, progress=False), 25),
+    "phi": (_phi, 60),
+    "phi_normal": (lambda risk, s: _subspace(risk, s, "normal"), 22),
+    "phi_unit": (lambda risk, s: _subspace(risk, s, "unit"), 22),
+    "adaptive": (
+        lambda risk, s: worst_case_sharpness(
+            risk, 0.5, adaptive="elementwise", seed=s, progress=False
+        ),
+        21,
+    ),
+}
+
+
+@kind
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Loss and accuracy on the training and the test set, as training ended."""
+
+    of: Trained
+    gradients: ClassVar[float] = 0.0
+
+    @property
+    def needs(self) -> tuple[Trained, ...]:
+        """The network."""
+        return (self.of,)
+
+    def found(self, bench: Bench) -> Facts:
+        """What its checkpoint says."""
+        about = checkpoint.load(bench.path(self.of)).training
+        names = ("metrics", "history", "updates", "seconds", "num_threads")
+        return {name: about[name] for name in names}
+
+
+@kind
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Sharpness of a network, on class-balanced training samples drawn by the seed."""
+
+    of: Trained
+    measures: tuple[str, ...]  # of MEASURES
+    num_samples: int | None = 1000
+    batchnorm: Literal["batch", "running"] = "batch"
+    seed: int = 0
+
+    @property
+    def needs(self) -> tuple[Trained, ...]:
+        """The network."""
+        return (self.of,)
+
+    @property
+    def gradients(self) -> float:
+        """Expected cost, in gradients of one sample."""
+        return sum(MEASURES[name][1] for name in self.measures) * (self.num_samples or 1e4)
+
+    def found(self, bench: Bench) -> Facts:
+        """Every measure with its evidence."""
+        path = bench.path(self.of)
+        subject = opened(path, data_dir=bench.data_dir)
+        settings = Settings(num_samples=self.num_samples, batchnorm=self.batchnorm)
+        risk = risk_of(subject, settings, bench.device)
+        start = subject.start
+        moved = None if start is None else float((risk.theta.cpu() - start).double().norm())
+        return {
+            "sha256": subject.facts["sha256"],
+            "data": data_facts(subject, settings),
+            "risk": risk.settings(),
+            "value": risk.value(),
+            "accuracy": risk.accuracy(),
+            "distance_from_start": moved,
+            **{name: MEASURES[name][0](risk, self.seed) for name in self.measures},
+        }
+
+
+@kind
+@dataclass(frozen=True, kw_only=True)
+class Joining:
+    """Loss and accuracy along the line, or the arc, through two networks."""
+
+    first: Trained
+    second: Trained
+    split: Literal["train", "test"] = "train"
+    arc: bool = False
+    num_samples: int | None = 1000
+
+    @property
+    def needs(self) -> tuple[Trained, ...]:
+        """Both ends."""
+        return self.first, self.second
+
+    @property
+    def gradients(self) -> float:
+        """Expected cost, in gradients of one sample."""
+        return 20.0 * (self.num_samples or 1e4)
+
+    def found(self, bench: Bench) -> Facts:
+        """25 points from -1 to 2, as in the paper; BatchNorm on batch statistics."""
+        settings = Settings(
+            num_samples=self.num_samples, split=self.split, batchnorm="batch"
+        )
+        ends = [opened(bench.path(end), data_dir=bench.data_dir) for end in self.needs]
+        first, second = (risk_of(end, settings, bench.device) for end in ends)
+        curve = interpolation(first, second.theta, arc=self.arc)
+        return {"curve": curve, "sha256": [end.facts["sha256"] for end in ends]}
+
+
+@kind
+@dataclass(frozen=True, kw_only=True)
+class Rescaled:
+    """A network's sharpness after every layer that can be was scaled by each factor.
+
+    The function stays: what one layer gains, the next one loses (Dinh et al. 2017).
+    """
+
+    of: Trained
+    factors: tuple[float, ...]
+    measures: tuple[str, ...]
+    num_samples: int = 500
+
+    @property
+    def needs(self) -> tuple[Trained, ...]:
+        """The network."""
+        return (self.of,)
+
+    @property
+    def gradients(self) -> float:
+        """Expected cost, in gradients of one sample."""
+        each = sum(MEASURES[name][1] for name in self.measures)
+        return each * len(self.factors) * self.num_samples
+
+    def found(self, bench: Bench) -> Facts:
+        """For each factor the drift of the outputs, and every measure."""
+        subject = opened(bench.path(self.of), data_dir=bench.data_dir)
+        settings = Settings(num_samples=self.num_samples, batchnorm="running")
+        risk = risk_of(subject, settings, bench.device)
+        before = risk.outputs()
+        points = []
+        for factor in self.factors:
+            network, layers = scaled_by(subject.model, subject.train[0][:2], factor)
+            other = risk_of(_with(subject, network), settings, bench.device)
+            drift = float((other.outputs() - before).abs().max() / before.abs().max())
+            values = {name: MEASURES[name][0](other, 0) for name in self.measures}
+            points.append({"factor": factor, "drift": drift, "layers": layers, **values})
+        return {"sha256": subject.facts["sha256"], "points": points}
+
+
+def _with(subject: Any, network: nn.Module) -> Any:
+    other = copy.copy(subject)
+    object.__setattr__(other, "model", network)
+    return other
+
+
+@kind
+@dataclass(frozen=True, kw_only=True)
+class Followed:
+    """A measure along a training, beside the optimizer's stability threshold."""
+
+    data: str
+    training: Training
+    budget: Budget
+    measure: Literal["lambda_max", "lambda_max_preconditioned"] = "lambda_max"
+    every: int = 10
+    num_samples: int = 1000
+    needs: ClassVar[tuple[Trained, ...]] = ()
+    gradients: ClassVar[float] = 0.0
+
+    def found(self, bench: Bench) -> Facts:
+        """The points, and how the training ended."""
+        dataset, points = bench.dataset(self.data), []
+        trackers: list[SharpnessTracker] = []
+
+        def on_update(update: int, model: nn.Module, optimizer: Optimizer) -> None:
+            if not trackers:
+                trackers.append(
+                    SharpnessTracker(
+                        model,
+                        criterion_for(dataset),
+                        _few(dataset, self.num_samples),
+                        optimizer=optimizer,
+                        every=self.every,
+                        measures=(self.measure,),
+                        batchnorm="batch",
+                    )
+                )
+            elif update:
+                trackers[0].step()
+
+        reason = None
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            try:
+                path = Path(folder) / "followed.pt"
+                train(
+                    self.training,
+                    self.budget,
+                    dataset,
+                    path,
+                    device=bench.device,
+                    on_update=on_update,
+                )
+            except DivergedError as error:
+                reason = str(error)
+        points = trackers[0].history
+        return {
+            "diverged_at": reason,
+            "steps": [point.step for point in points],
+            "losses": [point.loss for point in points],
+            "values": [point.values().get(self.measure) for point in points],
+            "thresholds": [point.thresholds.get(self.measure) for point in points],
+        }
+
+
+def _few(dataset: Dataset, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = dataset.train
+    few = min(num, len(y))
+    index = class_balanced(y, few, 0) if has_classes(y) else at_random(len(y), few, 0)
+    return x[index], y[index]
+
+
+Observation = Accuracy | Measured | Joining | Rescaled | Followed
+Seen = Mapping[Any, Facts]

@@ -1,0 +1,103 @@
+"""What a paper is here: items with claims, and studies that they are tried on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal
+
+from sharpness.claims import Check, Finding
+from sharpness.report.panels import Panel
+from sharpness.reproduce.observations import Observation
+from sharpness.reproduce.workshop import Seen
+
+Preset = Literal["quick", "reduced", "full"]
+PRESETS: tuple[Preset, ...] = ("quick", "reduced", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A network on a data set, at the sizes of a preset: what an item is tried on."""
+
+    name: str
+    preset: Preset
+    network: str
+    data: str
+    reduced: str = ""  # what is smaller than in the paper, and why
+    stand_in: str | None = None  # for what cannot be had
+    num_seeds: int = 6  # starting points
+
+    def with_seeds(self, num: int) -> Study:
+        """The same with so many starting points, everywhere."""
+        return replace(self, num_seeds=num)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A table or figure: what must be looked at, and what follows from it."""
+
+    name: str
+    title: str
+    claim: str
+    observations: Callable[[Any], Sequence[Observation]]
+    checks: Callable[[Any, Seen], Sequence[Check]]
+    panels: Callable[[Any, Seen], Sequence[Panel]] | None = None
+    notes: Callable[[Any, Seen], Sequence[str]] | None = None
+    applies: Callable[[Any], bool] = lambda study: True
+    in_quick: bool = True  # done by the quick preset without being named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """A paper with its items and the studies of every preset."""
+
+    name: str
+    citation: str
+    items: Sequence[Item]
+    studies: Sequence[Study] = field(repr=False)
+
+    def item(self, name: str) -> Item:
+        """An item by its name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for item in self.items:
+            if item.name == name:
+                return item
+        names = ", ".join(item.name for item in self.items)
+        raise ValueError(f"`ITEM` must be one of {names}; got {name!r}.")
+
+
+def finding(paper: Paper, item: Item, study: Study, seen: Seen) -> Finding:
+    """What has been found on an item so far."""
+    wanted = list(dict.fromkeys(item.observations(study)))
+    lacking = sum(observation not in seen for observation in wanted)
+    notes = list(item.notes(study, seen)) if item.notes else []
+    if lacking:
+        notes.append(f"{len(wanted) - lacking} of {len(wanted)} observations made so far.")
+    return Finding(
+        paper=paper.name,
+        item=item.name,
+        title=item.title,
+        claim=item.claim,
+        study=study.name,
+        data=study.data,
+        preset=study.preset,
+        command=f"python -m sharpness.reproduce {paper.name} {item.name} "
+        f"--preset {study.preset} --study {study.name}",
+        stand_in=study.stand_in,
+        checks=list(item.checks(study, seen)),
+        notes=notes,
+    )
+
+
+@cache
+def paper_numbers(name: str) -> dict[str, Any]:
+    """Published numbers, from `paper_numbers/NAME.json`."""
+    source = files("sharpness.reproduce") / "paper_numbers" / f"{name}.json"
+    numbers: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    return numbers

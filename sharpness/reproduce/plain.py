@@ -1,0 +1,61 @@
+"""Plans as plain values: what stands in a record, and the plan made from it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, TypeVar
+
+_T = TypeVar("_T", bound=type)
+_KINDS: dict[str, type] = {}
+
+
+def kind(cls: _T) -> _T:
+    """Let a dataclass be told by its name in a record."""
+    _KINDS[cls.__name__] = cls
+    return cls
+
+
+def described(value: Any) -> Any:
+    """A plan's class and the fields that differ from their defaults, nested.
+
+    Defaults are left out, so that a field that is added later changes no record.
+    """
+    if isinstance(value, tuple | list):
+        return [described(item) for item in value]
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {
+        field.name: described(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    }
+    return {"kind": type(value).__name__, **fields}
+
+
+def restored(plain: Any) -> Any:
+    """The plan that `described` was given.
+
+    Raises:
+        ValueError: it names a kind that is not known.
+    """
+    if isinstance(plain, list):
+        return tuple(restored(item) for item in plain)
+    if not isinstance(plain, dict):
+        return plain
+    fields = {name: restored(item) for name, item in plain.items() if name != "kind"}
+    name = plain.get("kind")
+    if name not in _KINDS:
+        raise ValueError(
+            f"`observation` must be one of {', '.join(sorted(_KINDS))}; got {name!r}. "
+            "Use the version of sharpness that wrote the record."
+        )
+    made = _KINDS[name]
+    return made(**fields)
+
+
+def digest(plan: Any) -> str:
+    """Sixteen hexadecimal digits that tell plans apart, here and anywhere."""
+    text = json.dumps(described(plan), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

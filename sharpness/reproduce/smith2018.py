@@ -1,0 +1,257 @@
+"""Smith et al. (2018): don't decay the learning rate, increase the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from sharpness.claims import Check, holds, within
+from sharpness.lab.regimes import REGIMES
+from sharpness.lab.training import Budget, Training
+from sharpness.report.panels import Panel
+from sharpness.reproduce import paper
+from sharpness.reproduce.looks import accuracy, band, metric, pairs, points
+from sharpness.reproduce.paper import Item, Paper, paper_numbers
+from sharpness.reproduce.trained import Trained
+from sharpness.reproduce.workshop import Seen
+
+_TEST = metric("test_accuracy_running", 100)
+_KINDS = ("decay", "hybrid", "increase")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(paper.Study):
+    """One network under the three schedules of equal noise scale, and two faster ones.
+
+    Args:
+        batch_size: at the start.
+        most: batch size from which the rate is decayed instead, a tenth of the data.
+        drops: epochs at which the noise scale falls fivefold.
+        looked_at: epochs; the last is the end.
+        ghost: samples that BatchNorm takes its statistics from.
+    """
+
+    batch_size: int
+    most: int
+    drops: tuple[float, ...]
+    looked_at: tuple[float, ...]
+    ghost: int = 128
+    learning_rate: float = 0.1
+    augmentation: str = "none"
+
+    def with_seeds(self, num: int) -> Study:
+        """The same with so many starting points."""
+        return replace(self, num_seeds=num)
+
+    def network_at(
+        self, kind: str, seed: int, epochs: float, times: int = 1, momentum: float = 0.9
+    ) -> Trained:
+        """A moment of a run; `times` the batch size goes with `times` the rate."""
+        drops = ",".join(f"{drop:g}" for drop in self.drops)
+        most = "" if kind == "decay" else f"&max_batch_size={self.most}"
+        return Trained(
+            data=self.data,
+            training=Training(
+                network=self.network,
+                batch_size=self.batch_size * times,
+                seed=seed,
+                optimizer="momentum",
+                momentum=momentum,
+                learning_rate=self.learning_rate * times,
+                weight_decay=5e-4,
+                schedule=f"{kind}?drops=({drops})&factor=5{most}",
+                ghost_batch_size=self.ghost,
+                augmentation=self.augmentation,
+            ),
+            budget=Budget(epochs=epochs),
+        )
+
+    def moments(self, kind: str) -> list[tuple[float, Trained]]:
+        """(epoch, moment) of every starting point."""
+        return [
+            (epochs, self.network_at(kind, seed, epochs))
+            for seed in range(self.num_seeds)
+            for epochs in self.looked_at
+        ]
+
+    def ends(self, kind: str, times: int = 1) -> list[Trained]:
+        """The networks at the end."""
+        last = self.looked_at[-1]
+        return [self.network_at(kind, seed, last, times) for seed in range(self.num_seeds)]
+
+
+def _accuracies(study: Study, seen: Seen) -> list[Check]:
+    checks = []
+    published = paper_numbers("smith2018")["accuracy"]
+    for name, networks, theirs in (
+        ("hybrid", study.ends("hybrid"), None),
+        ("increasing batch", study.ends("increase"), "increase"),
+        ("increasing batch, rate five times as high", study.ends("increase", 5), "rate"),
+    ):
+        values = pairs(
+            seen, accuracy, _TEST, list(zip(study.ends("decay"), networks, strict=True))
+        )
+        if values[0]:
+            gaps = [b - a for a, b in zip(*values, strict=True)]
+            words = f"{name}, test accuracy less that of decaying, points: within 1.5"
+            text = f"{published[theirs] - published['decay']:+.1f}" if theirs else ""
+            check = within(words, gaps, -1.5, 1.5, paper=text)
+            ends = f"{fmean(values[0]):.1f} → {fmean(values[1]):.1f} %; {check.ours}"
+            checks.append(replace(check, ours=ends))
+    return checks
+
+
+def _curves(study: Study, seen: Seen) -> list[Check]:
+    """Do the curves of the training loss by epochs coincide?"""
+    loss, checks = metric("train_loss_running"), []
+    for kind in _KINDS[1:]:
+        twins = list(zip(study.moments("decay"), study.moments(kind), strict=True))
+        values = pairs(seen, accuracy, loss, [(a, b) for (_, a), (_, b) in twins])
+        if len(values[0]) == len(twins):
+            spread = _spread_between_seeds(study, values[0])
+            gap = fmean(abs(a - b) for a, b in zip(*values, strict=True))
+            words = (
+                f"{kind} and decay: training loss by epoch no further apart than two "
+                "starting points of one schedule"
+            )
+            ours = f"{gap:.3g} on average; starting points {spread:.3g}"
+            checks.append(holds(words, gap <= spread, ours=ours, n=study.num_seeds))
+    return checks
+
+
+def _spread_between_seeds(study: Study, values: Sequence[float]) -> float:
+    num = len(study.looked_at)
+    runs = [values[i * num : (i + 1) * num] for i in range(study.num_seeds)]
+    gaps = [
+        abs(a - b)
+        for i, one in enumerate(runs)
+        for other in runs[:i]
+        for a, b in zip(one, other, strict=True)
+    ]
+    return fmean(gaps)
+
+
+def _schedules(study: Study, seen: Seen) -> list[Check]:
+    return [*_curves(study, seen), *_accuracies(study, seen)]
+
+
+def _panels(study: Study, seen: Seen) -> list[Panel]:
+    panels = []
+    for label, name, times, log in (
+        ("training loss", "train_loss_running", 1.0, True),
+        ("test accuracy, %", "test_accuracy_running", 100.0, False),
+    ):
+        curves = []
+        for colour, kind in enumerate(_KINDS):
+            x, y = points(seen, accuracy, metric(name, times), study.moments(kind))
+            if x:
+                curves.append(band(kind, x, y, colour=colour))
+        panels.append(
+            Panel(
+                title="",
+                x_label="epoch",
+                y_label=label,
+                curves=curves,
+                log_y=log,
+                marks=study.drops,
+            )
+        )
+    return panels
+
+
+def _updates(study: Study, seen: Seen) -> list[Check]:
+    """Counted for the paper's own sizes; nothing is trained for it."""
+    checks = []
+    published = paper_numbers("smith2018")["updates"]
+    for name, theirs in published.items():
+        regime = REGIMES[f"smith2018-{name}"]
+        training = Training(
+            network="WRN-16-4", batch_size=regime.batch_size or 128, **regime.training
+        )
+        budget = Budget(epochs=regime.epochs)
+        count = budget.num_updates(training.course(50_000))
+        low, high = theirs["range"]
+        words = f"{name}: updates in 200 epochs of CIFAR-10"
+        checks.append(
+            holds(words, low <= count <= high, ours=str(count), n=1, paper=theirs["text"])
+        )
+    return checks
+
+
+ITEMS = (
+    Item(
+        name="schedules",
+        title="Figures 1 to 3: three schedules, one curve",
+        claim="Increasing the batch size instead of decaying the rate gives the same "
+        "curves by epochs and the same accuracy.",
+        observations=lambda study: [
+            accuracy(n)
+            for n in (
+                *(n for kind in _KINDS for _, n in study.moments(kind)),
+                *study.ends("increase", 5),
+            )
+        ],
+        checks=_schedules,
+        panels=_panels,
+    ),
+    Item(
+        name="updates",
+        title="Table 1: updates",
+        claim="The schedules need ever fewer updates.",
+        observations=lambda study: [],
+        checks=_updates,
+    ),
+)
+
+_FOR_WIDE = "ResNet-8 for the wide ResNet 16-4"
+STUDIES = (
+    Study(
+        name="ResNet-8-digits",
+        preset="quick",
+        network="ResNet-8",
+        data="digits",
+        reduced="digits of 8 x 8 pixels, 10 epochs for 200, so that it takes minutes",
+        stand_in=f"digits for CIFAR-10 and {_FOR_WIDE}",
+        num_seeds=2,
+        batch_size=8,
+        most=140,
+        drops=(3, 6, 8),
+        looked_at=(2, 4, 7, 10),
+        ghost=8,
+        learning_rate=0.05,
+    ),
+    Study(
+        name="ResNet-8-cifar10",
+        preset="reduced",
+        network="ResNet-8",
+        data="cifar10[2000,test=2000]",
+        reduced="2000 of CIFAR-10's 50 000 training images, 20 epochs for 200, batch 16 "
+        f"for 128, no augmentation, {_FOR_WIDE}: for two cores",
+        num_seeds=3,
+        batch_size=16,
+        most=200,
+        drops=(6, 12, 16),
+        looked_at=(2, 4, 6, 8, 10, 12, 14, 16, 20),
+        ghost=16,
+    ),
+    Study(
+        name="WRN-16-4-cifar10",
+        preset="full",
+        network="WRN-16-4",
+        data="cifar10",
+        batch_size=128,
+        most=5120,
+        drops=(60, 120, 160),
+        looked_at=(20, 40, 60, 80, 100, 120, 140, 160, 180, 200),
+        augmentation="crop-flip",
+    ),
+)
+
+PAPER = Paper(
+    name="smith2018",
+    citation="Smith, Kindermans, Ying, Le (2018), Don't Decay the Learning Rate, Increase "
+    "the Batch Size, arXiv:1711.00489",
+    items=ITEMS,
+    studies=STUDIES,
+)

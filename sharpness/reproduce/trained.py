@@ -1,0 +1,152 @@
+"""The networks that findings rest on: how each is trained, and having it trained."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from sharpness import checkpoint
+from sharpness.lab import data
+from sharpness.lab.data import Dataset
+from sharpness.lab.run import DivergedError, train
+from sharpness.lab.training import Budget, Training
+from sharpness.reproduce.plain import described, digest, kind
+
+kind(Training)
+kind(Budget)
+
+
+@kind
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A network after training, by all that decides it.
+
+    Args:
+        data: a name that `data.load` knows.
+        training: network, batch size, seed, optimizer, remedy, ...
+        budget: how long; networks that differ in `budget.epochs` alone are moments of
+            one run.
+        until_loss_of: stop as soon as the training loss is that network's.
+        start: the network whose parameters are the starting point.
+    """
+
+    data: str
+    training: Training
+    budget: Budget
+    until_loss_of: Trained | None = None
+    start: Trained | None = None
+
+    @cached_property
+    def file(self) -> str:
+        """Its checkpoint's name: readable, and its own."""
+        about = self.training
+        name = re.sub(r"[^\w-]+", "", about.network)
+        return f"{name}-b{about.batch_size}-s{about.seed}-{digest(self)}.pt"
+
+    @cached_property
+    def run(self) -> str:
+        """Which run it is a moment of."""
+        return digest(replace(self, budget=replace(self.budget, epochs=1.0)))
+
+    @property
+    def after(self) -> tuple[Trained, ...]:
+        """Networks that must be there first."""
+        return tuple(other for other in (self.until_loss_of, self.start) if other)
+
+    def __str__(self) -> str:
+        about = described(self.training)
+        rest = (f"{k} {v}" for k, v in about.items() if k not in ("kind", "network"))
+        length = f"{self.budget.epochs:g} epochs" if self.budget.epochs else "by updates"
+        return f"{about['network']} on {self.data}, {', '.join(rest)}, {length}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where networks lie, and what they are trained and measured with."""
+
+    folder: Path
+    data_dir: str | None = None
+    device: str = "cpu"
+
+    def path(self, trained: Trained) -> Path:
+        """Of its checkpoint."""
+        return self.folder / trained.file
+
+    def diverged(self, trained: Trained) -> str | None:
+        """Why there is no such network; None where there is, or may be."""
+        note = self.path(trained).with_suffix(".diverged")
+        return note.read_text(encoding="utf-8") if note.exists() else None
+
+    def has(self, trained: Trained) -> bool:
+        """Whether nothing remains to be done for it."""
+        if self.diverged(trained) is not None:
+            return True
+        with suppress(OSError, ValueError):
+            return bool(checkpoint.load(self.path(trained)).training["finished"])
+        return False
+
+    def dataset(self, name: str) -> Dataset:
+        """A named set; the last few asked for are kept."""
+        return _loaded(name, self.data_dir)
+
+    def bring_about(self, moments: Sequence[Trained]) -> None:
+        """Train one run through its moments, in order of their epochs.
+
+        Each moment is a file of its own; the next carries on from a copy of it, to the
+        same bits as a run without stops. A run whose loss is no longer finite leaves a
+        note instead of the moments it did not reach.
+        """
+        reached: Path | None = None
+        for moment in sorted(moments, key=lambda one: one.budget.epochs or 0.0):
+            path = self.path(moment)
+            if not self.has(moment):
+                if reached is not None and not path.exists():
+                    shutil.copy(reached, path.with_suffix(".copy"))
+                    path.with_suffix(".copy").replace(path)
+                try:
+                    self._train(moment, path)
+                except DivergedError as error:
+                    path.unlink(missing_ok=True)
+                    path.with_suffix(".diverged").write_text(str(error), encoding="utf-8")
+            if self.diverged(moment) is None:
+                reached = path
+
+    def _train(self, moment: Trained, path: Path) -> None:
+        training, budget = moment.training, moment.budget
+        for other in moment.after:
+            if self.diverged(other) is not None:
+                raise DivergedError(f"{other} diverged, so this one cannot begin.")
+        if moment.start is not None:
+            training = replace(training, start_from=str(self.path(moment.start)))
+        if moment.until_loss_of is not None:
+            twin = checkpoint.load(self.path(moment.until_loss_of))
+            loss = twin.training["metrics"]["train_loss_batch"]
+            budget = replace(budget, until_loss=loss)
+        train(training, budget, self.dataset(moment.data), path, device=self.device)
+
+
+@lru_cache(maxsize=4)
+def _loaded(name: str, data_dir: str | None) -> Dataset:
+    return data.load(name, data_dir=data_dir)
+
+
+def in_order(wanted: Iterable[Trained]) -> list[list[list[Trained]]]:
+    """Stages of runs, each a list of moments; a stage needs only those before it."""
+    level: dict[Trained, int] = {}
+
+    def rank(one: Trained) -> int:
+        if one not in level:
+            level[one] = 1 + max((rank(other) for other in one.after), default=-1)
+        return level[one]
+
+    for one in wanted:
+        rank(one)
+    stages: list[dict[str, list[Trained]]] = [{} for _ in range(1 + max(level.values()))]
+    for one, stage in level.items():
+        stages[stage].setdefault(one.run, []).append(one)
+    return [list(stage.values()) for stage in stages]

@@ -1,0 +1,232 @@
+"""Carries a plan out: trains what is lacking, looks at it, keeps every finding."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+from torch import nn
+
+from sharpness import _progress
+from sharpness.lab import networks
+from sharpness.lab.sweep import pool
+from sharpness.record import append_record, as_plain, new_record, read_records
+from sharpness.reproduce.observations import Observation
+from sharpness.reproduce.plain import described, digest, restored
+from sharpness.reproduce.trained import Bench, Trained, in_order
+
+_KIND = "observation"
+Found = dict[str, dict[str, Any]]  # records by the digest of their observation
+
+
+class Seen:
+    """Observations that were made, to be asked for by their plan."""
+
+    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+        self._found: Found = {
+            record["digest"]: record for record in records if record["kind"] == _KIND
+        }
+
+    def __contains__(self, observation: Observation) -> bool:
+        return digest(observation) in self._found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, observation: Observation) -> dict[str, Any] | None:
+        """What was found; None where nobody looked, or the network diverged."""
+        record = self._found.get(digest(observation))
+        return None if record is None or record["diverged"] else record["found"]
+
+    def diverged(self, observation: Observation) -> bool:
+        """Whether there is no such network because its training diverged."""
+        record = self._found.get(digest(observation))
+        return record is not None and record["diverged"] is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """A folder with networks and records, and the means to add to them.
+
+    Args:
+        folder: `records.jsonl` and the networks lie here.
+        data_dir: where the files of named sets lie.
+        device: where to compute.
+        jobs: things done at once; None means one a core on a CPU, one on a GPU.
+    """
+
+    folder: Path
+    data_dir: str | None = None
+    device: str = "cpu"
+    jobs: int | None = None
+    bench: Bench = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The bench has a folder of its own."""
+        bench = Bench(
+            folder=self.folder / "networks", data_dir=self.data_dir, device=self.device
+        )
+        object.__setattr__(self, "bench", bench)
+
+    @property
+    def records(self) -> Path:
+        """Where findings are kept."""
+        return self.folder / "records.jsonl"
+
+    def seen(self) -> Seen:
+        """What has been found so far."""
+        return Seen(read_records(self.records) if self.records.exists() else ())
+
+    def lacking(
+        self, wanted: Sequence[Observation]
+    ) -> tuple[list[list[list[Trained]]], list[Observation]]:
+        """Runs to be trained, in stages, and observations to be made."""
+        seen = self.seen()
+        missing = [o for o in dict.fromkeys(wanted) if o not in seen]
+        needed = dict.fromkeys(one for o in missing for one in o.needs)
+        stages = []
+        for stage in in_order(needed) if needed else []:
+            runs = [[m for m in run if not self.bench.has(m)] and run for run in stage]
+            stages.append([run for run in runs if run])
+        return [stage for stage in stages if stage], missing
+
+    def carry_out(
+        self, wanted: Sequence[Observation], *, progress: bool | None = None
+    ) -> Seen:
+        """Make every observation that has not been made; each is kept at once."""
+        stages, missing = self.lacking(wanted)
+        self.bench.folder.mkdir(parents=True, exist_ok=True)
+        layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} to go"
+        total = sum(map(_run_cost, _all(stages))) + sum(map(_cost, missing))
+        with (
+            warnings.catch_warnings(),
+            _progress.bar("reproduce", round(total), progress, bar_format=layout) as bar,
+        ):
+            # joblib replaces a process that has grown; nothing is lost, nothing to say.
+            warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
+            for stage in stages:
+                stage.sort(key=_run_cost, reverse=True)
+                for cost in self._each(_train, stage):
+                    bar.update(cost)
+            for observation, record in self._each(_observe, missing):
+                append_record(self.records, record)
+                bar.update(_cost(observation))
+        return self.seen()
+
+    def again(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Make a record's observation once more, from the plan that stands in it.
+
+        Raises:
+            ValueError: it is no record of an observation.
+        """
+        if record.get("kind") != _KIND:
+            raise ValueError(
+                f"`record` must be of an observation; got kind {record.get('kind')!r}."
+            )
+        observation = restored(record["observation"])
+        for stage in in_order(observation.needs) if observation.needs else []:
+            self.bench.folder.mkdir(parents=True, exist_ok=True)
+            for run in stage:
+                self.bench.bring_about(run)
+        return _recorded(self.bench, observation)
+
+    def _each(self, work: Any, units: Sequence[Any]) -> Iterator[Any]:
+        cores = os.cpu_count() or 1
+        jobs = self.jobs or (cores if self.device == "cpu" else 1)
+        jobs = max(1, min(jobs, len(units)))
+        threads = max(1, cores // jobs)
+        yield from pool(jobs)(joblib.delayed(work)(self.bench, threads, u) for u in units)
+
+
+def _train(bench: Bench, threads: int, run: list[Trained]) -> float:
+    with _threads(threads):
+        bench.bring_about(run)
+    return _run_cost(run)
+
+
+def _observe(
+    bench: Bench, threads: int, observation: Observation
+) -> tuple[Observation, dict[str, Any]]:
+    with _threads(threads):
+        return observation, _recorded(bench, observation)
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[None]:
+    """So many of PyTorch's threads while it lasts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _recorded(bench: Bench, observation: Observation) -> dict[str, Any]:
+    began = time.monotonic()
+    reasons = [reason for one in observation.needs if (reason := bench.diverged(one))]
+    found = None if reasons else as_plain(observation.found(bench))
+    return new_record(
+        _KIND,
+        digest=digest(observation),
+        observation=described(observation),
+        found=found,
+        diverged=reasons[0] if reasons else None,
+        device=bench.device,
+        threads=torch.get_num_threads(),
+        seconds=time.monotonic() - began,
+    )
+
+
+# -- how long it may take ----------------------------------------------------------------
+
+# In gradients of one sample of F1: an update of the parameters, and a sample of others.
+_UPDATE = 64
+_DEAR = {"F1": 1.0, "F2": 2.0, "C1": 40.0, "C2": 250.0, "C3": 40.0, "C4": 250.0}
+
+
+def expected_seconds(
+    stages: Sequence[Sequence[list[Trained]]], missing: Sequence[Observation], jobs: int
+) -> float:
+    """Roughly, from the time that some gradients take here and now."""
+    model = networks.build({"name": "F1", "arguments": {}})
+    x, y = torch.rand(256, 1, 28, 28), torch.zeros(256, dtype=torch.long)
+    times = []
+    with torch.random.fork_rng(devices=[]), _threads(1):
+        for _ in range(3):
+            began = time.monotonic()
+            nn.functional.cross_entropy(model(x), y).backward()
+            times.append(time.monotonic() - began)
+    units = sum(map(_run_cost, _all(stages))) + sum(map(_cost, missing))
+    return units * min(times) / len(x) / jobs
+
+
+def _all(stages: Sequence[Sequence[list[Trained]]]) -> list[list[Trained]]:
+    return [run for stage in stages for run in stage]
+
+
+def _dear(trained: Trained) -> float:
+    return _DEAR.get(trained.training.network.split("?")[0], 20.0)
+
+
+def _run_cost(run: list[Trained]) -> float:
+    """Of training, in gradients of one sample of F1."""
+    last = max(run, key=lambda one: one.budget.epochs or 0.0)
+    named = last.data.partition("[")[2].partition("]")[0].split(",")[0]
+    num_train = int(named) if named.isdecimal() else 50_000
+    epochs = last.budget.epochs or 1.0
+    updates = epochs * num_train / last.training.batch_size
+    return _dear(last) * epochs * num_train + updates * _UPDATE
+
+
+def _cost(observation: Observation) -> float:
+    dear = [_dear(one) for one in observation.needs]
+    return observation.gradients * max(dear, default=1.0)
