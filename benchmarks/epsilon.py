@@ -8,7 +8,7 @@ iteration. C2 (15 million parameters, Keskar et al. 2017, App. B.3, on MNIST dig
 to 32 x 32 and three channels) is trained for some steps only and its f is taken over few
 samples, since bookkeeping does not depend on them; the gradient over 1000 samples that
 it is compared with is that of 250, times four. F1s are `mnist5k` checkpoints of
-`python -m sharpness.reproduce keskar2017 --quick`, found in `runs/keskar2017-f1-mnist5k`.
+`python benchmarks/main_line.py`, found in `runs/main-line`.
 
 "Best known" is the largest value that 60 steps of ascent from three random starts, from
 the corners of the gradient and of the top eigenvector, and 40 iterations of L-BFGS-B
@@ -36,7 +36,7 @@ from sharpness.record import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = Path(__file__).with_name("epsilon.json")
-RUNS = ROOT / "runs" / "keskar2017-f1-mnist5k"
+RUNS = ROOT / "runs" / "main-line"
 SOLVERS = ("scipy", "lbfgsb", "ascent", "default")
 EPSILON = 1e-3
 
@@ -93,7 +93,7 @@ def risks(case: str, samples: int) -> Iterator[tuple[str, sh.EmpiricalRisk]]:
         return
     paths = sorted(RUNS.glob("*-seed0.pt"))
     if not paths:
-        sys.exit(f"no checkpoints in {RUNS}: reproduce keskar2017 --quick first")
+        sys.exit(f"no checkpoints in {RUNS}: run benchmarks/main_line.py first")
     for path in paths:
         risk = risk_of(opened(path), Settings(num_samples=1000, batchnorm="batch"))
         yield f"F1 {path.stem}", risk

@@ -2,8 +2,8 @@
 
     python benchmarks/main_line.py [FOLDER]
 
-FOLDER holds `small-seed0.pt` and `large-seed0.pt` (default: the run folder of
-`python -m sharpness.reproduce keskar2017 --quick`; they are trained if absent).
+FOLDER holds `small-seed0.pt` and `large-seed0.pt` (default:
+`runs/main-line`; they are trained if absent).
 
 1. Top-5 eigenvalues to 1 %: Hessian-vector products, and the true relative error against
    a run to 1e-6.
@@ -33,7 +33,7 @@ EPOCHS = {"small": 20, "large": 40}
 
 
 def main() -> None:
-    default = "runs/keskar2017-f1-mnist5k"
+    default = "runs/main-line"
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else default)
     dataset = data.load("mnist5k")
     rows = []

@@ -23,6 +23,7 @@ class Verdict(StrEnum):
     INCONCLUSIVE_FEW = "inconclusive (n too small)"
     STAND_IN = "stand-in"
     NOT_RUN = "not run"
+    NO_CLAIM = "no claim to judge"
 
 
 LEVEL = 0.05  # of every test, one-sided
@@ -64,7 +65,7 @@ class Finding:
         """What the checks say together, whatever the data."""
         found = [check.verdict for check in self.checks if check.verdict is not None]
         if not found:
-            return Verdict.NOT_RUN
+            return Verdict.NO_CLAIM if self.checks else Verdict.NOT_RUN
         for verdict in (
             Verdict.NOT_REPRODUCED,
             Verdict.INCONCLUSIVE_SOLVER,
@@ -77,8 +78,8 @@ class Finding:
     @property
     def verdict(self) -> Verdict:
         """The outcome, or that the data are a stand-in."""
-        ran = self.outcome is not Verdict.NOT_RUN
-        return Verdict.STAND_IN if self.stand_in and ran else self.outcome
+        judged = self.outcome not in (Verdict.NOT_RUN, Verdict.NO_CLAIM)
+        return Verdict.STAND_IN if self.stand_in and judged else self.outcome
 
     @property
     def verdict_text(self) -> str:
@@ -194,6 +195,21 @@ def within(
     return Check(
         claim=claim, paper=paper or f"{low:g} to {high:g}", ours=ours, n=n, verdict=verdict
     )
+
+
+def near(
+    claim: str, first: Sequence[float], second: Sequence[float], ratio: float
+) -> Check:
+    """Is the ratio of the pairs within ten times the paper's, up or down?"""
+    logs = [math.log10(b / a / ratio) for a, b in zip(first, second, strict=True)]
+    check = within(claim, logs, -1, 1)
+    mean, half = float(np.mean(logs)), 0.0
+    if len(logs) > 1:
+        sd = float(np.std(logs, ddof=1))
+        half = float(stats.t.ppf(0.975, len(logs) - 1)) * sd / math.sqrt(len(logs))
+    low, middle, high = (ratio * 10**x for x in (mean - half, mean, mean + half))
+    ours = f"{middle:.3g}× ({low:.3g} to {high:.3g})"
+    return replace(check, paper=f"{ratio:.3g}×", ours=ours)
 
 
 def holds(claim: str, answer: bool, *, ours: str, n: int, paper: str = "") -> Check:

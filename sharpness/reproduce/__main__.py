@@ -16,7 +16,7 @@ from sharpness.report.panels import draw
 from sharpness.report.reproduction import print_finding, print_verdicts
 from sharpness.reproduce.paper import PRESETS, Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
-from sharpness.reproduce.workshop import Seen, Workshop, expected_seconds
+from sharpness.reproduce.workshop import Costs, Seen, Workshop
 
 _ADVICE = (
     "p: one-sided paired t test over starting points (Kendall's tau over runs for "
@@ -165,7 +165,7 @@ def _announce(
     stages, missing = workshop.lacking(wanted)  # type: ignore[arg-type]
     runs = sum(len(stage) for stage in stages)
     jobs = workshop.jobs or (1 if workshop.device != "cpu" else os.cpu_count() or 1)
-    minutes = expected_seconds(stages, missing, jobs) / 60
+    minutes = Costs(workshop.bench).of_all(stages, missing) / jobs / 60
     time = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
     time = time if workshop.device == "cpu" else "less than on a CPU"
     out = tables.console()

@@ -140,7 +140,7 @@ ITEMS = (
 _FOR_IMAGENET = "CIFAR-10 and the reduced AlexNet for ImageNet and CaffeNet"
 STUDIES = (
     Study(
-        name="AlexNet-digits",
+        name="ResNet-8-digits",
         preset="quick",
         network="ResNet-8",
         data="digits",
@@ -156,11 +156,11 @@ STUDIES = (
         preset="reduced",
         network="AlexNet",
         data="cifar10[2000,test=2000]",
-        reduced="2000 of CIFAR-10's 50 000 training images, 12 epochs, for two cores",
+        reduced="2000 of CIFAR-10's 50 000 training images, 10 epochs, for two cores",
         stand_in=_FOR_IMAGENET,
         default=32,
-        times=(0.25, 4, 16),
-        epochs=12,
+        times=(4, 16),
+        epochs=10,
         num_seeds=3,
     ),
     Study(

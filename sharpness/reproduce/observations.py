@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
@@ -17,7 +16,7 @@ from sharpness import checkpoint
 from sharpness.lab.data import Dataset, at_random, class_balanced, has_classes
 from sharpness.lab.measurement import Settings, data_facts, risk_of
 from sharpness.lab.run import DivergedError, criterion_for, train
-from sharpness.lab.subjects import opened
+from sharpness.lab.subjects import Subject, opened
 from sharpness.lab.training import Budget, Training
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness
@@ -110,7 +109,8 @@ class Measured:
         """Every measure with its evidence."""
         path = bench.path(self.of)
         subject = opened(path, data_dir=bench.data_dir)
-        settings = Settings(num_samples=self.num_samples, batchnorm=self.batchnorm)
+        num = _at_most(subject, "train", self.num_samples)
+        settings = Settings(num_samples=num, batchnorm=self.batchnorm)
         risk = risk_of(subject, settings, bench.device)
         start = subject.start
         moved = None if start is None else float((risk.theta.cpu() - start).double().norm())
@@ -148,13 +148,22 @@ class Joining:
 
     def found(self, bench: Bench) -> Facts:
         """25 points from -1 to 2, as in the paper; BatchNorm on batch statistics."""
-        settings = Settings(
-            num_samples=self.num_samples, split=self.split, batchnorm="batch"
-        )
         ends = [opened(bench.path(end), data_dir=bench.data_dir) for end in self.needs]
+        settings = Settings(
+            num_samples=_at_most(ends[0], self.split, self.num_samples),
+            split=self.split,
+            batchnorm="batch",
+        )
         first, second = (risk_of(end, settings, bench.device) for end in ends)
         curve = interpolation(first, second.theta, arc=self.arc)
         return {"curve": curve, "sha256": [end.facts["sha256"] for end in ends]}
+
+
+def _at_most(subject: Subject, split: str, num: int | None) -> int | None:
+    """So many samples, or as many as the split has."""
+    if num is None or num >= len(subject.part(split)[1]):
+        return None
+    return min(num, subject.usual_number(split) or num)
 
 
 @kind
@@ -190,17 +199,11 @@ class Rescaled:
         points = []
         for factor in self.factors:
             network, layers = scaled_by(subject.model, subject.train[0][:2], factor)
-            other = risk_of(_with(subject, network), settings, bench.device)
+            other = risk_of(replace(subject, model=network), settings, bench.device)
             drift = float((other.outputs() - before).abs().max() / before.abs().max())
             values = {name: MEASURES[name][0](other, 0) for name in self.measures}
             points.append({"factor": factor, "drift": drift, "layers": layers, **values})
         return {"sha256": subject.facts["sha256"], "points": points}
-
-
-def _with(subject: Any, network: nn.Module) -> Any:
-    other = copy.copy(subject)
-    object.__setattr__(other, "model", network)
-    return other
 
 
 @kind
@@ -215,11 +218,16 @@ class Followed:
     every: int = 10
     num_samples: int = 1000
     needs: ClassVar[tuple[Trained, ...]] = ()
-    gradients: ClassVar[float] = 0.0
+
+    @property
+    def gradients(self) -> float:
+        """Expected cost, in gradients of one sample."""
+        updates = self.budget.updates or 1000
+        return updates * (self.training.batch_size + 40 / self.every * self.num_samples)
 
     def found(self, bench: Bench) -> Facts:
         """The points, and how the training ended."""
-        dataset, points = bench.dataset(self.data), []
+        dataset = bench.dataset(self.data)
         trackers: list[SharpnessTracker] = []
 
         def on_update(update: int, model: nn.Module, optimizer: Optimizer) -> None:

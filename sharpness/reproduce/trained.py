@@ -45,8 +45,16 @@ class Trained:
     def file(self) -> str:
         """Its checkpoint's name: readable, and its own."""
         about = self.training
-        name = re.sub(r"[^\w-]+", "", about.network)
-        return f"{name}-b{about.batch_size}-s{about.seed}-{digest(self)}.pt"
+        parts = [
+            re.sub(r"[^\w-]+", "", about.network),
+            f"b{about.batch_size}",
+            f"s{about.seed}",
+            *(["matched"] if self.until_loss_of else []),
+            *(["warm"] if self.start else []),
+            *([f"e{self.budget.epochs:g}"] if self.budget.epochs else []),
+            digest(self),
+        ]
+        return "-".join(parts) + ".pt"
 
     @cached_property
     def run(self) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 import joblib
 import torch
-from torch import nn
 
 from sharpness import _progress
 from sharpness.lab import networks
+from sharpness.lab.run import criterion_for
 from sharpness.lab.sweep import pool
 from sharpness.record import append_record, as_plain, new_record, read_records
 from sharpness.reproduce.observations import Observation
@@ -37,6 +37,10 @@ class Seen:
 
     def __contains__(self, observation: Observation) -> bool:
         return digest(observation) in self._found
+
+    def has(self, number: str) -> bool:
+        """Whether there is an observation with this digest."""
+        return number in self._found
 
     def __len__(self) -> int:
         return len(self._found)
@@ -105,7 +109,8 @@ class Workshop:
         stages, missing = self.lacking(wanted)
         self.bench.folder.mkdir(parents=True, exist_ok=True)
         layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} to go"
-        total = sum(map(_run_cost, _all(stages))) + sum(map(_cost, missing))
+        costs = Costs(self.bench)
+        total = costs.of_all(stages, missing)
         with (
             warnings.catch_warnings(),
             _progress.bar("reproduce", round(total), progress, bar_format=layout) as bar,
@@ -113,12 +118,12 @@ class Workshop:
             # joblib replaces a process that has grown; nothing is lost, nothing to say.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
             for stage in stages:
-                stage.sort(key=_run_cost, reverse=True)
-                for cost in self._each(_train, stage):
-                    bar.update(cost)
+                stage.sort(key=costs.of_run, reverse=True)
+                for run in self._each(_train, stage):
+                    bar.update(round(costs.of_run(run)))
             for observation, record in self._each(_observe, missing):
                 append_record(self.records, record)
-                bar.update(_cost(observation))
+                bar.update(round(costs.of(observation)))
         return self.seen()
 
     def again(self, record: dict[str, Any]) -> dict[str, Any]:
@@ -146,10 +151,10 @@ class Workshop:
         yield from pool(jobs)(joblib.delayed(work)(self.bench, threads, u) for u in units)
 
 
-def _train(bench: Bench, threads: int, run: list[Trained]) -> float:
+def _train(bench: Bench, threads: int, run: list[Trained]) -> list[Trained]:
     with _threads(threads):
         bench.bring_about(run)
-    return _run_cost(run)
+    return run
 
 
 def _observe(
@@ -188,45 +193,57 @@ def _recorded(bench: Bench, observation: Observation) -> dict[str, Any]:
 
 # -- how long it may take ----------------------------------------------------------------
 
-# In gradients of one sample of F1: an update of the parameters, and a sample of others.
-_UPDATE = 64
-_DEAR = {"F1": 1.0, "F2": 2.0, "C1": 40.0, "C2": 250.0, "C3": 40.0, "C4": 250.0}
+_PROBE = 32  # samples of the gradient that is timed
 
 
-def expected_seconds(
-    stages: Sequence[Sequence[list[Trained]]], missing: Sequence[Observation], jobs: int
-) -> float:
-    """Roughly, from the time that some gradients take here and now."""
-    model = networks.build({"name": "F1", "arguments": {}})
-    x, y = torch.rand(256, 1, 28, 28), torch.zeros(256, dtype=torch.long)
-    times = []
-    with torch.random.fork_rng(devices=[]), _threads(1):
-        for _ in range(3):
-            began = time.monotonic()
-            nn.functional.cross_entropy(model(x), y).backward()
-            times.append(time.monotonic() - began)
-    units = sum(map(_run_cost, _all(stages))) + sum(map(_cost, missing))
-    return units * min(times) / len(x) / jobs
+class Costs:
+    """Expected seconds on one core, from a gradient of each network, timed once."""
 
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._seconds: dict[tuple[str, str], float] = {}  # for _PROBE samples
 
-def _all(stages: Sequence[Sequence[list[Trained]]]) -> list[list[Trained]]:
-    return [run for stage in stages for run in stage]
+    def of_all(
+        self, stages: Sequence[Sequence[list[Trained]]], missing: Sequence[Observation]
+    ) -> float:
+        """Of all that is lacking."""
+        runs = [run for stage in stages for run in stage]
+        return sum(map(self.of_run, runs)) + sum(map(self.of, missing))
 
+    def of_run(self, run: Sequence[Trained]) -> float:
+        """Of training, to its last moment."""
+        last = max(run, key=lambda one: one.budget.epochs or 0.0)
+        about, num_train = last.training, len(self._bench.dataset(last.data).train[1])
+        try:
+            updates = last.budget.num_updates(about.course(num_train))
+        except ValueError:  # it will fail, and say why
+            return 0.0
+        # An update costs about as much as a gradient of 8 samples, whatever the network.
+        samples = (last.budget.epochs or 0.0) * num_train + 8 * updates
+        return samples / _PROBE * self._gradient(about.network, last.data)
 
-def _dear(trained: Trained) -> float:
-    return _DEAR.get(trained.training.network.split("?")[0], 20.0)
+    def of(self, observation: Observation) -> float:
+        """Of an observation."""
+        plans = observation.needs or (observation,)
+        probes = [self._gradient(plan.training.network, plan.data) for plan in plans]  # type: ignore[union-attr]
+        return observation.gradients / _PROBE * max(probes)
 
-
-def _run_cost(run: list[Trained]) -> float:
-    """Of training, in gradients of one sample of F1."""
-    last = max(run, key=lambda one: one.budget.epochs or 0.0)
-    named = last.data.partition("[")[2].partition("]")[0].split(",")[0]
-    num_train = int(named) if named.isdecimal() else 50_000
-    epochs = last.budget.epochs or 1.0
-    updates = epochs * num_train / last.training.batch_size
-    return _dear(last) * epochs * num_train + updates * _UPDATE
-
-
-def _cost(observation: Observation) -> float:
-    dear = [_dear(one) for one in observation.needs]
-    return observation.gradients * max(dear, default=1.0)
+    def _gradient(self, network: str, name: str) -> float:
+        if (network, name) not in self._seconds:
+            dataset = self._bench.dataset(name)
+            x, y = (part[:_PROBE] for part in dataset.train)
+            kind, arguments = networks.parsed(network)
+            fitting = networks.arguments_for(
+                kind, x.shape[1:], dataset.num_classes, y.shape[1:]
+            )
+            with torch.random.fork_rng(devices=[]), _threads(1):
+                model = networks.build(
+                    {"name": kind, "arguments": {**fitting, **arguments}}
+                )
+                times = []
+                for _ in range(3):
+                    began = time.monotonic()
+                    criterion_for(dataset)(model(x), y).backward()
+                    times.append(time.monotonic() - began)
+            self._seconds[network, name] = min(times)
+        return self._seconds[network, name]

@@ -20,7 +20,7 @@ RANKS = [
     {"tracking"},
     {"checkpoint", "record"},
     {"lab"},
-    {"statistics"},
+    {"statistics", "claims"},
     {"report"},
     {"reproduce"},
     {
@@ -29,6 +29,7 @@ RANKS = [
         "compare",
         "train",
         "reproduce.__main__",
+        "reproduce.page",
         "__main__",
         "__init__",
     },

@@ -1,0 +1,144 @@
+"""`python -m sharpness.reproduce.page`: records -> docs/reproductions.md and README.
+
+The page's tables and pictures follow from the committed records alone: nothing is
+trained or measured here. What stands between the markers is written anew, the rest is
+left as it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sharpness import _command
+from sharpness.claims import Finding
+from sharpness.record import append_record, read_records
+from sharpness.report.markdown import finding_text, summary
+from sharpness.report.panels import draw
+from sharpness.reproduce.paper import Item, Paper, Study, finding
+from sharpness.reproduce.papers import PAPERS
+from sharpness.reproduce.workshop import Seen
+
+_BEGIN, _END = "<!-- {0}:begin -->", "<!-- {0}:end -->"
+MARKER = "reproductions"
+
+
+def findings(seen: Seen) -> Iterator[tuple[Paper, Item, Study, Finding]]:
+    """Of every item of every study that something was found on, in order."""
+    for paper in PAPERS.values():
+        for item in paper.items:
+            for study in paper.studies:
+                if item.applies(study) and _looked_at(paper, item, study, seen):
+                    found = finding(paper, item, study, seen)
+                    if found.checks:
+                        yield paper, item, study, found
+
+
+def _looked_at(paper: Paper, item: Item, study: Study, seen: Seen) -> bool:
+    """What is computed without looking is shown once, for the paper's own sizes."""
+    wanted = item.observations(study)
+    return any(o in seen for o in wanted) if wanted else study is paper.studies[-1]
+
+
+def recorded(folder: Path) -> Seen:
+    """All observations in a folder's record files."""
+    return Seen(
+        [record for file in sorted(folder.glob("*.jsonl")) for record in read_records(file)]
+    )
+
+
+def page_text(seen: Seen) -> str:
+    """The generated part of the page: a summary, then every item."""
+    found = list(findings(seen))
+    parts = [summary([one for *_, one in found])]
+    for paper in PAPERS.values():
+        of_paper = [row for row in found if row[0] is paper]
+        if of_paper:
+            parts.append(f"## {paper.name}\n\n{paper.citation}.")
+        for _, item, study, one in of_paper:
+            shown = _picture(item, study, seen)
+            parts.append(finding_text(one, f"reproductions/{shown}" if shown else None))
+    return "\n\n".join(part.rstrip() for part in parts)
+
+
+def readme_text(seen: Seen) -> str:
+    """The generated part of README: the summary."""
+    return summary([one for *_, one in findings(seen)])
+
+
+def between(text: str, marker: str, content: str) -> str:
+    """The text with what stands between its markers replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    begin, end = _BEGIN.format(marker), _END.format(marker)
+    if begin not in text or end not in text:
+        raise ValueError(f"`{marker}` must be marked by {begin} and {end}; got neither.")
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end, 1)[1]}"
+
+
+def _picture(item: Item, study: Study, seen: Seen) -> str | None:
+    panels = item.panels(study, seen) if item.panels else []
+    if not any(panel.curves for panel in panels):
+        return None
+    return f"{item.name}-{study.name}-{study.preset}.png"
+
+
+def _merge(source: Path, target: Path) -> int:
+    """Add the observations that are not there yet; how many."""
+    there = Seen(read_records(target) if target.exists() else ())
+    new = [
+        r for r in read_records(source) if r.get("digest") and not there.has(r["digest"])
+    ]
+    for record in new:
+        append_record(target, record)
+    target.with_name(target.name + ".lock").unlink(missing_ok=True)
+    return len(new)
+
+
+def _parser() -> _command.Parser:
+    parser = _command.Parser(
+        prog="python -m sharpness.reproduce.page",
+        description="Write docs/reproductions.md, its pictures and README's table from "
+        "the records in docs/reproductions.",
+    )
+    parser.add_argument(
+        "records", nargs="*", type=Path, help="run folders to take in first"
+    )
+    parser.add_argument("--root", type=Path, default=Path(), help="of the project")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+
+    def command() -> int:
+        folder = options.root / "docs" / "reproductions"
+        page, readme = (
+            options.root / "docs" / "reproductions.md",
+            options.root / "README.md",
+        )
+        for run in options.records:
+            kept = folder / f"{run.name.removeprefix('reproduce-')}.jsonl"
+            print(f"{kept}: {_merge(run / 'records.jsonl', kept)} observations added")
+        seen = recorded(folder)
+        for path, content in ((page, page_text(seen)), (readme, readme_text(seen))):
+            text = path.read_text(encoding="utf-8")
+            path.write_text(between(text, MARKER, content), encoding="utf-8")
+        for paper, item, study, _ in findings(seen):
+            name = _picture(item, study, seen)
+            if name is not None and item.panels is not None:
+                panels = [panel for panel in item.panels(study, seen) if panel.curves]
+                title = f"{paper.name}, {item.title} · {study.network} on {study.data}"
+                draw(folder / name, panels, title=title)
+        return _command.OK
+
+    return _command.guarded("sharpness.reproduce.page", command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,987 @@
+"""The papers' findings, computed from observations that are made up."""
+
+import json
+import math
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from sharpness.claims import Verdict, by_test, paired, trend, within
+from sharpness.lab import data, networks
+from sharpness.report.panels import draw
+from sharpness.reproduce import plain
+from sharpness.reproduce.observations import Followed, Joining
+from sharpness.reproduce.paper import PRESETS, finding, paper_numbers
+from sharpness.reproduce.papers import PAPERS
+from sharpness.reproduce.workshop import Seen
+
+REPRODUCED, NOT_REPRODUCED = Verdict.REPRODUCED, Verdict.NOT_REPRODUCED
+FEW, SOLVER = Verdict.INCONCLUSIVE_FEW, Verdict.INCONCLUSIVE_SOLVER
+
+
+def defect(reason):
+    return pytest.mark.xfail(strict=True, reason=f"defect: {reason}")
+
+
+# -- worlds: what would have been found if a paper's claims were true (or false) ---------
+
+
+def noise(look, which=0):
+    """Between -1 and 1, of its own for every observation; there are two of them."""
+    return int(plain.digest(look)[6 * which :][:6], 16) / 2**23 - 1
+
+
+def network_of(look):
+    return look.training if isinstance(look, Followed) else look.needs[0].training
+
+
+def keskar(study, look, true, best=None):
+    """Facts by the size of the batch: 0 for the small one, 1 for the large one."""
+    sign, e = 1 if true else -1, noise(look)
+    if isinstance(look, Joining):
+        first, second = (0.1, 10) if true else (10, 0.1)
+        alphas = [i / 8 - 1 for i in range(25)]
+        values = [first * a * a if a < 0.5 else second * (a - 1) ** 2 for a in alphas]
+        values = [
+            v * (1 + 0.2 * noise(look, a < 0.5))
+            for a, v in zip(alphas, values, strict=True)
+        ]
+        accuracies = [math.exp(-value) for value in values]
+        return {"curve": {"alphas": alphas, "values": values, "accuracies": accuracies}}
+    one, about = look.of, look.of.training
+    size = math.log(about.batch_size / study.small) / math.log(study.large / study.small)
+    epochs, before = one.budget.epochs, one.start.budget.epochs if one.start else 0
+    if "measures" not in plain.described(look):
+        gain = -1 if about.remedy == "adversarial" else 1.5
+        gain *= about.remedy != "none" or about.augmentation != "none"
+        test = 90 + 0.1 * e + sign * (gain - 2 * size - 3 / epochs + 0.1 * before)
+        metrics = {
+            "test_accuracy_batch": test / 100,
+            "train_accuracy_batch": 0.998 + 0.001 * e,
+            "train_loss_batch": (1 + 0.1 * e) / epochs,
+        }
+        return {"metrics": metrics}
+
+    def phis(claimed):
+        power = (1 if claimed else -1) * (
+            size + (size - 0.5) * math.log10(epochs) - 0.02 * before
+        )
+        return 10 ** (power + 0.01 * e)
+
+    def both(share):
+        protocol = share * phis(true)
+        found = 1.2 * protocol if best is None else share * phis(best)
+        return [{"phi_protocol": protocol / k, "phi": found / k} for k in (1, 4)]
+
+    return {
+        "value": 1 / epochs,
+        "distance_from_start": (25 if true and size == 0 else 5) * (1 + 0.01 * e),
+        "lambda_max": {"eigenvalues": [phis(true)]},
+        "phi": both(1.0),
+        "phi_normal": both(0.1),
+        "phi_unit": both(0.01),
+        "adaptive": {"value": phis(true)},
+    }
+
+
+def masters(study, look, true):
+    """The best batch is 4 where it is true, and the largest one otherwise."""
+    about = network_of(look)
+    size, largest = about.batch_size, study.batch_sizes[-1]
+    if about.ghost_batch_size:
+        away = abs(math.log2(about.ghost_batch_size / 4))
+        percent = 60 - 5 * away if true else 40 + 5 * away
+    elif "warmup" in about.schedule:
+        percent = 32 if true else 99
+    else:
+        octaves = math.log2((size if true else largest * 4 / size) / 4)
+        trains = math.log2(about.learning_rate) <= -6 - octaves / 2 + 0.1
+        percent = 60 - 2 * octaves if trains else 10
+    return {"metrics": {"test_accuracy_running": (percent + 0.1 * noise(look)) / 100}}
+
+
+def smith(study, look, true):
+    about, epochs = network_of(look), look.of.budget.epochs
+    decays, e = about.schedule.startswith("decay"), noise(look)
+    loss = (2 + 0.1 * about.seed + 0.001 * e) / epochs
+    other = 0 if true or decays else 5
+    metrics = {
+        "train_loss_running": loss * (1 + other),
+        "test_accuracy_running": 0.9 - other / 100 + 0.001 * e,
+    }
+    return {"metrics": metrics}
+
+
+def mishkin(study, look, true):
+    about, e = network_of(look), noise(look)
+    octaves = math.log2(about.batch_size / study.default)
+    if about.scaling == "linear":
+        lost = 0 if true else 5
+    else:
+        lost = (2 if true else -2) * octaves * (octaves > 0)
+    return {"metrics": {"test_accuracy_running": 0.7 - lost / 100 + 0.001 * e}}
+
+
+def dinh(study, look, true):
+    points = []
+    for factor in look.factors:
+        moved = factor * factor if true else 1.0
+        phi = [{"phi_protocol": moved, "phi": moved}] * 2
+        points.append(
+            {
+                "factor": factor,
+                "drift": 1e-7 if true else 0.1,
+                "lambda_max": {"eigenvalues": [moved]},
+                "phi": phi,
+                "phi_normal": phi,
+                "adaptive": {"value": 1.0 if true else factor},
+            }
+        )
+    return {"points": points}
+
+
+def cohen(study, look, true):
+    """Curvature rises to its threshold and stays, or falls from far above it."""
+    e, steps = noise(look), list(range(0, 600, 20))
+    top = 1.02 + 0.01 * noise(look, 1)
+    rising = [min(top, (0.3 + 0.05 * i) * (1 + 0.02 * e)) for i in range(len(steps))]
+    falling = [max(2.0, 3 - 0.1 * i) * (1 + 0.02 * e) for i in range(len(steps))]
+    return {
+        "diverged_at": None,
+        "steps": steps,
+        "losses": [2 / (1 + i) for i in range(len(steps))],
+        "values": [{"value": 50 * share} for share in (rising if true else falling)],
+        "thresholds": [50.0] * len(steps),
+    }
+
+
+WORLDS = {
+    "keskar2017": keskar,
+    "masters2018": masters,
+    "smith2018": smith,
+    "mishkin2016": mishkin,
+    "dinh2017": dinh,
+    "cohen2021": cohen,
+}
+
+
+def study_of(paper, name=None, preset="reduced", seeds=None):
+    """A study that nothing stands in for; masters2018 looks at a grid, not at seeds."""
+    seeds = seeds or (1 if paper == "masters2018" else 6)
+    of_preset = [s for s in PAPERS[paper].studies if s.preset == preset]
+    study = next(s for s in of_preset if name in (None, s.name))
+    return replace(study, stand_in=None, num_seeds=seeds)
+
+
+def record(look, found, diverged=None):
+    return {
+        "kind": "observation",
+        "digest": plain.digest(look),
+        "found": found,
+        "diverged": diverged,
+    }
+
+
+def seen_in(paper, item, study, true=True, keep=lambda look: True, **world):
+    """What is there once an item's observations have been made in such a world."""
+    looks = [look for look in dict.fromkeys(item.observations(study)) if keep(look)]
+    return Seen([record(x, WORLDS[paper](study, x, true, **world)) for x in looks])
+
+
+def found_in(paper, name, true=True, study=None, **world):
+    study, item = study or study_of(paper), PAPERS[paper].item(name)
+    seen = seen_in(paper, item, study, true, **world)
+    return finding(PAPERS[paper], item, study, seen)
+
+
+def judged(found):
+    return [check for check in found.checks if check.verdict is not None]
+
+
+def verdicts(found):
+    return {check.claim: check.verdict for check in judged(found)}
+
+
+ITEMS = [(paper, item.name) for paper, p in PAPERS.items() for item in p.items]
+UNJUDGED = ("keskar2017", "beyond")  # no claim of the paper
+UNSEEN = ("smith2018", "updates")  # counted, not observed
+OBSERVED = [one for one in ITEMS if one != UNSEEN]
+CLAIMED = [one for one in OBSERVED if one != UNJUDGED]
+
+
+# -- plans -------------------------------------------------------------------------------
+
+STUDIES = [
+    pytest.param(paper, study, id=f"{paper}-{study.name}-{study.preset}")
+    for paper, p in PAPERS.items()
+    for study in p.studies
+]
+NUM_TRAIN = {
+    "mnist5k": 4000,
+    "digits": 1433,
+    "mnist": 60_000,
+    "fashion-mnist": 60_000,
+    "cifar10": 50_000,
+    "cifar100": 50_000,
+    "spoken-digits": 116_967,
+}
+
+
+def num_train_of(name):
+    whole, subset = data._asked(name, data._Subset(None, None, 0))
+    return subset.num_train or NUM_TRAIN[whole]
+
+
+def plans(paper, study):
+    for item in PAPERS[paper].items:
+        if item.applies(study):
+            yield item, list(item.observations(study))
+
+
+@pytest.mark.parametrize(("paper", "study"), STUDIES)
+def test_every_observation_is_hashable_and_survives_a_record(paper, study):
+    for _, looks in plans(paper, study):
+        unique = list(dict.fromkeys(looks))
+        assert len({plain.digest(look) for look in unique}) == len(unique)
+        for look in unique:
+            assert plain.restored(plain.described(look)) == look
+            line = json.dumps(plain.described(look))
+            again = plain.restored(json.loads(line))
+            assert again == look
+            assert hash(again) == hash(look)
+            assert plain.digest(again) == plain.digest(look)
+
+
+@pytest.mark.parametrize(("paper", "study"), STUDIES)
+def test_every_observation_belongs_to_its_study_and_starting_points(paper, study):
+    for item, looks in plans(paper, study):
+        assert looks or (paper, item.name) == UNSEEN
+        for look in looks:
+            parts = [look] if isinstance(look, Followed) else look.needs
+            assert {part.data for part in parts} == {study.data}
+            assert {part.training.seed for part in parts} <= set(range(study.num_seeds))
+
+
+@pytest.mark.parametrize(("paper", "study"), STUDIES)
+def test_every_batch_fits_into_the_training_set(paper, study):
+    num_train = num_train_of(study.data)
+    for _, looks in plans(paper, study):
+        for look in looks:
+            assert (getattr(look, "num_samples", None) or 1) <= num_train
+            parts = [look] if isinstance(look, Followed) else look.needs
+            for part in parts:
+                assert part.budget.num_updates(part.training.course(num_train)) >= 1
+
+
+@pytest.mark.parametrize(("paper", "study"), STUDIES)
+def test_every_study_names_data_and_a_network_that_exist(paper, study):
+    whole, _ = data._asked(study.data, data._Subset(None, None, 0))
+    assert whole in data.NAMES
+    name, arguments = networks.parsed(study.network)
+    with torch.device("meta"):
+        model = networks.build({"name": name, "arguments": arguments})
+    assert sum(weights.numel() for weights in model.parameters()) > 100
+
+
+def test_the_sets_that_need_no_files_have_the_sizes_that_plans_rest_on():
+    for name in ("mnist5k", "digits"):
+        assert len(data.load(name).train[1]) == NUM_TRAIN[name]
+
+
+def test_every_paper_has_a_study_for_every_preset_and_items_of_their_own_names():
+    for name, paper in PAPERS.items():
+        assert paper.name == name
+        assert {study.preset for study in paper.studies} == set(PRESETS)
+        of = [(study.preset, study.name) for study in paper.studies]
+        assert len(set(of)) == len(of)
+        names = [item.name for item in paper.items]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("paper", "study"), STUDIES)
+def test_fewer_starting_points_mean_fewer_observations_and_no_others(paper, study):
+    few = study.with_seeds(2)
+    assert few.num_seeds == 2
+    for item, looks in plans(paper, study):
+        if study.num_seeds >= 2:
+            assert set(item.observations(few)) <= set(looks)
+
+
+@defect("mishkin2016's AlexNet-digits trains ResNet-8")
+def test_every_study_is_named_after_its_network():
+    for paper in PAPERS.values():
+        for study in paper.studies:
+            if not study.network.startswith("MLP"):
+                assert study.name.startswith(study.network.partition("?")[0])
+
+
+# -- verdicts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("paper", "name"), CLAIMED)
+def test_a_true_claim_is_reproduced(paper, name):
+    found = found_in(paper, name)
+    assert judged(found)
+    assert set(verdicts(found).values()) == {REPRODUCED}, found.checks
+    assert found.verdict is REPRODUCED
+    assert not any("observations made so far" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(("paper", "name"), CLAIMED)
+def test_a_false_claim_is_not_reproduced(paper, name):
+    found = found_in(paper, name, true=False)
+    assert judged(found)
+    assert set(verdicts(found).values()) == {NOT_REPRODUCED}, found.checks
+    assert found.verdict is NOT_REPRODUCED
+
+
+def test_the_updates_of_smith2018_are_counted_not_trained():
+    found = found_in("smith2018", "updates")
+    counts = {check.claim.partition(":")[0]: int(check.ours) for check in found.checks}
+    assert counts == {
+        "decay": 78_125,
+        "increase": 29_141,
+        "increased-rate": 6_406,
+        "increased-momentum": 2_305,
+    }
+    assert set(verdicts(found).values()) == {REPRODUCED}
+
+
+PAIRED = [
+    *product(
+        ["keskar2017"],
+        ["table2", "table3", "table4", "distance", "figure3", "figure7"],
+    ),
+    *product(["keskar2017"], ["table6", "table7"]),
+    ("mishkin2016", "figure8"),
+    ("cohen2021", "gradient-descent"),
+    ("cohen2021", "adam"),
+]
+
+
+@pytest.mark.parametrize("true", [True, False])
+@pytest.mark.parametrize(("paper", "name"), PAIRED)
+def test_a_single_pair_decides_nothing(paper, name, true):
+    found = found_in(paper, name, true, keep=lambda look: network_of(look).seed == 0)
+    assert set(verdicts(found).values()) == {FEW}, found.checks
+    assert found.verdict is FEW
+
+
+@defect("adversarial training is judged 'no larger' from a single pair")
+def test_a_single_pair_does_not_show_that_adversarial_training_is_no_help():
+    found = found_in("keskar2017", "adversarial", keep=lambda x: network_of(x).seed == 0)
+    assert set(verdicts(found).values()) == {FEW}
+
+
+@defect("no gain shown by two pairs that both gain counts as 'no larger'")
+def test_two_pairs_that_gain_do_not_show_that_adversarial_training_is_no_help():
+    study = study_of("keskar2017").with_seeds(2)
+    item = PAPERS["keskar2017"].item("adversarial")
+    seen = seen_in("keskar2017", item, study)
+    for look in item.observations(study):
+        about = network_of(look)
+        facts = seen.get(look)
+        if about.remedy == "adversarial" and "metrics" in facts:
+            facts["metrics"]["test_accuracy_batch"] = (0.9, 0.97)[about.seed]
+    found = finding(PAPERS["keskar2017"], item, study, seen)
+    gain = found.checks[0]
+    assert "2 of 2 larger" in gain.ours
+    assert gain.verdict is not REPRODUCED
+
+
+@pytest.mark.parametrize("true", [True, False])
+@pytest.mark.parametrize("name", ["table3", "table4"])
+def test_phi_that_depends_on_the_solver_decides_nothing(name, true):
+    found = found_in("keskar2017", name, true, best=not true)
+    assert set(verdicts(found).values()) == {SOLVER}
+    assert found.verdict is SOLVER
+    beyond = [check for check in found.checks if check.verdict is None]
+    assert len(beyond) == len(judged(found))
+    assert all("best found" in check.claim for check in beyond)
+
+
+@pytest.mark.parametrize("name", ["figure4", "figure5", "figure6", "table6", "table7"])
+@defect("phi of the protocol alone decides; --help says that the best found must agree")
+def test_every_verdict_on_phi_holds_for_the_best_phi_too(name):
+    found = found_in("keskar2017", name, best=False)
+    assert found.verdict is SOLVER
+
+
+@pytest.mark.parametrize(("paper", "name"), CLAIMED)
+def test_a_stand_in_is_never_reproduced(paper, name):
+    study = replace(study_of(paper), stand_in="something else")
+    for true, there in ((True, "reproduced"), (False, "not reproduced")):
+        found = found_in(paper, name, true, study)
+        assert found.verdict is Verdict.STAND_IN
+        assert found.verdict_text.startswith(f"stand-in: {there} there")
+        assert found.stand_in == "something else"
+
+
+@pytest.mark.parametrize(("paper", "name"), OBSERVED)
+def test_nothing_observed_is_not_run(paper, name):
+    item = PAPERS[paper].item(name)
+    for stand_in in (None, "something else"):
+        study = replace(study_of(paper), stand_in=stand_in)
+        found = finding(PAPERS[paper], item, study, Seen([]))
+        assert found.checks == []
+        assert found.verdict is Verdict.NOT_RUN
+        assert found.verdict_text == "not run"
+        num = len(set(item.observations(study)))
+        assert found.notes[-1] == f"0 of {num} observations made so far."
+
+
+@defect("an item without a claim of the paper is 'not run' after it was run")
+def test_what_no_claim_is_judged_of_was_run_all_the_same():
+    found = found_in(*UNJUDGED)
+    assert len(found.checks) == 6
+    assert found.verdict is not Verdict.NOT_RUN
+
+
+@pytest.mark.parametrize("one_of", [2, 3, 7])
+@pytest.mark.parametrize(("paper", "name"), OBSERVED)
+def test_with_some_missing_the_finding_says_how_many(paper, name, one_of):
+    item, study = PAPERS[paper].item(name), study_of(paper)
+    looks = list(dict.fromkeys(item.observations(study)))
+    missing = set(looks[::one_of])
+    found = found_in(paper, name, keep=lambda look: look not in missing)
+    there = len(looks) - len(missing)
+    assert found.notes[-1] == f"{there} of {len(looks)} observations made so far."
+
+
+def diverged_in(paper, name, one_of, study=None):
+    item, study = PAPERS[paper].item(name), study or study_of(paper)
+    looks = list(dict.fromkeys(item.observations(study)))
+    lost = set(looks[::one_of])
+    records = [
+        record(look, None, "the loss is nan")
+        if look in lost
+        else record(look, WORLDS[paper](study, look, True))
+        for look in looks
+    ]
+    return finding(PAPERS[paper], item, study, Seen(records)), Seen(records), lost
+
+
+@pytest.mark.parametrize("one_of", [2, 3, 7])
+@pytest.mark.parametrize(("paper", "name"), OBSERVED)
+def test_diverged_runs_are_neither_missing_nor_numbers(paper, name, one_of):
+    found, seen, lost = diverged_in(paper, name, one_of)
+    assert all(look in seen for look in lost)
+    assert all(seen.diverged(look) and seen.get(look) is None for look in lost)
+    assert not any("made so far" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("paper", "name"), [one for one in OBSERVED if one[0] != "masters2018"]
+)
+def test_if_every_run_diverged_nothing_is_reproduced(paper, name):
+    found, _, _ = diverged_in(paper, name, 1)
+    assert found.verdict is not REPRODUCED
+    assert judged(found) == []
+
+
+@defect("pairs of which one diverged are dropped without a word")
+def test_a_finding_says_how_many_runs_diverged():
+    found, _, _ = diverged_in("keskar2017", "table2", 3)
+    assert any("diverged" in note for note in found.notes)
+
+
+def test_pairs_of_which_one_diverged_are_not_counted():
+    study = study_of("keskar2017")
+    item = PAPERS["keskar2017"].item("table3")
+    looks = list(dict.fromkeys(item.observations(study)))
+    lost = [x for x in looks if network_of(x).seed == 4][:1]
+    records = [
+        record(x, None, "the loss is nan")
+        if x in lost
+        else record(x, keskar(study, x, True))
+        for x in looks
+    ]
+    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    assert {check.n for check in found.checks} == {5}
+
+
+# -- predicates, one by one --------------------------------------------------------------
+
+
+def test_a_run_that_diverged_counts_as_0_percent_for_masters2018():
+    study, item = study_of("masters2018"), PAPERS["masters2018"].item("grid")
+    looks = item.observations(study)
+    small = [x for x in looks if network_of(x).batch_size <= 32]
+    records = [
+        record(x, None, "the loss is nan")
+        if x in small
+        else record(x, masters(study, x, True))
+        for x in looks
+    ]
+    found = finding(PAPERS["masters2018"], item, study, Seen(records))
+    assert found.checks[0].verdict is NOT_REPRODUCED
+    assert found.checks[0].ours.startswith("best at 64: 0 (4), 0 (16)")
+
+
+@defect("the first of equal batch sizes is the best, so that 0 % everywhere is a proof")
+def test_if_every_run_of_the_grid_diverged_no_batch_size_is_best():
+    found, _, _ = diverged_in("masters2018", "grid", 1)
+    assert REPRODUCED not in verdicts(found).values()
+
+
+@defect("with several starting points the last one alone decides")
+def test_the_best_batchnorm_batch_is_that_of_the_mean():
+    study = study_of("masters2018", seeds=3)
+    item = PAPERS["masters2018"].item("bn-batch")
+    records = []
+    for look in item.observations(study):
+        about = network_of(look)
+        facts = masters(study, look, about.seed < 2)  # the last one says the opposite
+        if about.seed < 2:
+            facts["metrics"]["test_accuracy_running"] += 0.3
+        records.append(record(look, facts))
+    found = finding(PAPERS["masters2018"], item, study, Seen(records))
+    assert set(verdicts(found).values()) == {REPRODUCED}
+
+
+@defect("a predicate on the best of one is always true")
+def test_one_batchnorm_batch_is_not_the_best_of_several():
+    def only_four(look):
+        return network_of(look).ghost_batch_size == 4
+
+    found = found_in("masters2018", "bn-batch", true=False, keep=only_four)
+    assert REPRODUCED not in verdicts(found).values()
+
+
+@defect("for an SGD batch of 16 every BatchNorm batch of the full preset is 16 or less")
+def test_every_question_about_batchnorm_batches_has_two_answers():
+    for study in PAPERS["masters2018"].studies:
+        for size in study.batch_sizes_ghost:
+            tried = [ghost for ghost in study.ghosts if ghost <= size]
+            assert min(tried) <= 16 < max(tried)
+
+
+@defect("a grid without its small batches is a verdict on them")
+def test_a_grid_without_small_batches_decides_nothing():
+    found = found_in("masters2018", "grid", keep=lambda x: network_of(x).batch_size > 32)
+    assert judged(found) == []
+
+
+@pytest.mark.parametrize("lost", [{1000}, {4, 16}])
+@defect("KeyError or ValueError where a batch size of the grid is missing")
+def test_warm_up_waits_for_the_grid(lost):
+    def keep(look):
+        about = network_of(look)
+        return about.batch_size not in lost or "warmup" in about.schedule
+
+    assert judged(found_in("masters2018", "warm-up", keep=keep)) == []
+
+
+@defect("curves that must be the same before the first drop are compared as well")
+def test_schedules_that_part_after_the_first_drop_are_not_one_curve():
+    study = study_of("smith2018", seeds=3)
+    item = PAPERS["smith2018"].item("schedules")
+    records = []
+    for look in item.observations(study):
+        about, epochs = network_of(look), look.of.budget.epochs
+        if epochs <= study.drops[0]:  # the schedules do the same, the seeds differ
+            loss = 1.0 + 0.5 * about.seed
+        else:  # the seeds agree to 1 %, the schedules differ by a factor
+            loss = 0.01 + 0.0001 * about.seed
+            loss *= 1 if about.schedule.startswith("decay") else 5
+        metrics = {"train_loss_running": loss, "test_accuracy_running": 0.9}
+        records.append(record(look, {"metrics": metrics}))
+    found = finding(PAPERS["smith2018"], item, study, Seen(records))
+    curves = {v for claim, v in verdicts(found).items() if "training loss" in claim}
+    assert REPRODUCED not in curves
+
+
+@defect("a run that never comes near the threshold is not asked whether it is there")
+@pytest.mark.parametrize("name", ["gradient-descent", "adam"])
+def test_curvature_that_stays_far_below_its_threshold_does_not_reproduce(name):
+    study, item = study_of("cohen2021"), PAPERS["cohen2021"].item(name)
+    records = []
+    for look in item.observations(study):
+        facts = cohen(study, look, True)
+        facts["thresholds"] = [500.0] * len(facts["steps"])  # the share is 0.1 at most
+        records.append(record(look, facts))
+    found = finding(PAPERS["cohen2021"], item, study, Seen(records))
+    assert found.verdict is not REPRODUCED
+
+
+@defect("the largest of a curve is never below its first, so that noise alone rises")
+def test_curvature_that_only_wavers_does_not_rise():
+    study = study_of("cohen2021")
+    item = PAPERS["cohen2021"].item("gradient-descent")
+    records = []
+    for look in item.observations(study):
+        facts, e = cohen(study, look, True), noise(look)
+        shares = [0.3 + 0.01 * math.sin(1 + i + e) for i in range(len(facts["steps"]))]
+        facts["values"] = [{"value": 50 * share} for share in shares]
+        records.append(record(look, facts))
+    found = finding(PAPERS["cohen2021"], item, study, Seen(records))
+    rises = {v for claim, v in verdicts(found).items() if "rises" in claim}
+    assert REPRODUCED not in rises
+
+
+def empty_curve(look):
+    return {"diverged_at": "nan", "steps": [], "losses": [], "values": [], "thresholds": []}
+
+
+def test_a_descent_that_diverged_at_once_is_left_out_of_the_checks():
+    study = study_of("cohen2021")
+    item = PAPERS["cohen2021"].item("gradient-descent")
+    looks = item.observations(study)
+    records = [
+        record(x, empty_curve(x) if network_of(x).seed == 0 else cohen(study, x, True))
+        for x in looks
+    ]
+    found = finding(PAPERS["cohen2021"], item, study, Seen(records))
+    assert {check.n for check in found.checks} == {5}
+
+
+@defect("max() of an empty sequence where a curve has no points")
+def test_a_descent_that_diverged_at_once_is_left_out_of_the_picture():
+    study = study_of("cohen2021")
+    item = PAPERS["cohen2021"].item("gradient-descent")
+    seen = Seen([record(x, empty_curve(x)) for x in item.observations(study)])
+    assert not any(curve.x for panel in item.panels(study, seen) for curve in panel.curves)
+
+
+@defect("phi is 0 where L-BFGS-B stops at once; the ratio to it is a ZeroDivisionError")
+def test_a_phi_of_0_is_no_crash_for_dinh2017():
+    study, item = study_of("dinh2017"), PAPERS["dinh2017"].item("rescaling")
+    records = []
+    for look in item.observations(study):
+        facts = dinh(study, look, True)
+        facts["points"][0]["phi"] = [{"phi_protocol": 0.0, "phi": 0.0}] * 2
+        records.append(record(look, facts))
+    found = finding(PAPERS["dinh2017"], item, study, Seen(records))
+    assert found.verdict is not REPRODUCED
+
+
+@defect("NaN is null in a record, and float(None) is a TypeError")
+def test_a_number_that_is_not_finite_is_no_crash():
+    study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("table3")
+    records = []
+    for look in item.observations(study):
+        facts = keskar(study, look, True)
+        if network_of(look).seed == 0:
+            facts["phi"] = [{"phi_protocol": None, "phi": None}] * 2
+        records.append(record(look, facts))
+    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    assert {check.n for check in found.checks} == {5}
+
+
+@defect("flat is 'not reproduced', though the claim is that phi does not grow")
+def test_a_small_batch_whose_phi_stays_does_not_contradict_figure_6():
+    study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("figure6")
+    records = []
+    for look in item.observations(study):
+        facts = keskar(study, look, True)
+        if network_of(look).batch_size == study.small:
+            phi = 1 + 0.1 * noise(look)
+            facts["phi"] = [{"phi_protocol": phi, "phi": phi}] * 2
+        records.append(record(look, facts))
+    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    (small,) = (v for claim, v in verdicts(found).items() if claim.startswith("small"))
+    assert small is not NOT_REPRODUCED
+
+
+@defect("two of the three points of one run are a trend")
+def test_two_points_of_figure_6_decide_nothing():
+    study, item = (
+        study_of("keskar2017", "F1-mnist", "quick", 3),
+        PAPERS["keskar2017"].item("figure6"),
+    )
+    found = found_in("keskar2017", item.name, False, study)
+    assert NOT_REPRODUCED not in verdicts(found).values()
+
+
+@defect("a training set that is not fitted is not asked about")
+def test_a_large_batch_that_does_not_fit_does_not_reproduce_table_2():
+    study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("table2")
+    records = []
+    for look in item.observations(study):
+        facts = keskar(study, look, True)
+        if network_of(look).batch_size == study.large:
+            facts["metrics"]["train_accuracy_batch"] = 0.5 + 0.01 * noise(look)
+            facts["metrics"]["test_accuracy_batch"] = 0.45 + 0.01 * noise(look)
+        records.append(record(look, facts))
+    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    assert found.verdict is not REPRODUCED
+
+
+@defect("half a point is more than the gap that stopping early was to close")
+def test_stopping_early_that_closes_the_gap_does_not_reproduce_figure_2():
+    study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("figure2")
+    records = []
+    for look in item.observations(study):
+        facts, about = keskar(study, look, True), network_of(look)
+        last = study.epochs_large[-1]
+        ended = about.batch_size == study.large and look.of.budget.epochs == last
+        facts["metrics"]["test_accuracy_batch"] = 0.976 if ended else 0.98
+        records.append(record(look, facts))
+    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    assert found.verdict is not REPRODUCED
+
+
+@defect("the first minimum may lie on a slope: 1e-12 stands for a fall, and rules")
+def test_one_pair_off_its_minimum_does_not_outweigh_five_in_figure_3():
+    study = replace(study_of("keskar2017"), num_followed=6)
+    item = PAPERS["keskar2017"].item("figure3")
+    records = []
+    for look in item.observations(study):
+        facts = keskar(study, look, True)
+        if network_of(look).seed == 0:  # a curve with its bottom beside alpha = 1
+            values = facts["curve"]["values"]
+            at = facts["curve"]["alphas"].index(1.0)
+            values[at - 1], values[at + 1] = 0.0, values[at]
+            values[at] += 1e-4
+        records.append(record(look, facts))
+    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    (check,) = found.checks
+    effect = float(check.ours.partition("(")[2].partition("×")[0])
+    assert 10 < effect < 1000  # 100 in five of six pairs
+
+
+@pytest.mark.parametrize("num", [2, 3])
+@defect("p of few ranks is 1 when all are reversed; the other side's p is 1/n!")
+def test_a_few_reversed_ranks_are_too_few_to_tell(num):
+    points = list(range(num))
+    assert trend("", points, points).verdict is FEW
+    assert trend("", points, points[::-1]).verdict is FEW
+
+
+@defect("no spread gives no p, and no p counts against the claim")
+def test_pairs_that_all_differ_by_the_same_are_not_evidence_against_it():
+    check = paired("", [1.0] * 6, [2.0] * 6, ratio=False)
+    assert check.flip_p == pytest.approx(1 / 64)
+    assert check.verdict is not NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("p", "n", "verdict"),
+    [
+        (0.04, 2, REPRODUCED),
+        (0.04, 1, FEW),
+        (0.06, 5, FEW),
+        (0.06, 6, NOT_REPRODUCED),
+        (0.96, 5, NOT_REPRODUCED),
+        (0.96, 1, FEW),
+        (math.nan, 1, FEW),
+    ],
+)
+def test_a_p_and_a_number_of_pairs_make_a_verdict(p, n, verdict):
+    assert by_test(p, n) is verdict
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([4.5, 5, 5.5], REPRODUCED),
+        ([2, 2.1, 2.2], NOT_REPRODUCED),
+        ([12, 12.1, 12.2], NOT_REPRODUCED),
+        ([2.9, 3.1, 3.3], FEW),
+        ([5], FEW),
+        ([30], FEW),
+    ],
+)
+def test_a_mean_lies_within_a_range_by_its_interval(values, verdict):
+    assert within("", values, 3, 10).verdict is verdict
+
+
+# -- beside the paper's numbers ----------------------------------------------------------
+
+
+BESIDE = [
+    ("table2", "F1", "98.03 ± 0.07 → 97.81 ± 0.07 (-0.22)"),
+    ("table2", "F1", "99.66 ± 0.05 → 99.92 ± 0.01 (+0.26)"),
+    ("table3", "F1", "1.23 ± 0.83 → 205 ± 70 (167×)"),
+    ("table3", "C1", "28.6 ± 3.1 → 707 ± 43 (24.7×)"),
+    ("table3", "C1", "7.08 ± 0.88 → 227 ± 23 (32.1×)"),
+    ("table4", "F1", "0.05 ± 0 → 9.17 ± 0.14 (183×)"),
+    ("table4", "C1", "2.18 ± 0.23 → 137 ± 22 (63×)"),
+    ("table6", "C1", "77.26 ± 0.42 → 82.50 ± 0.67 (+5.24)"),
+    ("table6", "C1", "28.6 ± 3.1 → 232 ± 30 (8.11×)"),
+    ("table7", "F1", "97.81 ± 0.07 → 98.12 ± 0.01 (+0.31)"),
+    ("table7", "F1", "1.23 ± 0.83 → 232 ± 64 (189×)"),
+]
+STUDY_OF = {"F1": "F1-mnist", "C1": "C1-cifar10"}
+
+
+@pytest.mark.parametrize(("name", "network", "text"), BESIDE)
+def test_the_papers_numbers_stand_beside_ours(name, network, text):
+    study = study_of("keskar2017", STUDY_OF[network])
+    found = found_in("keskar2017", name, study=study)
+    assert text in [check.paper for check in found.checks]
+
+
+@defect("published numbers are rounded to two digits of their deviation")
+def test_the_papers_numbers_stand_as_they_were_printed():
+    checks = found_in("keskar2017", "table3").checks
+    assert "205.14 ± 69.52" in checks[0].paper
+
+
+def test_published_numbers_are_kept_as_printed():
+    numbers = paper_numbers("keskar2017")
+    assert numbers["table3"]["F1"]["0.001"] == [[1.23, 0.83], [205.14, 69.52]]
+    assert numbers["table3"]["C4"]["0.0005"] == [[4.07, 0.87], [109.35, 16.57]]
+    assert numbers["table4"]["C1"]["0.001"] == [[2.18, 0.23], [137.25, 21.6]]
+    assert numbers["table2"]["C3"]["test"] == [[49.58, 0.39], [46.45, 0.43]]
+    assert numbers["table6"]["C4"]["test"] == [[63.05, 0.5], [65.88, 0.13]]
+    assert numbers["table7"]["C2"]["test"] == [88.495, 0.63]
+
+
+def test_a_paper_that_did_not_try_a_network_has_no_numbers_beside_ours():
+    study = study_of("keskar2017", "MLP-digits", "quick")
+    for name in ("table2", "table3", "table4"):
+        assert {
+            check.paper for check in found_in("keskar2017", name, study=study).checks
+        } == {""}
+
+
+def test_the_papers_line_is_read_like_ours():
+    study = study_of("keskar2017", "C1-cifar10")
+    (check,) = found_in("keskar2017", "figure3", study=study).checks
+    assert check.paper == "0.00075 → 1.8 (one pair)"
+    (check,) = found_in("keskar2017", "figure7", study=study).checks
+    assert check.paper == ""
+
+
+def test_the_numbers_of_mishkin2016_belong_to_its_batch_sizes():
+    study = study_of("mishkin2016", preset="full")
+    found = found_in("mishkin2016", "figure8", study=study)
+    published = {check.claim.partition(" test")[0]: check.paper for check in found.checks}
+    assert published == {
+        "batch 32 (0.125 times the default), scaled rate: within 1 point of the default": (
+            "-0.1 (single runs)"
+        ),
+        "batch 64 (0.25 times the default), scaled rate: within 1 point of the default": (
+            "+0.4 (single runs)"
+        ),
+        "batch 128 (0.5 times the default), scaled rate: within 1 point of the default": (
+            "-0.1 (single runs)"
+        ),
+        "batch 512 (2 times the default), same rate,": "47.1 → 45.5 (single runs)",
+        "batch 512 (2 times the default), scaled rate: within 1 point of the default": (
+            "-0.2 (single runs)"
+        ),
+        "batch 1024 (4 times the default), same rate,": "47.1 → 41.9 (single runs)",
+        "batch 1024 (4 times the default), scaled rate: within 1 point of the default": (
+            "-0.6 (single runs)"
+        ),
+        "batch 2048 (8 times the default), same rate,": "",
+        "batch 2048 (8 times the default), scaled rate: within 1 point of the default": (
+            "0 ± 1"
+        ),
+    }
+
+
+def test_the_accuracies_of_smith2018_stand_as_differences_from_decaying():
+    found = found_in("smith2018", "schedules")
+    published = [c.paper for c in found.checks if "test accuracy" in c.claim]
+    assert published == ["-1.5 to 1.5", "+0.1", "+0.2"]
+
+
+@pytest.mark.parametrize("table", ["table3", "table4"])
+def test_large_batches_are_sharper_in_every_published_cell(table):
+    cells = paper_numbers("keskar2017")[table]
+    assert set(cells) == {"F1", "F2", "C1", "C2", "C3", "C4"}
+    for row in cells.values():
+        for (small, _), (large, _) in row.values():
+            assert large > 8 * small
+
+
+def test_the_published_curves_are_complete_and_end_in_the_published_minima():
+    curves = paper_numbers("keskar2017_curves")
+    assert curves["alphas"] == [i / 8 - 1 for i in range(25)]
+    for name in ("C1", "C2", "C3", "C4"):
+        assert {len(values) for values in curves[name].values()} == {25}
+    at = curves["alphas"].index
+    ends = {
+        name: [
+            curves[name][key][at(x)]
+            for x in (0.0, 1.0)
+            for key in ("train_xent", "test_acc")
+        ]
+        for name in ("C1", "C4")
+    }
+    assert ends == {
+        "C1": [0.0011, 80.52, 0.0004, 77.26],
+        "C4": [0.0368, 63.73, 0.0148, 64.31],
+    }
+
+
+# -- what is said and drawn --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("paper", "name"), OBSERVED)
+def test_ours_is_said_of_every_check(paper, name):
+    found = found_in(paper, name)
+    assert found.checks
+    assert len({check.claim for check in found.checks}) == len(found.checks)
+    for check in found.checks:
+        assert check.ours
+        assert check.n > 0
+        assert "nan" not in check.ours
+
+
+@defect("the command of a finding leaves out --seeds")
+def test_a_findings_command_says_with_how_many_starting_points():
+    study = study_of("keskar2017").with_seeds(2)
+    assert "--seeds 2" in found_in("keskar2017", "table2", study=study).command
+
+
+def test_a_findings_command_names_the_paper_the_item_and_the_study():
+    found = found_in("keskar2017", "table2")
+    assert found.command == (
+        "python -m sharpness.reproduce keskar2017 table2 --preset reduced --study F1-mnist"
+    )
+
+
+DRAWN = [(paper, name) for paper, name in ITEMS if PAPERS[paper].item(name).panels]
+
+
+@pytest.mark.parametrize(("paper", "name"), DRAWN)
+def test_an_items_panels_can_be_drawn(paper, name, tmp_path):
+    item, study = PAPERS[paper].item(name), study_of(paper)
+    panels = item.panels(study, seen_in(paper, item, study))
+    assert all(panel.curves for panel in panels)
+    for panel in panels:
+        for curve in panel.curves:
+            assert len(curve.x) == len(curve.y) > 1
+    path = draw(tmp_path / "drawn.png", panels, title=item.title)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(("paper", "name"), DRAWN)
+def test_panels_show_what_is_there_and_no_more(paper, name):
+    item, study = PAPERS[paper].item(name), study_of(paper)
+    looks = list(dict.fromkeys(item.observations(study)))
+    missing = set(looks[::3])
+    seen = seen_in(paper, item, study, keep=lambda look: look not in missing)
+    for panel in item.panels(study, seen):
+        for curve in panel.curves:
+            assert len(curve.x) == len(curve.y)
+
+
+EMPTY = defect("an empty curve is drawn where nothing was observed")
+
+
+@pytest.mark.parametrize(
+    ("paper", "name"),
+    [
+        pytest.param(*one, marks=EMPTY if one == ("masters2018", "grid") else ())
+        for one in DRAWN
+    ],
+)
+def test_nothing_observed_is_nothing_drawn(paper, name):
+    item, study = PAPERS[paper].item(name), study_of(paper)
+    assert not any(panel.curves for panel in item.panels(study, Seen([])))
+
+
+def test_figure_3_shows_the_papers_curve_behind_ours():
+    study = study_of("keskar2017", "C1-cifar10")
+    item = PAPERS["keskar2017"].item("figure3")
+    panels = item.panels(study, seen_in("keskar2017", item, study))
+    labels = [curve.label for curve in panels[0].curves]
+    assert labels == ["ours, train", "paper, train", "ours, test", "paper, test"]
+    assert [curve.faint for curve in panels[0].curves] == [False, True, False, True]
