@@ -86,7 +86,7 @@ class Finding:
         """With how many of several claims hold, and for what stands in the outcome."""
         judged = [check for check in self.checks if check.verdict is not None]
         held = sum(check.verdict is Verdict.REPRODUCED for check in judged)
-        of_all = f" ({held} of {len(judged)} claims)" if len(judged) > 1 else ""
+        of_all = f" ({held} of {len(judged)} claims hold)" if len(judged) > 1 else ""
         if self.verdict is Verdict.STAND_IN:
             return f"stand-in: {self.outcome} there{of_all}"
         return f"{self.outcome}{of_all}"

@@ -13,6 +13,7 @@ from sharpness.claims import (
     by_test,
     holds,
     means_by,
+    near,
     paired,
     trend,
     within,
@@ -286,6 +287,16 @@ def test_a_range_stands_for_the_paper_where_it_says_nothing_else():
     assert within("c", [1.0], 0.5, 1.5, paper="about 1").paper == "about 1"
 
 
+def test_a_ratio_is_near_the_papers_within_ten_times():
+    first, moved = [1.0, 2.0, 4.0], [1.0, 1.1, 0.9]
+    for factor, verdict in [(100, YES), (15, YES), (700, YES), (5, NO), (2000, NO)]:
+        second = [factor * a * b for a, b in zip(first, moved, strict=True)]
+        assert near("c", first, second, 100.0).verdict is verdict
+    wide = [10.0, 200.0, 40_000.0]
+    assert near("c", first, wide, 100.0).verdict is FEW
+    assert near("c", [1.0], [100.0], 100.0).verdict is FEW
+
+
 def test_what_has_no_test_holds_or_does_not():
     yes = holds("c", True, ours="4 of 4", n=4, paper="all")
     assert yes == Check(claim="c", ours="4 of 4", n=4, paper="all", verdict=YES)
@@ -299,7 +310,7 @@ def test_what_has_no_test_holds_or_does_not():
     ("verdicts", "outcome"),
     [
         ([], Verdict.NOT_RUN),
-        ([None, None], Verdict.NOT_RUN),
+        ([None, None], Verdict.NO_CLAIM),
         ([YES], YES),
         ([YES, None, YES], YES),
         ([YES, FEW], FEW),
@@ -321,8 +332,8 @@ def test_a_stand_in_is_called_one_whatever_it_shows():
 
 
 def test_a_stand_in_that_was_not_looked_at_was_not_run():
-    for verdicts in ([], [None]):
-        assert finding(*verdicts, stand_in="digits for TIMIT").verdict is Verdict.NOT_RUN
+    assert finding(stand_in="digits for TIMIT").verdict is Verdict.NOT_RUN
+    assert finding(None, stand_in="digits for TIMIT").verdict is Verdict.NO_CLAIM
 
 
 @pytest.mark.parametrize(
@@ -332,12 +343,12 @@ def test_a_stand_in_that_was_not_looked_at_was_not_run():
         ([], "s", "not run"),
         ([YES], None, "reproduced"),
         ([YES, None], None, "reproduced"),
-        ([YES, YES], None, "reproduced (2 of 2 claims)"),
-        ([NO, YES, None, FEW], None, "not reproduced (1 of 3 claims)"),
+        ([YES, YES], None, "reproduced (2 of 2 claims hold)"),
+        ([NO, YES, None, FEW], None, "not reproduced (1 of 3 claims hold)"),
         ([FEW], None, "inconclusive (n too small)"),
-        ([SOLVER, YES], None, "inconclusive (solver) (1 of 2 claims)"),
+        ([SOLVER, YES], None, "inconclusive (solver) (1 of 2 claims hold)"),
         ([YES], "s", "stand-in: reproduced there"),
-        ([NO, YES], "s", "stand-in: not reproduced there (1 of 2 claims)"),
+        ([NO, YES], "s", "stand-in: not reproduced there (1 of 2 claims hold)"),
     ],
 )
 def test_the_verdict_says_how_many_claims_hold(verdicts, stand_in, text):

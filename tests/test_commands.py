@@ -262,50 +262,6 @@ def test_train_refuses_in_one_line(tmp_path, capsys, options, expected):
     assert expected in err
 
 
-def test_reproduce_prints_the_papers_table_with_verdicts_and_is_resumable(
-    tmp_path, capsys, monkeypatch
-):
-    folder = tmp_path / "run"
-    call = ["keskar2017", "--quick", "--data", "digits", "--epochs", "1,2"]
-    call += [
-        "--seeds",
-        "2",
-        "--num-samples",
-        "50",
-        "--output",
-        str(folder),
-        "--device",
-        "cpu",
-    ]
-    assert reproduce.main(call) == 0
-    out = capsys.readouterr().out
-    assert "1.23 ± 0.83" in out  # the paper's Table 3, F1
-    assert "205" in out
-    assert out.count("order") >= 6  # two epsilons in each of three tables
-    assert "lambda_max: " in out
-    assert "test accuracy: " in out
-    names = {path.name for path in folder.iterdir()}
-    expected = {f"{r}-seed{s}.pt" for r in ("small", "large", "matched") for s in (0, 1)}
-    assert expected | {"records.jsonl", "parametric.png"} <= names
-    assert (folder / "parametric.png").read_bytes()[:4] == b"\x89PNG"
-    records = read_records(folder / "records.jsonl")
-    kinds = [record["kind"] for record in records]
-    assert kinds.count("measurement") == 5 * 2
-    assert kinds[-1] == "comparison"
-    assert len(records[-1]["sections"]) == 3
-    # Run again: nothing is trained or measured again, the same tables come out.
-    assert reproduce.main(call) == 0
-    assert capsys.readouterr().out == out
-    again = [record["kind"] for record in read_records(folder / "records.jsonl")]
-    assert again.count("measurement") == 10
-
-
-def test_reproduce_refuses_a_single_starting_point(tmp_path, capsys):
-    call = ["keskar2017", "--data", "digits", "--seeds", "1", "--output"]
-    err = refused(reproduce.main, [*call, str(tmp_path / "run")], tmp_path, capsys)
-    assert "at least 2 for a paired comparison; got 1" in err
-
-
 @pytest.mark.parametrize("command", [measure, compare, train, reproduce])
 def test_every_flag_has_help(command):
     parser = command._parser()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -114,8 +113,7 @@ class Bench:
             path = self.path(moment)
             if not self.has(moment):
                 if reached is not None and not path.exists():
-                    shutil.copy(reached, path.with_suffix(".copy"))
-                    path.with_suffix(".copy").replace(path)
+                    _carry_over(reached, path)
                 try:
                     self._train(moment, path)
                 except DivergedError as error:
@@ -136,6 +134,13 @@ class Bench:
             loss = twin.training["metrics"]["train_loss_batch"]
             budget = replace(budget, until_loss=loss)
         train(training, budget, self.dataset(moment.data), path, device=self.device)
+
+
+def _carry_over(reached: Path, path: Path) -> None:
+    """Begin a moment where an earlier one ended; a kill leaves it unfinished."""
+    earlier = checkpoint.load(reached)
+    training = {**earlier.training, "finished": False}
+    checkpoint.save(path, replace(earlier, training=training))
 
 
 @lru_cache(maxsize=4)
