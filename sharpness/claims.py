@@ -27,6 +27,7 @@ class Verdict(StrEnum):
 
 
 LEVEL = 0.05  # of every test, one-sided
+FEWEST = 3  # pairs or runs below which no test decides
 ENOUGH = 6  # pairs from which a test that shows nothing counts against a claim
 Published = tuple[Sequence[float], Sequence[float]]  # (mean, sd) of two groups
 
@@ -92,11 +93,11 @@ class Finding:
         return f"{self.outcome}{of_all}"
 
 
-def by_test(p: float, n: int) -> Verdict:
-    """Of a one-sided test: shown, its opposite shown, or too few to tell."""
-    if n > 1 and p < LEVEL:
+def by_test(p: float, opposite: float, n: int) -> Verdict:
+    """Of a one-sided test and of its opposite: shown, refuted, or too few to tell."""
+    if n >= FEWEST and p < LEVEL:
         return Verdict.REPRODUCED
-    if n > 1 and (p > 1 - LEVEL or n >= ENOUGH):
+    if (n >= FEWEST and opposite < LEVEL) or n >= ENOUGH:
         return Verdict.NOT_REPRODUCED
     return Verdict.INCONCLUSIVE_FEW
 
@@ -126,23 +127,28 @@ def paired(
     by_ratio = ratio and min(a.min(), b.min()) > 0
     moved = np.log10(b) - np.log10(a) if by_ratio else b - a
     signed = moved if larger else -moved
-    n, p = len(a), paired_t(signed)
+    n, flips = len(a), sign_flip(signed)
+    p = paired_t(signed)
+    if math.isfinite(p):
+        opposite = 1 - p
+    else:  # no spread to test against
+        p, opposite = flips, sign_flip(-signed)
     means = " → ".join(mean_sd(*mean_and_sd(values)) for values in (first, second))
     count = f"{int((signed > 0).sum())} of {n} {'larger' if larger else 'smaller'}"
     effect = f"{10 ** moved.mean():.3g}×" if by_ratio else f"{moved.mean():+.2f}"
     published = ""
     if paper is not None:
-        (low, _), (high, _) = paper
+        (low, low_sd), (high, high_sd) = paper
         change = f"{high / low:.3g}×" if by_ratio else f"{high - low:+.2f}"
-        published = f"{mean_sd(*paper[0])} → {mean_sd(*paper[1])} ({change})"
+        published = f"{low:g} ± {low_sd:g} → {high:g} ± {high_sd:g} ({change})"
     return Check(
         claim=claim,
         paper=published,
         ours=f"{means} ({effect}, {count})",
         n=n,
-        p=p if math.isfinite(p) else None,
-        flip_p=sign_flip(signed) if n > 1 else None,
-        verdict=by_test(p, n) if judged else None,
+        p=p if n > 1 else None,
+        flip_p=flips if n > 1 else None,
+        verdict=by_test(p, opposite, n) if judged else None,
     )
 
 
@@ -165,9 +171,13 @@ def trend(
     judged: bool = True,
 ) -> Check:
     """Does y rise (or fall) with x? Kendall's tau over all runs, one-sided."""
-    xs, ys = np.asarray(x, float), np.asarray(y, float)
-    test = stats.kendalltau(xs, ys, alternative="greater" if rising else "less")
-    tau, p = float(test.statistic), float(test.pvalue)
+    known = np.isfinite(np.asarray(y, float))
+    xs, ys = np.asarray(x, float)[known], np.asarray(y, float)[known]
+    tau, p, opposite = math.nan, math.nan, math.nan
+    if len(xs) > 1:
+        sides = ("greater", "less") if rising else ("less", "greater")
+        test, other = (stats.kendalltau(xs, ys, alternative=side) for side in sides)
+        tau, p, opposite = (float(v) for v in (*test, other.pvalue))
     text = f"tau {tau:+.2f}" if math.isfinite(tau) else "constant"
     return Check(
         claim=claim,
@@ -175,8 +185,19 @@ def trend(
         ours=f"{ours}; {text}" if ours else text,
         n=len(xs),
         p=p if math.isfinite(p) else None,
-        verdict=by_test(p, len(xs)) if judged else None,
+        verdict=by_test(p, opposite, len(xs)) if judged else None,
     )
+
+
+def not_shown(check: Check) -> Check:
+    """The claim that something does not happen, from the test that it does.
+
+    Refuted where it is shown; held to be true where six pairs or runs do not show it.
+    """
+    verdict = Verdict.REPRODUCED if check.n >= ENOUGH else Verdict.INCONCLUSIVE_FEW
+    if check.verdict is Verdict.REPRODUCED:
+        verdict = Verdict.NOT_REPRODUCED
+    return replace(check, verdict=verdict)
 
 
 def within(

@@ -55,7 +55,7 @@ def mean_sd(mean: float, sd: float) -> str:
         return f"{mean:.4g} ± 0"
     digits = max(0, 1 - math.floor(math.log10(sd)))
     if abs(mean) >= 1:
-        digits = min(digits, 2)
+        digits = max(min(digits, 2), digits - 1) if sd < 0.005 else min(digits, 2)
     if digits > 5:
         return f"{mean:.3g} ± {sd:.1g}"
     return f"{mean:.{digits}f} ± {sd:.{digits}f}"

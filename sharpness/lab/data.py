@@ -241,7 +241,8 @@ class _Subset(NamedTuple):
         return ",".join(parts)
 
 
-_NAMED = re.compile(r"(.+)\[(\d+)?,?(?:seed=(-?\d+))?,?(?:test=(\d+))?(?<=\d)\]")
+_PART = r"(?:\d+|seed=-?\d+|test=\d+)"
+_NAMED = re.compile(rf"(.+)\[({_PART}(?:,{_PART})*)\]")
 
 
 def _asked(name: str, wanted: _Subset) -> tuple[str, _Subset]:
@@ -254,9 +255,9 @@ def _asked(name: str, wanted: _Subset) -> tuple[str, _Subset]:
             "`num_train`, `num_test` and `subset_seed` must be left out where the name has "
             f"them; got {wanted} beside {name!r}. Say it once."
         )
-    whole, num_train, seed, num_test = found.groups()
-    train, test = (None if text is None else int(text) for text in (num_train, num_test))
-    return whole, _Subset(train, test, int(seed or 0))
+    parts = [part.rpartition("=") for part in found[2].split(",")]
+    numbers = {kind: int(number) for kind, _, number in parts}
+    return found[1], _Subset(numbers.get(""), numbers.get("test"), numbers.get("seed", 0))
 
 
 def _whole(name: str, data_dir: str | Path | None) -> Dataset:

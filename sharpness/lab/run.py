@@ -389,6 +389,7 @@ class TrainingRun:
 
     def _carry_on(self, saved: Checkpoint) -> None:
         ours = as_plain(asdict(self.training))
+        del ours["start_from"]  # wherever it lies now, its digest is the start's
         theirs = {name: as_plain(saved.training.get(name)) for name in ours}
         ours |= {"start": self.start["sha256"], "data": self.dataset.sha256}
         theirs |= {"start": saved.start.get("sha256"), "data": saved.data.get("sha256")}

@@ -16,6 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
+from sharpness.measures.arguments import positive
+
 # Powers of two: scaling by them is exact in floating point, so that what moves is moved
 # by the map and not by rounding.
 _FACTORS = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
@@ -107,8 +109,9 @@ def scaled_by(
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The alpha-scale map of Dinh et al. (2017) by a factor of choice: same function.
 
-    The first layer that can be is scaled by `factor`, the last layer it can be made up
-    for in by its inverse; what lies between stays as it is.
+    Every pair of layers that can be: the first scaled by `factor`, the second's weight
+    by its inverse. A map that changes an output by more than 1e-6 of the largest is
+    taken back, as in `reparametrisations`.
 
     Args:
         network: in evaluation mode; not changed.
@@ -116,16 +119,20 @@ def scaled_by(
         factor: > 0; a power of two is exact.
 
     Returns:
-        The network, and the names of the layers from the first to the last.
+        The network, and the names of the layers of all pairs.
 
     Raises:
-        ValueError: no layer of the network can be scaled.
+        ValueError: `factor` <= 0, or no layer of the network can be scaled.
     """
+    positive("factor", factor)
     current, layers = copy.deepcopy(network), []
     for pair in _pairs(_watched(network, inputs)):
+        candidate = copy.deepcopy(current)
         with torch.no_grad():
-            if _rescale(current, pair, lambda w: w.new_full((len(w),), factor)):
-                layers += [pair.source, pair.consumer]
+            applied = _rescale(candidate, pair, lambda w: w.new_full((len(w),), factor))
+        if applied and _drift(network, candidate, inputs) <= _TOLERANCE:
+            current = candidate
+            layers += [pair.source, pair.consumer]
     if not layers:
         raise ValueError(
             "`network` must have two layers with ReLU or pooling between; found none."

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from sharpness import _command
 from sharpness.claims import Finding
-from sharpness.record import append_record, new_record
 from sharpness.report import tables
 from sharpness.report.panels import draw
 from sharpness.report.reproduction import print_finding, print_verdicts
@@ -154,8 +153,6 @@ def _reproduced(
         path = _drawn(item, study, seen, found, workshop.folder)
         if path is not None:
             out.print(f"Picture: {path}")
-    record = new_record("findings", paper=paper.name, study=study.name, findings=findings)
-    append_record(workshop.folder / "findings.jsonl", record)
     return findings
 
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
-from sharpness.claims import Check, paired, within
+from sharpness.claims import Check, holds, within
 from sharpness.lab.training import Budget, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
 from sharpness.reproduce.observations import Followed
 from sharpness.reproduce.paper import Item, Paper
 from sharpness.reproduce.workshop import Seen
+
+NEAR = 0.9  # of the threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def _curve(facts: dict[str, Any]) -> list[tuple[int, float, float]]:
 def _hover(curve: Sequence[tuple[int, float, float]]) -> float | None:
     """The median of curvature over threshold, once it has come within a tenth of it."""
     shares = [share for _, share, _ in curve]
-    first = next((i for i, share in enumerate(shares) if share >= 0.9), None)
+    first = next((i for i, share in enumerate(shares) if share >= NEAR), None)
     return None if first is None else median(shares[first:])
 
 
@@ -95,13 +97,13 @@ def _checks(
         curves = [curve for facts in runs if facts and (curve := _curve(facts))]
         if not curves:
             continue
-        first = [curve[0][1] for curve in curves]
-        most = [max(share for _, share, _ in curve) for curve in curves]
-        words = f"eta {rate:g}: {name} over its threshold, first → largest: rises"
-        checks.append(paired(words, first, most))
+        near = [max(share for _, share, _ in curve) >= NEAR for curve in curves]
+        first, n = max(curve[0][1] for curve in curves), len(curves)
+        words = f"eta {rate:g}: {name} starts below its threshold and comes near it"
+        ours = f"from {first:.2g} of it at most; {sum(near)} of {n} runs come near"
+        checks.append(holds(words, all(near) and first < NEAR, ours=ours, n=n))
         hovers = [hover for curve in curves if (hover := _hover(curve)) is not None]
-        words = f"eta {rate:g}: median of it after coming near ({len(hovers)} of "
-        words += f"{len(curves)} runs did): at the threshold"
+        words = f"eta {rate:g}: median of {name} over threshold after that"
         if hovers:
             checks.append(within(words, hovers, 0.9, 1.2, paper="just above 1"))
     return checks
@@ -115,9 +117,9 @@ def _panels(
         (rate, run) for rate, run in study.descents(optimizer) if run.training.seed == 0
     ):
         facts = seen.get(run)
-        if facts is None:
+        curve = _curve(facts) if facts else []
+        if not curve:
             continue
-        curve = _curve(facts)
         steps, values = [c[0] for c in curve], [c[1] for c in curve]
         label = f"eta {rate:g}"
         shares.append(Curve(label=label, x=steps, y=values, colour=colour, style=".-"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +67,7 @@ def _checks(study: Study, seen: Seen) -> list[Check]:
     words = f"scaled by up to {most:g} the function stays"
     checks = [holds(words, drift < 1e-4, ours=f"outputs move by {drift:.1g}", n=n)]
     for name, pick, moves in _MEASURES:
-        ratios = [pick(run[-1]) / pick(run[0]) for run in runs]
+        ratios = [_ratio(pick, run[0], run[-1]) for run in runs]
         ours = f"{min(ratios):.3g}× to {max(ratios):.3g}×"
         if moves is True:
             words = f"{name}: grows more than tenfold"
@@ -81,12 +82,16 @@ def _checks(study: Study, seen: Seen) -> list[Check]:
     return checks
 
 
+def _ratio(pick: Pick, before: dict[str, Any], after: dict[str, Any]) -> float:
+    return pick(after) / pick(before) if pick(before) else math.nan
+
+
 def _panels(study: Study, seen: Seen) -> list[Panel]:
     runs = _found(study, seen)
     curves = []
     for colour, (name, pick, _) in enumerate(_MEASURES):
         for i, run in enumerate(runs):
-            values = [pick(point) / pick(run[0]) for point in run]
+            values = [_ratio(pick, run[0], point) for point in run]
             factors = [point["factor"] for point in run]
             label = "" if i else name
             curves.append(Curve(label=label, x=factors, y=values, colour=colour))

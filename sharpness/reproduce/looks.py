@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ def pairs(
 ) -> tuple[list[float], list[float]]:
     """A number of both networks of each pair that has been looked at."""
     found = [(seen.get(look(a)), seen.get(look(b))) for a, b in networks]
-    known = [(pick(a), pick(b)) for a, b in found if a is not None and b is not None]
+    picked = [(pick(a), pick(b)) for a, b in found if a is not None and b is not None]
+    known = [(a, b) for a, b in picked if math.isfinite(a) and math.isfinite(b)]
     return [a for a, _ in known], [b for _, b in known]
 
 
@@ -35,17 +37,22 @@ def metric(name: str, times: float = 1.0) -> Pick:
 
 def phi(i: int, name: str = "phi_protocol", of: str = "phi") -> Pick:
     """Phi for the i-th epsilon: by the protocol, or the best found."""
-    return lambda facts: float(facts[of][i][name])
+    return lambda facts: number(facts[of][i][name])
+
+
+def number(value: float | None) -> float:
+    """As it was: a record has null for NaN."""
+    return math.nan if value is None else float(value)
 
 
 def lambda_max(facts: Facts) -> float:
     """The largest eigenvalue."""
-    return float(facts["lambda_max"]["eigenvalues"][0])
+    return number(facts["lambda_max"]["eigenvalues"][0])
 
 
 def adaptive_rise(facts: Facts) -> float:
     """The worst rise in the element-wise adaptive ball."""
-    return float(facts["adaptive"]["value"])
+    return number(facts["adaptive"]["value"])
 
 
 def accuracy(network: Trained) -> Accuracy:

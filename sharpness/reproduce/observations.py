@@ -23,6 +23,7 @@ from sharpness.measures.epsilon import epsilon_sharpness
 from sharpness.measures.landscape import interpolation
 from sharpness.measures.perturbation import worst_case_sharpness
 from sharpness.measures.reparametrise import scaled_by
+from sharpness.measures.summary import Settings as MeasureSettings
 from sharpness.reproduce.plain import kind
 from sharpness.reproduce.trained import Bench, Trained
 from sharpness.risk.empirical import EmpiricalRisk
@@ -110,7 +111,11 @@ class Measured:
         path = bench.path(self.of)
         subject = opened(path, data_dir=bench.data_dir)
         num = _at_most(subject, "train", self.num_samples)
-        settings = Settings(num_samples=num, batchnorm=self.batchnorm)
+        settings = Settings(
+            num_samples=num,
+            batchnorm=self.batchnorm,
+            of_measures=MeasureSettings(seed=self.seed),
+        )
         risk = risk_of(subject, settings, bench.device)
         start = subject.start
         moved = None if start is None else float((risk.theta.cpu() - start).double().norm())
@@ -193,7 +198,8 @@ class Rescaled:
     def found(self, bench: Bench) -> Facts:
         """For each factor the drift of the outputs, and every measure."""
         subject = opened(bench.path(self.of), data_dir=bench.data_dir)
-        settings = Settings(num_samples=self.num_samples, batchnorm="running")
+        num = _at_most(subject, "train", self.num_samples)
+        settings = Settings(num_samples=num, batchnorm="running")
         risk = risk_of(subject, settings, bench.device)
         before = risk.outputs()
         points = []
@@ -272,8 +278,9 @@ class Followed:
 
 def _few(dataset: Dataset, num: int) -> tuple[torch.Tensor, torch.Tensor]:
     x, y = dataset.train
-    few = min(num, len(y))
-    index = class_balanced(y, few, 0) if has_classes(y) else at_random(len(y), few, 0)
+    if num >= len(y):
+        return x, y
+    index = class_balanced(y, num, 0) if has_classes(y) else at_random(len(y), num, 0)
     return x[index], y[index]
 
 

@@ -45,7 +45,6 @@ class Item:
     observations: Callable[[Any], Sequence[Observation]]
     checks: Callable[[Any, Seen], Sequence[Check]]
     panels: Callable[[Any, Seen], Sequence[Panel]] | None = None
-    notes: Callable[[Any, Seen], Sequence[str]] | None = None
     applies: Callable[[Any], bool] = lambda study: True
     in_quick: bool = True  # done by the quick preset without being named
 
@@ -76,9 +75,16 @@ def finding(paper: Paper, item: Item, study: Study, seen: Seen) -> Finding:
     """What has been found on an item so far."""
     wanted = list(dict.fromkeys(item.observations(study)))
     lacking = sum(observation not in seen for observation in wanted)
-    notes = list(item.notes(study, seen)) if item.notes else []
+    notes = []
     if lacking:
         notes.append(f"{len(wanted) - lacking} of {len(wanted)} observations made so far.")
+    lost = sum(seen.diverged(observation) for observation in wanted)
+    if lost:
+        notes.append(f"{lost} of {len(wanted)} observations: training diverged.")
+    original = next(
+        s for s in paper.studies if (s.name, s.preset) == (study.name, study.preset)
+    )
+    seeds = f" --seeds {study.num_seeds}" if study.num_seeds != original.num_seeds else ""
     return Finding(
         paper=paper.name,
         item=item.name,
@@ -88,8 +94,8 @@ def finding(paper: Paper, item: Item, study: Study, seen: Seen) -> Finding:
         data=study.data,
         preset=study.preset,
         command=f"python -m sharpness.reproduce {paper.name} {item.name} "
-        f"--preset {study.preset} --study {study.name}",
-        stand_in=study.stand_in,
+        f"--preset {study.preset} --study {study.name}{seeds}",
+        stand_in=study.stand_in if wanted else None,
         checks=list(item.checks(study, seen)),
         notes=notes,
     )

@@ -20,10 +20,13 @@ def kind(cls: _T) -> _T:
 def described(value: Any) -> Any:
     """A plan's class and the fields that differ from their defaults, nested.
 
-    Defaults are left out, so that a field that is added later changes no record.
+    Defaults are left out, so that a field that is added later changes no record; 2.0 is
+    2, so that equal plans have one description.
     """
     if isinstance(value, tuple | list):
         return [described(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     fields = {

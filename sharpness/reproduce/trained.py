@@ -57,7 +57,9 @@ class Trained:
 
     @cached_property
     def run(self) -> str:
-        """Which run it is a moment of."""
+        """Which run it is a moment of; one of its own where updates are counted."""
+        if self.budget.epochs is None or self.budget.updates is not None:
+            return digest(self)
         return digest(replace(self, budget=replace(self.budget, epochs=1.0)))
 
     @property
@@ -159,7 +161,8 @@ def in_order(wanted: Iterable[Trained]) -> list[list[list[Trained]]]:
 
     for one in wanted:
         rank(one)
-    stages: list[dict[str, list[Trained]]] = [{} for _ in range(1 + max(level.values()))]
+    num = 1 + max(level.values(), default=-1)
+    stages: list[dict[str, list[Trained]]] = [{} for _ in range(num)]
     for one, stage in level.items():
         stages[stage].setdefault(one.run, []).append(one)
     return [list(stage.values()) for stage in stages]

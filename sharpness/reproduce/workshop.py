@@ -97,7 +97,7 @@ class Workshop:
         missing = [o for o in dict.fromkeys(wanted) if o not in seen]
         needed = dict.fromkeys(one for o in missing for one in o.needs)
         stages = []
-        for stage in in_order(needed) if needed else []:
+        for stage in in_order(needed):
             runs = [[m for m in run if not self.bench.has(m)] and run for run in stage]
             stages.append([run for run in runs if run])
         return [stage for stage in stages if stage], missing
@@ -129,6 +129,8 @@ class Workshop:
     def again(self, record: dict[str, Any]) -> dict[str, Any]:
         """Make a record's observation once more, from the plan that stands in it.
 
+        With as many threads as then: the same bits on the same machine and versions.
+
         Raises:
             ValueError: it is no record of an observation.
         """
@@ -137,11 +139,12 @@ class Workshop:
                 f"`record` must be of an observation; got kind {record.get('kind')!r}."
             )
         observation = restored(record["observation"])
-        for stage in in_order(observation.needs) if observation.needs else []:
-            self.bench.folder.mkdir(parents=True, exist_ok=True)
-            for run in stage:
-                self.bench.bring_about(run)
-        return _recorded(self.bench, observation)
+        self.bench.folder.mkdir(parents=True, exist_ok=True)
+        with _threads(record["threads"]):
+            for stage in in_order(observation.needs):
+                for run in stage:
+                    self.bench.bring_about(run)
+            return _recorded(self.bench, observation)
 
     def _each(self, work: Any, units: Sequence[Any]) -> Iterator[Any]:
         cores = os.cpu_count() or 1
@@ -219,7 +222,8 @@ class Costs:
         except ValueError:  # it will fail, and say why
             return 0.0
         # An update costs about as much as a gradient of 8 samples, whatever the network.
-        samples = (last.budget.epochs or 0.0) * num_train + 8 * updates
+        samples = (last.budget.epochs or 0.0) * num_train or updates * about.batch_size
+        samples += 8 * updates
         return samples / _PROBE * self._gradient(about.network, last.data)
 
     def of(self, observation: Observation) -> float:
