@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def draw(path: str | Path, panels: Sequence[Panel], *, title: str) -> Path:
     """Draw panels in rows of up to three, as PNG."""
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    size = (max(5.2, 4.2 * columns), 0.4 + 3.5 * rows)
+    size = (max(6.4, 4.2 * columns), 0.4 + 3.5 * rows)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -55,7 +56,8 @@ def draw(path: str | Path, panels: Sequence[Panel], *, title: str) -> Path:
         _draw_panel(axes, panel)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    lines = textwrap.fill(title, int(13 * size[0]))
+    figure.suptitle(lines, fontsize=10, x=0.01, ha="left")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -19,9 +19,10 @@ from sharpness.reproduce.workshop import Costs, Seen, Workshop
 
 _ADVICE = (
     "p: one-sided paired t test over starting points (Kendall's tau over runs for "
-    "trends), then sign flips, 2^-n at best. reproduced: p < .05; not reproduced: p > .95, "
-    "or p > .05 with 6 pairs or more; inconclusive otherwise. phi: ten iterations of "
-    "L-BFGS-B, as in the paper; the verdict must hold for the best value found as well."
+    "trends), then sign flips, 2^-n at best. reproduced: p < .05 with 3 pairs or more; not "
+    "reproduced: the opposite has p < .05, or p > .05 with 6 or more; inconclusive "
+    "otherwise. phi: ten iterations of L-BFGS-B, as in the paper; the verdict must hold "
+    "for the best value found as well."
 )
 
 

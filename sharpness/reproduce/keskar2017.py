@@ -403,7 +403,7 @@ def _figure6_panels(study: Study, seen: Seen) -> list[Panel]:
     ]
     return [
         Panel(
-            title="along training",
+            title="",
             x_label="cross-entropy on the training set",
             y_label="phi(1e-3), %",
             curves=curves,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sharpness import checkpoint
+from sharpness.lab import networks
 from sharpness.lab.data import Dataset, at_random, class_balanced, has_classes
 from sharpness.lab.measurement import Settings, data_facts, risk_of
 from sharpness.lab.run import DivergedError, criterion_for, train
@@ -120,7 +121,8 @@ class Measured:
         start = subject.start
         moved = None if start is None else float((risk.theta.cpu() - start).double().norm())
         return {
-            "sha256": subject.facts["sha256"],
+            "sha256": subject.facts["sha256"],  # of the file, with its times
+            "theta": networks.digest(subject.model),
             "data": data_facts(subject, settings),
             "risk": risk.settings(),
             "value": risk.value(),

@@ -1,0 +1,82 @@
+"""docs/reproductions.md and README's table are what the committed records say."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sharpness.record import read_records
+from sharpness.reproduce import page
+from sharpness.reproduce.plain import digest, restored
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs" / "reproductions"
+RECORDS = [r for file in sorted(FOLDER.glob("*.jsonl")) for r in read_records(file)]
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return page.recorded(FOLDER)
+
+
+def test_the_page_is_not_stale(seen):
+    text = (ROOT / "docs" / "reproductions.md").read_text()
+    assert page.between(text, page.MARKER, page.page_text(seen)) == text
+
+
+def test_the_readme_is_not_stale(seen):
+    text = (ROOT / "README.md").read_text()
+    assert page.between(text, page.MARKER, page.readme_text(seen)) == text
+
+
+def test_a_changed_record_makes_the_page_stale(tmp_path, seen):
+    lines = (FOLDER / "quick.jsonl").read_text()
+    changed = re.sub(r'"phi_protocol": 0\.0\d+', '"phi_protocol": 9.9', lines)
+    assert changed != lines
+    (tmp_path / "quick.jsonl").write_text(changed)
+    shutil.copy(FOLDER / "reduced.jsonl", tmp_path)
+    assert page.page_text(page.recorded(tmp_path)) != page.page_text(seen)
+
+
+def test_every_record_stands_under_the_digest_of_its_plan():
+    assert len(RECORDS) > 100
+    assert all(digest(restored(r["observation"])) == r["digest"] for r in RECORDS)
+    assert len({r["digest"] for r in RECORDS}) == len(RECORDS)
+
+
+def test_every_picture_is_there_and_shown():
+    text = (ROOT / "docs" / "reproductions.md").read_text()
+    shown = set(re.findall(r"\]\(reproductions/([\w.-]+\.png)\)", text))
+    assert shown == {file.name for file in FOLDER.glob("*.png")}
+
+
+def test_a_stand_in_is_never_called_reproduced(seen):
+    verdicts = [found for *_, found in page.findings(seen)]
+    assert any(found.stand_in for found in verdicts)
+    for found in verdicts:
+        assert not (found.stand_in and found.verdict_text.startswith("reproduced"))
+
+
+def test_a_page_without_its_markers_is_refused():
+    with pytest.raises(ValueError, match="must be marked by <!-- x:begin -->"):
+        page.between("no markers", "x", "content")
+
+
+def test_the_command_writes_a_page_of_its_own(tmp_path, capsys):
+    folder = tmp_path / "docs" / "reproductions"
+    folder.mkdir(parents=True)
+    shutil.copy(FOLDER / "quick.jsonl", folder)
+    markers = f"before\n<!-- {page.MARKER}:begin -->\n<!-- {page.MARKER}:end -->\nafter\n"
+    for path in (tmp_path / "README.md", tmp_path / "docs" / "reproductions.md"):
+        path.write_text(markers)
+    run = tmp_path / "reproduce-quick"
+    run.mkdir()
+    shutil.copy(FOLDER / "quick.jsonl", run / "records.jsonl")
+    assert page.main([str(run), "--root", str(tmp_path)]) == 0
+    assert "0 observations added" in capsys.readouterr().out
+    text = (tmp_path / "docs" / "reproductions.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "Table 3" in text
+    assert (folder / "figure6-MLP-digits-quick.png").read_bytes()[:4] == b"\x89PNG"
