@@ -14,6 +14,7 @@ from sharpness.claims import (
     holds,
     means_by,
     near,
+    not_shown,
     paired,
     trend,
     within,
@@ -53,24 +54,28 @@ def finding(*verdicts, stand_in=None):
 
 
 @pytest.mark.parametrize(
-    ("p", "n", "verdict"),
+    ("p", "opposite", "n", "verdict"),
     [
-        (0.049, 2, YES),
-        (0.001, 6, YES),
-        (0.051, 6, NO),
-        (0.5, 100, NO),
-        (0.051, 5, FEW),
-        (0.5, 2, FEW),
-        (0.949, 5, FEW),
-        (0.951, 2, NO),
-        (0.001, 1, FEW),
-        (0.999, 1, FEW),
-        (math.nan, 1, FEW),
-        (math.nan, 5, FEW),
+        (0.049, 0.951, 3, YES),
+        (0.001, 0.999, 6, YES),
+        (0.951, 0.049, 3, NO),
+        (0.051, 0.949, 6, NO),
+        (0.5, 0.5, 100, NO),
+        (math.nan, math.nan, 6, NO),
+        (0.051, 0.949, 5, FEW),
+        (0.949, 0.051, 5, FEW),
+        (math.nan, math.nan, 5, FEW),
+        # Of few ranks all reversed p is 1 whatever they would show.
+        (1.0, 0.5, 3, FEW),
+        # Two pairs or runs decide nothing, however small the p.
+        (1e-9, 1.0, 2, FEW),
+        (1.0, 1e-9, 2, FEW),
+        (1e-9, 1.0, 1, FEW),
+        (math.nan, math.nan, 1, FEW),
     ],
 )
-def test_a_test_shows_a_claim_or_its_opposite_or_had_too_few(p, n, verdict):
-    assert by_test(p, n) is verdict
+def test_a_test_shows_a_claim_or_its_opposite_or_had_too_few(p, opposite, n, verdict):
+    assert by_test(p, opposite, n) is verdict
 
 
 # -- pairs -----------------------------------------------------------------------------
@@ -81,7 +86,7 @@ def test_a_test_shows_a_claim_or_its_opposite_or_had_too_few(p, n, verdict):
 @pytest.mark.parametrize("shift", [0.0, 1.5])
 def test_pairs_are_judged_by_scipys_paired_test(case, larger, shift):
     rng = np.random.default_rng(case)
-    first = np.exp(rng.normal(size=int(rng.integers(2, 9))))
+    first = np.exp(rng.normal(size=int(rng.integers(3, 9))))
     second = first * np.exp(rng.normal(0.3, 0.5, len(first))) - shift
     first = first - shift
     found = paired("c", first, second, larger=larger)
@@ -116,9 +121,12 @@ def test_the_direction_of_a_claim_decides():
     assert paired("c", LARGE, SMALL).verdict is NO
 
 
-def test_one_pair_is_too_few():
+def test_one_pair_is_too_few_and_so_are_two():
     found = paired("c", [1.0], [2.0])
     assert (found.verdict, found.p, found.flip_p, found.n) == (FEW, None, None, 1)
+    for second in ([100.0, 1000.1], [100.0, 1000.0], [0.01, 0.1]):
+        found = paired("c", [1.0, 10.0], second)
+        assert (found.verdict, found.n) == (FEW, 2)
 
 
 def test_sign_flips_stand_beside_the_t_test():
@@ -145,10 +153,10 @@ def test_what_falls_is_told_as_falling():
     assert "(0.501×, 3 of 3 smaller)" in halved.ours
 
 
-def test_the_papers_numbers_are_told_like_ours():
+def test_the_papers_numbers_are_told_as_they_were_printed():
     published = ([1.23, 0.83], [205.14, 69.52])
     assert paired("c", SMALL, LARGE, paper=published).paper == (
-        "1.23 ± 0.83 → 205 ± 70 (167×)"
+        "1.23 ± 0.83 → 205.14 ± 69.52 (167×)"
     )
     assert paired("c", SMALL, LARGE, paper=published, ratio=False).paper.endswith(
         "(+203.91)"
@@ -165,21 +173,22 @@ def test_what_the_paper_does_not_claim_is_not_judged():
 def test_pairs_without_any_difference_count_against_a_claim():
     same = [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
     found = paired("c", same, same)
-    assert (found.p, found.verdict) == (None, NO)
+    assert (found.p, found.flip_p, found.verdict) == (1.0, 1.0, NO)
+    assert paired("c", same[:5], same[:5]).verdict is FEW
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="defect: six pairs with one and the same difference in the claimed direction "
-    "are 'not reproduced'",
-)
 @pytest.mark.parametrize("ratio", [True, False])
-def test_the_same_difference_in_every_pair_does_not_count_against_a_claim(ratio):
+def test_where_every_pair_differs_by_the_same_sign_flips_decide(ratio):
     first = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
     second = 2 * first if ratio else first + 0.5
     found = paired("c", first, second, ratio=ratio)
-    assert found.flip_p == pytest.approx(1 / 64)
-    assert found.verdict is not NO
+    assert found.p == found.flip_p == pytest.approx(1 / 64)
+    assert found.verdict is YES
+    assert paired("c", first, second, ratio=ratio, larger=False).verdict is NO
+    # Of four pairs 1 / 16 is the least that flips can give.
+    for larger in (True, False):
+        few = paired("c", first[:4], second[:4], ratio=ratio, larger=larger)
+        assert few.verdict is FEW
 
 
 # -- both solvers ----------------------------------------------------------------------
@@ -229,6 +238,9 @@ def test_a_trend_is_seen_or_its_opposite_or_neither():
     assert trend("c", x, up[::-1]).verdict is NO
     assert trend("c", x, up[::-1], rising=False).verdict is YES
     assert trend("c", x, mixed).verdict is FEW
+    for few in ([1, 2], [1, 2, 3]):  # 1 / 3! is more than .05
+        assert trend("c", few, few).verdict is FEW
+        assert trend("c", few, few[::-1]).verdict is FEW
     assert trend("c", [*x, 6], [*mixed, 2.2]).verdict is NO
 
 
@@ -236,6 +248,36 @@ def test_what_is_constant_shows_no_trend():
     found = trend("c", [1, 2, 3], [5.0, 5.0, 5.0], ours="5 everywhere")
     assert (found.ours, found.p, found.verdict) == ("5 everywhere; constant", None, FEW)
     assert trend("c", range(6), [5.0] * 6).verdict is NO
+
+
+def test_numbers_that_are_not_finite_are_left_out_of_a_trend():
+    found = trend("c", [1, 2, 3, 4, 5, 6], [1.0, 2.0, math.nan, 3.0, math.inf, 4.0])
+    assert (found.n, found.ours) == (4, "tau +1.00")
+    assert found.p == pytest.approx(1 / 24)
+    assert found.verdict is YES
+    for values in ([math.nan] * 6, [1.0] + [math.nan] * 5, []):
+        found = trend("c", range(len(values)), values)
+        assert (found.p, found.verdict) == (None, FEW)
+
+
+# -- that something does not happen ----------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [3, 5, 6, 12])
+@pytest.mark.parametrize("verdict", [YES, NO, FEW])
+def test_what_is_not_shown_in_six_is_held_not_to_happen(n, verdict):
+    tested = Check(claim="c", ours="o", paper="p", n=n, p=0.3, verdict=verdict)
+    found = not_shown(tested)
+    assert found.verdict is (NO if verdict is YES else YES if n >= 6 else FEW)
+    assert found == Check(**{**vars(tested), "verdict": found.verdict})
+
+
+def test_a_trend_that_is_not_there():
+    rising, flat = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 1.0, 3.0, 1.5, 2.5, 1.7]
+    assert not_shown(trend("c", range(6), rising)).verdict is NO
+    assert not_shown(trend("c", range(6), flat)).verdict is YES
+    assert not_shown(trend("c", range(6), rising[::-1])).verdict is YES
+    assert not_shown(trend("c", range(5), flat[:5])).verdict is FEW
 
 
 def test_a_trend_beyond_the_paper_is_not_judged():
@@ -289,12 +331,35 @@ def test_a_range_stands_for_the_paper_where_it_says_nothing_else():
 
 def test_a_ratio_is_near_the_papers_within_ten_times():
     first, moved = [1.0, 2.0, 4.0], [1.0, 1.1, 0.9]
-    for factor, verdict in [(100, YES), (15, YES), (700, YES), (5, NO), (2000, NO)]:
+    for factor, verdict in [
+        (100, YES),
+        (15, YES),
+        (700, YES),
+        (11, FEW),
+        (950, FEW),
+        (5, NO),
+        (2000, NO),
+    ]:
         second = [factor * a * b for a, b in zip(first, moved, strict=True)]
         assert near("c", first, second, 100.0).verdict is verdict
     wide = [10.0, 200.0, 40_000.0]
     assert near("c", first, wide, 100.0).verdict is FEW
     assert near("c", [1.0], [100.0], 100.0).verdict is FEW
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_a_ratio_is_judged_by_students_interval_of_its_logarithm(case):
+    rng = np.random.default_rng(case)
+    first = np.exp(rng.normal(size=int(rng.integers(3, 8))))
+    logs = rng.normal(rng.choice([0.0, 1.0, 3.0]), 0.3, len(first))
+    found = near("c", first.tolist(), (first * 10**logs).tolist(), 10.0)
+    interval = stats.t.interval(0.95, len(logs) - 1, loc=logs.mean(), scale=stats.sem(logs))
+    low, high = interval
+    expected = YES if low >= 0 and high <= 2 else NO if high < 0 or low > 2 else FEW
+    assert found.verdict is expected
+    middle, least, most = (f"{10**x:.3g}" for x in (logs.mean(), *interval))
+    assert found.ours == f"{middle}× ({least} to {most})"
+    assert (found.paper, found.n, found.p) == ("10×", len(logs), None)
 
 
 def test_what_has_no_test_holds_or_does_not():

@@ -96,6 +96,7 @@ def test_sd_is_the_sample_standard_deviation():
         (123.4, 5.6, "123.4 ± 5.6"),
         (205.14, 69.52, "205 ± 70"),
         (-3.21, 0.5, "-3.21 ± 0.50"),
+        (5.0, 0.004, "5.000 ± 0.004"),
         (98.5, 0.0, "98.5 ± 0"),
         (98.5, math.nan, "98.5"),
         (math.nan, 1.0, "–"),
@@ -107,7 +108,6 @@ def test_a_mean_has_the_digits_that_its_deviation_allows(mean, sd, text):
     assert mean_sd(mean, sd) == text
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a deviation other than 0 is shown as 0")
 @pytest.mark.parametrize(("mean", "sd"), [(5.0, 0.004), (99.5, 1e-3), (-2.0, 2e-4)])
 def test_a_deviation_that_is_not_nothing_is_not_shown_as_nothing(mean, sd):
     shown = re.fullmatch(r".* ± (.*)", mean_sd(mean, sd)).group(1)

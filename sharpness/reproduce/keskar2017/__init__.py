@@ -1,0 +1,29 @@
+"""Keskar et al. (2017): every table and figure, for small- and large-batch networks.
+
+From each starting point one network is trained with the small and one with the large
+batch. Measures run BatchNorm on batch statistics (the authors' Keras models kept no
+others) unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+from sharpness.reproduce.keskar2017 import (
+    along_training,
+    batch_sizes,
+    between_minima,
+    remedies,
+    tables,
+    warm_starts,
+)
+from sharpness.reproduce.keskar2017.study import STUDIES
+from sharpness.reproduce.paper import Paper
+
+_MODULES = (tables, along_training, between_minima, batch_sizes, warm_starts, remedies)
+
+PAPER = Paper(
+    name="keskar2017",
+    citation="Keskar, Mudigere, Nocedal, Smelyanskiy, Tang (2017), On Large-Batch Training "
+    "for Deep Learning: Generalization Gap and Sharp Minima, arXiv:1609.04836",
+    items=[item for module in _MODULES for item in module.ITEMS],
+    studies=STUDIES,
+)

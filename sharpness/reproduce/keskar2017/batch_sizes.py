@@ -1,0 +1,113 @@
+"""Figure 4: accuracy, phi and lambda_max by batch size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sharpness.claims import (
+    Check,
+    by_both_solvers,
+    trend,
+)
+from sharpness.report.panels import Panel
+from sharpness.reproduce.keskar2017.study import (
+    TEST_ACCURACY,
+    Study,
+)
+from sharpness.reproduce.looks import (
+    accuracy,
+    band,
+    lambda_max,
+    listed,
+    phi,
+    points,
+)
+from sharpness.reproduce.observations import Accuracy
+from sharpness.reproduce.paper import Item
+from sharpness.reproduce.trained import Trained
+from sharpness.reproduce.workshop import Seen
+
+
+def _swept(study: Study) -> list[tuple[int, Trained]]:
+    return [
+        (batch_size, study.network_at(batch_size, seed, study.epochs_swept))
+        for batch_size in study.swept
+        for seed in range(study.num_swept)
+    ]
+
+
+def _figure4_observations(study: Study) -> list[Any]:
+    networks = [network for _, network in _swept(study)]
+    looks: list[Any] = [Accuracy(of=network) for network in networks]
+    return looks + [study.curvature_and_phi(network) for network in networks]
+
+
+def _figure4(study: Study, seen: Seen) -> list[Check]:
+    checks = []
+    for words, look, pick, rising, judged, published in (
+        ("test accuracy falls with batch size", accuracy, TEST_ACCURACY, False, True, ""),
+        (
+            "phi(1e-3) rises with batch size",
+            study.curvature_and_phi,
+            phi(0),
+            True,
+            True,
+            "",
+        ),
+        (
+            "lambda_max with batch size (Yao et al. 2018: rises)",
+            study.curvature_and_phi,
+            lambda_max,
+            True,
+            False,
+            "0.64 (16) → 80 (2048) for C1, not checked",
+        ),
+    ):
+        x, y = points(seen, look, pick, _swept(study))
+        if len(x) >= 3:
+            shown = listed(x, y)
+            check = trend(words, x, y, rising=rising, ours=shown, judged=judged)
+            if look == study.curvature_and_phi and judged:
+                best = points(seen, look, phi(0, "phi"), _swept(study))
+                check = by_both_solvers(check, trend(words, *best, rising=rising))
+            checks.append(replace(check, paper=published))
+    return checks
+
+
+def _figure4_panels(study: Study, seen: Seen) -> list[Panel]:
+    panels = []
+    for label, look, pick, log in (
+        ("test accuracy, %", accuracy, TEST_ACCURACY, False),
+        ("phi(1e-3), %", study.curvature_and_phi, phi(0), True),
+        ("lambda_max", study.curvature_and_phi, lambda_max, True),
+    ):
+        x, y = points(seen, look, pick, _swept(study))
+        if x:
+            panels.append(
+                Panel(
+                    title="",
+                    x_label="batch size",
+                    y_label=label,
+                    curves=[band("", x, y)],
+                    log_x=True,
+                    log_y=log,
+                    ticks=study.swept,
+                )
+            )
+    return panels
+
+
+ITEMS = (
+    Item(
+        name="figure4",
+        title="Figure 4: accuracy and phi by batch size",
+        claim="Beyond a threshold test accuracy falls with the batch size, and phi rises "
+        "up to about there.",
+        observations=_figure4_observations,
+        checks=_figure4,
+        panels=_figure4_panels,
+        applies=lambda study: bool(study.swept),
+        in_quick=False,
+    ),
+)

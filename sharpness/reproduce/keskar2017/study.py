@@ -1,0 +1,255 @@
+"""Small- and large-batch networks of one kind, and the sizes of every preset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from sharpness.lab.training import Budget, Training
+from sharpness.reproduce import paper
+from sharpness.reproduce.looks import (
+    metric,
+)
+from sharpness.reproduce.observations import Measured
+from sharpness.reproduce.trained import Trained
+
+Role = Literal["small", "large"]
+ROLES: tuple[Role, Role] = ("small", "large")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study(paper.Study):
+    """Sizes of a network's comparison.
+
+    Args:
+        small: batch size.
+        large: batch size.
+        epochs_small: epochs at which small-batch networks are looked at; the last is
+            the end.
+        epochs_large: of large-batch ones.
+        num_followed: of the starting points, looked at before the end as well.
+        num_samples: training samples that sharpness is measured on.
+        swept: batch sizes of figure 4.
+        epochs_swept: for each of them.
+        num_swept: starting points of figure 4.
+        epochs_warm: of the large-batch runs of figure 5.
+        num_warm: starting points of figure 5.
+        num_remedied: starting points of tables 6 and 7 and of adversarial training.
+    """
+
+    small: int
+    large: int
+    epochs_small: tuple[float, ...]
+    epochs_large: tuple[float, ...]
+    num_followed: int = 3
+    num_samples: int | None = 1000
+    swept: tuple[int, ...] = ()
+    epochs_swept: float = 0.0
+    num_swept: int = 3
+    epochs_warm: float = 0.0
+    num_warm: int = 3
+    num_remedied: int = 6
+
+    def with_seeds(self, num: int) -> Study:
+        """The same with so many starting points, everywhere."""
+        names = ("num_seeds", "num_followed", "num_swept", "num_warm", "num_remedied")
+        few = {name: min(num, getattr(self, name)) for name in names}
+        return replace(self, **{**few, "num_seeds": num})
+
+    @property
+    def seeds(self) -> range:
+        """Starting points."""
+        return range(self.num_seeds)
+
+    def network_at(
+        self,
+        batch_size: int,
+        seed: int,
+        epochs: float,
+        start: Trained | None = None,
+        until_loss_of: Trained | None = None,
+        **settings: Any,
+    ) -> Trained:
+        """A network of this study: Adam at 1e-3, the same for every batch size."""
+        return Trained(
+            data=self.data,
+            training=Training(
+                network=self.network, batch_size=batch_size, seed=seed, **settings
+            ),
+            budget=Budget(epochs=epochs),
+            start=start,
+            until_loss_of=until_loss_of,
+        )
+
+    def epochs(self, role: Role) -> tuple[float, ...]:
+        """When networks of a role are looked at."""
+        return self.epochs_small if role == "small" else self.epochs_large
+
+    def at(
+        self, role: Role, seed: int, epochs: float | None = None, **more: Any
+    ) -> Trained:
+        """A network of a role, at its end unless told otherwise."""
+        batch_size = self.small if role == "small" else self.large
+        return self.network_at(batch_size, seed, epochs or self.epochs(role)[-1], **more)
+
+    def followed(self, role: Role) -> list[list[Trained]]:
+        """For each followed starting point its networks along training."""
+        return [
+            [self.at(role, seed, epochs) for epochs in self.epochs(role)]
+            for seed in range(self.num_followed)
+        ]
+
+    def sharpness(self, of: Trained) -> Measured:
+        """What the tables need, by the authors' way to run BatchNorm."""
+        names = ("lambda_max", "phi", "phi_normal", "phi_unit", "adaptive")
+        return Measured(of=of, measures=names, num_samples=self.num_samples)
+
+    def phi(self, of: Trained) -> Measured:
+        """Phi alone."""
+        return Measured(of=of, measures=("phi",), num_samples=self.num_samples)
+
+    def curvature_and_phi(self, of: Trained, **more: Any) -> Measured:
+        """lambda_max and phi."""
+        names = ("lambda_max", "phi")
+        return Measured(of=of, measures=names, num_samples=self.num_samples, **more)
+
+
+def ends(study: Study) -> list[tuple[Trained, Trained]]:
+    """Small- and large-batch networks, by starting point."""
+    return [(study.at("small", seed), study.at("large", seed)) for seed in study.seeds]
+
+
+def both(study: Study) -> list[Trained]:
+    """The same in one list."""
+    return [network for pair in ends(study) for network in pair]
+
+
+TEST_ACCURACY = metric("test_accuracy_batch", 100)  # percent
+
+
+_TWO_CORES = "for two cores"
+STUDIES = (
+    Study(
+        name="F1-mnist",
+        preset="quick",
+        network="F1",
+        data="mnist5k",
+        reduced="4000 of MNIST's 60 000 training images, 3 starting points for the paper's "
+        "5, so that it takes minutes",
+        small=32,
+        large=400,
+        epochs_small=(1, 4, 20),
+        epochs_large=(4, 12, 40),
+        num_seeds=3,
+        num_followed=1,
+        swept=(32, 400, 2000),
+        epochs_swept=20,
+        num_swept=2,
+        epochs_warm=20,
+        num_warm=1,
+        num_remedied=3,
+    ),
+    Study(
+        name="MLP-digits",
+        preset="quick",
+        network="MLP?width=16&out_features=10",
+        data="digits",
+        reduced="a tanh network of 1482 parameters: what it says of the paper is little, "
+        "but anyone can rerun it in seconds",
+        stand_in="digits of 8 x 8 pixels for MNIST, and a network without BatchNorm",
+        small=16,
+        large=143,
+        epochs_small=(2, 8, 30),
+        epochs_large=(30, 90, 300),
+        num_followed=2,
+    ),
+    Study(
+        name="F1-mnist",
+        preset="reduced",
+        network="F1",
+        data="mnist[5000]",
+        reduced=f"5000 of MNIST's 60 000 training images, {_TWO_CORES}; large batch 10 % "
+        "as in the paper, small batch 32",
+        small=32,
+        large=500,
+        epochs_small=(1, 2, 4, 8, 14, 20),
+        epochs_large=(2, 5, 10, 20, 40, 60),
+        swept=(32, 100, 250, 500, 1000, 2500),
+        epochs_swept=40,
+        epochs_warm=40,
+    ),
+    Study(
+        name="F1-fashion-mnist",
+        preset="reduced",
+        network="F1",
+        data="fashion-mnist[5000]",
+        reduced=f"5000 of 60 000 training images, {_TWO_CORES}",
+        stand_in="Fashion-MNIST for MNIST, to see whether it carries over",
+        small=32,
+        large=500,
+        epochs_small=(1, 2, 4, 8, 14, 20),
+        epochs_large=(2, 5, 10, 20, 40, 60),
+        swept=(32, 100, 250, 500, 1000, 2500),
+        epochs_swept=40,
+        num_swept=2,
+        epochs_warm=40,
+        num_warm=2,
+    ),
+    Study(
+        name="C1-cifar10",
+        preset="reduced",
+        network="C1",
+        data="cifar10[2000,test=2000]",
+        reduced=f"2000 of CIFAR-10's 50 000 training and of its test images, {_TWO_CORES}; "
+        "large batch 10 % as in the paper, small batch 16; sharpness on 100 samples",
+        small=16,
+        large=200,
+        epochs_small=(1, 2, 4, 8, 11, 15),
+        epochs_large=(2, 5, 10, 20, 30),
+        num_followed=3,
+        num_samples=100,
+        swept=(16, 64, 200, 1000),
+        epochs_swept=20,
+        num_swept=2,
+        epochs_warm=15,
+        num_warm=1,
+    ),
+    Study(
+        name="F2-spoken-digits",
+        preset="reduced",
+        network="F2",
+        data="spoken-digits[12000,test=4800]",
+        reduced=f"12 000 of 116 967 frames, {_TWO_CORES}",
+        stand_in="spoken digits for TIMIT, which is licensed",
+        small=64,
+        large=1200,
+        epochs_small=(2, 8),
+        epochs_large=(5, 25),
+    ),
+    *(
+        Study(
+            name=f"{network}-{data}",
+            preset="full",
+            network=network,
+            data=data,
+            stand_in=stand_in,
+            small=256,
+            large=large,
+            epochs_small=(1, 2, 5, 10, 20, 50, 100),
+            epochs_large=(1, 2, 5, 10, 20, 50, 100),
+            num_seeds=6,
+            num_samples=samples,
+            swept=(64, 256, 512, 1024, 2048, 5000),
+            epochs_swept=100,
+            epochs_warm=100,
+        )
+        for network, data, large, samples, stand_in in (
+            ("F1", "mnist", 6000, None, None),
+            ("C1", "cifar10", 5000, None, None),
+            ("C2", "cifar10", 5000, 5000, None),
+            ("C3", "cifar100", 5000, None, None),
+            ("C4", "cifar100", 5000, 5000, None),
+            ("F2", "spoken-digits", 11696, None, "spoken digits for TIMIT, licensed"),
+        )
+    ),
+)

@@ -1,0 +1,220 @@
+"""Tables 2, 3 and 4, the distance from the start, and what other measures say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from sharpness.claims import (
+    Check,
+    by_both_solvers,
+    near,
+    paired,
+    within,
+)
+from sharpness.reproduce.keskar2017.study import (
+    Study,
+    both,
+    ends,
+)
+from sharpness.reproduce.looks import (
+    Look,
+    Pick,
+    accuracy,
+    adaptive_rise,
+    lambda_max,
+    metric,
+    pairs,
+    phi,
+)
+from sharpness.reproduce.observations import EPSILONS, Accuracy
+from sharpness.reproduce.paper import Item, paper_numbers
+from sharpness.reproduce.trained import Trained
+from sharpness.reproduce.workshop import Seen
+from sharpness.results import short
+
+
+def phi_checks(
+    study: Study,
+    seen: Seen,
+    look: Look,
+    networks: Sequence[tuple[Trained, Trained]],
+    *,
+    of: str = "phi",
+    space: str = "full space",
+    published: dict[str, Any] | None = None,
+    judged: bool = True,
+) -> Iterator[Check]:
+    """For both epsilons: the order, by the protocol and by the best found, and the size.
+
+    In subspaces the protocol's solver ran alone.
+    """
+    for i, epsilon in enumerate(EPSILONS):
+        name = f"phi({short(epsilon)}), {space}, %"
+        protocol, best = (
+            pairs(seen, look, phi(i, which, of), networks)
+            for which in ("phi_protocol", "phi")
+        )
+        if not protocol[0]:
+            continue
+        theirs = (published or {}).get(f"{epsilon:g}")
+        check = paired(f"{name}: larger", *protocol, paper=theirs, judged=judged)
+        found = paired(f"{name}, best found", *best)
+        yield by_both_solvers(check, found) if of == "phi" else check
+        if of == "phi":
+            yield replace(found, verdict=None)
+        if theirs is not None and min(*protocol[0], *protocol[1]) > 0:
+            ratio = theirs[1][0] / theirs[0][0]
+            yield near(f"{name}: ratio within 10 times the paper's", *protocol, ratio)
+
+
+def _table2(study: Study, seen: Seen) -> list[Check]:
+    published = paper_numbers("keskar2017")["table2"].get(study.network, {})
+    checks = []
+    test, train = (
+        pairs(seen, accuracy, metric(f"{split}_accuracy_batch", 100), ends(study))
+        for split in ("test", "train")
+    )
+    if test[0]:
+        words = "test accuracy, %: smaller"
+        theirs = published.get("test")
+        checks.append(paired(words, *test, larger=False, ratio=False, paper=theirs))
+        words = "train accuracy, %"
+        theirs = published.get("train")
+        shown = paired(words, *train, ratio=False, paper=theirs, judged=False)
+        less = [small - large for small, large in zip(*train, strict=True)]
+        words = "train accuracy, %: at most a point smaller"
+        verdict = within(words, less, -100, 1).verdict
+        checks.append(replace(shown, claim=words, p=None, flip_p=None, verdict=verdict))
+        losses = pairs(seen, accuracy, metric("train_loss_batch"), ends(study))
+        checks.append(paired("training loss", *losses, judged=False))
+    return checks
+
+
+def _looks_at_ends(study: Study) -> list[Any]:
+    return [study.sharpness(network) for network in both(study)]
+
+
+def _table3(study: Study, seen: Seen) -> list[Check]:
+    published = paper_numbers("keskar2017")["table3"].get(study.network)
+    return list(phi_checks(study, seen, study.sharpness, ends(study), published=published))
+
+
+def _table4(study: Study, seen: Seen) -> list[Check]:
+    published = paper_numbers("keskar2017")["table4"].get(study.network)
+    return [
+        check
+        for columns, numbers in (("normal", published), ("unit", None))
+        for check in phi_checks(
+            study,
+            seen,
+            study.sharpness,
+            ends(study),
+            of=f"phi_{columns}",
+            space=f"100 random columns, {columns}",
+            published=numbers,
+            judged=columns == "normal",
+        )
+    ]
+
+
+def _running(study: Study) -> Look:
+    return partial(study.curvature_and_phi, batchnorm="running")
+
+
+def _matched(study: Study) -> list[tuple[Trained, Trained]]:
+    """The large batch stopped at its small-batch twin's training loss."""
+    return [
+        (small, study.at("large", seed, until_loss_of=small))
+        for seed in study.seeds
+        for small in [study.at("small", seed)]
+    ]
+
+
+def _beyond_observations(study: Study) -> list[Any]:
+    looks: list[Any] = _looks_at_ends(study)
+    looks += [_running(study)(network) for network in both(study)]
+    return looks + [study.curvature_and_phi(large) for _, large in _matched(study)]
+
+
+def _beyond(study: Study, seen: Seen) -> list[Check]:
+    """The same question to other measures; no claim of the paper is judged."""
+
+    def asked(words: str, first: Look, second: Look, pick: Pick, networks: Any) -> None:
+        found = [(seen.get(first(a)), seen.get(second(b))) for a, b in networks]
+        known = [(pick(a), pick(b)) for a, b in found if a and b]
+        if known:
+            values = [a for a, _ in known], [b for _, b in known]
+            checks.append(paired(words, *values, judged=False))
+
+    checks: list[Check] = []
+    here, running = study.sharpness, _running(study)
+    asked("lambda_max", here, here, lambda_max, ends(study))
+    asked("worst rise in the adaptive l2 ball 0.5", here, here, adaptive_rise, ends(study))
+    matched = _matched(study)
+    words = "large batch stopped at the small one's loss: "
+    stopped = study.curvature_and_phi
+    asked(f"{words}phi(1e-3), %", here, stopped, phi(0), matched)
+    asked(f"{words}lambda_max", here, stopped, lambda_max, matched)
+    words = "BatchNorm on running statistics: "
+    asked(f"{words}phi(1e-3), %", running, running, phi(0), ends(study))
+    asked(f"{words}lambda_max", running, running, lambda_max, ends(study))
+    return checks
+
+
+def _distances(study: Study, seen: Seen) -> list[float]:
+    values = pairs(
+        seen, study.sharpness, lambda facts: facts["distance_from_start"], ends(study)
+    )
+    return [small / large for small, large in zip(*values, strict=True)]
+
+
+def _distance(study: Study, seen: Seen) -> list[Check]:
+    ratios = _distances(study, seen)
+    if not ratios:
+        return []
+    words = "distance from the start, small over large batch"
+    return [within(words, ratios, 3, 10)]
+
+
+ITEMS = (
+    Item(
+        name="table2",
+        title="Table 2: accuracy",
+        claim="Large-batch networks fit the training set as well and generalise worse.",
+        observations=lambda study: [Accuracy(of=network) for network in both(study)],
+        checks=_table2,
+    ),
+    Item(
+        name="table3",
+        title="Table 3: phi in the full space",
+        claim="Large-batch minima are sharper, by one to two orders of magnitude.",
+        observations=_looks_at_ends,
+        checks=_table3,
+    ),
+    Item(
+        name="table4",
+        title="Table 4: phi in a random subspace",
+        claim="The same holds in 100 random directions. The paper does not say how they "
+        "are drawn; entries from N(0, 1) stand beside its numbers, columns of unit length "
+        "below.",
+        observations=_looks_at_ends,
+        checks=_table4,
+    ),
+    Item(
+        name="beyond",
+        title="Beyond the paper: other measures, other BatchNorm, equal loss",
+        claim="Not in the paper: whether other measures give the same order.",
+        observations=_beyond_observations,
+        checks=_beyond,
+    ),
+    Item(
+        name="distance",
+        title="Section 3: distance from the starting point",
+        claim="Small-batch minima lie 3 to 10 times as far from the starting point.",
+        observations=_looks_at_ends,
+        checks=_distance,
+    ),
+)

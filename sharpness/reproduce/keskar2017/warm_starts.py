@@ -1,0 +1,107 @@
+"""Figure 5: large batches after an epoch or more of small ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sharpness.claims import (
+    Check,
+    by_both_solvers,
+    trend,
+)
+from sharpness.report.panels import Panel
+from sharpness.reproduce.keskar2017.study import (
+    TEST_ACCURACY,
+    Study,
+)
+from sharpness.reproduce.looks import (
+    accuracy,
+    band,
+    listed,
+    phi,
+    points,
+)
+from sharpness.reproduce.observations import Accuracy
+from sharpness.reproduce.paper import Item
+from sharpness.reproduce.trained import Trained
+from sharpness.reproduce.workshop import Seen
+
+
+def _warm(study: Study) -> list[tuple[float, Trained]]:
+    """(epochs of small batch before, large-batch network); 0 is a cold start."""
+    found = []
+    for seed in range(study.num_warm):
+        found.append((0.0, study.at("large", seed, study.epochs_warm)))
+        for epochs in study.epochs_small:
+            start = study.at("small", seed, epochs)
+            found.append((epochs, study.at("large", seed, study.epochs_warm, start=start)))
+    return found
+
+
+def _figure5_observations(study: Study) -> list[Any]:
+    networks = [network for _, network in _warm(study)]
+    looks: list[Any] = [Accuracy(of=network) for network in networks]
+    looks += [study.phi(network) for network in networks]
+    small = [n for run in study.followed("small")[: study.num_warm] for n in run]
+    return looks + [Accuracy(of=network) for network in small]
+
+
+def _figure5(study: Study, seen: Seen) -> list[Check]:
+    checks = []
+    for words, look, pick, rising in (
+        ("test accuracy rises with the epochs before", accuracy, TEST_ACCURACY, True),
+        ("phi(1e-3) falls with the epochs before", study.phi, phi(0), False),
+    ):
+        x, y = points(seen, look, pick, _warm(study))
+        if len(x) >= 3:
+            check = trend(words, x, y, rising=rising, ours=listed(x, y))
+            if look == study.phi:
+                best = points(seen, look, phi(0, "phi"), _warm(study))
+                check = by_both_solvers(check, trend(words, *best, rising=rising))
+            checks.append(check)
+    return checks
+
+
+def _figure5_panels(study: Study, seen: Seen) -> list[Panel]:
+    small = [
+        (network.budget.epochs or 0.0, network)
+        for run in study.followed("small")[: study.num_warm]
+        for network in run
+    ]
+    panels = []
+    for label, look, pick, log in (
+        ("test accuracy, %", accuracy, TEST_ACCURACY, False),
+        ("phi(1e-3), %", study.phi, phi(0), True),
+    ):
+        curves = []
+        warm = points(seen, look, pick, _warm(study))
+        if warm[0]:
+            curves.append(band("large batch, warm start", *warm, colour=1))
+        before = points(seen, look, pick, small)
+        if before[0]:
+            curves.append(band("small batch, before", *before, colour=0))
+        panels.append(
+            Panel(
+                title="",
+                x_label="epochs of small-batch training before",
+                y_label=label,
+                curves=curves,
+                log_y=log,
+            )
+        )
+    return panels
+
+
+ITEMS = (
+    Item(
+        name="figure5",
+        title="Figure 5: large batch after a warm start with small batches",
+        claim="After enough epochs of small batches the large batch reaches as good and as "
+        "flat minima.",
+        observations=_figure5_observations,
+        checks=_figure5,
+        panels=_figure5_panels,
+        applies=lambda study: study.epochs_warm > 0,
+        in_quick=False,
+    ),
+)
