@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sharpness.claims import (
-    Check,
-    by_both_solvers,
-    not_shown,
-    trend,
-    within,
-)
+from sharpness.claims import Check, by_both_solvers, not_shown, trend, within
 from sharpness.report.panels import Curve, Panel
-from sharpness.reproduce.keskar2017.study import (
-    ROLES,
-    Role,
-    Study,
-)
-from sharpness.reproduce.looks import (
-    band,
-    phi,
-)
+from sharpness.reproduce.keskar2017.study import ROLES, Role, Study
+from sharpness.reproduce.looks import band, phi
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
 from sharpness.reproduce.trained import Trained

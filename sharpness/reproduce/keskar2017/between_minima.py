@@ -5,18 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from sharpness.claims import (
-    Check,
-    paired,
-)
+from sharpness.claims import Check, paired
 from sharpness.report.panels import Curve, Panel
-from sharpness.reproduce.keskar2017.study import (
-    Study,
-    ends,
-)
-from sharpness.reproduce.looks import (
-    Facts,
-)
+from sharpness.reproduce.keskar2017.study import Study, ends
+from sharpness.reproduce.looks import Facts
 from sharpness.reproduce.observations import Joining
 from sharpness.reproduce.paper import Item, paper_numbers
 from sharpness.reproduce.workshop import Seen

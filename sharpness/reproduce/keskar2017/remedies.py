@@ -7,24 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sharpness.claims import (
-    Check,
-    by_both_solvers,
-    paired,
-    within,
-)
-from sharpness.reproduce.keskar2017.study import (
-    ROLES,
-    TEST_ACCURACY,
-    Role,
-    Study,
-    ends,
-)
-from sharpness.reproduce.looks import (
-    accuracy,
-    pairs,
-    phi,
-)
+from sharpness.claims import Check, by_both_solvers, paired, within
+from sharpness.reproduce.keskar2017.study import ROLES, TEST_ACCURACY, Role, Study, ends
+from sharpness.reproduce.looks import accuracy, pairs, phi
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item, paper_numbers
 from sharpness.reproduce.trained import Trained

@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 from sharpness.lab.training import Budget, Training
 from sharpness.reproduce import paper
-from sharpness.reproduce.looks import (
-    metric,
-)
+from sharpness.reproduce.looks import metric
 from sharpness.reproduce.observations import Measured
 from sharpness.reproduce.trained import Trained
 

@@ -7,18 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sharpness.claims import (
-    Check,
-    by_both_solvers,
-    near,
-    paired,
-    within,
-)
-from sharpness.reproduce.keskar2017.study import (
-    Study,
-    both,
-    ends,
-)
+from sharpness.claims import Check, by_both_solvers, near, paired, within
+from sharpness.reproduce.keskar2017.study import Study, both, ends
 from sharpness.reproduce.looks import (
     Look,
     Pick,

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sharpness.claims import (
-    Check,
-    by_both_solvers,
-    trend,
-)
+from sharpness.claims import Check, by_both_solvers, trend
 from sharpness.report.panels import Panel
-from sharpness.reproduce.keskar2017.study import (
-    TEST_ACCURACY,
-    Study,
-)
-from sharpness.reproduce.looks import (
-    accuracy,
-    band,
-    listed,
-    phi,
-    points,
-)
+from sharpness.reproduce.keskar2017.study import TEST_ACCURACY, Study
+from sharpness.reproduce.looks import accuracy, band, listed, phi, points
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
 from sharpness.reproduce.trained import Trained
