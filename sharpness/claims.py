@@ -18,6 +18,7 @@ class Verdict(StrEnum):
     """What our numbers say of a paper's claim."""
 
     REPRODUCED = "reproduced"
+    IN_PART = "reproduced in part"
     NOT_REPRODUCED = "not reproduced"
     INCONCLUSIVE_SOLVER = "inconclusive (solver)"
     INCONCLUSIVE_FEW = "inconclusive (n too small)"
@@ -63,18 +64,15 @@ class Finding:
 
     @property
     def outcome(self) -> Verdict:
-        """What the checks say together, whatever the data."""
+        """What the checks say together, whatever the data: all hold, some, or none."""
         found = [check.verdict for check in self.checks if check.verdict is not None]
         if not found:
             return Verdict.NO_CLAIM if self.checks else Verdict.NOT_RUN
-        for verdict in (
-            Verdict.NOT_REPRODUCED,
-            Verdict.INCONCLUSIVE_SOLVER,
-            Verdict.INCONCLUSIVE_FEW,
-        ):
-            if verdict in found:
-                return verdict
-        return Verdict.REPRODUCED
+        if Verdict.REPRODUCED in found:
+            every = all(verdict is Verdict.REPRODUCED for verdict in found)
+            return Verdict.REPRODUCED if every else Verdict.IN_PART
+        order = list(Verdict)
+        return min(found, key=order.index)
 
     @property
     def verdict(self) -> Verdict:

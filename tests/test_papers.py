@@ -3,15 +3,16 @@
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
 import torch
 
-from sharpness.claims import Verdict, by_test, paired, trend, within
+from sharpness.claims import Verdict
 from sharpness.lab import data, networks
 from sharpness.report.panels import draw
-from sharpness.reproduce import plain
+from sharpness.reproduce import plain, workshop
 from sharpness.reproduce.observations import Followed, Joining
 from sharpness.reproduce.paper import PRESETS, finding, paper_numbers
 from sharpness.reproduce.papers import PAPERS
@@ -23,6 +24,15 @@ FEW, SOLVER = Verdict.INCONCLUSIVE_FEW, Verdict.INCONCLUSIVE_SOLVER
 
 def defect(reason):
     return pytest.mark.xfail(strict=True, reason=f"defect: {reason}")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _digests_once():
+    known = cache(plain.digest)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plain, workshop):
+            patch.setattr(module, "digest", known)
+        yield
 
 
 # -- worlds: what would have been found if a paper's claims were true (or false) ---------
@@ -59,7 +69,7 @@ def keskar(study, look, true, best=None):
         test = 90 + 0.1 * e + sign * (gain - 2 * size - 3 / epochs + 0.1 * before)
         metrics = {
             "test_accuracy_batch": test / 100,
-            "train_accuracy_batch": 0.998 + 0.001 * e,
+            "train_accuracy_batch": 0.998 + 0.001 * e - (0 if true else 0.05 * size),
             "train_loss_batch": (1 + 0.1 * e) / epochs,
         }
         return {"metrics": metrics}
@@ -234,45 +244,44 @@ def num_train_of(name):
     return subset.num_train or NUM_TRAIN[whole]
 
 
+@cache
 def plans(paper, study):
-    for item in PAPERS[paper].items:
-        if item.applies(study):
-            yield item, list(item.observations(study))
+    items = [item for item in PAPERS[paper].items if item.applies(study)]
+    return [(item, list(item.observations(study))) for item in items]
+
+
+def every_look(paper, study):
+    return list(dict.fromkeys(look for _, looks in plans(paper, study) for look in looks))
+
+
+def parts_of(look):
+    return [look] if isinstance(look, Followed) else look.needs
 
 
 @pytest.mark.parametrize(("paper", "study"), STUDIES)
 def test_every_observation_is_hashable_and_survives_a_record(paper, study):
-    for _, looks in plans(paper, study):
-        unique = list(dict.fromkeys(looks))
-        assert len({plain.digest(look) for look in unique}) == len(unique)
-        for look in unique:
-            assert plain.restored(plain.described(look)) == look
-            line = json.dumps(plain.described(look))
-            again = plain.restored(json.loads(line))
-            assert again == look
-            assert hash(again) == hash(look)
-            assert plain.digest(again) == plain.digest(look)
+    looks = every_look(paper, study)
+    assert len({plain.digest(look) for look in looks}) == len(looks)
+    for look in looks[:: 1 + len(looks) // 100]:
+        line = json.dumps(plain.described(look))
+        again = plain.restored(json.loads(line))
+        assert again == look
+        assert hash(again) == hash(look)
+        assert json.dumps(plain.described(again)) == line
 
 
 @pytest.mark.parametrize(("paper", "study"), STUDIES)
-def test_every_observation_belongs_to_its_study_and_starting_points(paper, study):
+def test_every_observation_belongs_to_its_study_and_fits_its_training_set(paper, study):
     for item, looks in plans(paper, study):
         assert looks or (paper, item.name) == UNSEEN
-        for look in looks:
-            parts = [look] if isinstance(look, Followed) else look.needs
-            assert {part.data for part in parts} == {study.data}
-            assert {part.training.seed for part in parts} <= set(range(study.num_seeds))
-
-
-@pytest.mark.parametrize(("paper", "study"), STUDIES)
-def test_every_batch_fits_into_the_training_set(paper, study):
-    num_train = num_train_of(study.data)
-    for _, looks in plans(paper, study):
-        for look in looks:
-            assert (getattr(look, "num_samples", None) or 1) <= num_train
-            parts = [look] if isinstance(look, Followed) else look.needs
-            for part in parts:
-                assert part.budget.num_updates(part.training.course(num_train)) >= 1
+    num_train, parts = num_train_of(study.data), set()
+    for look in every_look(paper, study):
+        assert (getattr(look, "num_samples", None) or 1) <= num_train
+        parts |= {(p.data, p.training, p.budget) for p in parts_of(look)}
+    assert {name for name, *_ in parts} <= {study.data}
+    assert {training.seed for _, training, _ in parts} <= set(range(study.num_seeds))
+    for _, training, budget in parts:
+        assert budget.num_updates(training.course(num_train)) >= 1
 
 
 @pytest.mark.parametrize(("paper", "study"), STUDIES)
@@ -304,12 +313,10 @@ def test_every_paper_has_a_study_for_every_preset_and_items_of_their_own_names()
 def test_fewer_starting_points_mean_fewer_observations_and_no_others(paper, study):
     few = study.with_seeds(2)
     assert few.num_seeds == 2
-    for item, looks in plans(paper, study):
-        if study.num_seeds >= 2:
-            assert set(item.observations(few)) <= set(looks)
+    if study.num_seeds >= 2:
+        assert set(every_look(paper, few)) <= set(every_look(paper, study))
 
 
-@defect("mishkin2016's AlexNet-digits trains ResNet-8")
 def test_every_study_is_named_after_its_network():
     for paper in PAPERS.values():
         for study in paper.studies:
@@ -347,17 +354,18 @@ def test_the_updates_of_smith2018_are_counted_not_trained():
         "increased-momentum": 2_305,
     }
     assert set(verdicts(found).values()) == {REPRODUCED}
+    study = replace(study_of("smith2018"), stand_in="digits for CIFAR-10")
+    found = found_in("smith2018", "updates", study=study)
+    assert (found.verdict, found.stand_in) == (REPRODUCED, None)
 
 
 PAIRED = [
     *product(
         ["keskar2017"],
-        ["table2", "table3", "table4", "distance", "figure3", "figure7"],
+        ["table2", "table3", "table4", "distance", "figure2", "figure3", "figure7"],
     ),
-    *product(["keskar2017"], ["table6", "table7"]),
+    *product(["keskar2017"], ["table6", "table7", "adversarial"]),
     ("mishkin2016", "figure8"),
-    ("cohen2021", "gradient-descent"),
-    ("cohen2021", "adam"),
 ]
 
 
@@ -369,13 +377,22 @@ def test_a_single_pair_decides_nothing(paper, name, true):
     assert found.verdict is FEW
 
 
-@defect("adversarial training is judged 'no larger' from a single pair")
-def test_a_single_pair_does_not_show_that_adversarial_training_is_no_help():
-    found = found_in("keskar2017", "adversarial", keep=lambda x: network_of(x).seed == 0)
-    assert set(verdicts(found).values()) == {FEW}
+@pytest.mark.parametrize("name", ["table3", "table6", "table7", "figure3", "figure7"])
+@pytest.mark.parametrize("true", [True, False])
+def test_two_pairs_decide_no_order(name, true):
+    found = found_in("keskar2017", name, true, keep=lambda look: network_of(look).seed < 2)
+    orders = [v for claim, v in verdicts(found).items() if "ratio within" not in claim]
+    assert set(orders) == {FEW}, found.checks
 
 
-@defect("no gain shown by two pairs that both gain counts as 'no larger'")
+@pytest.mark.parametrize("name", ["gradient-descent", "adam"])
+def test_one_descent_does_not_show_that_curvature_stays_at_its_threshold(name):
+    found = found_in("cohen2021", name, keep=lambda look: network_of(look).seed == 0)
+    for claim, verdict in verdicts(found).items():
+        assert verdict is (FEW if "median" in claim else REPRODUCED)
+    assert found.verdict is FEW
+
+
 def test_two_pairs_that_gain_do_not_show_that_adversarial_training_is_no_help():
     study = study_of("keskar2017").with_seeds(2)
     item = PAPERS["keskar2017"].item("adversarial")
@@ -392,18 +409,51 @@ def test_two_pairs_that_gain_do_not_show_that_adversarial_training_is_no_help():
 
 
 @pytest.mark.parametrize("true", [True, False])
-@pytest.mark.parametrize("name", ["table3", "table4"])
-def test_phi_that_depends_on_the_solver_decides_nothing(name, true):
-    found = found_in("keskar2017", name, true, best=not true)
-    assert set(verdicts(found).values()) == {SOLVER}
-    assert found.verdict is SOLVER
+def test_an_order_that_depends_on_the_solver_decides_nothing(true):
+    found = found_in("keskar2017", "table3", true, best=not true)
+    order = [v for claim, v in verdicts(found).items() if claim.endswith("larger")]
+    size = [v for claim, v in verdicts(found).items() if "ratio within" in claim]
+    assert order == [SOLVER] * 2
+    assert size == [REPRODUCED if true else NOT_REPRODUCED] * 2  # of the protocol's phi
+    assert found.verdict is (SOLVER if true else NOT_REPRODUCED)
     beyond = [check for check in found.checks if check.verdict is None]
-    assert len(beyond) == len(judged(found))
+    assert len(beyond) == 2
     assert all("best found" in check.claim for check in beyond)
 
 
+def test_subspaces_are_judged_by_the_papers_columns_and_its_solver():
+    found = found_in("keskar2017", "table4", best=False)
+    told = [(check.claim, check.verdict) for check in found.checks]
+    assert [claim for claim, verdict in told if verdict is None] == [
+        "phi(1e-3), 100 random columns, unit, %: larger",
+        "phi(5e-4), 100 random columns, unit, %: larger",
+    ]
+    assert {verdict for claim, verdict in told if "normal" in claim} == {REPRODUCED}
+    assert len(told) == 6
+    assert not any("best found" in claim for claim, _ in told)
+
+
+@pytest.mark.parametrize("factor", [0.02, 1.0, 50.0])
+def test_the_size_of_a_ratio_is_another_claim_than_the_order(factor):
+    study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("table3")
+    records = []
+    for look in item.observations(study):
+        facts, e = keskar(study, look, True), noise(look)
+        if network_of(look).batch_size == study.large:  # small batch: 1, in the paper 167
+            for i, k in enumerate((1, 70 / 167)):
+                value = max(167 * k * factor, 2) * (1 + 0.01 * e)
+                facts["phi"][i] = {"phi_protocol": value, "phi": value}
+        else:
+            facts["phi"] = [{"phi_protocol": 1 + 0.01 * e, "phi": 1 + 0.01 * e}] * 2
+        records.append(record(look, facts))
+    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    order = [v for claim, v in verdicts(found).items() if claim.endswith("larger")]
+    size = [v for claim, v in verdicts(found).items() if "ratio within" in claim]
+    assert order == [REPRODUCED] * 2
+    assert size == [REPRODUCED if factor == 1 else NOT_REPRODUCED] * 2
+
+
 @pytest.mark.parametrize("name", ["figure4", "figure5", "figure6", "table6", "table7"])
-@defect("phi of the protocol alone decides; --help says that the best found must agree")
 def test_every_verdict_on_phi_holds_for_the_best_phi_too(name):
     found = found_in("keskar2017", name, best=False)
     assert found.verdict is SOLVER
@@ -432,19 +482,17 @@ def test_nothing_observed_is_not_run(paper, name):
         assert found.notes[-1] == f"0 of {num} observations made so far."
 
 
-@defect("an item without a claim of the paper is 'not run' after it was run")
 def test_what_no_claim_is_judged_of_was_run_all_the_same():
     found = found_in(*UNJUDGED)
     assert len(found.checks) == 6
     assert found.verdict is not Verdict.NOT_RUN
 
 
-@pytest.mark.parametrize("one_of", [2, 3, 7])
 @pytest.mark.parametrize(("paper", "name"), OBSERVED)
-def test_with_some_missing_the_finding_says_how_many(paper, name, one_of):
+def test_with_some_missing_the_finding_says_how_many(paper, name):
     item, study = PAPERS[paper].item(name), study_of(paper)
     looks = list(dict.fromkeys(item.observations(study)))
-    missing = set(looks[::one_of])
+    missing = set(looks[::3])
     found = found_in(paper, name, keep=lambda look: look not in missing)
     there = len(looks) - len(missing)
     assert found.notes[-1] == f"{there} of {len(looks)} observations made so far."
@@ -463,10 +511,9 @@ def diverged_in(paper, name, one_of, study=None):
     return finding(PAPERS[paper], item, study, Seen(records)), Seen(records), lost
 
 
-@pytest.mark.parametrize("one_of", [2, 3, 7])
 @pytest.mark.parametrize(("paper", "name"), OBSERVED)
-def test_diverged_runs_are_neither_missing_nor_numbers(paper, name, one_of):
-    found, seen, lost = diverged_in(paper, name, one_of)
+def test_diverged_runs_are_neither_missing_nor_numbers(paper, name):
+    found, seen, lost = diverged_in(paper, name, 3)
     assert all(look in seen for look in lost)
     assert all(seen.diverged(look) and seen.get(look) is None for look in lost)
     assert not any("made so far" in note for note in found.notes)
@@ -481,10 +528,9 @@ def test_if_every_run_diverged_nothing_is_reproduced(paper, name):
     assert judged(found) == []
 
 
-@defect("pairs of which one diverged are dropped without a word")
 def test_a_finding_says_how_many_runs_diverged():
-    found, _, _ = diverged_in("keskar2017", "table2", 3)
-    assert any("diverged" in note for note in found.notes)
+    found, _, lost = diverged_in("keskar2017", "table2", 3)
+    assert found.notes == [f"{len(lost)} of 12 observations: training diverged."]
 
 
 def test_pairs_of_which_one_diverged_are_not_counted():
@@ -520,13 +566,11 @@ def test_a_run_that_diverged_counts_as_0_percent_for_masters2018():
     assert found.checks[0].ours.startswith("best at 64: 0 (4), 0 (16)")
 
 
-@defect("the first of equal batch sizes is the best, so that 0 % everywhere is a proof")
 def test_if_every_run_of_the_grid_diverged_no_batch_size_is_best():
     found, _, _ = diverged_in("masters2018", "grid", 1)
     assert REPRODUCED not in verdicts(found).values()
 
 
-@defect("with several starting points the last one alone decides")
 def test_the_best_batchnorm_batch_is_that_of_the_mean():
     study = study_of("masters2018", seeds=3)
     item = PAPERS["masters2018"].item("bn-batch")
@@ -541,7 +585,6 @@ def test_the_best_batchnorm_batch_is_that_of_the_mean():
     assert set(verdicts(found).values()) == {REPRODUCED}
 
 
-@defect("a predicate on the best of one is always true")
 def test_one_batchnorm_batch_is_not_the_best_of_several():
     def only_four(look):
         return network_of(look).ghost_batch_size == 4
@@ -550,22 +593,48 @@ def test_one_batchnorm_batch_is_not_the_best_of_several():
     assert REPRODUCED not in verdicts(found).values()
 
 
-@defect("for an SGD batch of 16 every BatchNorm batch of the full preset is 16 or less")
-def test_every_question_about_batchnorm_batches_has_two_answers():
-    for study in PAPERS["masters2018"].studies:
-        for size in study.batch_sizes_ghost:
-            tried = [ghost for ghost in study.ghosts if ghost <= size]
-            assert min(tried) <= 16 < max(tried)
+def test_a_question_that_every_batchnorm_batch_answers_is_not_asked():
+    study = study_of("masters2018", "AlexNet-cifar10", "full")
+    assert study.batch_sizes_ghost == (16, 64, 256)  # of 16 all are 16 or less
+    found = found_in("masters2018", "bn-batch", study=study)
+    asked = [check.claim.partition(":")[0] for check in found.checks]
+    assert asked == ["SGD batch 64", "SGD batch 256"]
 
 
-@defect("a grid without its small batches is a verdict on them")
+@pytest.mark.parametrize("name", ["grid", "stable-range"])
+@pytest.mark.parametrize("lost", [0, 5, -1])
+def test_nothing_is_judged_before_the_whole_grid_was_run(name, lost):
+    study, item = study_of("masters2018", seeds=2), PAPERS["masters2018"].item(name)
+    missing = item.observations(study)[lost]
+    found = found_in("masters2018", name, study=study, keep=lambda look: look != missing)
+    assert found.checks == []
+    assert found.verdict is Verdict.NOT_RUN
+
+
+def test_the_best_rate_of_a_batch_size_is_that_of_each_starting_point():
+    study, item = study_of("masters2018", seeds=3), PAPERS["masters2018"].item("grid")
+    records = []
+    for look in item.observations(study):
+        about, facts = network_of(look), masters(study, look, True)
+        best = study.rates[about.seed]  # another one for each
+        scaled = about.learning_rate == best
+        size = about.batch_size
+        facts["metrics"]["test_accuracy_running"] = (0.9 if scaled else 0.5) - size / 1e4
+        records.append(record(look, facts))
+    found = finding(PAPERS["masters2018"], item, study, Seen(records))
+    assert f"{90 - 0.01 * study.batch_sizes[0]:.3g} (" in found.checks[0].ours
+    assert found.checks[0].n == len(item.observations(study))
+    large = [size for size in study.batch_sizes if size >= 16]
+    assert found.checks[1].n == 3 * len(large)
+    assert set(verdicts(found).values()) == {REPRODUCED}
+
+
 def test_a_grid_without_small_batches_decides_nothing():
     found = found_in("masters2018", "grid", keep=lambda x: network_of(x).batch_size > 32)
     assert judged(found) == []
 
 
 @pytest.mark.parametrize("lost", [{1000}, {4, 16}])
-@defect("KeyError or ValueError where a batch size of the grid is missing")
 def test_warm_up_waits_for_the_grid(lost):
     def keep(look):
         about = network_of(look)
@@ -574,7 +643,6 @@ def test_warm_up_waits_for_the_grid(lost):
     assert judged(found_in("masters2018", "warm-up", keep=keep)) == []
 
 
-@defect("curves that must be the same before the first drop are compared as well")
 def test_schedules_that_part_after_the_first_drop_are_not_one_curve():
     study = study_of("smith2018", seeds=3)
     item = PAPERS["smith2018"].item("schedules")
@@ -593,7 +661,6 @@ def test_schedules_that_part_after_the_first_drop_are_not_one_curve():
     assert REPRODUCED not in curves
 
 
-@defect("a run that never comes near the threshold is not asked whether it is there")
 @pytest.mark.parametrize("name", ["gradient-descent", "adam"])
 def test_curvature_that_stays_far_below_its_threshold_does_not_reproduce(name):
     study, item = study_of("cohen2021"), PAPERS["cohen2021"].item(name)
@@ -603,22 +670,23 @@ def test_curvature_that_stays_far_below_its_threshold_does_not_reproduce(name):
         facts["thresholds"] = [500.0] * len(facts["steps"])  # the share is 0.1 at most
         records.append(record(look, facts))
     found = finding(PAPERS["cohen2021"], item, study, Seen(records))
-    assert found.verdict is not REPRODUCED
+    assert set(verdicts(found).values()) == {NOT_REPRODUCED}
 
 
-@defect("the largest of a curve is never below its first, so that noise alone rises")
-def test_curvature_that_only_wavers_does_not_rise():
+def test_a_single_descent_that_never_comes_near_its_threshold_is_enough():
     study = study_of("cohen2021")
     item = PAPERS["cohen2021"].item("gradient-descent")
     records = []
     for look in item.observations(study):
-        facts, e = cohen(study, look, True), noise(look)
-        shares = [0.3 + 0.01 * math.sin(1 + i + e) for i in range(len(facts["steps"]))]
-        facts["values"] = [{"value": 50 * share} for share in shares]
+        facts, about = cohen(study, look, True), network_of(look)
+        if about.seed == 3 and about.learning_rate == study.rates[0]:
+            facts["thresholds"] = [500.0] * len(facts["steps"])
         records.append(record(look, facts))
-    found = finding(PAPERS["cohen2021"], item, study, Seen(records))
-    rises = {v for claim, v in verdicts(found).items() if "rises" in claim}
-    assert REPRODUCED not in rises
+    checks = finding(PAPERS["cohen2021"], item, study, Seen(records)).checks
+    assert checks[0].verdict is NOT_REPRODUCED
+    assert checks[0].ours.endswith("; 5 of 6 runs come near")
+    assert {check.verdict for check in checks[1:]} == {REPRODUCED}
+    assert [check.n for check in checks[:3]] == [6, 5, 6]
 
 
 def empty_curve(look):
@@ -637,7 +705,6 @@ def test_a_descent_that_diverged_at_once_is_left_out_of_the_checks():
     assert {check.n for check in found.checks} == {5}
 
 
-@defect("max() of an empty sequence where a curve has no points")
 def test_a_descent_that_diverged_at_once_is_left_out_of_the_picture():
     study = study_of("cohen2021")
     item = PAPERS["cohen2021"].item("gradient-descent")
@@ -645,32 +712,53 @@ def test_a_descent_that_diverged_at_once_is_left_out_of_the_picture():
     assert not any(curve.x for panel in item.panels(study, seen) for curve in panel.curves)
 
 
-@defect("phi is 0 where L-BFGS-B stops at once; the ratio to it is a ZeroDivisionError")
-def test_a_phi_of_0_is_no_crash_for_dinh2017():
-    study, item = study_of("dinh2017"), PAPERS["dinh2017"].item("rescaling")
+def with_a_phi_of_0(lost):
+    """What dinh2017 finds if L-BFGS-B stops at once for some starting points."""
+    study, item = study_of("dinh2017", seeds=3), PAPERS["dinh2017"].item("rescaling")
     records = []
     for look in item.observations(study):
         facts = dinh(study, look, True)
-        facts["points"][0]["phi"] = [{"phi_protocol": 0.0, "phi": 0.0}] * 2
+        if network_of(look).seed in lost:
+            facts["points"][0]["phi"] = [{"phi_protocol": 0.0, "phi": 0.0}] * 2
         records.append(record(look, facts))
     found = finding(PAPERS["dinh2017"], item, study, Seen(records))
-    assert found.verdict is not REPRODUCED
+    return next(
+        check for check in found.checks if check.claim.startswith("phi(1e-3), full")
+    )
 
 
-@defect("NaN is null in a record, and float(None) is a TypeError")
-def test_a_number_that_is_not_finite_is_no_crash():
-    study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("table3")
+def test_a_phi_of_0_is_no_crash_for_dinh2017():
+    assert with_a_phi_of_0({0, 1, 2}).verdict is not REPRODUCED
+
+
+@defect("min() passes over a NaN that does not come first, and 'ours' may say nan")
+def test_a_phi_of_0_counts_the_same_whichever_starting_point_it_is_of():
+    checks = [with_a_phi_of_0({seed}) for seed in (0, 1, 2)]
+    assert len({check.verdict for check in checks}) == 1
+    assert not any("nan" in check.ours for check in checks)
+
+
+PHIS = ["table3", "table4", "figure4", "figure5", "figure6", "table6", "table7"]
+
+
+@pytest.mark.parametrize("name", PHIS)
+def test_a_number_that_is_not_finite_is_neither_a_crash_nor_a_number(name):
+    study, item = study_of("keskar2017"), PAPERS["keskar2017"].item(name)
     records = []
-    for look in item.observations(study):
+    for look in dict.fromkeys(item.observations(study)):
         facts = keskar(study, look, True)
-        if network_of(look).seed == 0:
-            facts["phi"] = [{"phi_protocol": None, "phi": None}] * 2
+        if network_of(look).seed == 0 and "phi" in facts:
+            for kind in ("phi", "phi_normal", "phi_unit"):
+                facts[kind] = [{"phi_protocol": None, "phi": None}] * 2
         records.append(record(look, facts))
     found = finding(PAPERS["keskar2017"], item, study, Seen(records))
-    assert {check.n for check in found.checks} == {5}
+    phis = [check for check in found.checks if "phi" in check.claim]
+    assert phis
+    assert not any("nan" in check.ours for check in phis)
+    if name.startswith("table"):
+        assert {check.n for check in phis} == {5}
 
 
-@defect("flat is 'not reproduced', though the claim is that phi does not grow")
 def test_a_small_batch_whose_phi_stays_does_not_contradict_figure_6():
     study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("figure6")
     records = []
@@ -685,7 +773,6 @@ def test_a_small_batch_whose_phi_stays_does_not_contradict_figure_6():
     assert small is not NOT_REPRODUCED
 
 
-@defect("two of the three points of one run are a trend")
 def test_two_points_of_figure_6_decide_nothing():
     study, item = (
         study_of("keskar2017", "F1-mnist", "quick", 3),
@@ -695,7 +782,6 @@ def test_two_points_of_figure_6_decide_nothing():
     assert NOT_REPRODUCED not in verdicts(found).values()
 
 
-@defect("a training set that is not fitted is not asked about")
 def test_a_large_batch_that_does_not_fit_does_not_reproduce_table_2():
     study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("table2")
     records = []
@@ -709,7 +795,6 @@ def test_a_large_batch_that_does_not_fit_does_not_reproduce_table_2():
     assert found.verdict is not REPRODUCED
 
 
-@defect("half a point is more than the gap that stopping early was to close")
 def test_stopping_early_that_closes_the_gap_does_not_reproduce_figure_2():
     study, item = study_of("keskar2017"), PAPERS["keskar2017"].item("figure2")
     records = []
@@ -723,7 +808,6 @@ def test_stopping_early_that_closes_the_gap_does_not_reproduce_figure_2():
     assert found.verdict is not REPRODUCED
 
 
-@defect("the first minimum may lie on a slope: 1e-12 stands for a fall, and rules")
 def test_one_pair_off_its_minimum_does_not_outweigh_five_in_figure_3():
     study = replace(study_of("keskar2017"), num_followed=6)
     item = PAPERS["keskar2017"].item("figure3")
@@ -738,54 +822,8 @@ def test_one_pair_off_its_minimum_does_not_outweigh_five_in_figure_3():
         records.append(record(look, facts))
     found = finding(PAPERS["keskar2017"], item, study, Seen(records))
     (check,) = found.checks
-    effect = float(check.ours.partition("(")[2].partition("×")[0])
-    assert 10 < effect < 1000  # 100 in five of six pairs
-
-
-@pytest.mark.parametrize("num", [2, 3])
-@defect("p of few ranks is 1 when all are reversed; the other side's p is 1/n!")
-def test_a_few_reversed_ranks_are_too_few_to_tell(num):
-    points = list(range(num))
-    assert trend("", points, points).verdict is FEW
-    assert trend("", points, points[::-1]).verdict is FEW
-
-
-@defect("no spread gives no p, and no p counts against the claim")
-def test_pairs_that_all_differ_by_the_same_are_not_evidence_against_it():
-    check = paired("", [1.0] * 6, [2.0] * 6, ratio=False)
-    assert check.flip_p == pytest.approx(1 / 64)
-    assert check.verdict is not NOT_REPRODUCED
-
-
-@pytest.mark.parametrize(
-    ("p", "n", "verdict"),
-    [
-        (0.04, 2, REPRODUCED),
-        (0.04, 1, FEW),
-        (0.06, 5, FEW),
-        (0.06, 6, NOT_REPRODUCED),
-        (0.96, 5, NOT_REPRODUCED),
-        (0.96, 1, FEW),
-        (math.nan, 1, FEW),
-    ],
-)
-def test_a_p_and_a_number_of_pairs_make_a_verdict(p, n, verdict):
-    assert by_test(p, n) is verdict
-
-
-@pytest.mark.parametrize(
-    ("values", "verdict"),
-    [
-        ([4.5, 5, 5.5], REPRODUCED),
-        ([2, 2.1, 2.2], NOT_REPRODUCED),
-        ([12, 12.1, 12.2], NOT_REPRODUCED),
-        ([2.9, 3.1, 3.3], FEW),
-        ([5], FEW),
-        ([30], FEW),
-    ],
-)
-def test_a_mean_lies_within_a_range_by_its_interval(values, verdict):
-    assert within("", values, 3, 10).verdict is verdict
+    assert "5 of 6 larger" in check.ours
+    assert check.verdict is REPRODUCED
 
 
 # -- beside the paper's numbers ----------------------------------------------------------
@@ -794,15 +832,15 @@ def test_a_mean_lies_within_a_range_by_its_interval(values, verdict):
 BESIDE = [
     ("table2", "F1", "98.03 ± 0.07 → 97.81 ± 0.07 (-0.22)"),
     ("table2", "F1", "99.66 ± 0.05 → 99.92 ± 0.01 (+0.26)"),
-    ("table3", "F1", "1.23 ± 0.83 → 205 ± 70 (167×)"),
-    ("table3", "C1", "28.6 ± 3.1 → 707 ± 43 (24.7×)"),
-    ("table3", "C1", "7.08 ± 0.88 → 227 ± 23 (32.1×)"),
+    ("table3", "F1", "1.23 ± 0.83 → 205.14 ± 69.52 (167×)"),
+    ("table3", "C1", "28.58 ± 3.13 → 707.23 ± 43.04 (24.7×)"),
+    ("table3", "C1", "7.08 ± 0.88 → 227.31 ± 23.23 (32.1×)"),
     ("table4", "F1", "0.05 ± 0 → 9.17 ± 0.14 (183×)"),
-    ("table4", "C1", "2.18 ± 0.23 → 137 ± 22 (63×)"),
-    ("table6", "C1", "77.26 ± 0.42 → 82.50 ± 0.67 (+5.24)"),
-    ("table6", "C1", "28.6 ± 3.1 → 232 ± 30 (8.11×)"),
+    ("table4", "C1", "2.18 ± 0.23 → 137.25 ± 21.6 (63×)"),
+    ("table6", "C1", "77.26 ± 0.42 → 82.5 ± 0.67 (+5.24)"),
+    ("table6", "C1", "28.58 ± 3.13 → 231.77 ± 30.5 (8.11×)"),
     ("table7", "F1", "97.81 ± 0.07 → 98.12 ± 0.01 (+0.31)"),
-    ("table7", "F1", "1.23 ± 0.83 → 232 ± 64 (189×)"),
+    ("table7", "F1", "1.23 ± 0.83 → 232.25 ± 63.81 (189×)"),
 ]
 STUDY_OF = {"F1": "F1-mnist", "C1": "C1-cifar10"}
 
@@ -812,12 +850,6 @@ def test_the_papers_numbers_stand_beside_ours(name, network, text):
     study = study_of("keskar2017", STUDY_OF[network])
     found = found_in("keskar2017", name, study=study)
     assert text in [check.paper for check in found.checks]
-
-
-@defect("published numbers are rounded to two digits of their deviation")
-def test_the_papers_numbers_stand_as_they_were_printed():
-    checks = found_in("keskar2017", "table3").checks
-    assert "205.14 ± 69.52" in checks[0].paper
 
 
 def test_published_numbers_are_kept_as_printed():
@@ -924,7 +956,6 @@ def test_ours_is_said_of_every_check(paper, name):
         assert "nan" not in check.ours
 
 
-@defect("the command of a finding leaves out --seeds")
 def test_a_findings_command_says_with_how_many_starting_points():
     study = study_of("keskar2017").with_seeds(2)
     assert "--seeds 2" in found_in("keskar2017", "table2", study=study).command
@@ -963,16 +994,7 @@ def test_panels_show_what_is_there_and_no_more(paper, name):
             assert len(curve.x) == len(curve.y)
 
 
-EMPTY = defect("an empty curve is drawn where nothing was observed")
-
-
-@pytest.mark.parametrize(
-    ("paper", "name"),
-    [
-        pytest.param(*one, marks=EMPTY if one == ("masters2018", "grid") else ())
-        for one in DRAWN
-    ],
-)
+@pytest.mark.parametrize(("paper", "name"), DRAWN)
 def test_nothing_observed_is_nothing_drawn(paper, name):
     item, study = PAPERS[paper].item(name), study_of(paper)
     assert not any(panel.curves for panel in item.panels(study, Seen([])))

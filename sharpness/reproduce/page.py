@@ -63,8 +63,8 @@ def page_text(seen: Seen) -> str:
 
 
 def readme_text(seen: Seen) -> str:
-    """The generated part of README: the summary."""
-    return summary([one for *_, one in findings(seen)])
+    """The generated part of README: the summary, without the quick preset."""
+    return summary([one for *_, one in findings(seen) if one.preset != "quick"])
 
 
 def between(text: str, marker: str, content: str) -> str:

@@ -33,7 +33,7 @@ def phi_checks(
     networks: Sequence[tuple[Trained, Trained]],
     *,
     of: str = "phi",
-    space: str = "full space",
+    space: str = "",
     published: dict[str, Any] | None = None,
     judged: bool = True,
 ) -> Iterator[Check]:
@@ -42,7 +42,7 @@ def phi_checks(
     In subspaces the protocol's solver ran alone.
     """
     for i, epsilon in enumerate(EPSILONS):
-        name = f"phi({short(epsilon)}), {space}, %"
+        name = f"phi({short(epsilon)}) %{space}"
         protocol, best = (
             pairs(seen, look, phi(i, which, of), networks)
             for which in ("phi_protocol", "phi")
@@ -51,13 +51,13 @@ def phi_checks(
             continue
         theirs = (published or {}).get(f"{epsilon:g}")
         check = paired(f"{name}: larger", *protocol, paper=theirs, judged=judged)
-        found = paired(f"{name}, best found", *best)
+        found = paired("— best found", *best)
         yield by_both_solvers(check, found) if of == "phi" else check
         if of == "phi":
             yield replace(found, verdict=None)
         if theirs is not None and min(*protocol[0], *protocol[1]) > 0:
             ratio = theirs[1][0] / theirs[0][0]
-            yield near(f"{name}: ratio within 10 times the paper's", *protocol, ratio)
+            yield near("— its ratio: within 10× of the paper's", *protocol, ratio)
 
 
 def _table2(study: Study, seen: Seen) -> list[Check]:
@@ -103,7 +103,7 @@ def _table4(study: Study, seen: Seen) -> list[Check]:
             study.sharpness,
             ends(study),
             of=f"phi_{columns}",
-            space=f"100 random columns, {columns}",
+            space=f", {columns} columns",
             published=numbers,
             judged=columns == "normal",
         )
