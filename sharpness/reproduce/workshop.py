@@ -216,7 +216,8 @@ class Costs:
     def of_run(self, run: Sequence[Trained]) -> float:
         """Of training, to its last moment."""
         last = max(run, key=lambda one: one.budget.epochs or 0.0)
-        about, num_train = last.training, len(self._bench.dataset(last.data).train[1])
+        about, dataset = last.training, self._bench.dataset(last.data)
+        num_train, num_test = len(dataset.train[1]), len(dataset.test[1])
         try:
             updates = last.budget.num_updates(about.course(num_train))
         except ValueError:  # it will fail, and say why
@@ -224,6 +225,8 @@ class Costs:
         # An update costs about as much as a gradient of 8 samples, whatever the network.
         samples = (last.budget.epochs or 0.0) * num_train or updates * about.batch_size
         samples += 8 * updates
+        # Every moment is evaluated on both parts, in both ways to run BatchNorm.
+        samples += len(run) * 2 * (num_train + num_test) / 3
         return samples / _PROBE * self._gradient(about.network, last.data)
 
     def of(self, observation: Observation) -> float:
