@@ -96,10 +96,10 @@ class Workshop:
         seen = self.seen()
         missing = [o for o in dict.fromkeys(wanted) if o not in seen]
         needed = dict.fromkeys(one for o in missing for one in o.needs)
-        stages = []
-        for stage in in_order(needed):
-            runs = [[m for m in run if not self.bench.has(m)] and run for run in stage]
-            stages.append([run for run in runs if run])
+        stages = [
+            [run for run in stage if not all(map(self.bench.has, run))]
+            for stage in in_order(needed)
+        ]
         return [stage for stage in stages if stage], missing
 
     def carry_out(
