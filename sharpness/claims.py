@@ -122,6 +122,12 @@ def paired(
         judged: whether it is a claim of the paper.
     """
     a, b = np.asarray(first, float), np.asarray(second, float)
+    known = np.isfinite(a) & np.isfinite(b)
+    a, b = a[known], b[known]
+    if not len(a):
+        return Check(
+            claim=claim, ours="–", n=0, verdict=by_test(1, 1, 0) if judged else None
+        )
     by_ratio = ratio and min(a.min(), b.min()) > 0
     moved = np.log10(b) - np.log10(a) if by_ratio else b - a
     signed = moved if larger else -moved
@@ -131,7 +137,7 @@ def paired(
         opposite = 1 - p
     else:  # no spread to test against
         p, opposite = flips, sign_flip(-signed)
-    means = " → ".join(mean_sd(*mean_and_sd(values)) for values in (first, second))
+    means = " → ".join(mean_sd(*mean_and_sd(values)) for values in (a.tolist(), b.tolist()))
     count = f"{int((signed > 0).sum())} of {n} {'larger' if larger else 'smaller'}"
     effect = f"{10 ** moved.mean():.3g}×" if by_ratio else f"{moved.mean():+.2f}"
     published = ""

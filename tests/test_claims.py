@@ -22,6 +22,7 @@ from sharpness.claims import (
 
 YES, NO = Verdict.REPRODUCED, Verdict.NOT_REPRODUCED
 FEW, SOLVER = Verdict.INCONCLUSIVE_FEW, Verdict.INCONCLUSIVE_SOLVER
+PART = Verdict.IN_PART
 SMALL, LARGE = [1.0, 2.0, 4.0], [10.0, 30.0, 50.0]
 
 
@@ -189,6 +190,16 @@ def test_where_every_pair_differs_by_the_same_sign_flips_decide(ratio):
     for larger in (True, False):
         few = paired("c", first[:4], second[:4], ratio=ratio, larger=larger)
         assert few.verdict is FEW
+
+
+@pytest.mark.parametrize("larger", [True, False])
+def test_a_pair_that_is_not_a_number_is_left_out(larger):
+    first, second = [1.0, 2.0, 3.0, 4.0, 5.0, math.nan], [2.0, 3.0, 5.0, 6.0, 7.0, 8.0]
+    found = paired("c", first, second, larger=larger)
+    assert found == paired("c", first[:5], second[:5], larger=larger)
+    assert found.n == 5
+    nothing = paired("c", [math.nan] * 6, second, larger=larger)
+    assert (nothing.n, nothing.verdict) == (0, FEW)
 
 
 # -- both solvers ----------------------------------------------------------------------
@@ -378,20 +389,25 @@ def test_what_has_no_test_holds_or_does_not():
         ([None, None], Verdict.NO_CLAIM),
         ([YES], YES),
         ([YES, None, YES], YES),
-        ([YES, FEW], FEW),
-        ([FEW, SOLVER, YES], SOLVER),
-        ([YES, FEW, SOLVER, NO], NO),
+        ([YES, FEW], PART),
+        ([FEW, SOLVER, YES], PART),
+        ([YES, None, NO], PART),
+        ([FEW, FEW], FEW),
+        ([FEW, SOLVER, FEW], SOLVER),
+        ([FEW, SOLVER, NO], NO),
         ([None, NO], NO),
     ],
 )
-def test_an_item_is_worth_its_weakest_check(verdicts, outcome):
+def test_an_item_is_reproduced_where_every_claim_holds_and_in_part_where_some_do(
+    verdicts, outcome
+):
     for order in (verdicts, verdicts[::-1]):
         assert finding(*order).outcome is outcome
         assert finding(*order).verdict is outcome
 
 
 def test_a_stand_in_is_called_one_whatever_it_shows():
-    for verdicts, outcome in [([YES], YES), ([NO, YES], NO), ([FEW], FEW)]:
+    for verdicts, outcome in [([YES], YES), ([NO, YES], PART), ([FEW], FEW)]:
         found = finding(*verdicts, stand_in="digits for TIMIT")
         assert (found.verdict, found.outcome) == (Verdict.STAND_IN, outcome)
 
@@ -409,11 +425,13 @@ def test_a_stand_in_that_was_not_looked_at_was_not_run():
         ([YES], None, "reproduced"),
         ([YES, None], None, "reproduced"),
         ([YES, YES], None, "reproduced (2 of 2 claims hold)"),
-        ([NO, YES, None, FEW], None, "not reproduced (1 of 3 claims hold)"),
+        ([NO, YES, None, FEW], None, "reproduced in part (1 of 3 claims hold)"),
         ([FEW], None, "inconclusive (n too small)"),
-        ([SOLVER, YES], None, "inconclusive (solver) (1 of 2 claims hold)"),
+        ([SOLVER, YES], None, "reproduced in part (1 of 2 claims hold)"),
+        ([SOLVER, FEW], None, "inconclusive (solver) (0 of 2 claims hold)"),
+        ([FEW, NO], None, "not reproduced (0 of 2 claims hold)"),
         ([YES], "s", "stand-in: reproduced there"),
-        ([NO, YES], "s", "stand-in: not reproduced there (1 of 2 claims hold)"),
+        ([NO, YES], "s", "stand-in: reproduced in part there (1 of 2 claims hold)"),
     ],
 )
 def test_the_verdict_says_how_many_claims_hold(verdicts, stand_in, text):

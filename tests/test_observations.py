@@ -189,9 +189,6 @@ def test_the_seed_is_that_of_the_measures(bench):
     assert (first["lambda_max"].seed, second["lambda_max"].seed) == (0, 3)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="defect: the samples are those of seed 0, whatever the seed"
-)
 def test_the_seed_draws_the_samples(bench):
     first, second = (
         Measured(of=A, measures=(), num_samples=35, seed=s).found(bench) for s in (0, 3)
@@ -329,7 +326,6 @@ def test_without_two_layers_there_is_nothing_to_scale():
             scaled_by(network, torch.randn(2, 5), 2.0)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: factors that are not above 0 give NaN")
 @pytest.mark.parametrize("factor", [0.0, -2.0])
 def test_factors_that_are_not_above_zero_are_refused(factor):
     with pytest.raises(ValueError, match="`factor`"):
@@ -349,9 +345,6 @@ class Residual(nn.Module):
         return self.head(self.second(self.act(h)) + h)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="defect: a residual sum is not seen, and the function changes"
-)
 def test_what_is_connected_outside_of_modules_keeps_its_function():
     network, x = Residual().eval(), torch.randn(9, 4)
     scaled, layers = scaled_by(network, x, 4.0)
@@ -409,11 +402,6 @@ def test_adams_curvature_stands_beside_its_own_threshold(bench):
     assert found["thresholds"] == [pytest.approx(38 / 1e-3)] * 4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="defect: all samples of uneven classes are no balanced subset",
-)
 def test_more_samples_than_there_are_means_all_in_a_training_too(bench):
     training = Training(network=MLP, batch_size=500, optimizer="sgd")
     look = followed(

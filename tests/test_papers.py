@@ -20,10 +20,7 @@ from sharpness.reproduce.workshop import Seen
 
 REPRODUCED, NOT_REPRODUCED = Verdict.REPRODUCED, Verdict.NOT_REPRODUCED
 FEW, SOLVER = Verdict.INCONCLUSIVE_FEW, Verdict.INCONCLUSIVE_SOLVER
-
-
-def defect(reason):
-    return pytest.mark.xfail(strict=True, reason=f"defect: {reason}")
+IN_PART = Verdict.IN_PART
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -211,7 +208,15 @@ def judged(found):
 
 
 def verdicts(found):
-    return {check.claim: check.verdict for check in judged(found)}
+    """By claim; one that begins with a dash belongs to the claim before."""
+    told, of = {}, ""
+    for check in found.checks:
+        belongs = check.claim.startswith("—")
+        of = of if belongs else check.claim
+        claim = f"{of} {check.claim}" if belongs else of
+        assert claim not in told
+        told[claim] = check.verdict
+    return {claim: verdict for claim, verdict in told.items() if verdict is not None}
 
 
 ITEMS = [(paper, item.name) for paper, p in PAPERS.items() for item in p.items]
@@ -381,7 +386,7 @@ def test_a_single_pair_decides_nothing(paper, name, true):
 @pytest.mark.parametrize("true", [True, False])
 def test_two_pairs_decide_no_order(name, true):
     found = found_in("keskar2017", name, true, keep=lambda look: network_of(look).seed < 2)
-    orders = [v for claim, v in verdicts(found).items() if "ratio within" not in claim]
+    orders = [v for claim, v in verdicts(found).items() if "ratio" not in claim]
     assert set(orders) == {FEW}, found.checks
 
 
@@ -390,7 +395,7 @@ def test_one_descent_does_not_show_that_curvature_stays_at_its_threshold(name):
     found = found_in("cohen2021", name, keep=lambda look: network_of(look).seed == 0)
     for claim, verdict in verdicts(found).items():
         assert verdict is (FEW if "median" in claim else REPRODUCED)
-    assert found.verdict is FEW
+    assert found.verdict is IN_PART
 
 
 def test_two_pairs_that_gain_do_not_show_that_adversarial_training_is_no_help():
@@ -412,10 +417,10 @@ def test_two_pairs_that_gain_do_not_show_that_adversarial_training_is_no_help():
 def test_an_order_that_depends_on_the_solver_decides_nothing(true):
     found = found_in("keskar2017", "table3", true, best=not true)
     order = [v for claim, v in verdicts(found).items() if claim.endswith("larger")]
-    size = [v for claim, v in verdicts(found).items() if "ratio within" in claim]
+    size = [v for claim, v in verdicts(found).items() if "its ratio" in claim]
     assert order == [SOLVER] * 2
     assert size == [REPRODUCED if true else NOT_REPRODUCED] * 2  # of the protocol's phi
-    assert found.verdict is (SOLVER if true else NOT_REPRODUCED)
+    assert found.verdict is (IN_PART if true else NOT_REPRODUCED)
     beyond = [check for check in found.checks if check.verdict is None]
     assert len(beyond) == 2
     assert all("best found" in check.claim for check in beyond)
@@ -425,10 +430,11 @@ def test_subspaces_are_judged_by_the_papers_columns_and_its_solver():
     found = found_in("keskar2017", "table4", best=False)
     told = [(check.claim, check.verdict) for check in found.checks]
     assert [claim for claim, verdict in told if verdict is None] == [
-        "phi(1e-3), 100 random columns, unit, %: larger",
-        "phi(5e-4), 100 random columns, unit, %: larger",
+        "phi(1e-3) %, unit columns: larger",
+        "phi(5e-4) %, unit columns: larger",
     ]
-    assert {verdict for claim, verdict in told if "normal" in claim} == {REPRODUCED}
+    assert set(verdicts(found).values()) == {REPRODUCED}
+    assert all("normal columns" in claim for claim in verdicts(found))
     assert len(told) == 6
     assert not any("best found" in claim for claim, _ in told)
 
@@ -448,7 +454,7 @@ def test_the_size_of_a_ratio_is_another_claim_than_the_order(factor):
         records.append(record(look, facts))
     found = finding(PAPERS["keskar2017"], item, study, Seen(records))
     order = [v for claim, v in verdicts(found).items() if claim.endswith("larger")]
-    size = [v for claim, v in verdicts(found).items() if "ratio within" in claim]
+    size = [v for claim, v in verdicts(found).items() if "its ratio" in claim]
     assert order == [REPRODUCED] * 2
     assert size == [REPRODUCED if factor == 1 else NOT_REPRODUCED] * 2
 
@@ -456,7 +462,10 @@ def test_the_size_of_a_ratio_is_another_claim_than_the_order(factor):
 @pytest.mark.parametrize("name", ["figure4", "figure5", "figure6", "table6", "table7"])
 def test_every_verdict_on_phi_holds_for_the_best_phi_too(name):
     found = found_in("keskar2017", name, best=False)
-    assert found.verdict is SOLVER
+    asked = [(c, v) for c, v in verdicts(found).items() if "phi" in c and "not" not in c]
+    assert asked
+    assert {verdict for _, verdict in asked} == {SOLVER}
+    assert found.verdict is IN_PART
 
 
 @pytest.mark.parametrize(("paper", "name"), CLAIMED)
@@ -685,8 +694,8 @@ def test_a_single_descent_that_never_comes_near_its_threshold_is_enough():
     checks = finding(PAPERS["cohen2021"], item, study, Seen(records)).checks
     assert checks[0].verdict is NOT_REPRODUCED
     assert checks[0].ours.endswith("; 5 of 6 runs come near")
-    assert {check.verdict for check in checks[1:]} == {REPRODUCED}
-    assert [check.n for check in checks[:3]] == [6, 5, 6]
+    assert checks[1].verdict is REPRODUCED
+    assert [check.n for check in checks] == [6, 5]
 
 
 def empty_curve(look):
@@ -731,17 +740,15 @@ def test_a_phi_of_0_is_no_crash_for_dinh2017():
     assert with_a_phi_of_0({0, 1, 2}).verdict is not REPRODUCED
 
 
-@defect("min() passes over a NaN that does not come first, and 'ours' may say nan")
 def test_a_phi_of_0_counts_the_same_whichever_starting_point_it_is_of():
     checks = [with_a_phi_of_0({seed}) for seed in (0, 1, 2)]
     assert len({check.verdict for check in checks}) == 1
     assert not any("nan" in check.ours for check in checks)
 
 
-PHIS = ["table3", "table4", "figure4", "figure5", "figure6", "table6", "table7"]
-
-
-@pytest.mark.parametrize("name", PHIS)
+@pytest.mark.parametrize(
+    "name", ["table3", "table4", "figure4", "figure5", "figure6", "table6", "table7"]
+)
 def test_a_number_that_is_not_finite_is_neither_a_crash_nor_a_number(name):
     study, item = study_of("keskar2017"), PAPERS["keskar2017"].item(name)
     records = []
@@ -752,7 +759,7 @@ def test_a_number_that_is_not_finite_is_neither_a_crash_nor_a_number(name):
                 facts[kind] = [{"phi_protocol": None, "phi": None}] * 2
         records.append(record(look, facts))
     found = finding(PAPERS["keskar2017"], item, study, Seen(records))
-    phis = [check for check in found.checks if "phi" in check.claim]
+    phis = [c for c in found.checks if "phi" in c.claim or c.claim.startswith("—")]
     assert phis
     assert not any("nan" in check.ours for check in phis)
     if name.startswith("table"):
@@ -949,7 +956,6 @@ def test_the_published_curves_are_complete_and_end_in_the_published_minima():
 def test_ours_is_said_of_every_check(paper, name):
     found = found_in(paper, name)
     assert found.checks
-    assert len({check.claim for check in found.checks}) == len(found.checks)
     for check in found.checks:
         assert check.ours
         assert check.n > 0
@@ -972,13 +978,22 @@ DRAWN = [(paper, name) for paper, name in ITEMS if PAPERS[paper].item(name).pane
 
 
 @pytest.mark.parametrize(("paper", "name"), DRAWN)
-def test_an_items_panels_can_be_drawn(paper, name, tmp_path):
+def test_an_items_panels_are_curves(paper, name):
     item, study = PAPERS[paper].item(name), study_of(paper)
     panels = item.panels(study, seen_in(paper, item, study))
+    assert panels
     assert all(panel.curves for panel in panels)
     for panel in panels:
         for curve in panel.curves:
             assert len(curve.x) == len(curve.y) > 1
+
+
+@pytest.mark.parametrize(
+    ("paper", "name"), [("keskar2017", "figure3"), ("masters2018", "grid")]
+)
+def test_an_items_panels_can_be_drawn(paper, name, tmp_path):
+    item, study = PAPERS[paper].item(name), study_of(paper)
+    panels = item.panels(study, seen_in(paper, item, study))
     path = draw(tmp_path / "drawn.png", panels, title=item.title)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

@@ -114,8 +114,9 @@ def test_a_plan_of_everything_counts_each_network_and_observation_once(capsys, s
 def test_without_items_quick_leaves_out_what_takes_long(capsys, studies):
     studies(replace(TINIER, swept=(10, 60), epochs_swept=1, epochs_warm=1))
     assert reproduce.main(["keskar2017", "--plan"]) == 0
-    assert "Items: table2, table3, table4, beyond, distance, figure2, figure3, " in words(
-        capsys.readouterr().out
+    assert (
+        "Items: table2, table3, table4, beyond, distance, figure2, figure6, figure3, "
+        in words(capsys.readouterr().out)
     )
     assert reproduce.main(["keskar2017", "figure4", "table7", "figure4", "--plan"]) == 0
     assert "Items: figure4, table7." in capsys.readouterr().out
@@ -196,7 +197,7 @@ def test_an_item_that_no_study_of_the_preset_has_is_refused(tmp_path, capsys, st
 
 
 def test_a_tiny_reproduction_from_end_to_end(tmp_path, capsys, studies):
-    studies(TINY)
+    studies(TINIER)
     folder = tmp_path / "run"
     items = ["table2", "figure2", "figure3"]
     call = ["keskar2017", *items, *CALL[1:], str(folder)]
@@ -205,22 +206,21 @@ def test_a_tiny_reproduction_from_end_to_end(tmp_path, capsys, studies):
     assert err == ""
     said = words(first)
     assert "To do: 4 training runs, 8 of 8 observations" in said
-    assert "98.03 ± 0.07 →" in said  # the paper's table 2, F1
     assert said.count("Verdict: ") == len(items)
     for item in items:
-        assert f"{KESKAR.item(item).title} · F1-mnist" in said
+        assert f"{KESKAR.item(item).title} · tinier" in said
         assert f"Claim: {words(KESKAR.item(item).claim)}" in said
     assert f"Written to {folder}." in said
 
     names = {path.name for path in folder.iterdir()}
-    pictures = {f"keskar2017-{item}-F1-mnist-quick.png" for item in ("figure2", "figure3")}
+    pictures = {f"keskar2017-{item}-tinier-quick.png" for item in ("figure2", "figure3")}
     assert {name for name in names if name.endswith(".png")} == pictures
     assert all((folder / name).read_bytes()[:8] == PNG for name in pictures)
     assert len(list((folder / "networks").glob("*.pt"))) == 6
 
     records = read_records(folder / "records.jsonl")
     looks = [plain.restored(record["observation"]) for record in records]
-    wanted = [look for item in items for look in KESKAR.item(item).observations(TINY)]
+    wanted = [look for item in items for look in KESKAR.item(item).observations(TINIER)]
     assert len(records) == 8
     assert set(looks) == set(wanted)
     for one, look in zip(records, looks, strict=True):
@@ -228,9 +228,7 @@ def test_a_tiny_reproduction_from_end_to_end(tmp_path, capsys, studies):
         assert one["digest"] == plain.digest(look)
         assert one["diverged"] is None
         assert one["seconds"] >= 0
-    (findings,) = read_records(folder / "findings.jsonl")
-    assert [found["item"] for found in findings["findings"]] == items
-    assert all(found["checks"] for found in findings["findings"])
+    assert names == {*pictures, "networks", "records.jsonl", "records.jsonl.lock"}
 
     before = files(folder)
     assert reproduce.main(call) == 0
@@ -315,8 +313,6 @@ def test_a_stand_in_is_said_to_be_one_and_no_verdict_says_reproduced_alone(
     told = [line for line in out.splitlines() if line.startswith("Verdict: ")]
     assert len(told) == 2
     assert all(line.startswith("Verdict: stand-in: ") for line in told)
-    (record,) = read_records(tmp_path / "run" / "findings.jsonl")
-    assert {found["stand_in"] for found in record["findings"]} == {"digits for MNIST"}
 
 
 def test_a_record_can_be_made_again_to_the_same_numbers(tmp_path, capsys, studies):
@@ -353,6 +349,7 @@ def test_runs_that_diverge_are_recorded_once_and_count_as_0_percent(
         batch_sizes=(4, 16, 60),
         rates=(2.0**-4, 1e30),
         epochs=2,
+        num_seeds=1,
     )
     studies(study, paper="masters2018")
     folder = tmp_path / "run"

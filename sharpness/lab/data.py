@@ -248,15 +248,15 @@ _NAMED = re.compile(rf"(.+)\[({_PART}(?:,{_PART})*)\]")
 def _asked(name: str, wanted: _Subset) -> tuple[str, _Subset]:
     """The whole set's name and the subset, which may stand in the name."""
     found = _NAMED.fullmatch(name)
-    if found is None:
+    parts = [part.rpartition("=") for part in found[2].split(",")] if found else []
+    numbers = {kind: int(number) for kind, _, number in parts}
+    if found is None or len(numbers) < len(parts):  # one said twice is no name
         return name, wanted
     if str(wanted):
         raise ValueError(
             "`num_train`, `num_test` and `subset_seed` must be left out where the name has "
             f"them; got {wanted} beside {name!r}. Say it once."
         )
-    parts = [part.rpartition("=") for part in found[2].split(",")]
-    numbers = {kind: int(number) for kind, _, number in parts}
     return found[1], _Subset(numbers.get(""), numbers.get("test"), numbers.get("seed", 0))
 
 

@@ -65,7 +65,8 @@ def points(
 ) -> tuple[list[float], list[float]]:
     """(x, number) of each network that has been looked at."""
     found = [(x, seen.get(look(network))) for x, network in networks]
-    known = [(x, pick(facts)) for x, facts in found if facts is not None]
+    picked = [(x, pick(facts)) for x, facts in found if facts is not None]
+    known = [(x, y) for x, y in picked if math.isfinite(y)]
     return [x for x, _ in known], [y for _, y in known]
 
 
