@@ -59,6 +59,8 @@ class Finding:
     preset: str
     command: str
     stand_in: str | None = None  # what stands in for data that cannot be had
+    made: int = 0  # observations
+    wanted: int = 0  # of so many
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -82,7 +84,9 @@ class Finding:
 
     @property
     def verdict_text(self) -> str:
-        """With how many of several claims hold, and for what stands in the outcome."""
+        """With how many claims hold; for a stand-in the outcome; or what is lacking."""
+        if 0 < self.made < self.wanted:
+            return f"unfinished ({self.made} of {self.wanted} observations)"
         judged = [check for check in self.checks if check.verdict is not None]
         held = sum(check.verdict is Verdict.REPRODUCED for check in judged)
         of_all = f" ({held} of {len(judged)} claims hold)" if len(judged) > 1 else ""

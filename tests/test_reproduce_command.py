@@ -115,7 +115,7 @@ def test_without_items_quick_leaves_out_what_takes_long(capsys, studies):
     studies(replace(TINIER, swept=(10, 60), epochs_swept=1, epochs_warm=1))
     assert reproduce.main(["keskar2017", "--plan"]) == 0
     assert (
-        "Items: table2, table3, table4, beyond, distance, figure2, figure6, figure3, "
+        "Items: table2, table3, table4, beyond, distance, figure2, figure3, figure6, "
         in words(capsys.readouterr().out)
     )
     assert reproduce.main(["keskar2017", "figure4", "table7", "figure4", "--plan"]) == 0

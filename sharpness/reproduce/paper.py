@@ -74,10 +74,7 @@ class Paper:
 def finding(paper: Paper, item: Item, study: Study, seen: Seen) -> Finding:
     """What has been found on an item so far."""
     wanted = list(dict.fromkeys(item.observations(study)))
-    lacking = sum(observation not in seen for observation in wanted)
     notes = []
-    if lacking:
-        notes.append(f"{len(wanted) - lacking} of {len(wanted)} observations made so far.")
     lost = sum(seen.diverged(observation) for observation in wanted)
     if lost:
         notes.append(f"{lost} of {len(wanted)} observations: training diverged.")
@@ -96,6 +93,8 @@ def finding(paper: Paper, item: Item, study: Study, seen: Seen) -> Finding:
         command=f"python -m sharpness.reproduce {paper.name} {item.name} "
         f"--preset {study.preset} --study {study.name}{seeds}",
         stand_in=study.stand_in if wanted else None,
+        made=sum(observation in seen for observation in wanted),
+        wanted=len(wanted),
         checks=list(item.checks(study, seen)),
         notes=notes,
     )

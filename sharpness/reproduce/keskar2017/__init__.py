@@ -20,10 +20,19 @@ from sharpness.reproduce.paper import Paper
 
 _MODULES = (tables, along_training, between_minima, batch_sizes, warm_starts, remedies)
 
+_ORDER = (
+    *("table2", "table3", "table4", "beyond", "distance"),
+    *("figure2", "figure3", "figure4", "figure5", "figure6", "figure7"),
+    *("table6", "table7", "adversarial"),
+)
+
 PAPER = Paper(
     name="keskar2017",
     citation="Keskar, Mudigere, Nocedal, Smelyanskiy, Tang (2017), On Large-Batch Training "
     "for Deep Learning: Generalization Gap and Sharp Minima, arXiv:1609.04836",
-    items=[item for module in _MODULES for item in module.ITEMS],
+    items=sorted(
+        (item for module in _MODULES for item in module.ITEMS),
+        key=lambda item: _ORDER.index(item.name),
+    ),
     studies=STUDIES,
 )
