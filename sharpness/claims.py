@@ -213,7 +213,9 @@ def within(
 ) -> Check:
     """Does the mean lie in a range? Yes or no where its 95 % interval is on one side."""
     n, (mean, sd) = len(values), mean_and_sd(values)
-    half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else math.inf
+    half = math.inf
+    if n >= FEWEST:
+        half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
     if low <= mean - half and mean + half <= high:
         verdict = Verdict.REPRODUCED
     elif mean + half < low or mean - half > high:

@@ -240,7 +240,7 @@ def _ghosts(study: Study, seen: Seen) -> list[Check]:
     for size, (x, y) in _ghost_points(study, seen).items():
         sizes, means, _, _ = means_by(x, y)
         wanted = [ghost for ghost in study.ghosts if ghost <= size]
-        if len(sizes) < len(wanted) or max(sizes) <= 16:
+        if len(x) < len(wanted) * study.num_seeds or max(sizes) <= 16:
             continue
         best = max(zip(means, sizes, strict=True))[1]
         words = f"SGD batch {size}: the best BatchNorm batch is 16 or less"

@@ -74,14 +74,13 @@ def _figure6_points(
 
 
 def _figure6(study: Study, seen: Seen) -> list[Check]:
-    """In the lower half of the losses, where the paper's curves part."""
+    """Over all networks that were looked at, of all followed starting points."""
 
     def growth(words: str, role: Role, name: str, rising: bool) -> Check | None:
         found = _figure6_points(study, seen, role, name)
-        lower = found[: len(found) // 2 + 1]
-        if len(lower) < 3:
+        if len(found) < 3:
             return None
-        falling, values = [-loss for loss, _ in lower], [value for _, value in lower]
+        falling, values = [-loss for loss, _ in found], [value for _, value in found]
         return trend(words, falling, values, rising=rising)
 
     checks = []
