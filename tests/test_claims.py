@@ -330,8 +330,9 @@ def test_a_mean_lies_in_a_range_or_beside_it_or_about_its_edge():
 def test_one_value_cannot_be_in_a_range_and_equal_ones_can():
     assert within("c", [1.0], 0.0, 2.0).verdict is FEW
     assert within("c", [5.0], 0.0, 2.0).verdict is FEW
-    assert within("c", [1.0, 1.0], 0.0, 1.0).verdict is YES
-    assert within("c", [1.5, 1.5], 0.0, 1.0).verdict is NO
+    assert within("c", [1.0, 1.0], 0.0, 1.0).verdict is FEW
+    assert within("c", [1.0] * 3, 0.0, 1.0).verdict is YES
+    assert within("c", [1.5] * 3, 0.0, 1.0).verdict is NO
 
 
 def test_a_range_stands_for_the_paper_where_it_says_nothing_else():

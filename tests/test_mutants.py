@@ -622,8 +622,8 @@ def the_path_is_left_too_late(patch):
 
 @seen_by(test_compare.test_every_number_is_that_of_scipy_and_of_enumeration, 0, 0.0)
 def the_other_side_is_tested(patch):
-    original = statistics._paired_t
-    patch.setattr(statistics, "_paired_t", lambda d: original(-d))
+    original = statistics.paired_t
+    patch.setattr(statistics, "paired_t", lambda d: original(-d))
 
 
 # -- the lab, and what is seen on the way ------------------------------------------
@@ -703,8 +703,7 @@ def images_turn_the_other_way(patch):
 
 @seen_by(lambda: test_landscape.test_the_ends_are_the_two_points(second_minimum()))
 def the_line_runs_backwards(patch):
-    swapped = SimpleNamespace(lerp=lambda a, b, alpha: torch.lerp(b, a, alpha))
-    patch.setattr(landscape, "torch", swapped)
+    patch.setattr(landscape, "_on_line", lambda a, b, alpha: torch.lerp(b, a, alpha))
 
 
 @pytest.mark.parametrize(

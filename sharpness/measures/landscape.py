@@ -61,15 +61,17 @@ def interpolation(
         )
     default = (i / 8 - 1 for i in range(25))
     points = tuple(float(alpha) for alpha in (default if alphas is None else alphas))
-    end = other.to(risk.theta)
-    thetas = [
-        _on_arc(risk.theta, end, a) if arc else risk.theta.lerp(end, a) for a in points
-    ]
+    way, end = _on_arc if arc else _on_line, other.to(risk.theta)
+    thetas = [way(risk.theta, end, alpha) for alpha in points]
     return Interpolation(
         alphas=points,
         values=tuple(risk.value(theta) for theta in thetas),
         accuracies=tuple(risk.accuracy(theta) for theta in thetas),
     )
+
+
+def _on_line(theta: Tensor, end: Tensor, alpha: float) -> Tensor:
+    return theta.lerp(end, alpha)
 
 
 def _on_arc(theta: Tensor, end: Tensor, alpha: float) -> Tensor:
