@@ -213,9 +213,7 @@ def within(
 ) -> Check:
     """Does the mean lie in a range? Yes or no where its 95 % interval is on one side."""
     n, (mean, sd) = len(values), mean_and_sd(values)
-    half = math.inf
-    if n >= FEWEST:
-        half = float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+    half = _half_width(values) if n >= FEWEST else math.inf
     if low <= mean - half and mean + half <= high:
         verdict = Verdict.REPRODUCED
     elif mean + half < low or mean - half > high:
@@ -234,13 +232,16 @@ def near(
     """Is the ratio of the pairs within ten times the paper's, up or down?"""
     logs = [math.log10(b / a / ratio) for a, b in zip(first, second, strict=True)]
     check = within(claim, logs, -1, 1)
-    mean, half = float(np.mean(logs)), 0.0
-    if len(logs) > 1:
-        sd = float(np.std(logs, ddof=1))
-        half = float(stats.t.ppf(0.975, len(logs) - 1)) * sd / math.sqrt(len(logs))
+    mean, half = float(np.mean(logs)), _half_width(logs)
     low, middle, high = (ratio * 10**x for x in (mean - half, mean, mean + half))
     ours = f"{middle:.3g}× ({low:.3g} to {high:.3g})"
     return replace(check, paper=f"{ratio:.3g}×", ours=ours)
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Of the mean's 95 % interval; 0 for one value."""
+    n, sd = len(values), mean_and_sd(values)[1]
+    return float(stats.t.ppf(0.975, n - 1)) * sd / math.sqrt(n) if n > 1 else 0.0
 
 
 def holds(claim: str, answer: bool, *, ours: str, n: int, paper: str = "") -> Check:

@@ -22,9 +22,14 @@ def pairs(
     look: Look,
     pick: Pick,
     networks: Sequence[tuple[Trained, Trained]],
+    other_look: Look | None = None,
 ) -> tuple[list[float], list[float]]:
-    """A number of both networks of each pair that has been looked at."""
-    found = [(seen.get(look(a)), seen.get(look(b))) for a, b in networks]
+    """A number of both networks of each pair that has been looked at.
+
+    The second one may have been looked at in another way.
+    """
+    other = other_look or look
+    found = [(seen.get(look(a)), seen.get(other(b))) for a, b in networks]
     picked = [(pick(a), pick(b)) for a, b in found if a is not None and b is not None]
     known = [(a, b) for a, b in picked if math.isfinite(a) and math.isfinite(b)]
     return [a for a, _ in known], [b for _, b in known]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -287,4 +287,3 @@ def _few(dataset: Dataset, num: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 Observation = Accuracy | Measured | Joining | Rescaled | Followed
-Seen = Mapping[Any, Facts]

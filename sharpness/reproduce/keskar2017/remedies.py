@@ -59,22 +59,15 @@ def _remedy(
     words = "phi(1e-3), %, small batch → large batch with it: still larger"
     cells = paper_numbers("keskar2017")["table3"].get(study.network, {}).get("0.001")
     theirs = published.get("0.001")
-    found = [
-        (a, b)
-        for one, other in zip(small, treated, strict=True)
-        if (a := seen.get(study.sharpness(one))) and (b := seen.get(study.phi(other)))
-    ]
+    networks = list(zip(small, treated, strict=True))
     protocol, best = (
-        [(phi(0, name)(a), phi(0, name)(b)) for a, b in found]
+        pairs(seen, study.sharpness, phi(0, name), networks, study.phi)
         for name in ("phi_protocol", "phi")
     )
-    if found:
+    if protocol[0]:
         beside = (cells[0], theirs) if cells and theirs else None
-        check, other = (
-            paired(words, *map(list, zip(*values, strict=True)), paper=beside)
-            for values in (protocol, best)
-        )
-        checks.append(by_both_solvers(check, other))
+        check, found = (paired(words, *v, paper=beside) for v in (protocol, best))
+        checks.append(by_both_solvers(check, found))
     return checks
 
 

@@ -153,7 +153,7 @@ STUDIES = (
         network="MLP?width=16&out_features=10",
         data="digits",
         reduced="a tanh network of 1482 parameters: what it says of the paper is little, "
-        "but anyone can rerun it in seconds",
+        "but anyone can rerun it in a minute or two",
         stand_in="digits of 8 x 8 pixels for MNIST, and a network without BatchNorm",
         small=16,
         large=143,

@@ -133,10 +133,8 @@ def _beyond(study: Study, seen: Seen) -> list[Check]:
     """The same question to other measures; no claim of the paper is judged."""
 
     def asked(words: str, first: Look, second: Look, pick: Pick, networks: Any) -> None:
-        found = [(seen.get(first(a)), seen.get(second(b))) for a, b in networks]
-        known = [(pick(a), pick(b)) for a, b in found if a and b]
-        if known:
-            values = [a for a, _ in known], [b for _, b in known]
+        values = pairs(seen, first, pick, networks, second)
+        if values[0]:
             checks.append(paired(words, *values, judged=False))
 
     checks: list[Check] = []
