@@ -79,6 +79,20 @@ class Dataset:
             digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def few(self, num_samples: int) -> Part:
+        """At most so many training samples, always the same ones.
+
+        Class-balanced, unless there are no classes or one is too rare for it.
+        """
+        x, y = self.train
+        if num_samples >= len(y):
+            return x, y
+        index = at_random(len(y), num_samples, 0)
+        if has_classes(y):
+            with suppress(ValueError):  # a class too rare to be balanced
+                index = class_balanced(y, num_samples, 0)
+        return x[index], y[index]
+
 
 def load(
     name: str | Path,

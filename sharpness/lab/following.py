@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
 
-from sharpness.lab.data import Dataset, at_random, class_balanced, has_classes
+from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnUpdate, criterion_for
 from sharpness.measures.arguments import require, whole
 from sharpness.record import append_record, new_record
@@ -48,12 +47,6 @@ class Following:
         BatchNorm takes batch statistics, as in training. A run that was killed measures
         again what came after its last save; of points with one number the last counts.
         """
-        x, y = dataset.train
-        few = min(self.num_samples, len(y))
-        index = at_random(len(y), few, 0)
-        if has_classes(y):
-            with suppress(ValueError):  # a class too rare to be balanced
-                index = class_balanced(y, few, 0)
         trackers: list[SharpnessTracker] = []
 
         def on_update(update: int, model: nn.Module, optimizer: Optimizer) -> None:
@@ -64,7 +57,7 @@ class Following:
                     SharpnessTracker(
                         model,
                         criterion_for(dataset),
-                        (x[index], y[index]),
+                        dataset.few(self.num_samples),
                         optimizer=optimizer,
                         every=self.every,
                         measures=self.measures,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sharpness.claims import means_by
+from sharpness.claims import FEWEST, Check, by_both_solvers, means_by, trend
 from sharpness.report.panels import Curve
 from sharpness.reproduce.observations import Accuracy, Measured
 from sharpness.reproduce.trained import Trained
@@ -73,6 +73,33 @@ def points(
     picked = [(x, pick(facts)) for x, facts in found if facts is not None]
     known = [(x, y) for x, y in picked if math.isfinite(y)]
     return [x for x, _ in known], [y for _, y in known]
+
+
+def trend_of(
+    claim: str,
+    seen: Seen,
+    look: Look,
+    pick: Pick,
+    networks: Sequence[tuple[float, Trained]],
+    *,
+    rising: bool,
+    best: Pick | None = None,
+    paper: str = "",
+    judged: bool = True,
+) -> list[Check]:
+    """Does a number rise with x? Nothing before three networks have been looked at.
+
+    Where the best value found is given as well, it must share the verdict.
+    """
+    x, y = points(seen, look, pick, networks)
+    if len(x) < FEWEST:
+        return []
+    shown = listed(x, y)
+    check = trend(claim, x, y, rising=rising, ours=shown, paper=paper, judged=judged)
+    if best is None:
+        return [check]
+    others = points(seen, look, best, networks)
+    return [by_both_solvers(check, trend(claim, *others, rising=rising))]
 
 
 def band(label: str, x: Sequence[float], y: Sequence[float], **style: Any) -> Curve:

@@ -8,15 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from sharpness import checkpoint
 from sharpness.lab import networks
-from sharpness.lab.data import Dataset, at_random, class_balanced, has_classes
 from sharpness.lab.measurement import Settings, data_facts, risk_of
-from sharpness.lab.run import DivergedError, criterion_for, train
+from sharpness.lab.run import DivergedError, OnUpdate, criterion_for, train
 from sharpness.lab.subjects import Subject, opened
 from sharpness.lab.training import Budget, Training
 from sharpness.measures.eigenvalues import eigenpairs
@@ -235,39 +233,15 @@ class Followed:
 
     def found(self, bench: Bench) -> Facts:
         """The points, and how the training ended."""
-        dataset = bench.dataset(self.data)
         trackers: list[SharpnessTracker] = []
 
         def on_update(update: int, model: nn.Module, optimizer: Optimizer) -> None:
             if not trackers:
-                trackers.append(
-                    SharpnessTracker(
-                        model,
-                        criterion_for(dataset),
-                        _few(dataset, self.num_samples),
-                        optimizer=optimizer,
-                        every=self.every,
-                        measures=(self.measure,),
-                        batchnorm="batch",
-                    )
-                )
+                trackers.append(self._tracker(bench, model, optimizer))
             elif update:
                 trackers[0].step()
 
-        reason = None
-        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            try:
-                path = Path(folder) / "followed.pt"
-                train(
-                    self.training,
-                    self.budget,
-                    dataset,
-                    path,
-                    device=bench.device,
-                    on_update=on_update,
-                )
-            except DivergedError as error:
-                reason = str(error)
+        reason = self._trained(bench, on_update)
         points = trackers[0].history
         return {
             "diverged_at": reason,
@@ -277,13 +251,35 @@ class Followed:
             "thresholds": [point.thresholds.get(self.measure) for point in points],
         }
 
+    def _tracker(
+        self, bench: Bench, model: nn.Module, optimizer: Optimizer
+    ) -> SharpnessTracker:
+        dataset = bench.dataset(self.data)
+        return SharpnessTracker(
+            model,
+            criterion_for(dataset),
+            dataset.few(self.num_samples),
+            optimizer=optimizer,
+            every=self.every,
+            measures=(self.measure,),
+            batchnorm="batch",
+        )
 
-def _few(dataset: Dataset, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x, y = dataset.train
-    if num >= len(y):
-        return x, y
-    index = class_balanced(y, num, 0) if has_classes(y) else at_random(len(y), num, 0)
-    return x[index], y[index]
+    def _trained(self, bench: Bench, on_update: OnUpdate) -> str | None:
+        """Train and keep nothing; why it diverged, if it did."""
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            try:
+                train(
+                    self.training,
+                    self.budget,
+                    bench.dataset(self.data),
+                    Path(folder) / "followed.pt",
+                    device=bench.device,
+                    on_update=on_update,
+                )
+            except DivergedError as error:
+                return str(error)
+        return None
 
 
 Observation = Accuracy | Measured | Joining | Rescaled | Followed

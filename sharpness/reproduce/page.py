@@ -55,11 +55,20 @@ def page_text(seen: Seen) -> str:
     for paper in PAPERS.values():
         of_paper = [row for row in found if row[0] is paper]
         if of_paper:
+            studies = dict.fromkeys(study for _, _, study, _ in of_paper)
             parts.append(f"## {paper.name}\n\n{paper.citation}.")
+            parts.append("\n".join(map(_study_text, studies)))
         for _, item, study, one in of_paper:
             shown = _picture(item, study, seen)
             parts.append(finding_text(one, f"reproductions/{shown}" if shown else None))
     return "\n\n".join(part.rstrip() for part in parts)
+
+
+def _study_text(study: Study) -> str:
+    sizes = f"Reduced: {study.reduced}." if study.reduced else "The paper's sizes."
+    stand_in = f" Stand-in: {study.stand_in}." if study.stand_in else ""
+    where = f"**{study.name}, {study.preset}**: {study.network} on {study.data}."
+    return f"- {where} {sizes}{stand_in}"
 
 
 def readme_text(seen: Seen) -> str:

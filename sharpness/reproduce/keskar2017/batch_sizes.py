@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from sharpness.claims import Check, by_both_solvers, trend
+from sharpness.claims import Check
 from sharpness.report.panels import Panel
-from sharpness.reproduce.keskar2017.study import TEST_ACCURACY, Study
-from sharpness.reproduce.looks import accuracy, band, lambda_max, listed, phi, points
+from sharpness.reproduce.keskar2017.study import BEST_PHI, TEST_ACCURACY, Study
+from sharpness.reproduce.looks import accuracy, band, lambda_max, phi, points, trend_of
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
 from sharpness.reproduce.trained import Trained
@@ -30,35 +29,22 @@ def _figure4_observations(study: Study) -> list[Any]:
 
 
 def _figure4(study: Study, seen: Seen) -> list[Check]:
-    checks = []
-    for words, look, pick, rising, judged, published in (
-        ("test accuracy falls with batch size", accuracy, TEST_ACCURACY, False, True, ""),
-        (
-            "phi(1e-3) rises with batch size",
-            study.curvature_and_phi,
-            phi(0),
-            True,
-            True,
-            "",
-        ),
-        (
-            "lambda_max with batch size (Yao et al. 2018: rises)",
-            study.curvature_and_phi,
-            lambda_max,
-            True,
-            False,
-            "0.64 (16) → 80 (2048) for C1, not checked",
-        ),
-    ):
-        x, y = points(seen, look, pick, _swept(study))
-        if len(x) >= 3:
-            shown = listed(x, y)
-            check = trend(words, x, y, rising=rising, ours=shown, judged=judged)
-            if look == study.curvature_and_phi and judged:
-                best = points(seen, look, phi(0, "phi"), _swept(study))
-                check = by_both_solvers(check, trend(words, *best, rising=rising))
-            checks.append(replace(check, paper=published))
-    return checks
+    networks, measured = _swept(study), study.curvature_and_phi
+    words = "test accuracy falls with batch size"
+    checks = trend_of(words, seen, accuracy, TEST_ACCURACY, networks, rising=False)
+    words = "phi(1e-3) rises with batch size"
+    checks += trend_of(words, seen, measured, phi(0), networks, rising=True, best=BEST_PHI)
+    words = "lambda_max with batch size (Yao et al. 2018: rises)"
+    return checks + trend_of(
+        words,
+        seen,
+        measured,
+        lambda_max,
+        networks,
+        rising=True,
+        paper="0.64 (16) → 80 (2048) for C1, not checked",
+        judged=False,
+    )
 
 
 def _figure4_panels(study: Study, seen: Seen) -> list[Panel]:

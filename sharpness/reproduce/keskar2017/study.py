@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sharpness.lab.training import Budget, Training
 from sharpness.reproduce import paper
-from sharpness.reproduce.looks import metric
+from sharpness.reproduce.looks import metric, phi
 from sharpness.reproduce.observations import Measured
 from sharpness.reproduce.trained import Trained
 
@@ -123,6 +123,7 @@ def both(study: Study) -> list[Trained]:
 
 
 TEST_ACCURACY = metric("test_accuracy_batch", 100)  # percent
+BEST_PHI = phi(0, "phi")  # at epsilon 1e-3, by whichever solver found more
 
 
 _TWO_CORES = "for two cores"

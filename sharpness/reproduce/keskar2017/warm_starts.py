@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sharpness.claims import Check, by_both_solvers, trend
+from sharpness.claims import Check
 from sharpness.report.panels import Panel
-from sharpness.reproduce.keskar2017.study import TEST_ACCURACY, Study
-from sharpness.reproduce.looks import accuracy, band, listed, phi, points
+from sharpness.reproduce.keskar2017.study import BEST_PHI, TEST_ACCURACY, Study
+from sharpness.reproduce.looks import accuracy, band, phi, points, trend_of
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
 from sharpness.reproduce.trained import Trained
@@ -34,19 +34,13 @@ def _figure5_observations(study: Study) -> list[Any]:
 
 
 def _figure5(study: Study, seen: Seen) -> list[Check]:
-    checks = []
-    for words, look, pick, rising in (
-        ("test accuracy rises with the epochs before", accuracy, TEST_ACCURACY, True),
-        ("phi(1e-3) falls with the epochs before", study.phi, phi(0), False),
-    ):
-        x, y = points(seen, look, pick, _warm(study))
-        if len(x) >= 3:
-            check = trend(words, x, y, rising=rising, ours=listed(x, y))
-            if look == study.phi:
-                best = points(seen, look, phi(0, "phi"), _warm(study))
-                check = by_both_solvers(check, trend(words, *best, rising=rising))
-            checks.append(check)
-    return checks
+    networks = _warm(study)
+    words = "test accuracy rises with the epochs before"
+    checks = trend_of(words, seen, accuracy, TEST_ACCURACY, networks, rising=True)
+    words = "phi(1e-3) falls with the epochs before"
+    return checks + trend_of(
+        words, seen, study.phi, phi(0), networks, rising=False, best=BEST_PHI
+    )
 
 
 def _figure5_panels(study: Study, seen: Seen) -> list[Panel]:
