@@ -21,8 +21,8 @@ _ADVICE = (
     "p: one-sided paired t test over starting points (Kendall's tau over runs for "
     "trends), then sign flips, 2^-n at best. reproduced: p < .05 with 3 pairs or more; not "
     "reproduced: the opposite has p < .05, or p > .05 with 6 or more; inconclusive "
-    "otherwise. phi: ten iterations of L-BFGS-B, as in the paper; the verdict must hold "
-    "for the best value found as well."
+    "otherwise. phi: ten iterations of L-BFGS-B, as in the paper; in the full space "
+    "the verdict must hold for the best value found as well."
 )
 
 

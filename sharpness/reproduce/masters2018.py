@@ -348,7 +348,7 @@ STUDIES = (
         reduced="2000 of CIFAR-10's 50 000 training images, 10 epochs for 82, accuracy at "
         "the end for the median of the last 5 epochs, for two cores",
         batch_sizes=(4, 16, 64, 256, 1000),
-        rates=tuple(2.0**k for k in (-10, -8, -7, -6)),
+        rates=tuple(2.0**k for k in (-14, -12, -10, -8, -7, -6)),
         epochs=10,
         normalised="ResNet-8",
         ghosts=(4, 16, 64, 256),
