@@ -58,6 +58,21 @@ def test_a_stand_in_is_never_called_reproduced(seen):
         assert not (found.stand_in and found.verdict_text.startswith("reproduced"))
 
 
+def test_numbers_in_the_commentary_are_those_of_the_tables():
+    text = (ROOT / "docs" / "reproductions.md").read_text()
+    commentary, tables = text.split(f"<!-- {page.MARKER}:begin -->")
+    measured = re.findall(r"[\d.e+-]+ ± [\d.]*\d|[\d.]+×", commentary)
+    assert len(measured) > 5
+    assert [number for number in measured if number not in tables] == []
+
+
+def test_each_paper_says_what_is_smaller_than_its_own(seen):
+    text = page.page_text(seen)
+    assert "**C1-cifar10, reduced**: C1 on cifar10[2000,test=2000]. Reduced: 2000" in text
+    assert "**WRN-16-4-cifar10, full**: WRN-16-4 on cifar10. The paper's sizes." in text
+    assert "Stand-in: Fashion-MNIST for MNIST" in text
+
+
 def test_a_page_without_its_markers_is_refused():
     with pytest.raises(ValueError, match="must be marked by <!-- x:begin -->"):
         page.between("no markers", "x", "content")

@@ -30,6 +30,17 @@ def summary(findings: Sequence[Finding]) -> str:
     return table(("paper", "item", "on", "verdict"), rows)
 
 
+def by_study(findings: Sequence[Finding]) -> str:
+    """A paper's verdicts: a line for each item, a column for each study."""
+    studies = list(dict.fromkeys(f"{f.study}, {f.preset}" for f in findings))
+    verdicts = {(f.title, f"{f.study}, {f.preset}"): f.verdict_text for f in findings}
+    rows = [
+        (title, *(verdicts.get((title, study), "–") for study in studies))
+        for title in dict.fromkeys(f.title for f in findings)
+    ]
+    return table((findings[0].paper, *studies), rows)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, left-aligned."""
     lines = [columns, ["---"] * len(columns), *rows]

@@ -14,7 +14,7 @@ from pathlib import Path
 from sharpness import _command
 from sharpness.claims import Finding
 from sharpness.record import append_record, read_records
-from sharpness.report.markdown import finding_text, summary
+from sharpness.report.markdown import by_study, finding_text, summary
 from sharpness.report.panels import draw
 from sharpness.reproduce.paper import Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
@@ -51,7 +51,7 @@ def recorded(folder: Path) -> Seen:
 def page_text(seen: Seen) -> str:
     """The generated part of the page: a summary, then every item."""
     found = list(findings(seen))
-    parts = [summary([one for *_, one in found])]
+    parts = [_verdicts([one for *_, one in found])]
     for paper in PAPERS.values():
         of_paper = [row for row in found if row[0] is paper]
         if of_paper:
@@ -72,8 +72,21 @@ def _study_text(study: Study) -> str:
 
 
 def readme_text(seen: Seen) -> str:
-    """The generated part of README: the summary, without the quick preset."""
-    return summary([one for *_, one in findings(seen) if one.preset != "quick"])
+    """The generated part of README: the verdicts, without the quick preset."""
+    return _verdicts([one for *_, one in findings(seen) if one.preset != "quick"])
+
+
+def _verdicts(found: Sequence[Finding]) -> str:
+    """A table of its own for each paper whose items were tried on several studies."""
+    papers = {one.paper: [o for o in found if o.paper == one.paper] for one in found}
+    wide = {name: rows for name, rows in papers.items() if _repeats(rows)}
+    rest = [one for one in found if one.paper not in wide]
+    return "\n\n".join([*map(by_study, wide.values()), *([summary(rest)] if rest else [])])
+
+
+def _repeats(found: Sequence[Finding]) -> bool:
+    """Whether an item was tried on several studies."""
+    return len({one.title for one in found}) < len(found)
 
 
 def between(text: str, marker: str, content: str) -> str:
