@@ -161,7 +161,6 @@ STUDIES = (
         default=32,
         times=(4, 16),
         epochs=10,
-        num_seeds=3,
     ),
     Study(
         name="AlexNet-cifar10",
