@@ -327,6 +327,18 @@ def test_moments_cost_one_run(bench, counted):
     assert counted[9:] == [9, 10, 11]
 
 
+def test_an_earlier_moment_that_nobody_asked_for_is_carried_on(bench, tmp_path, counted):
+    bench.bring_about([net(1.0), net(2.0)])
+    bench.bring_about([net(2.0, seed=1)])  # of another run
+    del counted[:]
+    bench.bring_about([net(1.0), net(3.0)])
+    assert counted == [6, 7, 8]
+    expected = directly(net(3.0), tmp_path / "direct.pt")
+    assert_same_bits(checkpoint.load(bench.path(net(3.0))), expected)
+    bench.bring_about([net(0.5)])  # later moments are no beginning
+    assert updates_of(bench, net(0.5)) == 2
+
+
 def test_a_budget_of_updates_is_a_moment_too(bench):
     trained = replace(net(), budget=Budget(updates=4))
     bench.bring_about([trained])

@@ -107,22 +107,37 @@ class Bench:
         """Train one run through its moments, in order of their epochs.
 
         Each moment is a file of its own; the next carries on from a copy of it, to the
-        same bits as a run without stops. A run whose loss is no longer finite leaves a
-        note instead of the moments it did not reach.
+        same bits as a run without stops. So does one whose earlier moments lie here for
+        another reason. A run whose loss is no longer finite leaves a note instead of the
+        moments it did not reach.
         """
-        reached: Path | None = None
         for moment in sorted(moments, key=lambda one: one.budget.epochs or 0.0):
             path = self.path(moment)
-            if not self.has(moment):
-                if reached is not None and not path.exists():
-                    _carry_over(reached, path)
-                try:
-                    self._train(moment, path)
-                except DivergedError as error:
-                    path.unlink(missing_ok=True)
-                    path.with_suffix(".diverged").write_text(str(error), encoding="utf-8")
-            if self.diverged(moment) is None:
-                reached = path
+            if self.has(moment):
+                continue
+            earlier = self._last_before(moment)
+            if earlier is not None and not path.exists():
+                _carry_over(earlier, path)
+            try:
+                self._train(moment, path)
+            except DivergedError as error:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".diverged").write_text(str(error), encoding="utf-8")
+
+    def _last_before(self, moment: Trained) -> Path | None:
+        """Of the moments of its run that lie here the latest before it."""
+        epochs = moment.budget.epochs or 0.0
+        stem, mark, _ = moment.file.rpartition(f"-e{epochs:g}-")
+        earlier: dict[float, Trained] = {}
+        for file in self.folder.glob(f"{stem}-e*-*.pt") if mark else ():
+            at = float(file.name.removeprefix(f"{stem}-e").split("-")[0])
+            other = replace(moment, budget=replace(moment.budget, epochs=at))
+            if at < epochs and other.file == file.name and other.run == moment.run:
+                earlier[at] = other
+        for at in sorted(earlier, reverse=True):
+            if self.has(earlier[at]) and self.diverged(earlier[at]) is None:
+                return self.path(earlier[at])
+        return None
 
     def _train(self, moment: Trained, path: Path) -> None:
         training, budget = moment.training, moment.budget
