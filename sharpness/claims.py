@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 from scipy import stats
 
 from sharpness.statistics import mean_and_sd, mean_sd, paired_t, sign_flip
@@ -170,42 +170,53 @@ def by_both_solvers(protocol: Check, best: Check) -> Check:
 
 def trend(
     claim: str,
-    x: ArrayLike,
-    y: ArrayLike,
+    x: Sequence[float],
+    runs: Sequence[Sequence[float]],
     *,
     rising: bool = True,
     ours: str = "",
-    paper: str = "",
     judged: bool = True,
 ) -> Check:
-    """Does y rise (or fall) with x? Kendall's tau over all runs, one-sided."""
-    known = np.isfinite(np.asarray(y, float))
-    xs, ys = np.asarray(x, float)[known], np.asarray(y, float)[known]
+    """Does y rise (or fall) with x, within starting points?
+
+    What shares a starting point is compared with each other alone: Page's L (1963), one
+    row a starting point; Kendall's tau where there is one. One-sided, exact for few.
+
+    Args:
+        claim: in words.
+        x: where y was looked at.
+        runs: for each starting point y at every x; one that lacks a number is left out.
+        rising: the direction claimed.
+        ours: what was found; the mean of Kendall's tau is added.
+        judged: whether it is a claim of the paper.
+    """
+    order = np.argsort(np.asarray(x, float), kind="stable")
+    rows = [np.asarray(run, float)[order] for run in runs]
+    rows = [row for row in rows if np.isfinite(row).all()]
+    at = np.asarray(x, float)[order]
     tau, p, opposite = math.nan, math.nan, math.nan
-    if len(xs) > 1:
-        sides = ("greater", "less") if rising else ("less", "greater")
-        test, other = (stats.kendalltau(xs, ys, alternative=side) for side in sides)
-        tau, p, opposite = (float(v) for v in (*test, other.pvalue))
+    if rows and len(at) > 1:
+        tau = float(np.mean([stats.kendalltau(at, row).statistic for row in rows]))
+    if math.isfinite(tau):
+        p, opposite = _p_of_rise(at, rows), _p_of_rise(at, [-row for row in rows])
+        p, opposite = (p, opposite) if rising else (opposite, p)
     text = f"tau {tau:+.2f}" if math.isfinite(tau) else "constant"
+    n = len(rows) * len(at)
     return Check(
         claim=claim,
-        paper=paper,
         ours=f"{ours}; {text}" if ours else text,
-        n=len(xs),
+        n=n,
         p=p if math.isfinite(p) else None,
-        verdict=by_test(p, opposite, len(xs)) if judged else None,
+        verdict=by_test(p, opposite, n) if judged else None,
     )
 
 
-def not_shown(check: Check) -> Check:
-    """The claim that something does not happen, from the test that it does.
-
-    Refuted where it is shown; held to be true where six pairs or runs do not show it.
-    """
-    verdict = Verdict.REPRODUCED if check.n >= ENOUGH else Verdict.INCONCLUSIVE_FEW
-    if check.verdict is Verdict.REPRODUCED:
-        verdict = Verdict.NOT_REPRODUCED
-    return replace(check, verdict=verdict)
+def _p_of_rise(x: NDArray[np.float64], rows: Sequence[NDArray[np.float64]]) -> float:
+    if len(rows) == 1:
+        return float(stats.kendalltau(x, rows[0], alternative="greater").pvalue)
+    if len(x) < 3:  # Page's L wants three columns
+        return sign_flip(np.array([row[-1] - row[0] for row in rows]))
+    return float(stats.page_trend_test(np.array(rows)).pvalue)
 
 
 def within(
@@ -220,22 +231,26 @@ def within(
         verdict = Verdict.NOT_REPRODUCED
     else:
         verdict = Verdict.INCONCLUSIVE_FEW
-    ours = mean_sd(mean, sd)
-    return Check(
-        claim=claim, paper=paper or f"{low:g} to {high:g}", ours=ours, n=n, verdict=verdict
-    )
+    return Check(claim=claim, paper=paper, ours=mean_sd(mean, sd), n=n, verdict=verdict)
 
 
-def near(
-    claim: str, first: Sequence[float], second: Sequence[float], ratio: float
+def ratio_within(
+    claim: str,
+    first: Sequence[float],
+    second: Sequence[float],
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    paper: str = "",
 ) -> Check:
-    """Is the ratio of the pairs within ten times the paper's, up or down?"""
-    logs = [math.log10(b / a / ratio) for a, b in zip(first, second, strict=True)]
-    check = within(claim, logs, -1, 1)
+    """Does the geometric mean of the pairs' ratios lie in a range? All values positive."""
+    logs = [math.log10(b / a) for a, b in zip(first, second, strict=True)]
+    edges = [math.log10(edge) if edge > 0 else -math.inf for edge in (low, high)]
+    check = within(claim, logs, *edges, paper=paper)
     mean, half = float(np.mean(logs)), _half_width(logs)
-    low, middle, high = (ratio * 10**x for x in (mean - half, mean, mean + half))
-    ours = f"{middle:.3g}× ({low:.3g} to {high:.3g})"
-    return replace(check, paper=f"{ratio:.3g}×", ours=ours)
+    least, middle, most = (10**x for x in (mean - half, mean, mean + half))
+    interval = f" ({least:.3g} to {most:.3g})" if half else ""
+    return replace(check, ours=f"{middle:.3g}×{interval}")
 
 
 def _half_width(values: Sequence[float]) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sharpness.claims import FEWEST, Check, by_both_solvers, means_by, trend
+from sharpness.claims import Check, by_both_solvers, means_by, trend
 from sharpness.report.panels import Curve
 from sharpness.reproduce.observations import Accuracy, Measured
 from sharpness.reproduce.trained import Trained
@@ -84,22 +84,34 @@ def trend_of(
     *,
     rising: bool,
     best: Pick | None = None,
-    paper: str = "",
     judged: bool = True,
 ) -> list[Check]:
-    """Does a number rise with x? Nothing before three networks have been looked at.
+    """Does a number rise with x? Nothing before one starting point has been looked at.
 
     Where the best value found is given as well, it must share the verdict.
     """
-    x, y = points(seen, look, pick, networks)
-    if len(x) < FEWEST:
+    at, runs = by_start(seen, look, pick, networks)
+    shown = listed(*points(seen, look, pick, networks))
+    check = trend(claim, at, runs, rising=rising, ours=shown, judged=judged)
+    if not check.n:
         return []
-    shown = listed(x, y)
-    check = trend(claim, x, y, rising=rising, ours=shown, paper=paper, judged=judged)
     if best is None:
         return [check]
-    others = points(seen, look, best, networks)
+    others = by_start(seen, look, best, networks)
     return [by_both_solvers(check, trend(claim, *others, rising=rising))]
+
+
+def by_start(
+    seen: Seen, look: Look, pick: Pick, networks: Sequence[tuple[float, Trained]]
+) -> tuple[list[float], list[list[float]]]:
+    """Every x, and for each starting point the number there; NaN where there is none."""
+    at = sorted({x for x, _ in networks})
+    found: dict[int, dict[float, float]] = {}
+    for x, network in networks:
+        facts = seen.get(look(network))
+        row = found.setdefault(network.training.seed, {})
+        row[x] = math.nan if facts is None else pick(facts)
+    return at, [[row.get(x, math.nan) for x in at] for row in found.values()]
 
 
 def band(label: str, x: Sequence[float], y: Sequence[float], **style: Any) -> Curve:

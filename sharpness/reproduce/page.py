@@ -68,7 +68,7 @@ def _study_text(study: Study) -> str:
     sizes = f"Reduced: {study.reduced}." if study.reduced else "The paper's sizes."
     stand_in = f" Stand-in: {study.stand_in}." if study.stand_in else ""
     where = f"**{study.name}, {study.preset}**: {study.network} on {study.data}."
-    return f"- {where} {sizes}{stand_in}"
+    return f"- {where} {study.about} {sizes}{stand_in}".replace("  ", " ")
 
 
 def readme_text(seen: Seen) -> str:

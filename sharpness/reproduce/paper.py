@@ -30,6 +30,11 @@ class Study:
     stand_in: str | None = None  # for what cannot be had
     num_seeds: int = 6  # starting points
 
+    @property
+    def about(self) -> str:
+        """How the networks were trained and looked at, in sentences."""
+        return ""
+
     def with_seeds(self, num: int) -> Study:
         """The same with so many starting points, everywhere."""
         return replace(self, num_seeds=num)

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from sharpness.claims import Check, holds, within
+import numpy as np
+
+from sharpness.claims import Check, holds, ratio_within, within
 from sharpness.lab.regimes import REGIMES
 from sharpness.lab.training import Budget, Training
 from sharpness.report.panels import Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.looks import accuracy, band, metric, pairs, points
+from sharpness.reproduce.looks import Pick, accuracy, band, by_start, metric, pairs, points
 from sharpness.reproduce.paper import Item, Paper, paper_numbers
 from sharpness.reproduce.trained import Trained
 from sharpness.reproduce.workshop import Seen
@@ -103,37 +105,30 @@ def _accuracies(study: Study, seen: Seen) -> list[Check]:
 
 
 def _curves(study: Study, seen: Seen) -> list[Check]:
-    """Do the curves of the training loss by epochs coincide?"""
+    """Do the curves of the training loss by epochs coincide, where they might differ?"""
     loss, checks = metric("train_loss_running"), []
+    late = [epochs for epochs in study.looked_at if epochs > study.drops[0]]
     for kind in _KINDS[1:]:
-        twins = [
-            (a, b)
-            for a, b in zip(study.moments("decay"), study.moments(kind), strict=True)
-            if a[0] > study.drops[0]  # until then they are the same
-        ]
-        values = pairs(seen, accuracy, loss, [(a, b) for (_, a), (_, b) in twins])
-        if len(values[0]) == len(twins):
-            spread = _spread_between_seeds(study, values[0])
-            gap = fmean(abs(a - b) for a, b in zip(*values, strict=True))
+        decay, other = (
+            _geometric_means(seen, study, name, late, loss) for name in ("decay", kind)
+        )
+        if decay and len(decay) == len(other):
             words = (
-                f"{kind} and decay: training loss by epoch after the first drop no further "
-                "apart than two starting points of one schedule"
+                f"{kind} over decay: training loss after the first drop, mean over epochs: "
+                "0.9 to 1.1"
             )
-            ours = f"{gap:.3g} on average; starting points {spread:.3g}"
-            checks.append(holds(words, gap <= spread, ours=ours, n=study.num_seeds))
+            checks.append(ratio_within(words, decay, other, 0.9, 1.1))
     return checks
 
 
-def _spread_between_seeds(study: Study, values: Sequence[float]) -> float:
-    num = len(values) // study.num_seeds
-    runs = [values[i * num : (i + 1) * num] for i in range(study.num_seeds)]
-    gaps = [
-        abs(a - b)
-        for i, one in enumerate(runs)
-        for other in runs[:i]
-        for a, b in zip(one, other, strict=True)
-    ]
-    return fmean(gaps)
+def _geometric_means(
+    seen: Seen, study: Study, kind: str, epochs: Sequence[float], pick: Pick
+) -> list[float]:
+    """Over the epochs, for each starting point; none before all were looked at."""
+    moments = [one for one in study.moments(kind) if one[0] in epochs]
+    _, runs = by_start(seen, accuracy, pick, moments)
+    means = [float(np.exp(np.mean(np.log(run)))) for run in runs]
+    return means if np.isfinite(means).all() else []
 
 
 def _schedules(study: Study, seen: Seen) -> list[Check]:
@@ -201,7 +196,7 @@ ITEMS = (
     ),
     Item(
         name="updates",
-        title="The number of updates",
+        title="The number of updates (counted, nothing trained)",
         claim="The schedules need ever fewer updates.",
         observations=lambda study: [],
         checks=_updates,

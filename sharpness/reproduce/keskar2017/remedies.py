@@ -11,7 +11,7 @@ from sharpness.claims import Check, by_both_solvers, paired, within
 from sharpness.reproduce.keskar2017.study import ROLES, TEST_ACCURACY, Role, Study, ends
 from sharpness.reproduce.looks import accuracy, pairs, phi
 from sharpness.reproduce.observations import Accuracy
-from sharpness.reproduce.paper import Item, paper_numbers
+from sharpness.reproduce.paper import Item
 from sharpness.reproduce.trained import Trained
 from sharpness.reproduce.workshop import Seen
 
@@ -39,8 +39,8 @@ def _remedy(
 ) -> list[Check]:
     """Better than the large batch, and still sharper than the small one?"""
     treated = _remedied(study, settings, roles)["large"]
-    published = paper_numbers("keskar2017").get(table, {}).get(study.network, {})
-    plain = paper_numbers("keskar2017")["table2"].get(study.network, {}).get("test")
+    published = study.published(table) or {}
+    plain = (study.published("table2") or {}).get("test")
     small, large = zip(*ends(study)[: study.num_remedied], strict=True)
     checks = []
     values = pairs(seen, accuracy, TEST_ACCURACY, list(zip(large, treated, strict=True)))
@@ -57,7 +57,7 @@ def _remedy(
             gain = replace(gain, claim=words, p=None, flip_p=None, verdict=verdict)
         checks.append(gain)
     words = "phi(1e-3), %, small batch → large batch with it: still larger"
-    cells = paper_numbers("keskar2017")["table3"].get(study.network, {}).get("0.001")
+    cells = (study.published("table3") or {}).get("0.001")
     theirs = published.get("0.001")
     networks = list(zip(small, treated, strict=True))
     protocol, best = (

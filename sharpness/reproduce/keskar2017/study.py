@@ -33,6 +33,7 @@ class Study(paper.Study):
         epochs_warm: of the large-batch runs of figure 5.
         num_warm: starting points of figure 5.
         num_remedied: starting points of tables 6 and 7 and of adversarial training.
+        batchnorm: whether the network has BatchNorm.
     """
 
     small: int
@@ -47,6 +48,28 @@ class Study(paper.Study):
     epochs_warm: float = 0.0
     num_warm: int = 3
     num_remedied: int = 6
+    batchnorm: bool = True
+
+    @property
+    def about(self) -> str:
+        """How the networks were trained and looked at."""
+        several = [
+            f"figure 4: {self.epochs_swept:g} epochs" if self.swept else "",
+            f"figure 5: {self.epochs_warm:g} after each start" if self.epochs_warm else "",
+        ]
+        more = "".join(f"; {one}" for one in several if one)
+        samples = self.num_samples or "all"
+        how = ", with their batch statistics in BatchNorm" if self.batchnorm else ""
+        return (
+            f"Batch {self.small} for {self.epochs_small[-1]:g} epochs, {self.large} for "
+            f"{self.epochs_large[-1]:g}{more}; Adam at 1e-3, not tuned. Sharpness on "
+            f"{samples} training samples{how}."
+        )
+
+    def published(self, table: str) -> Any:
+        """The paper's numbers for this network; None where its data are others."""
+        numbers = paper.paper_numbers("keskar2017").get(table, {})
+        return None if self.stand_in else numbers.get(self.network)
 
     def with_seeds(self, num: int) -> Study:
         """The same with so many starting points, everywhere."""
@@ -161,6 +184,7 @@ STUDIES = (
         epochs_small=(2, 8, 30),
         epochs_large=(30, 90, 300),
         num_followed=2,
+        batchnorm=False,
     ),
     Study(
         name="F1-mnist",
@@ -190,9 +214,7 @@ STUDIES = (
         epochs_large=(2, 5, 10, 20, 40, 60),
         swept=(32, 100, 250, 500, 1000, 2500),
         epochs_swept=40,
-        num_swept=2,
         epochs_warm=40,
-        num_warm=2,
     ),
     Study(
         name="C1-cifar10",

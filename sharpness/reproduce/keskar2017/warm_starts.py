@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from sharpness.claims import Check
+from sharpness.claims import Check, by_both_solvers, ratio_within, within
 from sharpness.report.panels import Panel
 from sharpness.reproduce.keskar2017.study import BEST_PHI, TEST_ACCURACY, Study
-from sharpness.reproduce.looks import accuracy, band, phi, points, trend_of
+from sharpness.reproduce.looks import accuracy, band, pairs, phi, points, trend_of
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
 from sharpness.reproduce.trained import Trained
@@ -38,9 +39,25 @@ def _figure5(study: Study, seen: Seen) -> list[Check]:
     words = "test accuracy rises with the epochs before"
     checks = trend_of(words, seen, accuracy, TEST_ACCURACY, networks, rising=True)
     words = "phi(1e-3) falls with the epochs before"
-    return checks + trend_of(
+    checks += trend_of(
         words, seen, study.phi, phi(0), networks, rising=False, best=BEST_PHI
     )
+    last = study.epochs_small[-1]
+    warm = [(network.start, network) for epochs, network in networks if epochs == last]
+    starts = [(start, network) for start, network in warm if start is not None]
+    values = pairs(seen, accuracy, TEST_ACCURACY, starts)
+    if values[0]:
+        gains = [b - a for a, b in zip(*values, strict=True)]
+        words = (
+            f"after {last:g}: test accuracy less the small batch's, points: -0.5 or more"
+        )
+        checks.append(within(words, gains, -0.5, math.inf))
+    words = f"after {last:g}: phi(1e-3) over the small batch's: 1 or less"
+    values, best = (pairs(seen, study.phi, pick, starts) for pick in (phi(0), BEST_PHI))
+    if values[0]:
+        flat, flattest = (ratio_within(words, *v, high=1) for v in (values, best))
+        checks.append(by_both_solvers(flat, flattest))
+    return checks
 
 
 def _figure5_panels(study: Study, seen: Seen) -> list[Panel]:
