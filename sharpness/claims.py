@@ -202,12 +202,13 @@ def trend(
         p, opposite = (p, opposite) if rising else (opposite, p)
     text = f"tau {tau:+.2f}" if math.isfinite(tau) else "constant"
     n = len(rows) * len(at)
+    enough = n if len(at) > 2 else len(rows)  # pairs
     return Check(
         claim=claim,
         ours=f"{ours}; {text}" if ours else text,
         n=n,
         p=p if math.isfinite(p) else None,
-        verdict=by_test(p, opposite, n) if judged else None,
+        verdict=by_test(p, opposite, enough) if judged else None,
     )
 
 

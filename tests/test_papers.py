@@ -63,9 +63,10 @@ def keskar(study, look, true, best=None):
     if "measures" not in plain.described(look):
         gain = -1 if about.remedy == "adversarial" else 1.5
         gain *= about.remedy != "none" or about.augmentation != "none"
-        test = 90 + 0.1 * e + sign * (gain - 2 * size - 3 / epochs + 0.1 * before)
+        test = 90 + 0.1 * e + sign * (gain - 2 * size - 3 / epochs + 0.2 * before)
         metrics = {
             "test_accuracy_batch": test / 100,
+            "test_accuracy_running": test / 100 - 0.001,
             "train_accuracy_batch": 0.998 + 0.001 * e - (0 if true else 0.05 * size),
             "train_loss_batch": (1 + 0.1 * e) / epochs,
         }
@@ -73,7 +74,7 @@ def keskar(study, look, true, best=None):
 
     def phis(claimed):
         power = (1 if claimed else -1) * (
-            size + (size - 0.5) * math.log10(epochs) - 0.02 * before
+            size + (size - 0.5) * math.log10(epochs) - 0.15 * before
         )
         return 10 ** (power + 0.01 * e)
 
@@ -174,10 +175,14 @@ WORLDS = {
 }
 
 
+EDGE = ("cohen2021", "reduced")  # where both optimizers are followed
+
+
 def study_of(paper, name=None, preset="reduced", seeds=None):
     """A study that nothing stands in for; masters2018 looks at a grid, not at seeds."""
     seeds = seeds or (1 if paper == "masters2018" else 6)
     of_preset = [s for s in PAPERS[paper].studies if s.preset == preset]
+    name = name or ("tanh-cifar10-1000" if (paper, preset) == EDGE else None)
     study = next(s for s in of_preset if name in (None, s.name))
     return replace(study, stand_in=None, num_seeds=seeds)
 
@@ -418,9 +423,8 @@ def test_an_order_that_depends_on_the_solver_decides_nothing(true):
     found = found_in("keskar2017", "table3", true, best=not true)
     order = [v for claim, v in verdicts(found).items() if claim.endswith("larger")]
     size = [v for claim, v in verdicts(found).items() if "its ratio" in claim]
-    assert order == [SOLVER] * 2
-    assert size == [REPRODUCED if true else NOT_REPRODUCED] * 2  # of the protocol's phi
-    assert found.verdict is (IN_PART if true else NOT_REPRODUCED)
+    assert order == size == [SOLVER] * 2
+    assert found.verdict is SOLVER
     beyond = [check for check in found.checks if check.verdict is None]
     assert len(beyond) == 2
     assert all("best found" in check.claim for check in beyond)
@@ -456,7 +460,7 @@ def test_the_size_of_a_ratio_is_another_claim_than_the_order(factor):
     order = [v for claim, v in verdicts(found).items() if claim.endswith("larger")]
     size = [v for claim, v in verdicts(found).items() if "its ratio" in claim]
     assert order == [REPRODUCED] * 2
-    assert size == [REPRODUCED if factor == 1 else NOT_REPRODUCED] * 2
+    assert size == [REPRODUCED if factor >= 1 else NOT_REPRODUCED] * 2
 
 
 @pytest.mark.parametrize("name", ["figure4", "figure5", "figure6", "table6", "table7"])
@@ -465,7 +469,7 @@ def test_every_verdict_on_phi_holds_for_the_best_phi_too(name):
     asked = [(c, v) for c, v in verdicts(found).items() if "phi" in c and "not" not in c]
     assert asked
     assert {verdict for _, verdict in asked} == {SOLVER}
-    assert found.verdict is IN_PART
+    assert found.verdict is (SOLVER if name == "figure6" else IN_PART)
 
 
 @pytest.mark.parametrize(("paper", "name"), CLAIMED)
@@ -604,7 +608,7 @@ def test_one_batchnorm_batch_is_not_the_best_of_several():
 
 def test_a_question_that_every_batchnorm_batch_answers_is_not_asked():
     study = study_of("masters2018", "AlexNet-cifar10", "full")
-    assert study.batch_sizes_ghost == (16, 64, 256)  # of 16 all are 16 or less
+    study = replace(study, batch_sizes_ghost=(8, 64, 256))  # of 8 all are 8 or less
     found = found_in("masters2018", "bn-batch", study=study)
     asked = [check.claim.partition(":")[0] for check in found.checks]
     assert asked == ["SGD batch 64", "SGD batch 256"]
@@ -682,7 +686,7 @@ def test_curvature_that_stays_far_below_its_threshold_does_not_reproduce(name):
     assert set(verdicts(found).values()) == {NOT_REPRODUCED}
 
 
-def test_a_single_descent_that_never_comes_near_its_threshold_is_enough():
+def test_a_single_descent_that_never_reaches_its_threshold_is_enough():
     study = study_of("cohen2021")
     item = PAPERS["cohen2021"].item("gradient-descent")
     records = []
@@ -693,7 +697,7 @@ def test_a_single_descent_that_never_comes_near_its_threshold_is_enough():
         records.append(record(look, facts))
     checks = finding(PAPERS["cohen2021"], item, study, Seen(records)).checks
     assert checks[0].verdict is NOT_REPRODUCED
-    assert checks[0].ours.endswith("; 5 of 6 runs come near")
+    assert checks[0].ours.endswith("; 5 of 6 runs reach it")
     assert checks[1].verdict is REPRODUCED
     assert [check.n for check in checks] == [6, 5]
 
@@ -877,6 +881,13 @@ def test_a_paper_that_did_not_try_a_network_has_no_numbers_beside_ours():
         } == {""}
 
 
+def test_the_papers_numbers_do_not_stand_beside_those_of_other_data():
+    stand_in = replace(study_of("keskar2017"), stand_in="Fashion-MNIST for MNIST")
+    for name in ("table2", "table3", "table4", "table7", "figure3"):
+        checks = found_in("keskar2017", name, study=stand_in).checks
+        assert {check.paper for check in checks} == {""}
+
+
 def test_the_papers_line_is_read_like_ours():
     study = study_of("keskar2017", "C1-cifar10")
     (check,) = found_in("keskar2017", "figure3", study=study).checks
@@ -908,16 +919,15 @@ def test_the_numbers_of_mishkin2016_belong_to_its_batch_sizes():
             "-0.6 (single runs)"
         ),
         "batch 2048 (8 times the default), same rate,": "",
-        "batch 2048 (8 times the default), scaled rate: within 1 point of the default": (
-            "0 ± 1"
-        ),
+        "batch 2048 (8 times the default), scaled rate: within 1 point of the default": "",
     }
+    assert all((check.verdict is None) == (check.paper == "") for check in found.checks)
 
 
 def test_the_accuracies_of_smith2018_stand_as_differences_from_decaying():
     found = found_in("smith2018", "schedules")
     published = [c.paper for c in found.checks if "test accuracy" in c.claim]
-    assert published == ["-1.5 to 1.5", "+0.1", "+0.2"]
+    assert published == ["", "+0.1", "+0.2"]
 
 
 @pytest.mark.parametrize("table", ["table3", "table4"])

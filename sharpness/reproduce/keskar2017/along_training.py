@@ -87,13 +87,17 @@ def _figure6(study: Study, seen: Seen) -> list[Check]:
             continue
         words = f"{role} batch: phi(1e-3), %, first look → last: "
         if role == "large":
-            grown, best_grown = (paired(f"{words}larger", *v) for v in (values, best))
-            checks.append(by_both_solvers(grown, best_grown))
+            check, found = (paired(f"{words}larger", *v) for v in (values, best))
         else:
-            stays = ratio_within(f"{words}at most half as large again", *values, high=1.5)
-            shown = paired(words, *values, judged=False)
-            checks.append(replace(stays, ours=f"{shown.ours}; {stays.ours}"))
+            check, found = (_hardly_grows(words, *v) for v in (values, best))
+        checks.append(by_both_solvers(check, found))
     return checks
+
+
+def _hardly_grows(words: str, first: list[float], last: list[float]) -> Check:
+    change = ratio_within(f"{words}at most half as large again", first, last, high=1.5)
+    shown = paired(words, first, last, judged=False)
+    return replace(change, ours=f"{shown.ours}; {change.ours}")
 
 
 def _figure6_panels(study: Study, seen: Seen) -> list[Panel]:

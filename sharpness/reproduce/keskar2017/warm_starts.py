@@ -31,7 +31,8 @@ def _figure5_observations(study: Study) -> list[Any]:
     looks: list[Any] = [Accuracy(of=network) for network in networks]
     looks += [study.phi(network) for network in networks]
     small = [n for run in study.followed("small")[: study.num_warm] for n in run]
-    return looks + [Accuracy(of=network) for network in small]
+    looks += [Accuracy(of=network) for network in small]
+    return looks + [study.phi(network) for network in small]
 
 
 def _figure5(study: Study, seen: Seen) -> list[Check]:
