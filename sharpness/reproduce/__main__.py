@@ -18,11 +18,12 @@ from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.workshop import Costs, Seen, Workshop
 
 _ADVICE = (
-    "p: one-sided paired t test over starting points (Kendall's tau over runs for "
-    "trends), then sign flips, 2^-n at best. reproduced: p < .05 with 3 pairs or more; not "
+    "p: one-sided paired t test over starting points, then sign flips, 2^-n at best; for "
+    "trends Page's L within starting points. reproduced: p < .05 with 3 pairs or more; not "
     "reproduced: the opposite has p < .05, or p > .05 with 6 or more; inconclusive "
-    "otherwise. phi: ten iterations of L-BFGS-B, as in the paper; in the full space "
-    "the verdict must hold for the best value found as well."
+    "otherwise. Ranges are decided by the mean's 95 % interval. phi: ten iterations of "
+    "L-BFGS-B, as in the paper; in the full space the verdict must hold for the best value "
+    "found as well."
 )
 
 
@@ -168,6 +169,8 @@ def _announce(
     time = time if workshop.device == "cpu" else "less than on a CPU"
     out = tables.console()
     out.print(f"\n{study.name}, preset {study.preset}: {study.network} on {study.data}.")
+    if study.about:
+        out.print(study.about)
     if study.stand_in:
         out.print(f"Stand-in: {study.stand_in}.")
     if study.reduced:
