@@ -180,7 +180,8 @@ def trend(
     """Does y rise (or fall) with x, within starting points?
 
     What shares a starting point is compared with each other alone: Page's L (1963), one
-    row a starting point; Kendall's tau where there is one. One-sided, exact for few.
+    row a starting point; Kendall's tau where there is one; a paired t test where x has
+    two values. One-sided.
 
     Args:
         claim: in words.
@@ -216,7 +217,9 @@ def _p_of_rise(x: NDArray[np.float64], rows: Sequence[NDArray[np.float64]]) -> f
     if len(rows) == 1:
         return float(stats.kendalltau(x, rows[0], alternative="greater").pvalue)
     if len(x) < 3:  # Page's L wants three columns
-        return sign_flip(np.array([row[-1] - row[0] for row in rows]))
+        moved = np.array([row[-1] - row[0] for row in rows])
+        p = paired_t(moved)
+        return p if math.isfinite(p) else sign_flip(moved)
     return float(stats.page_trend_test(np.array(rows)).pvalue)
 
 

@@ -258,12 +258,17 @@ def test_starting_points_that_differ_hide_no_trend_and_make_none():
     assert trend("c", [1, 2, 3], rising, rising=False).verdict is NO
 
 
-def test_a_trend_between_two_values_of_x_is_left_to_sign_flips():
+def test_a_trend_between_two_values_of_x_is_a_paired_t_test():
     runs = [[1.0, 2.0], [1.0, 3.0], [2.0, 5.0]]
-    assert trend("c", [10, 20], runs).p == pytest.approx(1 / 8)
-    assert trend("c", [10, 20], runs).verdict is FEW  # three pairs, of six runs
-    assert trend("c", [10, 20], [*runs, *runs]).verdict is YES
-    assert trend("c", [10, 20], [*runs, *runs], rising=False).verdict is NO
+    first, second = zip(*runs, strict=True)
+    found = trend("c", [10, 20], runs)
+    assert found.p == pytest.approx(t_of(first, second))
+    assert (found.n, found.verdict) == (6, YES)
+    assert trend("c", [10, 20], runs, rising=False).verdict is NO
+    assert trend("c", [10, 20], runs[:2]).verdict is FEW  # two pairs, of four runs
+    same = [[1.0, 2.0]] * 3  # no spread: sign flips
+    assert trend("c", [10, 20], same).p == pytest.approx(1 / 8)
+    assert trend("c", [10, 20], same).verdict is FEW
 
 
 def test_a_trend_is_seen_or_its_opposite_or_neither():

@@ -231,7 +231,6 @@ STUDIES = (
         num_samples=100,
         swept=(16, 64, 200, 1000),
         epochs_swept=20,
-        num_swept=2,
         epochs_warm=15,
         num_warm=1,
     ),
