@@ -68,7 +68,11 @@ def test_numbers_in_the_commentary_are_those_of_the_tables():
 
 def test_each_paper_says_what_is_smaller_than_its_own(seen):
     text = page.page_text(seen)
-    assert "**C1-cifar10, reduced**: C1 on cifar10[2000,test=2000]. Reduced: 2000" in text
+    sizes = "Batch 16 for 15 epochs, 200 for 30; figure 4: 20 epochs; figure 5: 15 after"
+    told = f"**C1-cifar10, reduced**: C1 on cifar10[2000,test=2000]. {sizes}"
+    assert told in text
+    assert "Sharpness on 100 training samples" in text.split(told)[1]
+    assert "Reduced: 2000 of CIFAR-10's 50 000" in text.split(told)[1]
     assert "**WRN-16-4-cifar10, full**: WRN-16-4 on cifar10. The paper's sizes." in text
     assert "Stand-in: Fashion-MNIST for MNIST" in text
 
@@ -82,6 +86,7 @@ def test_the_command_writes_a_page_of_its_own(tmp_path, capsys):
     folder = tmp_path / "docs" / "reproductions"
     folder.mkdir(parents=True)
     shutil.copy(FOLDER / "quick.jsonl", folder)
+    (folder / "of-an-item-that-was.png").write_bytes(b"")
     markers = f"before\n<!-- {page.MARKER}:begin -->\n<!-- {page.MARKER}:end -->\nafter\n"
     for path in (tmp_path / "README.md", tmp_path / "docs" / "reproductions.md"):
         path.write_text(markers)
@@ -95,3 +100,4 @@ def test_the_command_writes_a_page_of_its_own(tmp_path, capsys):
     assert text.endswith("after\n")
     assert "Table 3" in text
     assert (folder / "figure6-MLP-digits-quick.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (folder / "of-an-item-that-was.png").exists()

@@ -177,11 +177,15 @@ def _range(study: Study, seen: Seen) -> list[Check]:
     table = _by_size(study, seen)
     if not table:
         return []
+    trains = {size: _trains(study, rows) for size, rows in table.items()}
+    none = math.log2(min(study.rates)) - 1  # below all that were tried
     largest = {
-        size: math.log2(max(_trains(study, rows), default=min(study.rates) / 2))
-        for size, rows in table.items()
+        size: math.log2(max(rates)) if rates else none for size, rates in trains.items()
     }
-    shown = ", ".join(f"2^{exponent:g} ({size})" for size, exponent in largest.items())
+    shown = ", ".join(
+        f"2^{largest[size]:g} ({size})" if rates else f"none ({size})"
+        for size, rates in trains.items()
+    )
     words = "the largest base rate that trains falls with the batch size"
     sizes, exponents = list(largest), list(largest.values())
     return [trend(words, sizes, [exponents], rising=False, ours=shown)]

@@ -109,6 +109,20 @@ def _picture(item: Item, study: Study, seen: Seen) -> str | None:
     return f"{item.name}-{study.name}-{study.preset}.png"
 
 
+def _draw_pictures(folder: Path, seen: Seen) -> None:
+    """Every item's picture; what was drawn for others goes."""
+    stale = set(folder.glob("*.png"))
+    for paper, item, study, _ in findings(seen):
+        name = _picture(item, study, seen)
+        if name is not None and item.panels is not None:
+            panels = [panel for panel in item.panels(study, seen) if panel.curves]
+            title = f"{paper.name}, {item.title} · {study.network} on {study.data}"
+            draw(folder / name, panels, title=title)
+            stale.discard(folder / name)
+    for path in stale:
+        path.unlink()
+
+
 def _merge(source: Path, target: Path) -> int:
     """Add the observations that are not there yet; how many."""
     there = Seen(read_records(target) if target.exists() else ())
@@ -151,12 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path, content in ((page, page_text(seen)), (readme, readme_text(seen))):
             text = path.read_text(encoding="utf-8")
             path.write_text(between(text, MARKER, content), encoding="utf-8")
-        for paper, item, study, _ in findings(seen):
-            name = _picture(item, study, seen)
-            if name is not None and item.panels is not None:
-                panels = [panel for panel in item.panels(study, seen) if panel.curves]
-                title = f"{paper.name}, {item.title} · {study.network} on {study.data}"
-                draw(folder / name, panels, title=title)
+        _draw_pictures(folder, seen)
         return _command.OK
 
     return _command.guarded("sharpness.reproduce.page", command)
