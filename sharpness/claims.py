@@ -196,9 +196,9 @@ def trend(
     rows = [row for row in rows if np.isfinite(row).all()]
     at = np.asarray(x, float)[order]
     tau, p, opposite = math.nan, math.nan, math.nan
-    if rows and len(at) > 1:
-        tau = float(np.mean([stats.kendalltau(at, row).statistic for row in rows]))
-    if math.isfinite(tau):
+    taus = [float(stats.kendalltau(at, row).statistic) for row in rows if np.ptp(row)]
+    if taus and len(at) > 1:
+        tau = sum(taus) / len(rows)  # a starting point without any change counts as 0
         p, opposite = _p_of_rise(at, rows), _p_of_rise(at, [-row for row in rows])
         p, opposite = (p, opposite) if rising else (opposite, p)
     text = f"tau {tau:+.2f}" if math.isfinite(tau) else "constant"
@@ -247,7 +247,14 @@ def ratio_within(
     *,
     paper: str = "",
 ) -> Check:
-    """Does the geometric mean of the pairs' ratios lie in a range? All values positive."""
+    """Does the geometric mean of the pairs' ratios lie in a range?
+
+    Nothing can be said where a value is not positive, or where there is none.
+    """
+    if not first or min(*first, *second) <= 0:
+        ours, n = "no ratio: not all are positive" if first else "–", len(first)
+        few = Verdict.INCONCLUSIVE_FEW
+        return Check(claim=claim, paper=paper, ours=ours, n=n, verdict=few)
     logs = [math.log10(b / a) for a, b in zip(first, second, strict=True)]
     edges = [math.log10(edge) if edge > 0 else -math.inf for edge in (low, high)]
     check = within(claim, logs, *edges, paper=paper)

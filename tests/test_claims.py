@@ -292,6 +292,15 @@ def test_what_is_constant_shows_no_trend():
     assert trend("c", range(6), [[5.0] * 6]).verdict is NO
 
 
+def test_a_starting_point_without_any_change_does_not_hide_the_others():
+    runs = [[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [5.0] * 4]
+    found = trend("c", [1, 2, 3, 4], runs)
+    assert found.ours == "tau +0.67"
+    assert found.p == pytest.approx(stats.page_trend_test(runs).pvalue)
+    assert found.verdict is YES
+    assert trend("c", [1, 2, 3, 4], runs, rising=False).verdict is NO
+
+
 def test_a_starting_point_that_lacks_a_number_is_left_out_of_a_trend():
     whole, x = [1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4]
     for lacking in (math.nan, math.inf):
@@ -374,6 +383,13 @@ def test_a_ratio_lies_in_a_range_or_not():
     assert ratio_within("c", first, wide, 10, 1000).verdict is FEW
     assert ratio_within("c", [1.0], [100.0], 10, 1000).verdict is FEW
     assert ratio_within("c", [1.0], [100.0], 10, 1000).ours == "100×"
+
+
+def test_of_what_is_0_there_is_no_ratio():
+    for first, second in ([0.0, 1.0, 1.0], SMALL), (SMALL, [1.0, 0.0, 1.0]), ([], []):
+        found = ratio_within("c", first, second, high=1.5, paper="p")
+        assert (found.verdict, found.n, found.paper) == (FEW, len(first), "p")
+        assert "nan" not in found.ours
 
 
 @pytest.mark.parametrize("case", range(6))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from sharpness import _command
@@ -78,10 +79,10 @@ def readme_text(seen: Seen) -> str:
 
 def _verdicts(found: Sequence[Finding]) -> str:
     """A table of its own for each paper whose items were tried on several studies."""
-    papers = {one.paper: [o for o in found if o.paper == one.paper] for one in found}
-    wide = {name: rows for name, rows in papers.items() if _repeats(rows)}
-    rest = [one for one in found if one.paper not in wide]
-    return "\n\n".join([*map(by_study, wide.values()), *([summary(rest)] if rest else [])])
+    papers = [list(rows) for _, rows in groupby(found, key=lambda one: one.paper)]
+    wide = [rows for rows in papers if _repeats(rows)]
+    rest = [one for rows in papers if rows not in wide for one in rows]
+    return "\n\n".join([*map(by_study, wide), *([summary(rest)] if rest else [])])
 
 
 def _repeats(found: Sequence[Finding]) -> bool:

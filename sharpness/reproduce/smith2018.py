@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
-
-import numpy as np
+from statistics import fmean, geometric_mean
 
 from sharpness.claims import Check, holds, ratio_within, within
 from sharpness.lab.regimes import REGIMES
@@ -127,8 +126,8 @@ def _geometric_means(
     """Over the epochs, for each starting point; none before all were looked at."""
     moments = [one for one in study.moments(kind) if one[0] in epochs]
     _, runs = by_start(seen, accuracy, pick, moments)
-    means = [float(np.exp(np.mean(np.log(run)))) for run in runs]
-    return means if np.isfinite(means).all() else []
+    means = [geometric_mean(run) for run in runs]
+    return means if all(map(math.isfinite, means)) else []
 
 
 def _schedules(study: Study, seen: Seen) -> list[Check]:

@@ -55,7 +55,7 @@ def phi_checks(
         yield by_both_solvers(check, found) if of == "phi" else check
         if of == "phi":
             yield replace(found, verdict=None)
-        if judged and min(*protocol[0], *protocol[1]) > 0:
+        if judged:
             text = f"{theirs[1][0] / theirs[0][0]:.3g}×" if theirs else ""
             words = "— its ratio: 10 or more"
             size = ratio_within(words, *protocol, low=10, paper=text)
