@@ -214,11 +214,19 @@ class TrainingRun:
             return False
         if budget.patience is not None and budget.out_of_patience(self.history):
             return True
+        if budget.until_accuracy is not None and self._fits(budget.until_accuracy):
+            return True
         if budget.until_loss is None:
             return False
         if self.loss is None:
             self.loss = self._risk(self.dataset.train, "batch").value()
         return self.loss <= budget.until_loss
+
+    def _fits(self, accuracy: float) -> bool:
+        """Whether so much of the training set is classified right."""
+        risk = self._risk(self.dataset.train, "batch")
+        right = risk.outputs().argmax(1) == risk.targets
+        return float(right.double().mean()) >= accuracy
 
     # -- training ------------------------------------------------------------------------
 

@@ -161,6 +161,7 @@ class Budget:
             more epochs (regime adaptation, Hoffer et al. 2017).
         until_loss: the training loss f that is enough: of the whole training set,
             BatchNorm on batch statistics, dropout off, looked at after each epoch.
+        until_accuracy: the training accuracy in (0, 1] that is enough, looked at likewise.
         patience: so many epochs together, the best of which is no improvement (by 0.1 %)
             on the best before them, measured by their mean losses, are the end: "until
             the loss ceases to improve" (Keskar et al. 2017).
@@ -173,6 +174,7 @@ class Budget:
     updates: int | None = None
     until_loss: float | None = None
     patience: int | None = None
+    until_accuracy: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse a budget of nothing."""
@@ -184,6 +186,9 @@ class Budget:
             whole("updates", self.updates, 1)
         if self.until_loss is not None:
             at_least("until_loss", self.until_loss, 0)
+        if self.until_accuracy is not None:
+            accuracy = positive("until_accuracy", self.until_accuracy)
+            require(accuracy <= 1, "until_accuracy", "be at most 1", accuracy)
         if self.patience is not None:
             whole("patience", self.patience, 1)
 

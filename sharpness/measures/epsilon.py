@@ -25,6 +25,7 @@ from sharpness.risk.empirical import EmpiricalRisk
 
 Solver = Literal["lbfgsb", "scipy", "ascent"]
 Columns = Literal["normal", "unit"]
+Start = Literal["random", "zero"]
 PROTOCOL_ITERATIONS = 10  # Keskar et al. (2017), section 2.2.2
 # The start is small, so that its gradient is the Hessian's answer to a random
 # direction, and not zero, so that there is a gradient at all.
@@ -57,6 +58,7 @@ class EpsilonSharpness(Result):
     max_iter: int
     num_starts: int
     seed: int
+    start: str = "random"
 
     @property
     def name(self) -> str:
@@ -103,6 +105,7 @@ class _Keywords(TypedDict, total=False):
     solver: Solver | None
     max_iter: int
     num_starts: int
+    start: Start
     corners: Tensor | None
     seed: int
     max_seconds: float | None
@@ -126,6 +129,7 @@ def epsilon_sharpness(
     solver: Solver | None = None,
     max_iter: int = PROTOCOL_ITERATIONS,
     num_starts: int = 1,
+    start: Start = "random",
     corners: Tensor | None = None,
     seed: int = 0,
     max_seconds: float | None = None,
@@ -156,6 +160,9 @@ def epsilon_sharpness(
             and `ascent` from the same starts and keeps the best.
         max_iter: iterations of L-BFGS-B, >= 1; ascent makes twice as many evaluations.
         num_starts: random starting points, >= 1. The first alone gives `phi_protocol`.
+        start: of the search: `"random"`, a point of a tenth of the box; or `"zero"`, the
+            point y = 0 before the random ones, of which there is then one fewer. The
+            paper does not say. Where the gradient vanishes a search from 0 finds nothing.
         corners: vectors (n,) or (j, n), such as eigenvectors of `eigenpairs` or the
             gradient: the search also starts towards the corner of the box that each one
             points at, and towards the opposite corner, a tenth of the way out.
@@ -185,9 +192,13 @@ def epsilon_sharpness(
     """
     epsilons, several = positive_list("epsilon", epsilon, _USUAL)
     _check(risk, subspace_dim, columns, solver, max_iter, num_starts)
+    if start not in ("random", "zero"):
+        raise ValueError(f"`start` must be 'random' or 'zero'; got {start!r}.")
     corners = _checked_corners(risk, corners)
     manifold = _Manifold(risk, subspace_dim, columns, seed)
-    options = _Options(solver, max_iter, num_starts, corners, seed, max_seconds, progress)
+    options = _Options(
+        solver, max_iter, num_starts, start, corners, seed, max_seconds, progress
+    )
     results = []
     for e in epsilons:
         results.append(_measured(risk, manifold, e, options))
@@ -338,6 +349,7 @@ class _Options:
     solver: Solver | None
     max_iter: int
     num_starts: int
+    start: Start
     corners: Tensor | None
     seed: int
     max_seconds: float | None
@@ -436,6 +448,7 @@ def _measured(
         max_iter=options.max_iter,
         num_starts=options.num_starts,
         seed=options.seed,
+        start=options.start,
     )
 
 
@@ -495,7 +508,10 @@ class _Search:
 
     def _starts(self, options: _Options) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(options.seed + 1)
-        for _ in range(options.num_starts):
+        from_zero = options.start == "zero"
+        if from_zero:
+            yield torch.zeros_like(self._box.upper)
+        for _ in range(options.num_starts - from_zero):
             u = 2 * torch.rand(self._box.upper.shape, generator=generator) - 1
             yield (_START * u).to(self._box.upper)
         if options.corners is not None:

@@ -28,8 +28,8 @@ class Trained:
     Args:
         data: a name that `data.load` knows.
         training: network, batch size, seed, optimizer, remedy, ...
-        budget: how long; networks that differ in `budget.epochs` alone are moments of
-            one run.
+        budget: how long; networks that differ in `budget.epochs` and
+            `budget.until_accuracy` alone are moments of one run.
         until_loss_of: stop as soon as the training loss is that network's.
         start: the network whose parameters are the starting point.
     """
@@ -51,6 +51,7 @@ class Trained:
             *(["matched"] if self.until_loss_of else []),
             *(["warm"] if self.start else []),
             *([f"e{self.budget.epochs:g}"] if self.budget.epochs else []),
+            *(["fitted"] if self.budget.until_accuracy else []),
             digest(self),
         ]
         return "-".join(parts) + ".pt"
@@ -60,7 +61,8 @@ class Trained:
         """Which run it is a moment of; one of its own where updates are counted."""
         if self.budget.epochs is None or self.budget.updates is not None:
             return digest(self)
-        return digest(replace(self, budget=replace(self.budget, epochs=1.0)))
+        whole = replace(self.budget, epochs=1.0, until_accuracy=None)
+        return digest(replace(self, budget=whole))
 
     @property
     def after(self) -> tuple[Trained, ...]:
@@ -111,11 +113,11 @@ class Bench:
         another reason. A run whose loss is no longer finite leaves a note instead of the
         moments it did not reach.
         """
-        for moment in sorted(moments, key=lambda one: one.budget.epochs or 0.0):
+        for moment in sorted(moments, key=_in_order):
             path = self.path(moment)
             if self.has(moment):
                 continue
-            earlier = self._last_before(moment)
+            earlier = self._last_before(moment) or self._fitted_before(moment, moments)
             if earlier is not None and not path.exists():
                 _carry_over(earlier, path)
             try:
@@ -127,6 +129,8 @@ class Bench:
     def _last_before(self, moment: Trained) -> Path | None:
         """Of the moments of its run that lie here the latest before it."""
         epochs = moment.budget.epochs or 0.0
+        if moment.budget.until_accuracy is not None:
+            return None  # the accuracy may have been reached before
         stem, mark, _ = moment.file.rpartition(f"-e{epochs:g}-")
         earlier: dict[float, Trained] = {}
         for file in self.folder.glob(f"{stem}-e*-*.pt") if mark else ():
@@ -137,6 +141,16 @@ class Bench:
         for at in sorted(earlier, reverse=True):
             if self.has(earlier[at]) and self.diverged(earlier[at]) is None:
                 return self.path(earlier[at])
+        return None
+
+    def _fitted_before(self, moment: Trained, others: Sequence[Trained]) -> Path | None:
+        """Another moment that stopped at an accuracy, where it is no later than this."""
+        for other in others:
+            fitted = other.budget.until_accuracy is not None and other != moment
+            if fitted and self.has(other) and self.diverged(other) is None:
+                epoch = checkpoint.load(self.path(other)).training["epoch"]
+                if epoch <= (moment.budget.epochs or 0.0):
+                    return self.path(other)
         return None
 
     def _train(self, moment: Trained, path: Path) -> None:
@@ -151,6 +165,11 @@ class Bench:
             loss = twin.training["metrics"]["train_loss_batch"]
             budget = replace(budget, until_loss=loss)
         train(training, budget, self.dataset(moment.data), path, device=self.device)
+
+
+def _in_order(moment: Trained) -> tuple[bool, float]:
+    """What stops at an accuracy comes first: it may be the earliest of all."""
+    return moment.budget.until_accuracy is None, moment.budget.epochs or 0.0
 
 
 def _carry_over(reached: Path, path: Path) -> None:

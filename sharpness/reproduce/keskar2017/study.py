@@ -34,6 +34,11 @@ class Study(paper.Study):
         num_warm: starting points of figure 5.
         num_remedied: starting points of tables 6 and 7 and of adversarial training.
         batchnorm: whether the network has BatchNorm.
+        drawn_anew: whether each starting point has samples, a random subspace and starts
+            of its own; else all share one draw.
+        looks_at_fit: whether networks are looked at where their training accuracy first
+            reaches the paper's.
+        also: measures taken at the end of training beside the usual ones.
     """
 
     small: int
@@ -49,6 +54,9 @@ class Study(paper.Study):
     num_warm: int = 3
     num_remedied: int = 6
     batchnorm: bool = True
+    drawn_anew: bool = False
+    looks_at_fit: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def about(self) -> str:
@@ -120,10 +128,23 @@ class Study(paper.Study):
             for seed in range(self.num_followed)
         ]
 
+    def fitted(self, role: Role, seed: int) -> Trained:
+        """As soon as its training accuracy is the paper's."""
+        train = self.published("table2")["train"][ROLES.index(role)][0]
+        ended = self.at(role, seed)
+        return replace(
+            ended, budget=replace(ended.budget, until_accuracy=round(train / 100, 6))
+        )
+
     def sharpness(self, of: Trained) -> Measured:
         """What the tables need, by the authors' way to run BatchNorm."""
-        names = ("lambda_max", "phi", "phi_normal", "phi_unit", "adaptive")
-        return Measured(of=of, measures=names, num_samples=self.num_samples)
+        usual = ("lambda_max", "phi", "phi_normal", "phi_unit", "adaptive")
+        return Measured(
+            of=of,
+            measures=(*usual, *self.also),
+            num_samples=self.num_samples,
+            seed=self._draw(of),
+        )
 
     def phi(self, of: Trained) -> Measured:
         """Phi alone."""
@@ -132,7 +153,17 @@ class Study(paper.Study):
     def curvature_and_phi(self, of: Trained, **more: Any) -> Measured:
         """lambda_max and phi."""
         names = ("lambda_max", "phi")
-        return Measured(of=of, measures=names, num_samples=self.num_samples, **more)
+        return Measured(
+            of=of,
+            measures=names,
+            num_samples=self.num_samples,
+            seed=self._draw(of),
+            **more,
+        )
+
+    def _draw(self, of: Trained) -> int:
+        """Seed of samples, subspaces and starts."""
+        return of.training.seed if self.drawn_anew else 0
 
 
 def ends(study: Study) -> list[tuple[Trained, Trained]]:
@@ -246,6 +277,23 @@ STUDIES = (
         epochs_small=(2, 8),
         epochs_large=(5, 25),
     ),
+    Study(
+        name="F1-mnist",
+        preset="full",
+        network="F1",
+        data="mnist",
+        small=256,
+        large=6000,
+        epochs_small=(1, 2, 5, 10, 20, 50, 100),
+        epochs_large=(1, 2, 5, 10, 20, 50, 100),
+        num_samples=10_000,
+        swept=(64, 256, 512, 1024, 2048, 5000),
+        epochs_swept=100,
+        epochs_warm=100,
+        drawn_anew=True,
+        looks_at_fit=True,
+        also=("phi_normal_zero", "phi_normal_best", "lanczos"),
+    ),
     *(
         Study(
             name=f"{network}-{data}",
@@ -264,7 +312,6 @@ STUDIES = (
             epochs_warm=100,
         )
         for network, data, large, samples, stand_in in (
-            ("F1", "mnist", 6000, None, None),
             ("C1", "cifar10", 5000, None, None),
             ("C2", "cifar10", 5000, 5000, None),
             ("C3", "cifar100", 5000, None, None),

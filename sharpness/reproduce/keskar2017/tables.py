@@ -135,6 +135,8 @@ def _beyond_observations(study: Study) -> list[Any]:
     looks: list[Any] = _looks_at_ends(study)
     if study.batchnorm:
         looks += [_running(study)(network) for network in both(study)]
+    if study.looks_at_fit:
+        looks += _fitted_observations(study)
     return looks + [study.curvature_and_phi(large) for _, large in _matched(study)]
 
 
@@ -155,12 +157,40 @@ def _beyond(study: Study, seen: Seen) -> list[Check]:
     stopped = study.curvature_and_phi
     asked(f"{words}phi(1e-3), %", here, stopped, phi(0), matched)
     asked(f"{words}lambda_max", here, stopped, lambda_max, matched)
+    if study.looks_at_fit:
+        checks += _at_fit(study, seen)
     if not study.batchnorm:
         return checks
     words = "BatchNorm on running statistics: "
     asked(f"{words}phi(1e-3), %", running, running, phi(0), ends(study))
     asked(f"{words}lambda_max", running, running, lambda_max, ends(study))
     return checks
+
+
+def _fitted(study: Study) -> list[tuple[Trained, Trained]]:
+    """Both networks where their training accuracy first reaches the paper's."""
+    return [
+        (study.fitted("small", seed), study.fitted("large", seed)) for seed in study.seeds
+    ]
+
+
+def _fitted_observations(study: Study) -> list[Any]:
+    networks = [network for pair in _fitted(study) for network in pair]
+    looks: list[Any] = [Accuracy(of=network) for network in networks]
+    return looks + [study.curvature_and_phi(network) for network in networks]
+
+
+def _at_fit(study: Study, seen: Seen) -> Iterator[Check]:
+    """Where the training accuracy first reaches the paper's: it may have stopped there."""
+    where = "at the paper's training accuracy: "
+    networks = _fitted(study)
+    test = pairs(seen, accuracy, metric("test_accuracy_batch", 100), networks)
+    if test[0]:
+        yield paired(f"{where}test accuracy, %", *test, ratio=False, judged=False)
+    for i, epsilon in enumerate(EPSILONS):
+        values = pairs(seen, study.curvature_and_phi, phi(i), networks)
+        if values[0]:
+            yield paired(f"{where}phi({short(epsilon)}), %", *values, judged=False)
 
 
 def _distances(study: Study, seen: Seen) -> list[float]:
