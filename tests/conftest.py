@@ -1,7 +1,13 @@
 """The same numbers on every machine, and no network."""
 
+import os
 import random
+import signal
 import socket
+
+# Every process of the suite, and each that it starts, works with one thread: several of
+# them share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
@@ -19,6 +25,9 @@ def pytest_configure(config):
     # from a second.
     torch.set_num_threads(1)
     torch.set_warn_always(True)  # else only the first test to meet a warning fails
+    # A shell ignores SIGINT for what it runs in the background, and children inherit it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from measure_problems import quadratic
+from helpers.problems import quadratic
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import prune

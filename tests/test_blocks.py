@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import (
+from helpers.problems import (
     Problem,
     assert_near,
     directions,
@@ -18,7 +18,7 @@ from problems import (
     generator,
     hessian_of,
     normal,
-    quadratic_risk,
+    quadratic,
     tiny_mlp,
 )
 from torch import Tensor, nn
@@ -232,7 +232,7 @@ def test_a_block_that_has_converged_is_multiplied_no_more():
 
 
 def test_a_parameter_without_a_module_is_a_block_by_its_own_name():
-    found = layerwise_eigenpairs(quadratic_risk([3.0, 1.0, -2.0], [0.0] * 3), k=3)
+    found = layerwise_eigenpairs(quadratic([3.0, 1.0, -2.0]), k=3)
     assert [block.name for block in found.blocks] == ["theta"]
     assert found["theta"].eigenvalues.tolist() == pytest.approx([3, 1, -2], rel=1e-14)
 
@@ -716,7 +716,7 @@ def test_the_parent_of_a_subset_is_left_as_it_was():
 
 def test_a_subset_of_a_closure_is_refused():
     with pytest.raises(TypeError, match="not available for a closure"):
-        quadratic_risk([1.0, 2.0], [0.0, 0.0]).subset([0])
+        quadratic([1.0, 2.0]).subset([0])
 
 
 @pytest.mark.parametrize("batchnorm", ["batch", "recalibrated"])

@@ -9,8 +9,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import saved, trained, user_folder
 from scipy import stats
-from test_subjects import saved, trained, user_folder
 
 from sharpness import EmpiricalRisk, checkpoint, compare, measure, read_records, statistics
 from sharpness.checkpoint import Checkpoint

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import Point, generator, hessian_of, normal, softmax_regression, tiny_mlp
+from helpers.problems import (
+    Point,
+    generator,
+    hessian_of,
+    normal,
+    softmax_regression,
+    tiny_mlp,
+)
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import assert_near, directions, tiny_mlp
+from helpers.problems import assert_near, directions, tiny_mlp
 from torch import nn
 
 import sharpness as sh

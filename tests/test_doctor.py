@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import tiny_mlp
+from helpers.problems import tiny_mlp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 

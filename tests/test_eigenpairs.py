@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from measure_problems import (
+from helpers.problems import (
     ONE_SAMPLE,
     Point,
     by_hand,
@@ -323,6 +323,7 @@ def random_problem(case: int) -> tuple[sh.HessianEigenpairs, np.ndarray]:
     return found, np.linalg.eigvalsh(a.numpy())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(6))
 def test_every_value_lies_within_its_residual_of_an_eigenvalue(part):
     for case in range(part, 240, 6):
@@ -331,6 +332,7 @@ def test_every_value_lies_within_its_residual_of_an_eigenvalue(part):
         assert np.all(nearest(found.eigenvalues, true) <= proven), f"case {case}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(6))
 def test_every_value_lies_within_its_error_bound_of_an_eigenvalue(part):
     beaten = []
@@ -355,6 +357,7 @@ def test_the_residuals_are_those_of_the_vectors():
     torch.testing.assert_close(gram, torch.eye(4).double(), rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_hvps", "useful"), [(2, 15.0), (5, 3.0), (10, 1.5)])
 def test_the_upper_bound_holds_for_19_starts_in_20(max_hvps, useful):
     risk = with_products(torch.diag(torch.tensor([*0.9 ** np.arange(80), 1.01, 1.05])))
@@ -434,6 +437,7 @@ def test_a_small_basis_gives_the_values_of_the_dense_matrix(name, k, which):
     assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ENDS)
 @pytest.mark.parametrize("k", [10, 50])
 @pytest.mark.parametrize("name", RESTARTED)

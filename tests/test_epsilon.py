@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from measure_problems import ONE_SAMPLE, Point, by_hand, mlp_risk, quadratic, symmetric
+from helpers.problems import ONE_SAMPLE, Point, by_hand, mlp_risk, quadratic, symmetric
 from torch import Tensor
 
 import sharpness as sh

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import (
+from helpers.problems import (
     ONE_SAMPLE,
     Point,
     filled,
@@ -113,6 +113,7 @@ def test_sigma_scales_with_the_weights(power):
     assert scaled.standard_error == pytest.approx(plain.standard_error * 4.0**power)
 
 
+@pytest.mark.slow
 def test_the_jackknife_error_is_the_spread_over_seeds():
     sigma = partial(sh.pac_bayes_sigma, alike(1.0, 60), num_draws=5)
     found = [sigma(seed=seed) for seed in range(40)]
@@ -200,6 +201,7 @@ def test_accuracy_that_cannot_fall_is_not_reached(
         found.raise_for_status()
 
 
+@pytest.mark.slow
 @RADII
 def test_a_tolerance_below_rounding_comes_to_an_end(measure):
     found = measure(one_feature_each(torch.ones(3).double()), rtol=1e-17, max_seconds=30)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_training import RUN, bits, tiny
+from helpers.training import RUN, bits, tiny
 
 from sharpness import read_records, train
 from sharpness.lab.data import Dataset

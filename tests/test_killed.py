@@ -13,7 +13,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
-from test_training import FOUR, RUN, bits, kill_at, tiny
+from helpers.training import FOUR, RUN, bits, kill_at, tiny
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharpness import checkpoint, read_records
@@ -100,6 +100,7 @@ def often_killed(tmp_path_factory):
     return folder, saved
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twenty_times_ends_with_the_same_bits(undisturbed, often_killed):
     folder, _ = often_killed
     assert sorted(path.name for path in folder.glob("*.pt")) == sorted(NAMES)
@@ -112,6 +113,7 @@ def test_a_sweep_killed_twenty_times_ends_with_the_same_bits(undisturbed, often_
     assert {record["status"] for record in records} == {"finished"}
 
 
+@pytest.mark.slow
 def test_the_kills_are_many_and_all_over_the_sweep(often_killed):
     _, saved = often_killed
     assert len(saved) >= 20
@@ -121,6 +123,7 @@ def test_the_kills_are_many_and_all_over_the_sweep(often_killed):
     assert len(set(saved) - {0, 22, 28, 50, 56}) >= 12  # in the middle of a run
 
 
+@pytest.mark.slow
 def test_kills_leave_no_half_written_files(often_killed):
     folder, _ = often_killed
     names = {path.name for path in folder.iterdir() if not path.name.endswith(".lock")}
@@ -163,7 +166,12 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+FEW = ["adam", "increase", "dropout"]  # the others take as long and differ in one part
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in FEW else [pytest.mark.slow]) for k in KINDS]
+)
 def test_a_run_killed_after_every_update_ends_with_the_same_bits(
     images, tmp_path, saving_always, kind
 ):
@@ -269,6 +277,7 @@ def two_processes(folder):
             member.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_sweep_of_two_processes_loses_nothing_and_leaves_nobody(tmp_path, number):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -292,6 +301,7 @@ def test_a_sweep_of_two_processes_loses_nothing_and_leaves_nobody(tmp_path, numb
         assert bits(ours) == bits(theirs)
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_before_they_begin_leave_nobody(tmp_path):
     with two_processes(tmp_path) as process:
         assert waited(lambda: len(family(process)) >= 3)
@@ -312,6 +322,7 @@ def count(path, beats):
     train(RUN, FOUR, tiny(), path)
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_path_train_it_once(tmp_path):
     whole = train(RUN, FOUR, tiny(), tmp_path / "whole.pt")
     beats, processes = [], []

@@ -11,7 +11,7 @@ from types import FrameType
 import numpy as np
 import pytest
 import torch
-from measure_problems import random_spectrum, symmetric
+from helpers.problems import random_spectrum, symmetric
 from torch import Tensor
 
 from sharpness.krylov import basis
@@ -349,6 +349,7 @@ def test_fewer_steps_than_wanted_values_give_what_there_is():
     assert len(best(state, 7).values) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(6))
 def test_an_eigenvalue_lies_within_the_residual_of_every_ritz_value(part):
     for case in range(part, 240, 6):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from measure_problems import by_hand, mlp_risk, quadratic, second_minimum
+from helpers.problems import by_hand, mlp_risk, quadratic, second_minimum
 from torch import Tensor
 
 import sharpness as sh

@@ -412,6 +412,7 @@ def test_minima_of_functions_that_are_not_convex_are_as_good_as_those_of_scipy(n
     assert worse - better <= 3 * math.sqrt(worse + better)  # a coin three sigma off
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("power", [2, 4])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_subjects import (
+from helpers.checkpoints import (
     Attack,
     by_hand,
     dense_top,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import (
+from helpers.problems import (
     assert_near,
     differenced_hvp,
     directions,
@@ -23,8 +23,8 @@ from problems import (
     softmax_regression,
     tiny_mlp,
 )
+from helpers.untouched import assert_same, assert_states, fingerprint, random_states
 from scipy.sparse.linalg import eigsh
-from test_risk_untouched import assert_same, assert_states, fingerprint, random_states
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -657,6 +657,7 @@ def test_of_a_compiled_model_the_original_is_measured_R30(compiled, backend):
     assert_noted(risk, "torch.compile")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_of_a_model_that_inductor_has_compiled_the_original_is_measured_R30():
     problem = tiny_mlp()

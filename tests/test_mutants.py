@@ -30,7 +30,7 @@ import test_schedules
 import test_subspace
 import test_tracking
 import torch
-from measure_problems import second_minimum
+from helpers.problems import second_minimum
 
 from sharpness import _tensors, compat, statistics, tracking
 from sharpness.krylov import basis, lanczos, search

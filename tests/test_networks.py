@@ -451,7 +451,16 @@ def normalised(model, x):
     model.eval()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+HEAVY = ("C2", "ResNet-20", "ResNet-32", "WRN-16-4")  # one of each kind is left
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, marks=[pytest.mark.slow] if v.startswith(HEAVY) else [])
+        for v in VARIANTS
+    ],
+)
 def test_a_product_is_the_difference_of_two_gradients(variant):
     model, (x, y, loss) = started(variant, 0).double(), samples(variant, 16)
     x = x.double() if x.is_floating_point() else x

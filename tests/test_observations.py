@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from measure_problems import by_hand, mlp_risk, second_minimum
+from helpers.problems import by_hand, mlp_risk, second_minimum
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from measure_problems import ONE_SAMPLE, Point, mlp_data, mlp_risk
+from helpers.maximum import ball_maximum, dense_quadratic, reference
+from helpers.problems import ONE_SAMPLE, Point, mlp_data, mlp_risk
 from scipy import stats
-from test_auto_pgd import ball_maximum, dense_quadratic, reference
 from torch import Tensor, nn
 
 import sharpness as sh

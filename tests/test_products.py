@@ -12,7 +12,7 @@ from functools import cache, partial
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import (
+from helpers.problems import (
     assert_near,
     directions,
     filled,
@@ -273,6 +273,7 @@ def test_scipy_multiplies_with_each_matrix(matrix):
 DRAWN = ["ignored", "masked tokens", "soft", "nll", "mse", "bce"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_sampled_fisher_is_gauss_newton_on_average(name):
     seeds, repeat, v = 12, 50, directions(4, 44)
@@ -496,7 +497,8 @@ def in_place():
 
 @pytest.mark.parametrize("matrix", ["hessian", "gauss_newton", "empirical_fisher"])
 @pytest.mark.parametrize(
-    "engine", ["kept_graph", pytest.param("compiled", marks=needs_compiler)]
+    "engine",
+    ["kept_graph", pytest.param("compiled", marks=[needs_compiler, pytest.mark.slow])],
 )
 def test_the_engines_have_the_matrices_of_the_definition(in_place, engine, matrix):
     risk = in_place[engine]
@@ -505,6 +507,7 @@ def test_the_engines_have_the_matrices_of_the_definition(in_place, engine, matri
     assert_near(dense(risk, matrix), in_place_matrices()[matrix], EXACT)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_products_of_a_network_that_writes_in_place_repeat(in_place):
     risk, v = in_place["compiled"], directions(2, 44)
@@ -514,6 +517,7 @@ def test_compiled_products_of_a_network_that_writes_in_place_repeat(in_place):
     assert torch.equal(risk.theta, theta)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_200_compiled_products_leave_nothing_behind_R31(in_place):
     risk, v = in_place["compiled"], directions(1, 44)[0]
@@ -1066,6 +1070,7 @@ print(predicted, resident("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
 def test_the_predicted_peak_is_what_the_process_grows_by():
     # In a heap, freed memory between what is kept would stay with the process.

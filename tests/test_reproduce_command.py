@@ -254,6 +254,7 @@ def interrupting(monkeypatch, target, name, after):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "name", "after", "kept"),
     [(workshop, "_train", 2, (3, 0)), (workshop, "append_record", 5, (6, 5))],

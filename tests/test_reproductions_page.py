@@ -20,9 +20,20 @@ def seen():
     return page.recorded(FOLDER)
 
 
-def test_the_page_is_not_stale(seen):
+@pytest.fixture(scope="module")
+def findings(seen):
+    return list(page.findings(seen))
+
+
+@pytest.fixture(scope="module")
+def made(seen):
+    """The page as the records have it."""
+    return page.page_text(seen)
+
+
+def test_the_page_is_not_stale(made):
     text = (ROOT / "docs" / "reproductions.md").read_text()
-    assert page.between(text, page.MARKER, page.page_text(seen)) == text
+    assert page.between(text, page.MARKER, made) == text
 
 
 def test_the_readme_is_not_stale(seen):
@@ -30,13 +41,14 @@ def test_the_readme_is_not_stale(seen):
     assert page.between(text, page.MARKER, page.readme_text(seen)) == text
 
 
-def test_a_changed_record_makes_the_page_stale(tmp_path, seen):
+@pytest.mark.slow
+def test_a_changed_record_makes_the_page_stale(tmp_path, made):
     lines = (FOLDER / "quick.jsonl").read_text()
     changed = re.sub(r'"phi_protocol": 0\.0\d+', '"phi_protocol": 9.9', lines)
     assert changed != lines
     (tmp_path / "quick.jsonl").write_text(changed)
     shutil.copy(FOLDER / "reduced.jsonl", tmp_path)
-    assert page.page_text(page.recorded(tmp_path)) != page.page_text(seen)
+    assert page.page_text(page.recorded(tmp_path)) != made
 
 
 def test_every_record_stands_under_the_digest_of_its_plan():
@@ -51,8 +63,8 @@ def test_every_picture_is_there_and_shown():
     assert shown == {file.name for file in FOLDER.glob("*.png")}
 
 
-def test_a_stand_in_is_never_called_reproduced(seen):
-    verdicts = [found for *_, found in page.findings(seen)]
+def test_a_stand_in_is_never_called_reproduced(findings):
+    verdicts = [found for *_, found in findings]
     assert any(found.stand_in for found in verdicts)
     for found in verdicts:
         assert not (found.stand_in and found.verdict_text.startswith("reproduced"))
@@ -66,8 +78,8 @@ def test_numbers_in_the_commentary_are_those_of_the_tables():
     assert [number for number in measured if number not in tables] == []
 
 
-def test_each_paper_says_what_is_smaller_than_its_own(seen):
-    text = page.page_text(seen)
+def test_each_paper_says_what_is_smaller_than_its_own(made):
+    text = made
     sizes = "Batch 16 for 15 epochs, 200 for 30; figure 4: 20 epochs; figure 5: 15 after"
     told = f"**C1-cifar10, reduced**: C1 on cifar10[2000,test=2000]. {sizes}"
     assert told in text
@@ -82,6 +94,7 @@ def test_a_page_without_its_markers_is_refused():
         page.between("no markers", "x", "content")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_of_its_own(tmp_path, capsys):
     folder = tmp_path / "docs" / "reproductions"
     folder.mkdir(parents=True)

@@ -39,12 +39,14 @@ def trained_again(tmp_path_factory):
     return [Workshop(folder=folder).again(recorded(0)) for folder in folders]
 
 
+@pytest.mark.slow
 def test_a_record_gives_the_same_bits_again(trained_again):
     first, second = (timeless(record["found"]) for record in trained_again)
     assert first == second
     assert first["theta"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NUMBERS)
 def test_training_again_stays_within_the_spread_of_starting_points(trained_again, name):
     pick = NUMBERS[name]

@@ -12,9 +12,7 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from problems import (
+from helpers.problems import (
     assert_near,
     differenced_hvp,
     directions,
@@ -26,12 +24,14 @@ from problems import (
     mlp_by_hand,
     normal,
     prescribed_hessian,
-    quadratic_risk,
+    quadratic,
     softmax_hessian,
     softmax_regression,
     symmetric,
     tiny_mlp,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -77,7 +77,7 @@ def test_regressions_have_the_hessian_of_the_textbook_R14(problem, chunk_size):
 
 def test_a_quadratic_of_any_signs_is_what_it_says():
     h, theta0, c = normal(generator(0), 3, 6)
-    risk = quadratic_risk(h, theta0, c)
+    risk = quadratic(h, c, at=theta0)
     assert min(h) < 0 < max(h)
     assert risk.value() == pytest.approx(0.5 * float((h * (theta0 - c) ** 2).sum()))
     assert_near(risk.gradient(), h * (theta0 - c), 1e-15)
@@ -98,12 +98,12 @@ def test_the_hessian_is_taken_at_theta_and_nowhere_else(spectrum):
 
 @pytest.mark.parametrize("slope", [0.0, 1.0])
 def test_the_gradient_is_that_of_theta_by_default(slope):
-    risk = prescribed_hessian(symmetric([2, -1]), slope)
+    risk = prescribed_hessian(symmetric([2, -1]), slope=slope)
     assert risk.gradient().tolist() == [slope, slope]
 
 
 def test_a_single_parameter_has_a_second_derivative():
-    risk = quadratic_risk([3.0], [2.0])
+    risk = quadratic([3.0], at=torch.tensor([2.0]))
     assert risk.hvp(torch.tensor([5.0])).tolist() == [15.0]
     assert risk.n == 1
 
@@ -1179,6 +1179,7 @@ def test_a_footprint_counts_what_is_held_and_the_peak():
     assert memory.footprint(lambda: lambda: torch.ones(10)).peak == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, 1 << 40])
 def test_200_products_leave_nothing_behind_R31(monkeypatch, budget):
     monkeypatch.setattr(memory, "budget_bytes", lambda _: budget)
@@ -1205,7 +1206,7 @@ def test_200_products_leave_nothing_behind_R31(monkeypatch, budget):
 
 def test_a_dropped_risk_gives_its_graphs_back_at_once():
     # A reference cycle waits for the collector, and a graph may hold most of the memory.
-    risk = quadratic_risk([1.0], [1.0])
+    risk = quadratic([1.0], at=torch.ones(1))
     risk.hvp(torch.ones(1))
     gone = weakref.ref(risk)
     gc.disable()

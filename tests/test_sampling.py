@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from measure_problems import ONE_SAMPLE, Point, mlp_hessian, mlp_risk
+from helpers.problems import ONE_SAMPLE, Point, mlp_hessian, mlp_risk
 from scipy import stats
 from torch import Tensor, nn
 
@@ -82,6 +82,11 @@ def num_products(risk: sh.EmpiricalRisk, **options) -> int:
     return len(calls)
 
 
+@pytest.fixture(autouse=True)
+def _memory_is_known(monkeypatch):
+    without_measuring_memory(monkeypatch)
+
+
 # -- real data ---------------------------------------------------------------------
 
 
@@ -127,6 +132,7 @@ def drawn(draw: int) -> np.ndarray:
     return np.random.default_rng(draw).permutation(digits_risk().num_samples)[:300]
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_lambda_max_of_all_digits(capsys):
     truth, found = resampled()
     ends = np.array([result.interval for result in found])
@@ -147,6 +153,7 @@ def test_the_interval_covers_the_lambda_max_of_all_digits(capsys):
     assert all(result.status == "completed" for result in found)
 
 
+@pytest.mark.slow
 def test_the_plug_in_is_biased_upward_and_the_cross_fitted_downward():
     truth, found = resampled()
     for bias in (
@@ -159,6 +166,7 @@ def test_the_plug_in_is_biased_upward_and_the_cross_fitted_downward():
     assert min(gaps) > -0.05 * truth
 
 
+@pytest.mark.slow
 def test_the_plug_in_is_the_largest_eigenvalue_of_the_same_samples():
     _, found = resampled()
     risk = digits_risk()
@@ -221,6 +229,7 @@ def test_every_number_of_a_linear_regression_is_the_one_by_hand(num_folds, confi
     assert (found.num_folds, found.confidence) == (num_folds, confidence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [40, 400])
 def test_the_interval_covers_the_population_of_a_linear_regression(
     num_samples, capsys, monkeypatch
@@ -277,6 +286,7 @@ def test_a_flat_risk_has_an_interval_of_zero_r9():
     assert "\n" not in str(found)
 
 
+@pytest.mark.slow
 def test_more_samples_narrow_the_interval_as_predicted(monkeypatch):
     """The width falls as 1 / sqrt(N), so the samples needed grow as 1 / width^2."""
     without_measuring_memory(monkeypatch)
@@ -292,7 +302,7 @@ def test_the_samples_needed_follow_the_square_of_the_width():
     half = found.relative_width / 2
     assert found.samples_needed(half) == pytest.approx(800, abs=1)
     assert found.samples_needed(found.relative_width) in (200, 201)
-    assert found.samples_needed(10 * found.relative_width) == 2
+    assert found.samples_needed(10 * found.relative_width) in (2, 3)
     need = [found.samples_needed(relative) for relative in (0.2, 0.1, 0.05)]
     assert [b / a for a, b in pairwise(need)] == pytest.approx([4, 4], rel=0.1)
 

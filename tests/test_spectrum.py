@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from measure_problems import mlp_hessian, mlp_risk, quadratic, random_spectrum, symmetric
+from helpers.problems import mlp_hessian, mlp_risk, quadratic, random_spectrum, symmetric
 from scipy import stats
 from torch import Tensor
 
@@ -329,6 +329,7 @@ def test_the_standard_error_is_that_of_quadratic_forms_on_the_sphere():
 # -- coverage ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_band_covers_the_density_at_each_point(name, capsys):
     points, true, _ = grid_of(name)
@@ -346,6 +347,7 @@ def test_the_band_covers_the_density_at_each_point(name, capsys):
     assert hits.min() >= enough(SEEDS, 0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 def test_bands_are_not_wider_than_they_need_to_be(name):
     """Where the standard error of the truth says so, up to a factor."""
@@ -377,6 +379,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("quantity", FUNCTIONS)
 def test_integrals_cover_their_exact_values(quantity, name):
@@ -394,6 +397,7 @@ def test_integrals_cover_their_exact_values(quantity, name):
     assert abs(mean - true) <= stats.norm.isf(5e-4) * off + slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["single", "negative"])
 def test_the_trace_covers_where_one_eigenvalue_rules(name):
     values = np.append(np.linspace(-0.01, 0.01, 59), 5.0)
@@ -405,6 +409,7 @@ def test_the_trace_covers_where_one_eigenvalue_rules(name):
     assert hits >= enough(SEEDS, 0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_runs_of_all_seeds_together_are_those_of_one(name):
     points, _, sigma = grid_of(name)
@@ -585,6 +590,7 @@ def test_the_grid_is_the_one_asked_for(grid):
     assert found.band.shape == (2, len(found.grid))
 
 
+@pytest.mark.slow
 def test_more_starts_and_more_steps_narrow_the_band():
     risk = fast(symmetric(SPECTRA["bulk"]))
     points = np.linspace(-1, 1, 9)

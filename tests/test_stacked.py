@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import RUN, bits, tiny
+from helpers.training import RUN, bits, tiny
 
 from sharpness import checkpoint
 from sharpness.lab import run as loop
@@ -39,7 +39,10 @@ def paths(folder, num=3):
     return [folder / f"{seed}.pt" for seed in range(num)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[] if k == "features" else [pytest.mark.slow]) for k in KINDS],
+)
 def test_a_stack_makes_the_updates_that_each_seed_makes_alone(images, tmp_path, kind):
     trainings = seeds(KINDS[kind])
     together = train_together(trainings, TEN, images, paths(tmp_path))
@@ -72,6 +75,7 @@ def test_seeds_of_a_stack_differ(images, tmp_path):
     assert not torch.allclose(losses[0], losses[1], rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["features", "adam"])
 def test_a_stack_that_was_killed_ends_with_the_same_bits(
     images, tmp_path, monkeypatch, kind
@@ -97,6 +101,7 @@ def test_a_stack_that_was_killed_ends_with_the_same_bits(
     assert [bits(c) for c in again] == [bits(c) for c in whole]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stacked_can_go_on_alone(images, tmp_path):
     trainings = seeds(KINDS["features"])
     train_together(trainings, TEN, images, paths(tmp_path))
@@ -153,6 +158,7 @@ def test_dropout_and_runs_out_of_step_are_refused(images, tmp_path):
         train_together(seeds(RUN), TEN, images, paths(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_sweep_stacks_seeds_and_falls_back_to_single_runs(tmp_path):
     place = Place(data="digits", jobs=1, stacked=True)
     runs = [

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from measure_problems import ONE_SAMPLE, Point, mlp_risk, quadratic
+from helpers.problems import ONE_SAMPLE, Point, mlp_risk, quadratic
 from torch import Tensor
 
 import sharpness as sh

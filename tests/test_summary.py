@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from measure_problems import by_hand, mlp_hessian, mlp_risk, quadratic, second_minimum
+from helpers.problems import by_hand, mlp_hessian, mlp_risk, quadratic, second_minimum
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

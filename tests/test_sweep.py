@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import bits, generators
+from helpers.training import bits, generators
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharpness import checkpoint
@@ -221,6 +221,7 @@ def test_jobs_are_a_whole_number_of_at_least_1(jobs):
 # -- in processes ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bits_and_outcomes(tmp_path, two_cores):
     """One thread each, as in this process."""
     (tmp_path / "one").mkdir()
@@ -238,6 +239,7 @@ def test_processes_give_the_same_bits_and_outcomes(tmp_path, two_cores):
     assert (generators(), torch.get_num_threads()) == (before, threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "num"), [("MLP", 20), ("F1", 3)])
 def test_other_packings_agree_in_their_first_losses(tmp_path, two_cores, network, num):
     """One run with two threads, then two runs with one thread each.
@@ -263,6 +265,7 @@ def test_other_packings_agree_in_their_first_losses(tmp_path, two_cores, network
         assert one[:num] == pytest.approx(two[:num], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_threads_of_a_process_are_the_cores_divided_by_the_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     runs = [run(Path(tmp_path) / f"{i}.pt", seed=i) for i in range(2)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from measure_problems import (
+from helpers.problems import (
     ONE_SAMPLE,
     Point,
     mlp_data,
@@ -312,6 +312,7 @@ def covered(found: sh.StochasticEstimate, truth: float, slack: float) -> bool:
     return low - slack <= truth <= high + slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     [(name, "hutchinson") for name in SPECTRA if name != "decaying"]
@@ -329,6 +330,7 @@ def test_the_interval_of_the_trace_covers_it_r36(name, method):
     assert signs_ <= {np.sign(np.trace(a))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECTRA)
 def test_the_interval_of_the_frobenius_norm_covers_it(name):
     risk, a = problem(name)
@@ -341,6 +343,7 @@ def test_the_interval_of_the_frobenius_norm_covers_it(name):
     assert min(run.num_probes for run in runs) >= 10
 
 
+@pytest.mark.slow
 def test_an_interval_that_meets_rtol_covers_the_trace_too_r36():
     """The rule stops at a narrow interval, which could favour narrow by luck."""
     risk, a = problem("flat")
@@ -353,6 +356,7 @@ def test_an_interval_that_meets_rtol_covers_the_trace_too_r36():
     assert hits >= enough(200, 0.9)
 
 
+@pytest.mark.slow
 def test_the_spread_of_xtrace_tells_the_size_of_its_error(capsys):
     for name in ("flat", "decaying", "outliers", "negative"):
         risk, a = problem(name)
@@ -366,6 +370,7 @@ def test_the_spread_of_xtrace_tells_the_size_of_its_error(capsys):
         assert hits >= 12  # an error estimate, not an interval
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("confidence", [0.5, 0.99])
 def test_another_confidence_is_kept_too(confidence):
     risk, a = problem("flat")
@@ -774,6 +779,7 @@ def test_several_directions_at_once_give_the_numbers_of_one(measure, monkeypatch
 # -- the diagonal ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["outliers", "cancelling"])
 def test_each_entry_lies_within_two_standard_errors_as_often_as_it_should(name):
     """One entry a run, since those of a run share their probes."""

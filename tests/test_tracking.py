@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from problems import (
+from helpers.problems import (
     ONE_SAMPLE,
     Point,
     generator,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import bits, generators
+from helpers.training import bits, generators
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharpness import checkpoint, read_records
@@ -82,14 +82,14 @@ def no_file_larger_than(size):
 
 def test_two_batch_sizes_and_two_seeds_are_four_networks(tmp_path, capsys):
     options = ["--batch-size", "64,256", "--seeds", "2", "--updates", "3"]
-    assert call(tmp_path, "F1", *options) == 0
+    assert call(tmp_path, MLP, *options) == 0
     out, err = capsys.readouterr()
     names = {f"batch{b}-seed{s}.pt" for b in (64, 256) for s in (0, 1)}
     assert files(tmp_path).keys() == names
     assert status(tmp_path) == {(name, "finished"): 1 for name in names}
     assert (out.count("3 updates, training loss"), out.count("\n"), err) == (4, 4, "")
     saved = {name: checkpoint.load(tmp_path / name) for name in names}
-    training = Training(network="F1", batch_size=256, seed=1)
+    training = Training(network=MLP, batch_size=256, seed=1)
     path = tmp_path / "alone" / "a.pt"
     alone = train(training, Budget(updates=3), data.load("digits"), path)
     assert bits(saved["batch256-seed1.pt"]) == bits(alone)
@@ -189,6 +189,7 @@ RATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(REGIMES))
 def test_every_regime_trains(tmp_path, name):
     options = ["ResNet-8", "--regime", name, "--batch-size", "8", "--updates", "3"]

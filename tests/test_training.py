@@ -4,12 +4,12 @@ import copy
 import hashlib
 import itertools
 import math
-import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers.training import FOUR, NETWORK, RUN, bits, generators, kill_at, tiny
 from torch import nn
 
 from sharpness import checkpoint
@@ -17,20 +17,7 @@ from sharpness.lab import data, networks
 from sharpness.lab.run import train
 from sharpness.lab.training import Budget, Training, default_batch_sizes
 
-NETWORK = "MLP?width=8&depth=1"
-RUN = Training(network=NETWORK, batch_size=16, seed=3)
-FOUR = Budget(epochs=4)  # of tiny's 40 samples: 10 updates of 16, epochs end at 3, 5, 8, 10
 SMALL = Training(network="F1", batch_size=256, seed=3)
-
-
-def tiny(num=40, classes=10):
-    """Random images whose first pixel is their number / 64."""
-    images = torch.rand(num, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    images[:, 0, 0, 0] = torch.arange(num) / 64
-    part = images, torch.arange(num) % classes
-    return data.Dataset(
-        name="tiny", train=part, test=part, num_classes=classes, source="here"
-    )
 
 
 @pytest.fixture(scope="module")
@@ -48,33 +35,8 @@ def saving_always(monkeypatch):
     monkeypatch.setattr("sharpness.lab.run._SAVE_EVERY", -1.0)
 
 
-def bits(saved):
-    """What a kill must not change, short enough to be compared by eye."""
-    training = {k: v for k, v in saved.training.items() if k != "seconds"}
-    return dict(leaves("", {**vars(saved), "training": training, "sha256": ""}))
-
-
-def leaves(name, value):
-    if isinstance(value, torch.Tensor):
-        digest = hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()[:16]
-        yield name, f"{value.dtype} {tuple(value.shape)} {digest}"
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(f"{name}.{key}", item)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from leaves(f"{name}[{i}]", item)
-    else:
-        yield name, repr(value)
-
-
 def finite(state):
     return all(bool(t.isfinite().all()) for t in state.values())
-
-
-def generators():
-    numpy = np.random.get_state()  # noqa: NPY002
-    return torch.get_rng_state().tolist(), random.getstate(), numpy[1].tolist(), numpy[2]
 
 
 class Watched:
@@ -97,16 +59,6 @@ class Watched:
     @property
     def indices(self):
         return [(x[:, 0, 0, 0] * 64).round().long() for x in self.batches]
-
-
-def kill_at(number):
-    """An `on_update` that ends the run when an update is made and not yet saved."""
-
-    def kill(update, model, optimizer):
-        if update == number:
-            raise KeyboardInterrupt
-
-    return kill
 
 
 # -- what an update is -------------------------------------------------------------------

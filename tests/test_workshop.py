@@ -372,6 +372,7 @@ def test_a_moment_begun_as_a_copy_is_unfinished_until_it_is_trained(bench, monke
 SAVED, NOT_SAVED = -1.0, math.inf  # seconds of work that a kill may cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("update", "save_every"),
     [

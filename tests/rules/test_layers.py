@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ SHOWING = {"plot", "table", "to_json"}
 COMMANDS = {"measure", "train", "reproduce", "compare", "batchsize", "lab"}
 
 
+@cache
 def modules(package: Path) -> dict[str, ast.Module]:
     found = {}
     for path in sorted(package.rglob("*.py")):

@@ -1,0 +1,1 @@
+"""What several test files share: problems with known answers, and trained networks."""
