@@ -1,11 +1,17 @@
-"""Every oracle is seen to fail: one line is sabotaged, and a named test turns red."""
+"""Every oracle is seen to fail: one line is sabotaged, and a named test turns red.
+
+That the same test, called in the same way, is green without the sabotage is seen where it
+stands: each is one of the suite's own cases.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,27 +65,54 @@ from sharpness.risk import (
 )
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
-MUTANTS: list[tuple[Mutate, Callable[[], None]]] = []
+MUTANTS: list[tuple[Mutate, Callable[..., None], tuple[object, ...]]] = []
+FIXTURES = {"other": second_minimum}  # those that a named test asks for, built here
 
 
 def seen_by(test: Callable[..., None], *arguments: object) -> Callable[[Mutate], Mutate]:
-    """Name the test that must turn red, and what it is called with."""
+    """Name the test that must turn red, and the parameters it is called with."""
 
     def register(mutate: Mutate) -> Mutate:
-        MUTANTS.append((mutate, lambda: test(*arguments)))
+        MUTANTS.append((mutate, test, arguments))
         return mutate
 
     return register
 
 
-def patching(test: Callable[..., None]) -> Callable[..., None]:
-    """A test that takes pytest's `monkeypatch` last, with one of its own."""
+def call(test: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    """Call a test with its parameters and the fixtures that it names."""
+    given = inspect.signature(test).bind_partial(*arguments).arguments
+    with pytest.MonkeyPatch.context() as patch:
+        made = {name: build() for name, build in FIXTURES.items() if name in names_of(test)}
+        if "monkeypatch" in names_of(test):
+            made["monkeypatch"] = patch
+        test(**given, **made)
 
-    def run(*arguments: object) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            test(*arguments, patch)
 
-    return run
+def names_of(test: Callable[..., None]) -> list[str]:
+    return list(inspect.signature(test).parameters)
+
+
+def told(case: Mapping[str, object]) -> list[str]:
+    return sorted(map(repr, case.items()))
+
+
+def cases_of(test: Callable[..., None]) -> list[dict[str, object]]:
+    """The parameters of every case of a test."""
+    cases: list[dict[str, object]] = [{}]
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            names, rows = mark.args
+            names = names.split(",") if isinstance(names, str) else names
+            rows = [values_of(row, alone=len(names) == 1) for row in rows]
+            cases = [c | dict(zip(names, row, strict=True)) for c in cases for row in rows]
+    return cases
+
+
+def values_of(row: Any, *, alone: bool) -> tuple[object, ...]:
+    if hasattr(row, "marks"):  # a `pytest.param`
+        return tuple(row.values)
+    return (row,) if alone else tuple(row)
 
 
 # -- the risk ----------------------------------------------------------------------
@@ -223,14 +256,12 @@ def a_restart_forgets_the_noise(patch):
     patch.setattr(lanczos.Lanczos, "restart", restart)
 
 
-@seen_by(
-    patching(test_lanczos.test_ctrl_c_during_a_restart_waits_until_the_rotation_is_done)
-)
+@seen_by(test_lanczos.test_ctrl_c_during_a_restart_waits_until_the_rotation_is_done)
 def ctrl_c_is_not_held_back(patch):
     patch.setattr(lanczos, "_uninterrupted", nullcontext)
 
 
-@seen_by(patching(test_lanczos.test_rows_combined_in_strips_are_the_product_of_matrices),
+@seen_by(test_lanczos.test_rows_combined_in_strips_are_the_product_of_matrices,
          3, 18, 7)  # fmt: skip
 def rows_are_combined_one_after_another(patch):
     def combine(self, coefficients):
@@ -263,7 +294,7 @@ def both_ends_have_one_more_at_the_bottom(patch):
     patch.setattr(search, "wanted", mirrored)
 
 
-@seen_by(patching(test_eigenpairs.test_the_measure_uses_the_stopping_rule_twice_in_a_row))
+@seen_by(test_eigenpairs.test_the_measure_uses_the_stopping_rule_twice_in_a_row)
 def the_rule_is_met_once(patch):
     met_once = property(lambda self: self._settled >= 1)
     patch.setattr(search.Search, "is_converged", met_once)
@@ -691,7 +722,7 @@ def only_one_eigenpair_is_followed(patch):
 
 
 @seen_by(
-    test_augment.test_turns_and_shifts_are_those_of_a_plain_loop, (3, 2, 6, 6), 10.0, 0.2
+    test_augment.test_turns_and_shifts_are_those_of_a_plain_loop, (5, 1, 6, 9), 10.0, 0.2
 )
 def images_turn_the_other_way(patch):
     original = augment._moved
@@ -701,17 +732,26 @@ def images_turn_the_other_way(patch):
 # -- the line between two points ---------------------------------------------------
 
 
-@seen_by(lambda: test_landscape.test_the_ends_are_the_two_points(second_minimum()))
+@seen_by(test_landscape.test_the_ends_are_the_two_points)
 def the_line_runs_backwards(patch):
     patch.setattr(landscape, "_on_line", lambda a, b, alpha: torch.lerp(b, a, alpha))
 
 
-@pytest.mark.parametrize(
-    ("mutate", "test"), MUTANTS, ids=[mutate.__name__ for mutate, _ in MUTANTS]
-)
-def test_a_sabotaged_line_is_seen_by_the_test_that_names_it(mutate, test, monkeypatch):
-    with monkeypatch.context() as patch:
-        mutate(patch)
-        with pytest.raises(AssertionError):
-            test()
-    test()  # and whole again, it is green
+NAMES = [mutate.__name__ for mutate, *_ in MUTANTS]
+
+
+@pytest.mark.parametrize(("mutate", "test", "arguments"), MUTANTS, ids=NAMES)
+def test_a_sabotaged_line_is_seen_by_the_test_that_names_it(
+    mutate, test, arguments, monkeypatch
+):
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError):
+        call(test, arguments)
+
+
+@pytest.mark.parametrize(("mutate", "test", "arguments"), MUTANTS, ids=NAMES)
+def test_the_test_that_it_names_is_a_case_of_the_suite(mutate, test, arguments):
+    given = inspect.signature(test).bind_partial(*arguments).arguments
+    assert told(given) in map(told, cases_of(test))
+    fixtures = set(names_of(test)) - set(given)
+    assert fixtures <= {*FIXTURES, "monkeypatch"}
