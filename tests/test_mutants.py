@@ -24,6 +24,7 @@ import test_doctor
 import test_eigenpairs
 import test_epsilon
 import test_flatness
+import test_float32
 import test_lanczos
 import test_landscape
 import test_lbfgsb
@@ -66,7 +67,8 @@ from sharpness.risk import (
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
 MUTANTS: list[tuple[Mutate, Callable[..., None], tuple[object, ...]]] = []
-FIXTURES = {"other": second_minimum}  # those that a named test asks for, built here
+# Fixtures that a named test asks for, made here.
+FIXTURES = {"other": second_minimum, "outside": lambda: "as PyTorch starts"}
 
 
 def seen_by(test: Callable[..., None], *arguments: object) -> Callable[[Mutate], Mutate]:
@@ -156,6 +158,11 @@ def two_evaluations_are_not_compared(patch):
         return checks.Finding("deterministic", "ok", "not looked at")
 
     patch.setattr(checks, "_deterministic", deterministic)
+
+
+@seen_by(test_float32.test_no_shortcut_is_taken_forth_or_back)
+def shortcuts_of_the_caller_are_taken(patch):
+    patch.setattr(empirical, "true_float32", nullcontext)
 
 
 # -- Lanczos and the eigenpairs ----------------------------------------------------

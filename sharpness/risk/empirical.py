@@ -28,6 +28,7 @@ from sharpness.risk.model_state import (
     is_recurrent,
     no_layers_computed_again,
     original,
+    true_float32,
     unwrapped,
 )
 from sharpness.risk.objective import Objective, gradients
@@ -89,6 +90,9 @@ class EmpiricalRisk:
             (`settings()["engine"]`) repeats its choice.
         autocast: type of the forward pass under `torch.autocast`, such as
             `torch.bfloat16`. theta, gradients and products stay in float32 or wider.
+        tf32: leave PyTorch's flags for TF32 (and bfloat16 inside float32 products) as
+            they are; by default they are off while the risk computes, since they are on
+            for convolutions on a GPU and leave 3 digits of 7.
         seed: of the targets that the sampled Fisher draws.
 
     Raises:
@@ -116,6 +120,7 @@ class EmpiricalRisk:
         terms: Callable[[Any], float] | None = None,
         engine: str | Mapping[str, Any] = "auto",
         autocast: torch.dtype | None = None,
+        tf32: bool = False,
         seed: int = 0,
     ) -> None:
         self._asked = asked_engine(engine)
@@ -127,7 +132,7 @@ class EmpiricalRisk:
         self.notes = [*of_model, *of_loss]
         self.batchnorm: BatchNorm = batchnorm
         self.batchnorm_batch = batchnorm_batch
-        self.autocast, self.seed = autocast, seed
+        self.autocast, self.tf32, self.seed = autocast, tf32, seed
         self._objective = Objective(
             self.model,
             loss,
@@ -158,6 +163,7 @@ class EmpiricalRisk:
             "terms": terms,
             "engine": engine,
             "autocast": autocast,
+            "tf32": tf32,
             "seed": seed,
         }
         self._classifies: bool | None = None  # found out when asked for
@@ -256,6 +262,7 @@ class EmpiricalRisk:
             "autocast": str(self.autocast).removeprefix("torch.")
             if self.autocast
             else None,
+            "tf32": self.tf32,
             "device": str(self.device),
             "notes": list(self.notes),
         }
@@ -608,8 +615,11 @@ class EmpiricalRisk:
         """Evaluate; where the device runs out of memory, again in smaller chunks."""
         while True:
             try:
-                # An autocast around the call would reach into backward passes.
-                with torch.autocast(self.device.type, enabled=False):
+                with ExitStack() as stack:
+                    # An autocast around the call would reach into backward passes.
+                    stack.enter_context(torch.autocast(self.device.type, enabled=False))
+                    if not self.tf32:
+                        stack.enter_context(true_float32())
                     return evaluate()
             except torch.OutOfMemoryError as error:
                 trouble = str(error).split(". ")[0]

@@ -6,8 +6,9 @@ import copy
 import inspect
 import random
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -225,6 +226,63 @@ def random_generators_kept(seed: int = 0) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+# Where PyTorch 2.9 and newer say it operation by operation.
+_OPERATIONS = (
+    "cuda.matmul",
+    "cudnn.conv",
+    "cudnn.rnn",
+    "mkldnn.matmul",
+    "mkldnn.conv",
+    "mkldnn.rnn",
+)
+
+
+@contextmanager
+def true_float32() -> Iterator[None]:
+    """Products of float32 numbers with all of their 24 bits.
+
+    TF32 has 11 and bfloat16 8. PyTorch allows TF32 in cuDNN's convolutions unless told
+    otherwise, and in matrix products after `torch.set_float32_matmul_precision`.
+    """
+    kinds = [attrgetter(name)(torch.backends) for name in _OPERATIONS if _has(name)]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        matmul, cudnn = _older_flags()
+    except RuntimeError:  # only the newer ones tell what is set
+        older = False
+        _set_precision(kinds, ["ieee"] * len(kinds))
+    else:
+        older = True
+        _set_older_flags("highest", False)
+    try:
+        yield
+    finally:
+        if older:
+            _set_older_flags(matmul, cudnn)
+        _set_precision(kinds, before)
+
+
+def _has(operation: str) -> bool:
+    try:
+        return hasattr(attrgetter(operation)(torch.backends), "fp32_precision")
+    except AttributeError:
+        return False
+
+
+def _older_flags() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+def _set_older_flags(matmul: str, cudnn: bool) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def _set_precision(kinds: Sequence[Any], values: Sequence[str]) -> None:
+    for kind, value in zip(kinds, values, strict=True):
+        kind.fp32_precision = value
 
 
 def seed_generators(seed: int = 0) -> None:
