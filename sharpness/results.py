@@ -84,6 +84,10 @@ class NondeterministicRiskError(RuntimeError):
         self.first, self.second = first, second
 
 
+class NonFiniteProductError(FloatingPointError):
+    """A product with a curvature matrix holds NaN or infinity."""
+
+
 class NotAvailableError(TypeError):
     """A measure has no meaning for a risk: a closure, no classes, too few samples."""
 

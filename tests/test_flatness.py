@@ -29,7 +29,8 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 import sharpness as sh
-from sharpness.measures import budget, flatness
+from sharpness import _run
+from sharpness.measures import flatness
 from sharpness.record import to_line
 
 CE = nn.CrossEntropyLoss()
@@ -227,7 +228,7 @@ def test_what_ends_a_search_leaves_the_bracket_reached_so_far(done, how, monkeyp
     risk, passes = alike(1.1), 5 * done + 3
     calls = calls_of(risk, "accuracy", 1 + passes if how == "interrupted" else None)
     clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
-    monkeypatch.setattr(budget, "time", clock)
+    monkeypatch.setattr(_run, "time", clock)
     limit = passes + 0.5 if how == "max_seconds" else None
     found = sh.pac_bayes_sigma(risk, num_draws=5, max_seconds=limit)
     assert (found.status, found.num_evals, found.seconds) == (how, passes, passes + 1)
@@ -517,7 +518,7 @@ def test_relative_flatness_is_of_the_sweeps_that_were_made(done, how, monkeypatc
     risk, fail_at = tiny_mlp().risk(), done + 1 if how == "interrupted" else None
     calls = calls_of(risk, "block_products", fail_at)
     clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
-    monkeypatch.setattr(budget, "time", clock)
+    monkeypatch.setattr(_run, "time", clock)
     found = sh.relative_flatness(risk, max_seconds=None if fail_at else done - 0.5)
     assert (found.status, found.num_probes, found.num_hvps) == (how, done, 2 * done)
     if done > 1:

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import sharpness as sh
-from sharpness.measures import budget
+from sharpness import _run
 from sharpness.measures.perturbation import normal_draws, perturbation_scale
 from sharpness.record import to_line
 
@@ -345,7 +345,7 @@ def test_time_stops_after_the_evaluation_that_passes_it(
     ):
         calls = evaluations(method)
         clock = SimpleNamespace(monotonic=lambda calls=calls: float(len(calls)))
-        monkeypatch.setattr(budget, "time", clock)
+        monkeypatch.setattr(_run, "time", clock)
         found = measure(mlp_risk(20), 0.1, max_seconds=most)
         assert found.num_evals == expected
         assert found.status == ("completed" if most == 100 else "max_seconds")

@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import sharpness as sh
-from sharpness import _progress
+from sharpness import _progress, _run
 from sharpness.lab import data
 from sharpness.measures import sampling
 from sharpness.record import to_line
@@ -370,7 +370,7 @@ def test_time_stops_after_the_fold_that_passes_it(folds, monkeypatch):
         sampling, "_quadratic_forms", lambda *args: (done.append(0), forms(*args))[1]
     )
     clock = SimpleNamespace(monotonic=lambda: float(len(done)))
-    monkeypatch.setattr(sampling, "time", clock)
+    monkeypatch.setattr(_run, "time", clock)
     # The search on all samples looks at a clock of its own, which must not run out.
     whole = sampling.eigenpairs
     monkeypatch.setattr(

@@ -20,6 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 import sharpness as sh
+from sharpness import _run
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
 from sharpness.measures import spectrum
@@ -99,13 +100,13 @@ def measured_often(
     a = symmetric(values)
     risk, starts, runs = fast(a), [], []
 
-    def noted(risk, matrix, own, generator, num_steps):
+    def noted(run, risk, matrix, own, generator, num_steps):
         starts.extend(own)
-        yield 0, [Tridiagonal(np.zeros(1), np.zeros(1)) for _ in own]
+        yield [Tridiagonal(np.zeros(1), np.zeros(1)) for _ in own]
 
-    def replayed(risk, matrix, own, generator, num_steps):
-        own_runs = [runs.pop(0) for _ in own]
-        yield len(own) * num_steps, own_runs
+    def replayed(run, risk, matrix, own, generator, num_steps):
+        run.step(len(own) * num_steps)
+        yield [runs.pop(0) for _ in own]
 
     options |= {"num_starts": num_starts, "num_steps": num_steps}
     with pytest.MonkeyPatch.context() as patch:
@@ -643,7 +644,7 @@ def test_time_keeps_the_starts_that_were_completed(at, starts, monkeypatch):
     """With a clock that ticks once a product."""
     risk = fast(symmetric(SPECTRA["outliers"]), at_once=1)
     clock = SimpleNamespace(monotonic=lambda: float(risk.made))
-    monkeypatch.setattr(spectrum, "time", clock)
+    monkeypatch.setattr(_run, "time", clock)
     found = sh.spectral_density(risk, num_starts=5, num_steps=10, max_seconds=at)
     assert found.status == "max_seconds"
     assert found.num_starts == starts
@@ -653,7 +654,7 @@ def test_time_keeps_the_starts_that_were_completed(at, starts, monkeypatch):
 def test_time_that_ends_with_the_last_start_has_cost_nothing(monkeypatch):
     risk = fast(symmetric(SPECTRA["outliers"]), at_once=1)
     clock = SimpleNamespace(monotonic=lambda: float(risk.made))
-    monkeypatch.setattr(spectrum, "time", clock)
+    monkeypatch.setattr(_run, "time", clock)
     found = sh.spectral_density(risk, num_starts=5, num_steps=10, max_seconds=49.5)
     assert found.status == "completed"
     assert found.num_starts == 5

@@ -27,13 +27,13 @@ from scipy import stats
 from torch import Tensor
 
 import sharpness as sh
+from sharpness import _run
 from sharpness.krylov.stochastic_trace import (
     Hutchinson,
     HutchPlusPlus,
     Probes,
     XTrace,
 )
-from sharpness.measures import traces
 from sharpness.record import to_line
 from sharpness.risk import products
 
@@ -464,7 +464,7 @@ def test_time_stops_a_run_after_the_product_that_passes_it(measure, at, monkeypa
     """With a clock that ticks once a product."""
     risk = fast(symmetric(SPECTRA["cancelling"]), at_once=1)
     clock = SimpleNamespace(monotonic=lambda: float(risk.made))
-    monkeypatch.setattr(traces, "time", clock)
+    monkeypatch.setattr(_run, "time", clock)
     found = MEASURES[measure](risk, rtol=1e-9, max_seconds=at)
     assert found.status == "max_seconds"
     assert found.num_hvps == found.seconds == math.ceil(at)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness.krylov.basis import Basis
+from sharpness.results import NonFiniteProductError
 
 Which = Literal["LA", "SA", "LM", "BE"]
 WHICH: tuple[str, ...] = get_args(Which)
@@ -135,7 +136,7 @@ class Lanczos:
         """Take A times `direction()` in.
 
         Raises:
-            FloatingPointError: it is not finite; the state stays as it was.
+            NonFiniteProductError: it is not finite; the state stays as it was.
         """
         s, q, m = self.state, self.direction(), self.state.m
         alpha = float(_tensors.dot64(q, product))
@@ -148,7 +149,7 @@ class Lanczos:
         s.store[m] = q
         before = float(_tensors.norm64(w))
         if not np.isfinite(alpha + before):
-            raise FloatingPointError("the product is not finite")
+            raise NonFiniteProductError("the product is not finite")
         drift = self._purge(w, m + 1)
         beta = float(_tensors.norm64(w))
         if beta < before / 2:

@@ -80,7 +80,7 @@ class Search:
         """Take the product of `direction()` in.
 
         Raises:
-            FloatingPointError: it is not finite.
+            NonFiniteProductError: it is not finite.
         """
         self.run.absorb(product)
         met = meets(self.run.state, self._k, self._tol, self._which)

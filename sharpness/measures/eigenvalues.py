@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpness import _progress, _tensors
+from sharpness import _tensors
+from sharpness._run import Run
 from sharpness.krylov.lanczos import WHICH, Which, upper_bound
 from sharpness.krylov.search import Found, Search
 from sharpness.results import Reading, Result, Status
@@ -236,42 +237,36 @@ def eigenpairs(
         restart; Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
     """
     _check(risk, k, which, tol, max_hvps)
-    began = time.monotonic()
     most = max_hvps or 100 + 10 * k
     held_on = torch.device(basis_device) if basis_device is not None else risk.device
     generator = torch.Generator().manual_seed(seed)
     start = _start_vector(risk, v0, generator).to(held_on)
     multiply = _multiplication(risk, matrix, preconditioner, held_on)
     _check_basis_size(basis_size, k, risk.n)
-    search, plan, status = None, None, Status.MAX_HVPS
-    with _progress.bar(product_name(matrix), None, progress) as bar:
-        try:
-            plan = risk.prepare(_USUAL_PRODUCTS + 4 * k, matrix)
-            size = basis_size or _affordable(risk, plan, k, most, held_on)
-            search = Search(start, generator, k=k, which=which, tol=tol, basis_size=size)
-            del start
-            while search.num_products < most:
-                search.absorb(multiply(search.direction()))
-                bar.update()
-                if search.is_converged:
-                    status = Status.CONVERGED
-                    break
-                if max_seconds is not None and time.monotonic() - began > max_seconds:
-                    status = Status.MAX_SECONDS
-                    break
-        except FloatingPointError:
-            status = Status.NON_FINITE
-        except KeyboardInterrupt:
-            status = Status.INTERRUPTED
+    search, plan = None, None
+    run = Run(
+        product_name(matrix),
+        max_seconds=max_seconds,
+        max_steps=most,
+        min_steps=1,
+        progress=progress,
+    )
+    with run:
+        plan = risk.prepare(_USUAL_PRODUCTS + 4 * k, matrix)
+        size = basis_size or _affordable(risk, plan, k, most, held_on)
+        search = Search(start, generator, k=k, which=which, tol=tol, basis_size=size)
+        del start
+        while not search.is_converged:
+            run.step()
+            search.absorb(multiply(search.direction()))
+        run.stop(Status.CONVERGED)
     return _result(
         risk,
         search,
         plan,
+        run,
         multiply=multiply,
-        verify=status is Status.CONVERGED and search is not None,
         most=most,
-        began=began,
-        status=status,
         random_start=v0 is None,
         which=which,
         tol=tol,
@@ -285,17 +280,16 @@ def _result(
     risk: EmpiricalRisk,
     search: Search | None,
     plan: Plan | None,
+    run: Run,
     *,
     multiply: Callable[[Tensor], Tensor],
-    verify: bool,
     most: int,
-    began: float,
     random_start: bool,
     **settings: object,
 ) -> HessianEigenpairs:
     """What a search has earned; with its leading residual verified by one product."""
     which, inexact = str(settings["which"]), (plan and plan.relative_error) or 0.0
-    upper, explicit = None, None
+    upper, explicit, status, began = None, None, run.status, time.monotonic()
     if search is None or not search.num_products:
         none = np.empty(0)
         found = Found(none, none, none, risk.theta.new_empty((0, risk.n)))
@@ -303,12 +297,12 @@ def _result(
         first, noise = search.run.state.first, search.noise
         if random_start and which != "SA":
             upper = upper_bound(first, risk.n, noise)
-        whole = search.run.is_whole
+        to_verify = status is Status.CONVERGED and not search.run.is_whole
         found = search.found(inexact)
-        if verify and not whole and search.num_products < most:
+        if to_verify and search.num_products < most:
             explicit = _verified(found, leading(found.values, which), noise, multiply)
             if explicit is None:
-                settings["status"] = Status.INTERRUPTED
+                status = Status.INTERRUPTED
     products = search.num_products if search else 0
     return HessianEigenpairs(
         eigenvalues=torch.from_numpy(found.values),
@@ -319,7 +313,8 @@ def _result(
         lambda_max_upper=upper,
         noise_floor=search.noise if search else math.nan,
         num_hvps=products + (explicit is not None),
-        seconds=time.monotonic() - began,
+        seconds=run.seconds + time.monotonic() - began,
+        status=status,
         engine=plan.engine if plan else None,
         **settings,  # type: ignore[arg-type]
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -14,7 +13,7 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
-from sharpness import _progress
+from sharpness._run import Deadline, Run
 from sharpness.measures.arguments import positive_list, whole
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
@@ -167,7 +166,8 @@ def epsilon_sharpness(
             gradient: the search also starts towards the corner of the box that each one
             points at, and towards the opposite corner, a tenth of the way out.
         seed: of A and of the starts.
-        max_seconds: stop after the evaluation that passes this time.
+        max_seconds: of the whole call, all epsilons together: stop after the evaluation
+            that passes this time.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -197,7 +197,7 @@ def epsilon_sharpness(
     corners = _checked_corners(risk, corners)
     manifold = _Manifold(risk, subspace_dim, columns, seed)
     options = _Options(
-        solver, max_iter, num_starts, start, corners, seed, max_seconds, progress
+        solver, max_iter, num_starts, start, corners, seed, Deadline(max_seconds), progress
     )
     results = []
     for e in epsilons:
@@ -282,7 +282,7 @@ def subspace_sharpness(
         solver: as in `epsilon_sharpness`.
         max_iter: as in `epsilon_sharpness`.
         seed: of the first A; the others take the numbers after it.
-        max_seconds: for each draw.
+        max_seconds: of the whole call: no evaluation begins later than this.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -296,6 +296,7 @@ def subspace_sharpness(
     whole("num_draws", num_draws, 2, "One draw is `epsilon_sharpness(subspace_dim=...)`.")
     epsilons, several = positive_list("epsilon", epsilon, _USUAL)
     drawn: list[list[EpsilonSharpness]] = []
+    deadline = Deadline(max_seconds)
     for draw in range(num_draws):
         found = epsilon_sharpness(
             risk,
@@ -305,7 +306,7 @@ def subspace_sharpness(
             solver=solver,
             max_iter=max_iter,
             seed=seed + draw,
-            max_seconds=max_seconds,
+            max_seconds=deadline.left,
             progress=progress,
         )
         drawn.append(found)
@@ -352,7 +353,7 @@ class _Options:
     start: Start
     corners: Tensor | None
     seed: int
-    max_seconds: float | None
+    deadline: Deadline
     progress: bool | None
 
     @property
@@ -410,22 +411,15 @@ def _least_squares(a: Tensor, theta: Tensor) -> Tensor:
 def _measured(
     risk: EmpiricalRisk, manifold: _Manifold, epsilon: float, options: _Options
 ) -> EpsilonSharpness:
-    began = time.monotonic()
-    deadline = math.inf if options.max_seconds is None else began + options.max_seconds
-    search = _Search(risk, manifold, epsilon, deadline)
-    protocol, status = None, Status.COMPLETED
-    with _progress.bar("evaluations", None, options.progress) as bar:
-        try:
-            for state in search.states(options):
-                bar.update(search.num_evals - bar.n)
-                of_protocol = search.is_first_start and search.solver != "ascent"
-                if protocol is None and of_protocol and _ends_protocol(state):
-                    protocol = 100 * max(0.0, state.value) / (1 + search.value)
-        except _OutOfTime:
-            status = Status.MAX_SECONDS
-        except KeyboardInterrupt:
-            status = Status.INTERRUPTED
-    best = search.best
+    run = Run("evaluations", max_seconds=options.deadline.left, progress=options.progress)
+    search = _Search(run, risk, manifold, epsilon)
+    protocol = None
+    with run:
+        for state in search.states(options):
+            of_protocol = search.is_first_start and search.solver != "ascent"
+            if protocol is None and of_protocol and _ends_protocol(state):
+                protocol = 100 * max(0.0, state.value) / (1 + search.value)
+    best, status = search.best, run.status
     if not search.is_finite:
         status = Status.NON_FINITE
     elif status is Status.COMPLETED and not best.rise > 0:
@@ -439,8 +433,8 @@ def _measured(
         displacement=best.point * search.half_widths,
         status=status,
         message=search.message,
-        num_evals=search.num_evals,
-        seconds=time.monotonic() - began,
+        num_evals=run.num_steps,
+        seconds=run.seconds,
         epsilon=epsilon,
         subspace_dim=manifold.p,
         columns=manifold.columns,
@@ -458,10 +452,6 @@ def _ends_protocol(state: Maximum) -> bool:
     )
 
 
-class _OutOfTime(Exception):
-    """Raised between evaluations, through whatever solver is running."""
-
-
 @dataclass(frozen=True)
 class _Best:
     rise: float
@@ -476,15 +466,14 @@ class _Search:
     """
 
     def __init__(
-        self, risk: EmpiricalRisk, manifold: _Manifold, epsilon: float, deadline: float
+        self, run: Run, risk: EmpiricalRisk, manifold: _Manifold, epsilon: float
     ) -> None:
-        self._risk, self._manifold, self._deadline = risk, manifold, deadline
+        self._run, self._risk, self._manifold = run, risk, manifold
         self.half_widths = epsilon * manifold.half_widths
         one = torch.ones_like(self.half_widths)
         self._box = Box(-one, one)
         self.value = risk.value()
         self.is_finite = math.isfinite(self.value)
-        self.num_evals = 0
         self.solver, self.message = "none", "theta itself"
         self.is_first_start = True
         self.best = _Best(0.0, torch.zeros_like(one), "none")
@@ -531,9 +520,7 @@ class _Search:
         return objective
 
     def _rise(self, u: Tensor) -> tuple[float, Tensor]:
-        if time.monotonic() > self._deadline:
-            raise _OutOfTime
-        self.num_evals += 1
+        self._run.step()
         theta = self._manifold.point(u * self.half_widths)
         value, gradient = self._risk.value_and_gradient(theta)
         gradient = self._manifold.pulled_back(gradient) * self.half_widths

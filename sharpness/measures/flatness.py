@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness._run import Run
 from sharpness.measures.arguments import positive, whole
-from sharpness.measures.budget import Budget
 from sharpness.measures.perturbation import mean_and_error, normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball
@@ -137,19 +137,19 @@ def pac_bayes_sigma(
     _check(risk, accuracy_drop, rtol)
     num_draws = whole("num_draws", num_draws, 2, "One draw has no spread.")
     scale, accuracy = _scale(risk, magnitude_aware), math.nan
-    budget = Budget("forward passes", max_seconds, progress, None)
+    run = Run("forward passes", max_seconds=max_seconds, progress=progress)
     drops: dict[float, np.ndarray] = {}
 
     def mean_drop(sigma: float) -> float:
         found = []
         for z in normal_draws(risk, num_draws, seed):
-            budget.step()
+            run.step()
             found.append(accuracy - risk.accuracy(risk.theta + z.mul_(scale).mul_(sigma)))
         drops[sigma] = np.array(found)
         return float(np.mean(found))
 
     root = _Root(mean_drop, accuracy_drop, rtol)
-    with budget:
+    with run:
         accuracy = _accuracy_at_theta(risk)
         root.find(math.isfinite(accuracy))
         # Without the draw that falls first the rest may cross beyond what was looked at.
@@ -162,10 +162,10 @@ def pac_bayes_sigma(
         bracket=root.bracket,
         accuracy=accuracy,
         accuracy_drop=accuracy_drop,
-        status=budget.status if not budget.status.ok else root.status,
+        status=run.status if not run.status.ok else root.status,
         num_draws=num_draws,
-        num_evals=budget.num_steps,
-        seconds=budget.seconds,
+        num_evals=run.num_steps,
+        seconds=run.seconds,
         magnitude_aware=magnitude_aware,
         quantity="pac_bayes_sigma",
         seed=seed,
@@ -216,10 +216,10 @@ def box_alpha(
     _check(risk, accuracy_drop, rtol)
     num_steps = whole("num_steps", num_steps, 1)
     scale, accuracy = _scale(risk, magnitude_aware), math.nan
-    budget = Budget("gradients", max_seconds, progress, None)
+    run = Run("gradients", max_seconds=max_seconds, progress=progress)
 
     def function(u: Tensor) -> tuple[float, Tensor]:
-        budget.step()
+        run.step()
         value, gradient = risk.value_and_gradient(risk.theta + scale * u)
         return value, gradient * scale
 
@@ -234,7 +234,7 @@ def box_alpha(
         return largest
 
     root = _Root(largest_drop, accuracy_drop, rtol)
-    with budget:
+    with run:
         accuracy = _accuracy_at_theta(risk)
         root.find(math.isfinite(accuracy))
     return AccuracyRadius(
@@ -243,10 +243,10 @@ def box_alpha(
         bracket=root.bracket,
         accuracy=accuracy,
         accuracy_drop=accuracy_drop,
-        status=budget.status if not budget.status.ok else root.status,
+        status=run.status if not run.status.ok else root.status,
         num_draws=None,
-        num_evals=budget.num_steps,
-        seconds=budget.seconds,
+        num_evals=run.num_steps,
+        seconds=run.seconds,
         magnitude_aware=magnitude_aware,
         quantity="box_alpha",
         seed=0,
@@ -310,7 +310,7 @@ def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
             f"`start` must have shape (n,) with n={risk.n}; got {tuple(start.shape)}."
         )
     fisher_rao, gradient_norm = None, math.nan
-    with Budget("norms", None, False, None) as budget:
+    with Run("norms", progress=False) as run:
         gradient_norm = float(_tensors.norm64(risk.gradient()))
         # Neither a closure nor a loss without second derivative has such a product.
         with suppress(ValueError, TypeError):
@@ -326,8 +326,8 @@ def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
         parameter_norm=float(_tensors.norm64(risk.theta)),
         distance_from_start=distance,
         fisher_rao=fisher_rao,
-        status=budget.status if is_finite or not budget.status.ok else Status.NON_FINITE,
-        seconds=budget.seconds,
+        status=run.status if is_finite or not run.status.ok else Status.NON_FINITE,
+        seconds=run.seconds,
     )
 
 
@@ -437,10 +437,10 @@ def relative_flatness(
     roots = [_root_of_rows(weight) for weight in rows] if is_finite else []
     samples: list[list[float]] = []
     generator = torch.Generator().manual_seed(seed)
-    budget = Budget("sweeps", max_seconds, progress, num_probes)
-    with budget:
+    run = Run("sweeps", max_seconds=max_seconds, total=num_probes, progress=progress)
+    with run:
         for _ in range(num_probes if is_finite else 0):
-            budget.step()
+            run.step()
             probes = [
                 root @ _signs(weight, generator)
                 for weight, root in zip(rows, roots, strict=True)
@@ -461,10 +461,10 @@ def relative_flatness(
         layers=tuple(chosen),
         values=tuple(value for value, _ in found),
         standard_errors=tuple(error for _, error in found),
-        status=budget.status if is_finite or not budget.status.ok else Status.NON_FINITE,
+        status=run.status if is_finite or not run.status.ok else Status.NON_FINITE,
         num_probes=len(samples),
         num_hvps=len(samples) * len(chosen),
-        seconds=budget.seconds,
+        seconds=run.seconds,
         seed=seed,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpness import _progress, _tensors
+from sharpness import _tensors
+from sharpness._run import Run
 from sharpness.krylov.lanczos import WHICH, Which
 from sharpness.krylov.search import Found, Search
-from sharpness.results import Reading, Result, Status
+from sharpness.results import NonFiniteProductError, Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.linearised import Matrix
 
@@ -142,7 +142,6 @@ def layerwise_eigenpairs(
     that lies behind it. Memory (sweeps) n in all.
     """
     _check(k, which, tol, max_sweeps)
-    began = time.monotonic()
     named = _named_blocks(risk.names, blocks)
     generator = torch.Generator().manual_seed(seed)
     most = max_sweeps or 100 + 10 * k
@@ -154,31 +153,31 @@ def layerwise_eigenpairs(
         searches[name] = Search(
             start, generator, k=min(k, n), which=which, tol=tol, basis_size=min(n, most)
         )
-    status = dict.fromkeys(named, Status.MAX_HVPS)
-    open_, sweeps, end, inexact = list(named), 0, None, 0.0
-    with _progress.bar("sweeps", None, progress) as bar:
-        try:
-            # Of whole products; a positive matrix exceeds its largest block by no more.
-            inexact = len(named) * (risk.prepare(1, matrix).relative_error or 0.0)
-            while open_ and sweeps < most and end is None:
-                products = risk.block_products(
-                    [named[name] for name in open_],
-                    [searches[name].direction() for name in open_],
-                    matrix,
-                )
-                sweeps += 1
-                for name, product in zip(list(open_), products, strict=True):
-                    ended = _absorbed(searches[name], product)
-                    if ended is not None:
-                        status[name] = ended
-                        open_.remove(name)
-                bar.update()
-                if max_seconds is not None and time.monotonic() - began > max_seconds:
-                    end = Status.MAX_SECONDS
-        except KeyboardInterrupt:
-            end = Status.INTERRUPTED
-    if end is not None:
-        status |= dict.fromkeys(open_, end)
+    status: dict[str, Status] = {}
+    open_, inexact = list(named), 0.0
+    run = Run(
+        "sweeps",
+        max_seconds=max_seconds,
+        max_steps=most,
+        min_steps=1,
+        progress=progress,
+    )
+    with run:
+        # Of whole products; a positive matrix exceeds its largest block by no more.
+        inexact = len(named) * (risk.prepare(1, matrix).relative_error or 0.0)
+        while open_:
+            run.step()
+            products = risk.block_products(
+                [named[name] for name in open_],
+                [searches[name].direction() for name in open_],
+                matrix,
+            )
+            for name, product in zip(list(open_), products, strict=True):
+                ended = _absorbed(searches[name], product)
+                if ended is not None:
+                    status[name] = ended
+                    open_.remove(name)
+    status |= dict.fromkeys(open_, run.status)
     results = tuple(
         _block(name, parameters, searches[name], status[name], inexact)
         for name, parameters in named.items()
@@ -186,9 +185,9 @@ def layerwise_eigenpairs(
     return LayerwiseEigenpairs(
         blocks=results,
         status=next((b.status for b in results if not b.status.ok), Status.CONVERGED),
-        num_sweeps=sweeps,
+        num_sweeps=run.num_steps,
         num_products=sum(block.num_products for block in results),
-        seconds=time.monotonic() - began,
+        seconds=run.seconds,
         which=which,
         tol=tol,
         seed=seed,
@@ -199,7 +198,7 @@ def layerwise_eigenpairs(
 def _absorbed(search: Search, product: Tensor) -> Status | None:
     try:
         search.absorb(product)
-    except FloatingPointError:
+    except NonFiniteProductError:
         return Status.NON_FINITE
     done = search.is_converged or search.run.is_whole
     return Status.CONVERGED if done else None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sharpness import _tensors
+from sharpness._run import Deadline, Run
 from sharpness.measures.arguments import positive_list, whole
-from sharpness.measures.budget import Budget
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball, Norm
 from sharpness.results import Reading, Result, Status, short
@@ -163,7 +163,8 @@ def worst_case_sharpness(
             about this size, the maximum is taken in each, and the mean given with its
             standard error. None: all samples at once.
         seed: of the shards.
-        max_seconds: stop after the evaluation that passes this time.
+        max_seconds: of the whole call, all radii together: stop after the evaluation that
+            passes this time.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -187,13 +188,13 @@ def worst_case_sharpness(
     num_steps = whole("num_steps", num_steps, 1)
     shards = list(_shards(risk, shard_size, seed))
     scale = perturbation_scale(risk, adaptive)
-    results = []
+    results, deadline = [], Deadline(max_seconds)
     for radius in radii:
         search = _Ascent(shards, scale, Ball(norm, radius), num_steps)
-        budget = Budget("gradients", max_seconds, progress, None)
-        with budget:
-            search.run(budget)
-        status = search.status if budget.status.ok else budget.status
+        run = Run("gradients", max_seconds=deadline.left, progress=progress)
+        with run:
+            search.run(run)
+        status = search.status if run.status.ok else run.status
         results.append(
             WorstCaseSharpness(
                 value=search.mean("rise"),
@@ -202,12 +203,12 @@ def worst_case_sharpness(
                 risk_value=search.mean("value"),
                 status=status,
                 displacement=search.displacement if len(shards) == 1 else None,
-                num_evals=budget.num_steps,
+                num_evals=run.num_steps,
                 num_shards=len(shards),
                 shard_size=None
                 if shard_size is None
                 else max(shard.num_samples for shard in shards),
-                seconds=budget.seconds,
+                seconds=run.seconds,
                 rho=radius,
                 norm=norm,
                 adaptive=adaptive,
@@ -215,7 +216,7 @@ def worst_case_sharpness(
                 seed=seed,
             )
         )
-        if budget.status is Status.INTERRUPTED:
+        if run.status is Status.INTERRUPTED:
             break
     return results if several else results[0]
 
@@ -246,7 +247,8 @@ def average_case_sharpness(
         adaptive: `None`, `"elementwise"` or `"filterwise"`.
         num_draws: pairs of draws, >= 2.
         seed: of the draws.
-        max_seconds: stop after the evaluation that passes this time.
+        max_seconds: of the whole call, all radii together: stop after the evaluation that
+            passes this time.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -265,15 +267,20 @@ def average_case_sharpness(
     _check_choices("l2", adaptive)
     num_draws = whole("num_draws", num_draws, 2, "One draw has no spread.")
     scale, value = perturbation_scale(risk, adaptive), math.nan
-    results = []
+    results, deadline = [], Deadline(max_seconds)
     for radius in radii:
         rises: list[float] = []
-        budget = Budget("forward passes", max_seconds, progress, 2 * num_draws)
-        with budget:
+        run = Run(
+            "forward passes",
+            max_seconds=deadline.left,
+            total=2 * num_draws,
+            progress=progress,
+        )
+        with run:
             value = risk.value() if math.isnan(value) else value
             for z in normal_draws(risk, num_draws, seed):
                 step = z.mul_(scale).mul_(radius)
-                budget.step(2)
+                run.step(2)
                 both = risk.value(risk.theta + step) + risk.value(risk.theta - step)
                 rises.append(both / 2 - value)
         mean, error = mean_and_error(rises)
@@ -283,16 +290,16 @@ def average_case_sharpness(
                 value=mean,
                 standard_error=error,
                 risk_value=value,
-                status=budget.status if finite else Status.NON_FINITE,
+                status=run.status if finite else Status.NON_FINITE,
                 num_draws=len(rises),
-                num_evals=budget.num_steps,
-                seconds=budget.seconds,
+                num_evals=run.num_steps,
+                seconds=run.seconds,
                 rho=radius,
                 adaptive=adaptive,
                 seed=seed,
             )
         )
-        if budget.status is Status.INTERRUPTED:
+        if run.status is Status.INTERRUPTED:
             break
     return results if several else results[0]
 
@@ -392,13 +399,13 @@ class _Ascent:
         done = [seen for seen in self._seen if seen.finished]
         return done or [seen for seen in self._seen if seen.values]
 
-    def run(self, budget: Budget) -> None:
-        """Search the shards while the budget lasts."""
+    def run(self, run: Run) -> None:
+        """Search the shards while the run lasts."""
         zero = torch.zeros_like(self._scale)
         for shard in self._shards:
             seen = _Seen(shard.num_terms)
             self._seen.append(seen)
-            function = self._function(shard, seen, budget)
+            function = self._function(shard, seen, run)
             for state in auto_pgd(function, zero, self._ball, num_steps=self._num_steps):
                 last = state
             seen.finished = True
@@ -406,10 +413,10 @@ class _Ascent:
                 self._is_finite = False
 
     def _function(
-        self, shard: EmpiricalRisk, seen: _Seen, budget: Budget
+        self, shard: EmpiricalRisk, seen: _Seen, run: Run
     ) -> Callable[[Tensor], tuple[float, Tensor]]:
         def function(u: Tensor) -> tuple[float, Tensor]:
-            budget.step()
+            run.step()
             displacement = self._scale * u
             value, gradient = shard.value_and_gradient(shard.theta + displacement)
             if seen.is_best(value):

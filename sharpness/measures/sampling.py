@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sharpness import _progress, _tensors
+from sharpness import _tensors
+from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
@@ -135,38 +135,34 @@ def lambda_max_sampling(
     Cost: one search for lambda_max, and a warm one for each fold: about 5 products a fold.
     """
     _check(risk, num_folds, confidence)
-    began = time.monotonic()
+    run = Run("folds", max_seconds=max_seconds, total=num_folds, progress=progress)
+    deadline = Deadline(max_seconds)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(risk.num_samples, generator=generator)
-    folds, status = torch.tensor_split(order, num_folds), Status.COMPLETED
+    folds = torch.tensor_split(order, num_folds)
     search: dict[str, Any] = {"matrix": matrix, "tol": tol, "seed": seed}
     search |= {"progress": progress}
-    whole = eigenpairs(risk, max_seconds=max_seconds, **search)
+    whole = eigenpairs(risk, max_seconds=deadline.left, **search)
     products = float(whole.num_hvps)
     at_v, crossed = [], []
-    if not whole.status.ok:
-        folds, status = (), whole.status
-    with _progress.bar("folds", num_folds, progress) as bar:
-        try:
-            for g, fold in enumerate(folds):
-                part = risk.subset(fold)
-                others = risk.subset(torch.cat([*folds[:g], *folds[g + 1 :]]))
-                pairs = eigenpairs(others, v0=whole.eigenvectors, **search)
-                if pairs.status is Status.INTERRUPTED:
-                    raise KeyboardInterrupt
-                vectors = torch.stack([pairs.eigenvectors[0], whole.eigenvectors[0]])
-                cross, plain = _quadratic_forms(part, vectors, matrix)
-                crossed.append(cross)
-                at_v.append(plain)
-                share = len(fold) / risk.num_samples
-                products += pairs.num_hvps * (1 - share) + 2 * share
-                bar.update()
-                if max_seconds is not None and time.monotonic() - began > max_seconds:
-                    if g + 1 < num_folds:
-                        status = Status.MAX_SECONDS
-                    break
-        except KeyboardInterrupt:
-            status = Status.INTERRUPTED
+    with run:
+        if not whole.status.ok:
+            run.stop(whole.status)
+        for g, fold in enumerate(folds):
+            run.step()
+            part = risk.subset(fold)
+            others = risk.subset(torch.cat([*folds[:g], *folds[g + 1 :]]))
+            search["max_seconds"] = deadline.left
+            pairs = eigenpairs(others, v0=whole.eigenvectors, **search)
+            share = len(fold) / risk.num_samples
+            products += pairs.num_hvps * (1 - share)
+            if pairs.status in (Status.INTERRUPTED, Status.MAX_SECONDS):
+                run.stop(pairs.status)
+            vectors = torch.stack([pairs.eigenvectors[0], whole.eigenvectors[0]])
+            cross, plain = _quadratic_forms(part, vectors, matrix)
+            products += 2 * share
+            crossed.append(cross)
+            at_v.append(plain)
     cross, cross_error = _mean_and_error(crossed)
     _, error = _mean_and_error(at_v)
     t = float(stats.t.ppf((1 + confidence) / 2, max(1, len(at_v) - 1)))
@@ -179,9 +175,9 @@ def lambda_max_sampling(
         confidence=confidence,
         num_samples=risk.num_samples,
         num_folds=len(at_v),
-        status=status,
+        status=run.status,
         num_hvps=products,
-        seconds=time.monotonic() - began,
+        seconds=run.seconds,
         tol=tol,
         seed=seed,
         matrix=matrix,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sharpness import _progress, _tensors
+from sharpness import _tensors
+from sharpness._run import Run
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
@@ -273,33 +273,22 @@ def spectral_density(
         the sphere, and the chi^2 approximation of Satterthwaite (1946).
     """
     _check(num_starts, num_steps, sigma, confidence)
-    began = time.monotonic()
     generator = torch.Generator().manual_seed(seed)
-    runs: list[Tridiagonal] = []
-    status, num_hvps = Status.COMPLETED, 0
-    with _progress.bar(product_name(matrix), num_starts * num_steps, progress) as bar:
-        try:
-            plan = risk.prepare(num_starts * num_steps, matrix)
-            for batch in _batches(num_starts, plan.directions_at_once):
-                starts = [_tensors.random_unit(risk.theta, generator) for _ in range(batch)]
-                for products, ended in _lockstep(
-                    risk, matrix, starts, generator, num_steps
-                ):
-                    num_hvps += products
-                    bar.update(products)
-                    runs += ended
-                    elapsed = time.monotonic() - began
-                    if max_seconds is not None and elapsed > max_seconds:
-                        raise TimeoutError
-        except TimeoutError:
-            status = Status.MAX_SECONDS
-        except FloatingPointError:
-            status = Status.NON_FINITE
-        except KeyboardInterrupt:
-            status = Status.INTERRUPTED
-    if status is Status.MAX_SECONDS and len(runs) == num_starts:
-        status = Status.COMPLETED
-    rules = tuple(Rule.of(run) for run in runs)
+    done: list[Tridiagonal] = []
+    run = Run(
+        product_name(matrix),
+        max_seconds=max_seconds,
+        min_steps=1,
+        total=num_starts * num_steps,
+        progress=progress,
+    )
+    with run:
+        plan = risk.prepare(num_starts * num_steps, matrix)
+        for batch in _batches(num_starts, plan.directions_at_once):
+            starts = [_tensors.random_unit(risk.theta, generator) for _ in range(batch)]
+            for ended in _lockstep(run, risk, matrix, starts, generator, num_steps):
+                done += ended
+    rules = tuple(Rule.of(first) for first in done)
     width = sigma or _default_sigma(rules)
     points = _grid(grid, rules, width)
     density, band = _band(rules, points, width, risk.n, confidence)
@@ -312,9 +301,9 @@ def spectral_density(
         n=risk.n,
         num_starts=len(rules),
         num_steps=num_steps,
-        status=status,
-        num_hvps=num_hvps,
-        seconds=time.monotonic() - began,
+        status=run.status,
+        num_hvps=run.num_steps,
+        seconds=run.seconds,
         seed=seed,
         matrix=matrix,
         rules=rules,
@@ -327,25 +316,27 @@ def _batches(total: int, at_once: int) -> Iterator[int]:
 
 
 def _lockstep(
+    run: Run,
     risk: EmpiricalRisk,
     matrix: Matrix,
     starts: list[torch.Tensor],
     generator: torch.Generator,
     num_steps: int,
-) -> Iterator[tuple[int, list[Tridiagonal]]]:
-    """Advance all starts by a step a time: products made, and runs that have ended."""
+) -> Iterator[list[Tridiagonal]]:
+    """Advance all starts by a step a time: what has ended with it."""
     open_ = [Lanczos(start, generator) for start in starts]
     while open_:
-        directions = torch.stack([run.direction() for run in open_])
-        for run, product in zip(open_, risk.product(directions, matrix), strict=True):
-            run.absorb(product)
+        run.step(len(open_))
+        directions = torch.stack([lanczos.direction() for lanczos in open_])
+        for lanczos, product in zip(open_, risk.product(directions, matrix), strict=True):
+            lanczos.absorb(product)
         over = [
-            run
-            for run in open_
-            if run.state.first.invariant or run.state.num_products >= num_steps
+            lanczos
+            for lanczos in open_
+            if lanczos.state.first.invariant or lanczos.state.num_products >= num_steps
         ]
-        made, open_ = len(open_), [run for run in open_ if run not in over]
-        yield made, [run.state.first for run in over]
+        open_ = [lanczos for lanczos in open_ if lanczos not in over]
+        yield [lanczos.state.first for lanczos in over]
 
 
 def _band(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -13,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sharpness import _progress
+from sharpness._run import Run
 from sharpness.krylov.stochastic_trace import (
     Estimator,
     Hutchinson,
@@ -271,17 +270,23 @@ def diagonal(
     Cost: 20 products for the sketch, then one a probe, hundreds as a rule; memory 26 n.
     """
     _check(rtol, 0.95, max_hvps, 3 * _FEWEST, default=0.1)
-    run = _Run(risk, matrix, max_hvps, max_seconds, progress)
+    run = Run(
+        product_name(matrix),
+        max_seconds=max_seconds,
+        max_steps=max_hvps,
+        progress=progress,
+    )
+    multiply = _multiplication(run, risk, matrix)
     estimate = _Diagonal(risk.theta, seed)
     num = _FEWEST
-    with run as multiply:
-        while run.status not in (Status.CONVERGED, Status.NON_FINITE):
+    with run:
+        while True:
             estimate.grow(multiply, num)
             ratio = estimate.relative_error / rtol
             if math.isnan(ratio):
-                run.status = Status.NON_FINITE
-            elif ratio <= 1:
-                run.status = Status.CONVERGED
+                run.stop(Status.NON_FINITE)
+            if ratio <= 1:
+                run.stop(Status.CONVERGED)
             num = _next_look(num, ratio)
     return DiagonalEstimate(
         values=estimate.values,
@@ -289,7 +294,7 @@ def diagonal(
         relative_error=estimate.relative_error,
         status=run.status,
         num_probes=estimate.num,
-        num_hvps=run.num_hvps,
+        num_hvps=run.num_steps,
         seconds=run.seconds,
         rtol=rtol,
         seed=seed,
@@ -317,22 +322,27 @@ def _estimated(
     """Grow an estimator until its interval is narrow enough."""
     fewest = estimator.fixed_products + _FEWEST * estimator.products_a_probe
     _check(rtol, confidence, max_hvps, fewest)
-    run = _Run(risk, matrix, max_hvps, max_seconds, progress)
+    run = Run(
+        product_name(matrix),
+        max_seconds=max_seconds,
+        max_steps=max_hvps,
+        progress=progress,
+        status=Status.MAX_HVPS,
+    )
+    multiply = _multiplication(run, risk, matrix)
+    most = (max_hvps - estimator.fixed_products) // estimator.products_a_probe
     num = _FEWEST
-    with run as multiply:
-        while run.status not in (Status.CONVERGED, Status.NON_FINITE):
+    with run:
+        while num > len(estimator.estimates):
             estimator.grow(multiply, num)
             value, _, (low, high) = _student(estimator.estimates, confidence)
             allowed = 2 * rtol * abs(value)
             if not math.isfinite(value):
-                run.status = Status.NON_FINITE
-            elif high - low <= allowed:
-                run.status = Status.CONVERGED
+                run.stop(Status.NON_FINITE)
+            if high - low <= allowed:
+                run.stop(Status.CONVERGED)
             num = _next_look(num, (high - low) / allowed if allowed else math.inf)
-            left = max_hvps - estimator.fixed_products
-            num = min(num, left // estimator.products_a_probe)
-            if num == len(estimator.estimates):
-                break
+            num = min(num, most)
     value, error, interval = _student(estimator.estimates, confidence)
     return StochasticEstimate(
         value=value,
@@ -341,7 +351,7 @@ def _estimated(
         confidence=confidence,
         status=run.status,
         num_probes=len(estimator.estimates),
-        num_hvps=run.num_hvps,
+        num_hvps=run.num_steps,
         seconds=run.seconds,
         rtol=rtol,
         seed=seed,
@@ -391,53 +401,18 @@ def _next_look(num: int, ratio: float) -> int:
     return max(num + 2, math.ceil(1.1 * num * ratio**2))
 
 
-class _OutOfBudgetError(Exception):
-    """No product is left, or no time."""
+def _multiplication(run: Run, risk: EmpiricalRisk, matrix: Matrix) -> Multiply:
+    """Rows of directions -> rows of products, each a step of the run."""
 
+    def product(rows: Tensor) -> Tensor:
+        run.step(len(rows))
+        return risk.product(rows, matrix)
 
-class _Run:
-    """Products under a budget of products and time; entered, gives `multiply`."""
+    def multiply(rows: Tensor) -> Tensor:
+        block = risk.prepare(len(rows), matrix).directions_at_once
+        return torch.cat([product(part) for part in rows.split(block)])
 
-    def __init__(
-        self,
-        risk: EmpiricalRisk,
-        matrix: Matrix,
-        max_hvps: int,
-        max_seconds: float | None,
-        progress: bool | None,
-    ) -> None:
-        self._risk, self._matrix = risk, matrix
-        self._most, self._max_seconds = max_hvps, max_seconds
-        self._bar = _progress.bar(product_name(matrix), None, progress)
-        self._began = time.monotonic()
-        self.num_hvps, self.seconds = 0, 0.0
-        self.status = Status.MAX_HVPS
-
-    def __enter__(self) -> Multiply:
-        return self._multiply
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        self._bar.close()
-        self.seconds = time.monotonic() - self._began
-        if kind is KeyboardInterrupt:
-            self.status = Status.INTERRUPTED
-        return kind in (KeyboardInterrupt, _OutOfBudgetError)
-
-    def _multiply(self, rows: Tensor) -> Tensor:
-        block = self._risk.prepare(len(rows), self._matrix).directions_at_once
-        return torch.cat([self._product(part) for part in rows.split(block)])
-
-    def _product(self, rows: Tensor) -> Tensor:
-        if self.num_hvps + len(rows) > self._most:
-            raise _OutOfBudgetError
-        elapsed = time.monotonic() - self._began
-        if self._max_seconds is not None and elapsed > self._max_seconds:
-            self.status = Status.MAX_SECONDS
-            raise _OutOfBudgetError
-        product = self._risk.product(rows, self._matrix)
-        self.num_hvps += len(rows)
-        self._bar.update(len(rows))
-        return product
+    return multiply
 
 
 class _Deflated:

@@ -14,7 +14,7 @@ PACKAGE = Path(sharpness.__file__).parent
 
 # Lowest first; a module imports from its own rank or a lower one.
 RANKS = [
-    {"_tensors", "results", "_progress"},
+    {"_tensors", "results", "_progress", "_run"},
     {"krylov", "optimize"},
     {"risk"},
     {"measures", "compat"},
