@@ -43,6 +43,7 @@ from sharpness.measures.traces import trace as trace
 from sharpness.record import Records as Records
 from sharpness.record import read_records as read_records
 from sharpness.results import NondeterministicRiskError as NondeterministicRiskError
+from sharpness.results import NotAvailableError as NotAvailableError
 from sharpness.results import NotConvergedError as NotConvergedError
 from sharpness.results import Status as Status
 from sharpness.risk.checks import Checkup as Checkup

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sharpness._arguments import whole_seed
 
 _STRETCH = 1 << 18  # entries; fits a processor's cache
 
@@ -36,6 +39,15 @@ def dot64(a: Tensor, b: Tensor) -> Tensor:
 def norm64(a: Tensor) -> Tensor:
     """Euclidean norm of a vector (n,), summed in float64; a 0-d tensor."""
     return dot64(a, a).sqrt()
+
+
+def seeded(seed: Any) -> torch.Generator:
+    """A generator on the CPU that starts from a whole number, Python's or NumPy's.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return torch.Generator().manual_seed(whole_seed(seed))
 
 
 def random_unit(like: Tensor, generator: torch.Generator) -> Tensor:

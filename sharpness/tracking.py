@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
-from sharpness.measures.arguments import positive, whole
+from sharpness._arguments import positive, whole
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
 from sharpness.measures.preconditioner import adam_preconditioner

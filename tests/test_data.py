@@ -750,6 +750,15 @@ def test_the_real_set(name, monkeypatch):
     assert_part(dataset.train, num_train, shape, dataset.num_classes)
     assert_part(dataset.test, 10000, shape, dataset.num_classes)
     assert dataset.train[1][:5].tolist() == first_labels
+    assert data.outline(name) == (num_train, 10000, list(shape), dataset.num_classes)
+
+
+@pytest.mark.parametrize("name", [*REAL, "spoken-digits"])
+def test_what_a_set_holds_is_known_without_its_files(name):
+    known = data.outline(name)
+    part = data.outline(f"{name}[{known.num_classes},test=77,seed=3]")
+    assert part == known._replace(num_train=known.num_classes, num_test=77)
+    assert data.outline("digits") is None
 
 
 def test_the_real_spoken_digits():

@@ -1,11 +1,13 @@
 """`python -m sharpness.reproduce`, in process: plans, refusals, and tiny real runs."""
 
 import os
+import re
 from dataclasses import replace
 
 import pytest
 
 from sharpness import read_records
+from sharpness.lab import data
 from sharpness.reproduce import __main__ as reproduce
 from sharpness.reproduce import plain, workshop
 from sharpness.reproduce.papers import PAPERS
@@ -371,3 +373,18 @@ def test_runs_that_diverge_are_recorded_once_and_count_as_0_percent(
     assert "To do: 0 training runs, 0 of 6 observations" in second
     assert undone(second) == undone(first)
     assert (folder / "records.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("study", ["F1-mnist", "F2-spoken-digits"])
+def test_a_plan_needs_no_data(tmp_path, capsys, monkeypatch, study):
+    def absent(*arguments):
+        raise FileNotFoundError("no data here")
+
+    monkeypatch.setattr(data, "_folder", absent)
+    monkeypatch.setattr(data, "_spoken_digits", absent)
+    monkeypatch.chdir(tmp_path)
+    call = ["keskar2017", "table2", "--preset", "full", "--study", study, "--plan"]
+    assert reproduce.main([*call, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"To do: 12 training runs, 12 of 12 observations; about \d+ min", out)
+    assert not list(tmp_path.iterdir())

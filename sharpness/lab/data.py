@@ -34,13 +34,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sharpness import _tensors
+from sharpness._arguments import is_whole
+
 Part = tuple[Tensor, Tensor]  # inputs (N, ...), targets (N, ...)
 _Bytes = NDArray[np.uint8]
 
 
 class _Published(NamedTuple):
-    """The files of a set as its authors publish them."""
+    """The files of a set as its authors publish them, and what they hold."""
 
+    num_train: int
+    num_test: int
+    shape: Sequence[int]  # of a sample's inputs
     num_classes: int
     files: Sequence[str]  # training files first
     layout: str  # the folder that torchvision, or the archive, puts them in
@@ -53,6 +59,21 @@ _PUBLISHED = {name: _Published(**facts) for name, facts in _TABLE.items()}
 _SYSTEM = Path("/usr/share/datasets")  # Debian's dataset-fashion-mnist
 
 NAMES: tuple[str, ...] = ("mnist5k", "digits", *_PUBLISHED, "spoken-digits")
+
+
+class Outline(NamedTuple):
+    """What a set holds."""
+
+    num_train: int
+    num_test: int
+    shape: Sequence[int]  # of a sample's inputs
+    num_classes: int
+
+
+_OUTLINES = {
+    **{name: Outline(*facts[:4]) for name, facts in _PUBLISHED.items()},
+    "spoken-digits": Outline(116_967, 12_783, (360,), 480),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -149,6 +170,18 @@ def load(
     return replace(dataset, train=train, test=test)
 
 
+def outline(name: str) -> Outline | None:
+    """What a set whose files lie elsewhere holds, without them; None for any other."""
+    whole, wanted = _asked(name, _Subset(None, None, 0))
+    if whole not in _OUTLINES:
+        return None
+    known = _OUTLINES[whole]
+    return known._replace(
+        num_train=wanted.num_train or known.num_train,
+        num_test=wanted.num_test or known.num_test,
+    )
+
+
 def class_balanced(labels: Tensor, num_samples: int, seed: int) -> Tensor:
     """Sorted indices (num_samples,) of a random subset with balanced classes.
 
@@ -168,7 +201,7 @@ def class_balanced(labels: Tensor, num_samples: int, seed: int) -> Tensor:
             f"{num_samples} ({len(labels)} samples, the rarest class has {rarest}). "
             "Ask for fewer, or take all samples."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     quota, extra = divmod(num_samples, len(classes))
     order = classes[torch.randperm(len(classes), generator=generator)]
     # A class with no more than `quota` samples cannot be one of those that give more.
@@ -192,7 +225,7 @@ def at_random(total: int, num_samples: int, seed: int) -> Tensor:
             f"`num_samples` must lie in [1, {total}]; got {num_samples}. Ask for fewer, or "
             "take all samples."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     return torch.randperm(total, generator=generator)[:num_samples].sort().values
 
 
@@ -309,7 +342,7 @@ def _taken(dataset: Dataset, wanted: _Subset) -> Dataset:
 def _some(name: str, part: Part, argument: str, num: int, seed: int) -> Part:
     x, y = part
     classes = len(y.unique()) if has_classes(y) else 0
-    if not (isinstance(num, int) and num >= classes):
+    if not (is_whole(num) and num >= classes):
         raise ValueError(
             f"`{argument}` must be a whole number, at least one of each class; got "
             f"{num} ({name} has {classes} classes). Ask for more."

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from sharpness._arguments import require, whole
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnUpdate, criterion_for
-from sharpness.measures.arguments import require, whole
 from sharpness.record import append_record, new_record
 from sharpness.tracking import MEASURES, SharpnessTracker
 

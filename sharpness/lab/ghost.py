@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sharpness.measures.arguments import whole
+from sharpness._arguments import whole
 
 
 def use_ghost_batches(model: nn.Module, size: int) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from sharpness._arguments import require
 from sharpness.lab.networks import parsed
-from sharpness.measures.arguments import require
 
 
 def made(argument: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sharpness import _tensors
+
 # -- the networks of Keskar et al. -------------------------------------------------------
 
 
@@ -595,7 +597,7 @@ def initialise(model: nn.Module, seed: int, how: str | None = None) -> None:
         how = getattr(model, "initialisation", _USUAL_START)
     if how not in _DRAWS:
         raise ValueError(f"`how` must be one of {', '.join(_DRAWS)}; got {how!r}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, _BatchNorm | nn.LayerNorm):

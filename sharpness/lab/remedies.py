@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sharpness.measures.arguments import at_least, positive, require, whole
+from sharpness._arguments import at_least, positive, require, whole
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

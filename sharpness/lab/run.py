@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpness import checkpoint
+from sharpness._arguments import require, whole
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import networks
 from sharpness.lab.data import Dataset
 from sharpness.lab.ghost import use_ghost_batches
 from sharpness.lab.remedies import Loss, Step
 from sharpness.lab.training import OPTIMIZERS, Budget, Training
-from sharpness.measures.arguments import require, whole
 from sharpness.record import as_plain
 from sharpness.risk.empirical import EmpiricalRisk
 

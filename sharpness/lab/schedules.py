@@ -11,7 +11,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, get_args
 
-from sharpness.measures.arguments import at_least, positive, require, whole
+from sharpness._arguments import at_least, positive, require, whole
 
 Kind = Literal["constant", "decay", "hybrid", "increase"]
 Scaling = Literal["none", "linear", "sqrt"]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from sharpness import checkpoint
+from sharpness._arguments import whole
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnEpoch, TrainingRun, at_work_on, one_epoch, optimizer_for
 from sharpness.lab.training import Budget, Training
-from sharpness.measures.arguments import whole
 
 
 def train_together(

@@ -76,7 +76,7 @@ class Subject:
         if balanced and has_classes(pair[1]):
             index = class_balanced(pair[1], num_samples, seed)
         elif 1 <= num_samples <= total:
-            generator = torch.Generator().manual_seed(seed)
+            generator = _tensors.seeded(seed)
             index = torch.randperm(total, generator=generator)[:num_samples].sort().values
         else:
             raise ValueError(

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 from sharpness import _progress
+from sharpness._arguments import whole
 from sharpness.lab import data
 from sharpness.lab.data import Dataset
 from sharpness.lab.following import Following
 from sharpness.lab.run import train
 from sharpness.lab.stacked import can_be_stacked, train_together
 from sharpness.lab.training import Budget, Training
-from sharpness.measures.arguments import whole
 
 _FIXED_COST = 64  # samples whose gradient costs as much as an update of the parameters
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpness._arguments import at_least, positive, require, whole
 from sharpness.lab import networks
 from sharpness.lab.augment import AUGMENTATIONS, Augmentation
 from sharpness.lab.named import made
 from sharpness.lab.remedies import REMEDIES, Step
 from sharpness.lab.schedules import SCHEDULES, Course, Scaling, Schedule, scaled_rate
-from sharpness.measures.arguments import at_least, positive, require, whole
 
 # Name: PyTorch's class, what it is called with, and a usual learning rate (Keras').
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], float]] = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness._arguments import is_whole
 from sharpness._run import Run
 from sharpness.krylov.lanczos import WHICH, Which, upper_bound
 from sharpness.krylov.search import Found, Search
@@ -237,9 +238,10 @@ def eigenpairs(
         restart; Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
     """
     _check(risk, k, which, tol, max_hvps)
+    k = int(k)
     most = max_hvps or 100 + 10 * k
     held_on = torch.device(basis_device) if basis_device is not None else risk.device
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     start = _start_vector(risk, v0, generator).to(held_on)
     multiply = _multiplication(risk, matrix, preconditioner, held_on)
     _check_basis_size(basis_size, k, risk.n)
@@ -406,7 +408,7 @@ def _start_vector(
 def _check(
     risk: EmpiricalRisk, k: int, which: str, tol: float, max_hvps: int | None
 ) -> None:
-    if not (isinstance(k, int) and 1 <= k <= risk.n):
+    if not (is_whole(k) and 1 <= k <= risk.n):
         raise ValueError(
             f"`k` must lie in [1, n]; got k={k} (n={risk.n} parameters). "
             "Ask for between 1 and n eigenpairs."

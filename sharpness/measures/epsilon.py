@@ -13,8 +13,9 @@ import torch
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
+from sharpness import _tensors
+from sharpness._arguments import is_whole, positive_list, whole
 from sharpness._run import Deadline, Run
-from sharpness.measures.arguments import positive_list, whole
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import lbfgsb
@@ -192,6 +193,7 @@ def epsilon_sharpness(
     """
     epsilons, several = positive_list("epsilon", epsilon, _USUAL)
     _check(risk, subspace_dim, columns, solver, max_iter, num_starts)
+    subspace_dim = None if subspace_dim is None else int(subspace_dim)
     if start not in ("random", "zero"):
         raise ValueError(f"`start` must be 'random' or 'zero'; got {start!r}.")
     corners = _checked_corners(risk, corners)
@@ -392,7 +394,7 @@ def _random_columns(risk: EmpiricalRisk, p: int, columns: Columns, seed: int) ->
             f"`subspace_dim` must leave A in memory; got {p} (A would take "
             f"{size / 1e9:.1f} GB for n={risk.n}). Ask for fewer columns."
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     a = torch.randn((risk.n, p), generator=generator).to(risk.theta)
     return a / a.norm(dim=0) if columns == "unit" else a
 
@@ -496,7 +498,7 @@ class _Search:
                     yield replace(state, value=state.value * scale)
 
     def _starts(self, options: _Options) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(options.seed + 1)
+        generator = _tensors.seeded(options.seed + 1)
         from_zero = options.start == "zero"
         if from_zero:
             yield torch.zeros_like(self._box.upper)
@@ -607,7 +609,9 @@ def _check(
     max_iter: int,
     num_starts: int,
 ) -> None:
-    if subspace_dim is not None and not 1 <= subspace_dim <= risk.n:
+    if subspace_dim is not None and not (
+        is_whole(subspace_dim) and 1 <= subspace_dim <= risk.n
+    ):
         raise ValueError(
             f"`subspace_dim` must lie in [1, n]; got {subspace_dim} "
             f"(n={risk.n} parameters). Leave it out for the full space."

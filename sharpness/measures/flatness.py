@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness._arguments import positive, whole
 from sharpness._run import Run
-from sharpness.measures.arguments import positive, whole
 from sharpness.measures.perturbation import mean_and_error, normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball
@@ -436,7 +436,7 @@ def relative_flatness(
     rows = [weights[name].flatten(1) for name in chosen]
     roots = [_root_of_rows(weight) for weight in rows] if is_finite else []
     samples: list[list[float]] = []
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     run = Run("sweeps", max_seconds=max_seconds, total=num_probes, progress=progress)
     with run:
         for _ in range(num_probes if is_finite else 0):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness._arguments import is_whole
 from sharpness._run import Run
 from sharpness.krylov.lanczos import WHICH, Which
 from sharpness.krylov.search import Found, Search
@@ -142,8 +143,9 @@ def layerwise_eigenpairs(
     that lies behind it. Memory (sweeps) n in all.
     """
     _check(k, which, tol, max_sweeps)
+    k = int(k)
     named = _named_blocks(risk.names, blocks)
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     most = max_sweeps or 100 + 10 * k
     sizes = dict(zip(risk.names, (shape.numel() for shape in risk.shapes), strict=True))
     searches = {}
@@ -257,7 +259,7 @@ def _named_blocks(names: Sequence[str], blocks: Blocks | None) -> dict[str, list
 
 
 def _check(k: int, which: str, tol: float, max_sweeps: int | None) -> None:
-    if not (isinstance(k, int) and k >= 1):
+    if not (is_whole(k) and k >= 1):
         raise ValueError(f"`k` must be at least 1; got {k}. Ask for 1 or more.")
     if which not in WHICH:
         raise ValueError(f"`which` must be 'LA', 'SA', 'LM' or 'BE'; got {which!r}.")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sharpness import _tensors
+from sharpness._arguments import positive_list, whole
 from sharpness._run import Deadline, Run
-from sharpness.measures.arguments import positive_list, whole
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball, Norm
 from sharpness.results import Reading, Result, Status, short
@@ -324,7 +324,7 @@ def _filter_norms(weight: Tensor) -> Tensor:
 
 def normal_draws(risk: EmpiricalRisk, num: int, seed: int) -> Iterator[Tensor]:
     """Standard normal vectors (n,), the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     for _ in range(num):
         z = torch.randn(risk.theta.shape, generator=generator, dtype=torch.float32)
         yield z.to(risk.theta)
@@ -478,7 +478,7 @@ def _shards(
         yield risk
         return
     whole("shard_size", shard_size, 1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     order = torch.randperm(risk.num_samples, generator=generator)
     for index in order.tensor_split(math.ceil(risk.num_samples / shard_size)):
         try:

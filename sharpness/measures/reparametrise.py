@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from sharpness.measures.arguments import positive
+from sharpness import _tensors
+from sharpness._arguments import positive
 
 # Powers of two: scaling by them is exact in floating point, so that what moves is moved
 # by the map and not by rounding.
@@ -148,7 +149,7 @@ def _applied_everywhere(
     places: list[Any],
     seed: int,
 ) -> Reparametrisation:
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     current, layers, drift = copy.deepcopy(network), [], 0.0
     for place in places:
         candidate = copy.deepcopy(current)

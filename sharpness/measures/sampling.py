@@ -137,7 +137,7 @@ def lambda_max_sampling(
     _check(risk, num_folds, confidence)
     run = Run("folds", max_seconds=max_seconds, total=num_folds, progress=progress)
     deadline = Deadline(max_seconds)
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     order = torch.randperm(risk.num_samples, generator=generator)
     folds = torch.tensor_split(order, num_folds)
     search: dict[str, Any] = {"matrix": matrix, "tol": tol, "seed": seed}

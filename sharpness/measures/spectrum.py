@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sharpness import _tensors
+from sharpness._arguments import is_whole
 from sharpness._run import Run
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
@@ -273,7 +274,8 @@ def spectral_density(
         the sphere, and the chi^2 approximation of Satterthwaite (1946).
     """
     _check(num_starts, num_steps, sigma, confidence)
-    generator = torch.Generator().manual_seed(seed)
+    num_starts, num_steps = int(num_starts), int(num_steps)
+    generator = _tensors.seeded(seed)
     done: list[Tridiagonal] = []
     run = Run(
         product_name(matrix),
@@ -362,18 +364,19 @@ def _default_sigma(rules: tuple[Rule, ...]) -> float:
 
 
 def _grid(grid: np.ndarray | int, rules: tuple[Rule, ...], sigma: float) -> np.ndarray:
-    if not isinstance(grid, int):
+    if not is_whole(grid):
         return np.asarray(grid, float)
     if not rules:
         return np.empty(0)
     nodes = np.concatenate([rule.nodes for rule in rules])
-    return np.linspace(nodes.min() - _MARGIN * sigma, nodes.max() + _MARGIN * sigma, grid)
+    low, high = nodes.min() - _MARGIN * sigma, nodes.max() + _MARGIN * sigma
+    return np.linspace(low, high, int(grid))
 
 
 def _check(num_starts: int, num_steps: int, sigma: float | None, confidence: float) -> None:
-    if num_starts < 1:
+    if not is_whole(num_starts) or num_starts < 1:
         raise ValueError(f"`num_starts` must be at least 1; got {num_starts}. Pass 10.")
-    if num_steps < 2:
+    if not is_whole(num_steps) or num_steps < 2:
         raise ValueError(f"`num_steps` must be at least 2; got {num_steps}. Pass 80.")
     if sigma is not None and not sigma > 0:
         raise ValueError(f"`sigma` must be positive; got {sigma}. Leave it out for 1 %.")

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor
 
 from sharpness import _progress
-from sharpness.measures.arguments import positive, positive_list, whole
+from sharpness._arguments import positive, positive_list, whole
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness, subspace_sharpness
 from sharpness.measures.flatness import (

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from sharpness._arguments import whole_seed
 from sharpness._run import Run
 from sharpness.krylov.stochastic_trace import (
     Estimator,
@@ -162,7 +163,7 @@ def trace(
             f"`method` must be one of {', '.join(map(repr, get_args(Method)))}; got "
             f"{method!r}."
         )
-    estimator = _METHODS[method](risk.theta, seed)
+    estimator = _METHODS[method](risk.theta, whole_seed(seed))
     return _estimated(
         risk,
         estimator,
@@ -215,7 +216,7 @@ def frobenius_norm(
     _check(rtol, confidence, max_hvps, 3 * _FEWEST)
     squared = _estimated(
         risk,
-        _SquaredNorm(risk.theta, seed),
+        _SquaredNorm(risk.theta, whole_seed(seed)),
         quantity="Frobenius norm",
         method="deflated Hutchinson",
         matrix=matrix,
@@ -277,7 +278,7 @@ def diagonal(
         progress=progress,
     )
     multiply = _multiplication(run, risk, matrix)
-    estimate = _Diagonal(risk.theta, seed)
+    estimate = _Diagonal(risk.theta, whole_seed(seed))
     num = _FEWEST
     with run:
         while True:

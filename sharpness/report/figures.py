@@ -18,57 +18,6 @@ from sharpness.tracking import MEASURES, TrackedPoint
 _LOSS, _ACCURACY = "#1f4e9c", "#b3261e"
 
 
-def parametric_plot(
-    path: str | Path,
-    alphas: Sequence[float],
-    train: tuple[Sequence[float], Sequence[float]],
-    test: tuple[Sequence[float], Sequence[float]],
-    *,
-    title: str,
-) -> Path:
-    """Loss and accuracy along the line from the small-batch to the large-batch minimum.
-
-    Args:
-        path: where the PNG goes.
-        alphas: 0 is the small-batch minimum, 1 the large-batch one.
-        train: losses and accuracies in [0, 1] on training samples.
-        test: the same on test samples.
-        title: the line above.
-    """
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses = figure.add_subplot()
-    accuracies = losses.twinx()
-    for (values, shares), style, name in ((train, "-", "train"), (test, "--", "test")):
-        losses.plot(alphas, values, style, color=_LOSS, label=f"loss, {name}")
-        percent = [100 * share for share in shares]
-        accuracies.plot(alphas, percent, style, color=_ACCURACY, label=f"accuracy, {name}")
-    for minimum in (0.0, 1.0):
-        losses.axvline(minimum, color="0.75", linewidth=1, zorder=0)
-    ticks = [alpha for alpha in alphas if float(alpha).is_integer()]
-    names = {0.0: "0\nsmall batch", 1.0: "1\nlarge batch"}
-    losses.set_xticks(ticks, [names.get(float(t), f"{t:g}") for t in ticks])
-    losses.set_xlabel("alpha")
-    losses.set_ylabel("cross-entropy", color=_LOSS)
-    accuracies.set_ylabel("accuracy (%)", color=_ACCURACY)
-    accuracies.set_ylim(0, 102)
-    losses.set_ylim(bottom=0)
-    losses.set_title(title, fontsize=10, loc="left")
-    lines = [*losses.get_lines()[:2], *accuracies.get_lines()]
-    figure.legend(
-        lines,
-        [str(line.get_label()) for line in lines],
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-    )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
-
-
 def density_plot(
     density: SpectralDensity, path: str | Path | None = None, *, title: str = ""
 ) -> Figure:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sharpness import checkpoint
+from sharpness import _tensors, checkpoint
 from sharpness.krylov.lanczos import Lanczos
 from sharpness.lab import networks
 from sharpness.lab.measurement import Settings, data_facts, risk_of
@@ -57,7 +57,7 @@ def _lanczos(risk: EmpiricalRisk, seed: int) -> Facts:
 
     With |s|^2 it decides, without the network, which eigenvalues it certifies.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     start = torch.randn(risk.n, generator=generator, dtype=torch.float64)
     run = Lanczos(start.to(risk.theta), generator, num_first=40)
     for _ in range(40):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharpness import _tensors
 from sharpness.risk import terms
 
 
@@ -77,7 +78,7 @@ def sampled_targets(
         seed: of the draws, which do not depend on how the data are cut.
     """
     _check_distribution(loss)
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     for outputs, targets in pairs:
         classes = terms.is_class_loss(loss)
         shape = outputs.select(1, 0).shape if classes else outputs.shape

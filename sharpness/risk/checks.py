@@ -103,7 +103,7 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
     """
     began = time.perf_counter()
     before = _fingerprints(risk.model)
-    generator = torch.Generator().manual_seed(seed)
+    generator = _tensors.seeded(seed)
     u, v = (_tensors.random_unit(risk.theta, generator) for _ in range(2))
     values = risk.value(), risk.value()
     first, second = risk.gradient(), risk.gradient()

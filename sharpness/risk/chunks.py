@@ -77,7 +77,7 @@ class ChunkedMean:
         by_parts = batchnorm == "batch" and not self._closed
         if by_parts:
             given = self._batchnorm_parts(given, batchnorm_batch)
-        most = chunk_size if isinstance(chunk_size, int) else _PROBE
+        most = _PROBE if isinstance(chunk_size, str) else chunk_size
         self._terms = self._find_terms(given[0], terms, most)
         self.budget = memory.budget_bytes(objective.device)
         self.chunk_size: int | None = None
@@ -203,7 +203,7 @@ class ChunkedMean:
         return loss_terms(loss, outputs, batch[1])
 
     def _chosen_chunk_size(self, first: Any, asked: int | str) -> int:
-        if isinstance(asked, int):
+        if not isinstance(asked, str):
             return asked
         rows = min(len(first[1]), _CPU_CHUNK)
         chunk = self._bytes_of(batches.rows(first, 0, rows))

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
+from sharpness._arguments import is_whole
 from sharpness.results import NotAvailableError
 from sharpness.risk import batches
 from sharpness.risk.chunks import ChunkedMean
@@ -123,10 +124,10 @@ class EmpiricalRisk:
         tf32: bool = False,
         seed: int = 0,
     ) -> None:
+        _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
         self._asked = asked_engine(engine)
         if isinstance(engine, Mapping) and chunk_size == "auto":
             chunk_size = engine.get("chunk_size") or "auto"
-        _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
         self.model, of_model = unwrapped(model)
         loss, of_loss = original(loss)
         self.notes = [*of_model, *of_loss]
@@ -680,7 +681,7 @@ def _check_arguments(
         )
     if chunk_size == "auto":
         return
-    if not isinstance(chunk_size, int) or chunk_size < 1:
+    if not is_whole(chunk_size) or chunk_size < 1:
         raise ValueError(
             f"`chunk_size` must be a whole number >= 1 or 'auto'; got {chunk_size!r}."
         )

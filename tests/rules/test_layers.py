@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 import sharpness
+from sharpness import results
 
 PACKAGE = Path(sharpness.__file__).parent
 
 # Lowest first; a module imports from its own rank or a lower one.
 RANKS = [
-    {"_tensors", "results", "_progress", "_run"},
+    {"_tensors", "_arguments", "results", "_progress", "_run"},
     {"krylov", "optimize"},
     {"risk"},
     {"measures", "compat"},
@@ -141,3 +142,13 @@ def test_no_module_beside_the_public_names_shares_one_with_them():
 def test_the_changelog_starts_with_the_version():
     changelog = (PACKAGE.parent / "CHANGELOG.md").read_text()
     assert f"\n## {sharpness.__version__} " in changelog[:60]
+
+
+def test_every_error_of_ours_can_be_caught_by_name():
+    ours = {
+        name
+        for name, thing in vars(results).items()
+        if isinstance(thing, type) and issubclass(thing, Exception)
+    }
+    assert ours >= {"NotAvailableError", "NotConvergedError", "NondeterministicRiskError"}
+    assert ours - {"NonFiniteProductError"} <= set(vars(sharpness))  # becomes a status

@@ -33,18 +33,34 @@ def positive_list(name: str, value: Any, advice: str = "") -> tuple[list[float],
     return found, several
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def whole(name: str, value: Any, least: int, advice: str = "") -> int:
     """A whole number >= `least`.
 
     Raises:
         ValueError: it is none.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not is_whole(value):
         raise ValueError(f"`{name}` must be a whole number; got {value}.")
     if value < least:
         text = f"`{name}` must be at least {least}; got {value}. {advice}"
         raise ValueError(text.rstrip())
     return int(value)
+
+
+def whole_seed(seed: Any) -> int:
+    """A seed: a whole number of either sign.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not is_whole(seed):
+        raise ValueError(f"`seed` must be a whole number; got {seed!r}.")
+    return int(seed)
 
 
 def require(sound: bool, name: str, contract: str, value: Any, advice: str = "") -> None:
