@@ -7,12 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from scipy.linalg import eigh, eigh_tridiagonal
-from scipy.special import ndtri
 from torch import Tensor
 
 from sharpness import _tensors
@@ -38,7 +36,7 @@ class Tridiagonal:
 
     def nodes_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
         """Gauss quadrature for the start's spectral measure: Ritz values, weights."""
-        nodes, vectors = eigh_tridiagonal(self.alphas, self.betas[:-1])
+        nodes, vectors = _linalg().eigh_tridiagonal(self.alphas, self.betas[:-1])
         return nodes, vectors[0] ** 2
 
 
@@ -337,6 +335,8 @@ def upper_bound(
         22(3), section 3: the same idea with the last polynomial alone. Only the steps
         before the first restart are used, since later ones do not start at random.
     """
+    from scipy.special import ndtri
+
     limit = n / ndtri(0.5 + (1 - confidence) / 2) ** 2  # chi^2 with 1 d.o.f., by n
     low = float(first.nodes_and_weights()[0][-1])
     if first.invariant:
@@ -367,10 +367,17 @@ def _eigh(state: LanczosState) -> tuple[np.ndarray, np.ndarray]:
     t = state.projected
     diagonal, off = np.diag(t), np.diag(t, 1)
     if np.count_nonzero(t) == np.count_nonzero(diagonal) + 2 * np.count_nonzero(off):
-        values, vectors = eigh_tridiagonal(diagonal, off)
+        values, vectors = _linalg().eigh_tridiagonal(diagonal, off)
     else:
-        values, vectors = eigh(t)
+        values, vectors = _linalg().eigh(t)
     return values, vectors
+
+
+def _linalg() -> Any:
+    """SciPy's, loaded when it is needed: half a second that an import need not take."""
+    import scipy.linalg
+
+    return scipy.linalg
 
 
 def _bordered(t: np.ndarray, coupling: np.ndarray, alpha: float) -> np.ndarray:

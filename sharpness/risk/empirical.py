@@ -6,11 +6,10 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
@@ -36,6 +35,9 @@ from sharpness.risk.objective import Objective, gradients
 from sharpness.risk.plan import Plan, asked_engine
 from sharpness.risk.products import Products, Task
 from sharpness.risk.terms import keyword
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
 
 BatchNorm = Literal["running", "batch", "recalibrated"]
 MATRICES: tuple[str, ...] = get_args(Matrix)
@@ -541,6 +543,8 @@ class EmpiricalRisk:
 
     def linear_operator(self, matrix: Matrix = "hessian") -> LinearOperator:
         """One of the matrices of `product` as a SciPy `LinearOperator` (n, n)."""
+        from scipy.sparse.linalg import LinearOperator  # half a second, and seldom used
+
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
 
         def matvec(v: np.ndarray) -> np.ndarray:

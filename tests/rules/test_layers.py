@@ -122,18 +122,34 @@ def test_the_mathematics_knows_no_file_clock_flag_or_print(name):
     assert "print" not in calls
 
 
-def test_importing_sharpness_loads_no_lab_no_command_no_matplotlib():
-    code = "import sharpness, sys; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    loaded = set(run.stdout.split())
+def loaded_by(code: str) -> set[str]:
+    command = [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_a_measure_loads_no_lab_no_command_and_nothing_heavy_but_torch():
+    loaded = loaded_by("from sharpness import EmpiricalRisk, eigenpairs")
     assert "sharpness.risk.empirical" in loaded
-    heavy = {"matplotlib", "pyhessian", "pandas", "sklearn", "mlxtend", "pooch"}
+    heavy = {"matplotlib", "pyhessian", "pandas", "sklearn", "mlxtend", "pooch", "rich"}
+    heavy |= {"scipy.linalg", "scipy.stats", "scipy.optimize", "scipy.sparse.linalg"}
     assert not loaded & (heavy | {f"sharpness.{name}" for name in COMMANDS})
 
 
+def test_importing_sharpness_alone_loads_not_even_torch():
+    loaded = loaded_by("import sharpness; assert sharpness.__version__")
+    assert "sharpness" in loaded
+    assert not loaded & {"torch", "numpy", "scipy"}
+
+
+@pytest.mark.parametrize("name", sharpness.__all__)
+def test_a_public_name_is_what_it_is_called(name):
+    assert getattr(sharpness, name).__name__ == name
+    assert name in dir(sharpness)
+
+
 def test_no_module_beside_the_public_names_shares_one_with_them():
-    public = {name for name in vars(sharpness) if not name.startswith("_")}
-    exported = {n for n in public if not isinstance(vars(sharpness)[n], type(sharpness))}
+    exported = set(sharpness.__all__)
     names = {name.split(".")[0] for name in modules(PACKAGE)}
     assert exported
     assert not exported & names
@@ -151,4 +167,4 @@ def test_every_error_of_ours_can_be_caught_by_name():
         if isinstance(thing, type) and issubclass(thing, Exception)
     }
     assert ours >= {"NotAvailableError", "NotConvergedError", "NondeterministicRiskError"}
-    assert ours - {"NonFiniteProductError"} <= set(vars(sharpness))  # becomes a status
+    assert ours - {"NonFiniteProductError"} <= set(sharpness.__all__)  # becomes a status

@@ -1,0 +1,52 @@
+"""The public names; `__init__.py` loads each when it is asked for."""
+
+from .measures.audit import Audit as Audit
+from .measures.audit import audit as audit
+from .measures.eigenvalues import HessianEigenpairs as HessianEigenpairs
+from .measures.eigenvalues import eigenpairs as eigenpairs
+from .measures.epsilon import EpsilonSharpness as EpsilonSharpness
+from .measures.epsilon import SubspaceSharpness as SubspaceSharpness
+from .measures.epsilon import epsilon_sharpness as epsilon_sharpness
+from .measures.epsilon import subspace_sharpness as subspace_sharpness
+from .measures.flatness import AccuracyRadius as AccuracyRadius
+from .measures.flatness import Norms as Norms
+from .measures.flatness import RelativeFlatness as RelativeFlatness
+from .measures.flatness import box_alpha as box_alpha
+from .measures.flatness import norms as norms
+from .measures.flatness import pac_bayes_sigma as pac_bayes_sigma
+from .measures.flatness import relative_flatness as relative_flatness
+from .measures.landscape import Interpolation as Interpolation
+from .measures.landscape import interpolation as interpolation
+from .measures.layers import BlockEigenpairs as BlockEigenpairs
+from .measures.layers import LayerwiseEigenpairs as LayerwiseEigenpairs
+from .measures.layers import layerwise_eigenpairs as layerwise_eigenpairs
+from .measures.perturbation import AverageCaseSharpness as AverageCaseSharpness
+from .measures.perturbation import NormalisedLogits as NormalisedLogits
+from .measures.perturbation import WorstCaseSharpness as WorstCaseSharpness
+from .measures.perturbation import average_case_sharpness as average_case_sharpness
+from .measures.perturbation import worst_case_sharpness as worst_case_sharpness
+from .measures.preconditioner import adam_preconditioner as adam_preconditioner
+from .measures.sampling import LambdaMaxSampling as LambdaMaxSampling
+from .measures.sampling import lambda_max_sampling as lambda_max_sampling
+from .measures.spectrum import SpectralDensity as SpectralDensity
+from .measures.spectrum import SpectralIntegral as SpectralIntegral
+from .measures.spectrum import spectral_density as spectral_density
+from .measures.summary import Summary as Summary
+from .measures.summary import summary as summary
+from .measures.traces import DiagonalEstimate as DiagonalEstimate
+from .measures.traces import StochasticEstimate as StochasticEstimate
+from .measures.traces import diagonal as diagonal
+from .measures.traces import frobenius_norm as frobenius_norm
+from .measures.traces import trace as trace
+from .record import Records as Records
+from .record import read_records as read_records
+from .results import NondeterministicRiskError as NondeterministicRiskError
+from .results import NotAvailableError as NotAvailableError
+from .results import NotConvergedError as NotConvergedError
+from .results import Status as Status
+from .risk.checks import Checkup as Checkup
+from .risk.checks import doctor as doctor
+from .risk.empirical import EmpiricalRisk as EmpiricalRisk
+from .tracking import SharpnessTracker as SharpnessTracker
+
+__version__: str
