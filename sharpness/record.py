@@ -92,10 +92,11 @@ def as_plain(value: Any) -> Any:
 @cache
 def environment() -> dict[str, Any]:
     """Versions, machine and revision that a number was computed with."""
-    names = ("sharpness", "torch", "numpy", "scipy")
+    names = ("sharpness", "numpy", "scipy")
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         **{name: _version(name) for name in names},
+        "torch": str(torch.__version__),  # with what it was built for
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda_device": cuda,

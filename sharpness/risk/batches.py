@@ -27,6 +27,11 @@ def materialised(
     """
     if pairs and _is_pair(data):
         data = [data]
+    if not pairs and isinstance(data, tuple) and _is_pair(data):
+        raise TypeError(
+            "`data` must be a list of batches for a `closure`; got a pair of tensors, "
+            "which would be two batches. Wrap it in a list: `data=[(inputs, targets)]`."
+        )
     if not isinstance(data, Iterable) or isinstance(data, Mapping | str):
         raise TypeError(
             "`data` must be a pair (inputs, targets), a list of batches or a DataLoader;"

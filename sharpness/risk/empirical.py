@@ -551,7 +551,11 @@ class EmpiricalRisk:
             flat = torch.from_numpy(np.ascontiguousarray(v.reshape(-1)))
             return np.asarray(self.product(flat, matrix).cpu().numpy())
 
-        return LinearOperator((self.n, self.n), matvec=matvec, rmatvec=matvec, dtype=dtype)
+        def matmat(columns: np.ndarray) -> np.ndarray:
+            return np.stack([matvec(column) for column in columns.T], axis=1)
+
+        products = {"matvec": matvec, "rmatvec": matvec, "matmat": matmat}
+        return LinearOperator((self.n, self.n), **products, rmatmat=matmat, dtype=dtype)
 
     # -- inside ----------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -55,8 +56,8 @@ class LossTerms:
 def asked_reduction(loss: Any) -> str | None:
     """The reduction of one of PyTorch's own losses; None for any other callable."""
     function, keywords = _unwrapped(loss)
-    known = (*_CLASS_LOSSES, *_ELEMENT_LOSSES)
-    if isinstance(loss, known) or function in (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS):
+    known = type(loss) in (*_CLASS_LOSSES, *_ELEMENT_LOSSES)
+    if known or function in (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS):
         return str(keywords.get("reduction", "mean"))
     return None
 
@@ -64,27 +65,32 @@ def asked_reduction(loss: Any) -> str | None:
 def loss_terms(loss: Callable[..., Tensor], outputs: Tensor, targets: Any) -> LossTerms:
     """The terms of `loss`; `outputs, targets` is a small example it accepts.
 
-    PyTorch's own losses are asked. Any other callable is taken to have one term for
-    each target row, and whether it averages or adds is seen by doubling the example.
+    PyTorch's own losses are asked, but for their subclasses, which may compute anything.
+    Any other callable is taken to have one term for each target row, and whether it
+    averages or adds is seen by doubling the example.
+
+    Raises:
+        ValueError: outputs and targets of an elementwise loss would be broadcast.
     """
     function, keywords = _unwrapped(loss)
-    if isinstance(loss, _CLASS_LOSSES) or function in _CLASS_FUNCTIONS:
+    if is_class_loss(loss):
         weight, ignored = keywords.get("weight"), keywords.get("ignore_index", -100)
         count = partial(_class_count, weight=weight, ignore_index=ignored)
         return LossTerms(keywords.get("reduction", "mean"), count, _class_places)
-    if isinstance(loss, _ELEMENT_LOSSES) or function in _ELEMENT_FUNCTIONS:
+    if type(loss) in _ELEMENT_LOSSES or function in _ELEMENT_FUNCTIONS:
+        _refuse_broadcast(outputs, targets)
         return LossTerms(keywords.get("reduction", "mean"), _element_count, _element_count)
     return LossTerms(_observed_reduction(loss, outputs, targets), num_rows, num_rows)
 
 
 def is_class_loss(loss: Any) -> bool:
     """Whether `loss` compares scores of classes along dimension 1 with a class."""
-    return isinstance(loss, _CLASS_LOSSES) or _unwrapped(loss)[0] in _CLASS_FUNCTIONS
+    return type(loss) in _CLASS_LOSSES or _unwrapped(loss)[0] in _CLASS_FUNCTIONS
 
 
 def is_any(loss: Any, module: type, function: Callable[..., Tensor]) -> bool:
     """Whether `loss` is PyTorch's `module` or `function`, with whatever keywords."""
-    return isinstance(loss, module) or _unwrapped(loss)[0] is function
+    return type(loss) is module or _unwrapped(loss)[0] is function
 
 
 def keyword(loss: Any, name: str, default: Any = None) -> Any:
@@ -93,22 +99,38 @@ def keyword(loss: Any, name: str, default: Any = None) -> Any:
 
 
 def num_rows(batch: Any) -> float:
-    """Length of the first tensor found in a batch (a tensor, tuple, list or dict)."""
-    first = next(_tensors_in(batch), None)
-    if first is None:
+    """Samples of a batch: the length that most of its parts have, of several the first.
+
+    A tensor without dimensions, such as a step counter, has no rows. A list inside the
+    batch is a part that may be meant in two ways: inputs side by side, or samples (images
+    of several sizes, say).
+    """
+    if not any(isinstance(part, Tensor) for part in _leaves(batch)):
         raise TypeError(
             f"`data` must hold a tensor in each batch; got {type(batch).__name__}. "
             "Its rows are what `num_samples` counts."
         )
-    return float(first.shape[0]) if first.ndim else 1.0
+    lengths = Counter(_lengths(batch))
+    return float(lengths.most_common(1)[0][0]) if lengths else 1.0
 
 
-def _tensors_in(batch: Any) -> Iterator[Tensor]:
+def _lengths(batch: Any) -> Iterator[int]:
     if isinstance(batch, Tensor):
-        yield batch
+        yield from batch.shape[:1]
     elif isinstance(batch, Mapping | tuple | list):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors_in(item)
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            if isinstance(part, list):
+                yield from dict.fromkeys((*_lengths(part), len(part)))
+            else:
+                yield from _lengths(part)
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _leaves(part)
+    else:
+        yield batch
 
 
 def _unwrapped(loss: Any) -> tuple[Any, dict[str, Any]]:
@@ -137,6 +159,16 @@ def _class_count(targets: Tensor, weight: Tensor | None, ignore_index: int) -> f
 
 def _element_count(targets: Tensor) -> float:
     return float(targets.numel())
+
+
+def _refuse_broadcast(outputs: Any, targets: Any) -> None:
+    shapes = getattr(outputs, "shape", None), getattr(targets, "shape", None)
+    if None not in shapes and shapes[0] != shapes[1]:
+        raise ValueError(
+            "`data` must have targets of the outputs' shape for an elementwise loss; got "
+            f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}, which "
+            "would be broadcast. Reshape the targets."
+        )
 
 
 def _observed_reduction(loss: Any, outputs: Tensor, targets: Any) -> str:
