@@ -57,7 +57,7 @@ class ChunkedSum:
     def add(self, total: Tensor, product: Sequence[Tensor], chunk: int) -> None:
         """Add one chunk's product to a flat vector (n,), or (b, n)."""
         for view, piece in zip(_views(total, self.leaves), product, strict=True):
-            view.add_(piece, alpha=self.weights[chunk])
+            view.add_(piece.detach(), alpha=self.weights[chunk])
 
 
 Block = Sequence[int]  # positions of its parameters among the leaves
