@@ -484,3 +484,50 @@ def test_progress_is_shown_on_stderr_only(capsys):
     shown = capsys.readouterr()
     assert "evaluations" in shown.err
     assert shown.out == ""
+
+
+# -- where the search begins -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["lbfgsb", "scipy", "ascent"])
+def test_a_search_from_zero_first_looks_at_theta_itself(solver, monkeypatch):
+    risk, seen = mlp_risk(20), []
+    original = type(risk).value_and_gradient
+
+    def noting(self, theta=None):
+        seen.append(theta)
+        return original(self, theta)
+
+    monkeypatch.setattr(type(risk), "value_and_gradient", noting)
+    found = sh.epsilon_sharpness(risk, 0.01, start="zero", solver=solver, progress=False)
+    assert torch.equal(seen[0], risk.theta)
+    assert found.start == "zero"
+    assert found.phi > 0
+    seen.clear()
+    assert sh.epsilon_sharpness(risk, 0.01, solver=solver, progress=False).start == "random"
+    assert not torch.equal(seen[0], risk.theta)
+
+
+def test_from_zero_nothing_is_found_where_the_gradient_vanishes():
+    risk = quadratic([1.0, 2.0, 3.0])
+    found = sh.epsilon_sharpness(risk, 0.1, start="zero", progress=False)
+    assert (found.phi, found.status) == (0.0, "line_search_failed")
+    both = sh.epsilon_sharpness(risk, 0.1, start="zero", num_starts=2, progress=False)
+    assert both.phi > 0  # the second start is a random one
+    assert both.phi_protocol == 0.0  # the first alone is the protocol's
+
+
+def test_in_a_subspace_zero_is_theta_too():
+    risk = mlp_risk(20)
+    options = {"subspace_dim": 3, "solver": "lbfgsb", "progress": False}
+    found = sh.epsilon_sharpness(risk, 0.1, start="zero", **options)
+    assert found.phi > 0
+    assert found.phi == pytest.approx(
+        sh.epsilon_sharpness(risk, 0.1, **options).phi, rel=0.5
+    )
+
+
+@pytest.mark.parametrize("start", ["", "Zero", None, 0])
+def test_another_start_is_refused_in_one_line(start):
+    with pytest.raises(ValueError, match=r"`start` must be 'random' or 'zero'; got"):
+        sh.epsilon_sharpness(mlp_risk(20), start=start)

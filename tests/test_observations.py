@@ -17,7 +17,9 @@ from sharpness.lab.run import train
 from sharpness.lab.training import Budget, Training
 from sharpness.measures.reparametrise import scaled_by
 from sharpness.record import as_plain
+from sharpness.reproduce import observations
 from sharpness.reproduce.observations import (
+    MEASURES,
     Accuracy,
     Followed,
     Joining,
@@ -408,3 +410,36 @@ def test_more_samples_than_there_are_means_all_in_a_training_too(bench):
         data="digits", training=training, budget=Budget(updates=1), num_samples=2000
     )
     assert look.found(bench)["steps"] == [0]
+
+
+def test_a_kept_tridiagonal_has_the_eigenvalues_and_the_start_that_it_says():
+    risk = mlp_risk()
+    found = MEASURES["lanczos"][0](risk, 3)
+    alphas, betas = (np.array(found[name]) for name in ("alphas", "betas"))
+    assert alphas.shape == betas.shape == (40,)
+    matrix = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
+    top = sh.eigenpairs(risk, tol=1e-8, progress=False).lambda_max
+    assert np.linalg.eigvalsh(matrix)[-1] == pytest.approx(top, rel=1e-8)
+    draw = torch.randn(
+        risk.n, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    )
+    assert found["start_norm_squared"] == pytest.approx(float(draw @ draw))
+    start = draw / draw.norm()
+    assert alphas[0] == pytest.approx(float(start @ risk.hvp(start)))
+
+
+def in_three_columns(risk, epsilons, *, subspace_dim, **options):
+    assert subspace_dim == 100  # more than this network has parameters
+    return sh.epsilon_sharpness(risk, epsilons, subspace_dim=3, **options)
+
+
+def test_searches_in_a_subspace_differ_in_where_they_begin_alone(monkeypatch):
+    monkeypatch.setattr(observations, "epsilon_sharpness", in_three_columns)
+    zero, best, usual = (
+        MEASURES[name][0](mlp_risk(), 1)[0]
+        for name in ("phi_normal_zero", "phi_normal_best", "phi_normal")
+    )
+    assert (zero.start, zero.num_starts, zero.solver) == ("zero", 1, "lbfgsb")
+    assert (usual.start, usual.num_starts) == ("random", 1)
+    assert (best.start, best.num_starts) == ("random", 2)
+    assert best.phi >= usual.phi > 0
