@@ -531,3 +531,18 @@ def test_in_a_subspace_zero_is_theta_too():
 def test_another_start_is_refused_in_one_line(start):
     with pytest.raises(ValueError, match=r"`start` must be 'random' or 'zero'; got"):
         sh.epsilon_sharpness(mlp_risk(20), start=start)
+
+
+@pytest.mark.parametrize("offset", [-1.0, -1.5, -1e6])
+def test_the_metric_is_not_defined_where_one_plus_f_is_not_positive(offset):
+    risk = quadratic([1.0, 2.0], offset=offset)
+    with pytest.raises(sh.NotAvailableError, match=r"`risk` must lie above -1") as error:
+        sh.epsilon_sharpness(risk, progress=False)
+    assert "\n" not in str(error.value)
+    phis = sh.summary(risk, ["phi"], progress=False).results["phi"]
+    assert [result.status for result in phis] == ["not_available"]
+
+
+def test_just_above_minus_one_the_metric_is_positive():
+    risk = quadratic([1.0, 2.0], offset=-0.999)
+    assert sh.epsilon_sharpness(risk, 0.1, progress=False).phi > 0

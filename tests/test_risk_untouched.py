@@ -304,3 +304,36 @@ def test_two_risks_of_one_model_do_not_mix():
         expected = float(by_hand[risk.batchnorm](risk.theta))
         assert risk.value() == pytest.approx(expected, rel=1e-12)
     assert running.value() != pytest.approx(batch.value(), rel=1e-3)
+
+
+# -- what a closure does to gradients ----------------------------------------------------
+
+CALLS = {
+    "sets to none": lambda optimizer, value: optimizer.zero_grad(),
+    "zeroes": lambda optimizer, value: optimizer.zero_grad(set_to_none=False),
+    "accumulates": lambda optimizer, value: value.backward(retain_graph=True),
+}
+
+
+@pytest.mark.parametrize("use", ["value", "gradient", "product"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_closure_that_touches_gradients_leaves_the_users_R17(call, use):
+    problem = softmax_regression()
+    model, (x, y) = problem.model, problem.data
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    nn.functional.cross_entropy(model(x), y).backward()
+    before = fingerprint(model)
+    kept = [p.grad for p in model.parameters()]
+
+    def closure(model, batch):
+        value = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        if value.requires_grad or call != "accumulates":
+            CALLS[call](optimizer, value)
+        return value
+
+    risk = EmpiricalRisk(model, closure=closure, data=[(x, y)])
+    found = USES[use](risk)
+    assert_same(before, fingerprint(model))
+    assert all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True))
+    expected = USES[use](problem.risk())
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))

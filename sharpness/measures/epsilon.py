@@ -19,7 +19,7 @@ from sharpness._run import Deadline, Run
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import lbfgsb
-from sharpness.results import Reading, Result, Status, short
+from sharpness.results import NotAvailableError, Reading, Result, Status, short
 from sharpness.risk import memory
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -178,6 +178,7 @@ def epsilon_sharpness(
     Raises:
         ValueError: `epsilon` <= 0, `subspace_dim` outside [1, n], an unknown `solver`
             or `columns`, a count below 1, or an A that does not fit in memory.
+        NotAvailableError: f(theta) <= -1, where the metric is not defined.
 
     Cost: about 30 gradients for each start (two starts a corner) and epsilon (11 for
     `lbfgsb`, 19 more for `ascent`) and memory of 2 `max_iter` + 12 vectors; p n numbers
@@ -475,6 +476,11 @@ class _Search:
         one = torch.ones_like(self.half_widths)
         self._box = Box(-one, one)
         self.value = risk.value()
+        if self.value <= -1:
+            raise NotAvailableError(
+                "`risk` must lie above -1 for Metric 2.1, which divides by 1 + f; got f = "
+                f"{self.value:.4g} (not available). Add a constant to the loss."
+            )
         self.is_finite = math.isfinite(self.value)
         self.solver, self.message = "none", "theta itself"
         self.is_first_start = True

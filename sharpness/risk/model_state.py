@@ -34,6 +34,7 @@ def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_one_path_of_encoders())
         stack.enter_context(_attributes_kept(model))
+        stack.enter_context(_gradients_hidden(model))
         if is_recurrent(model):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_no_generation_cache(model))
@@ -129,6 +130,19 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             module.sparse = True
         for attributes, kept in before:
             attributes.update({k: _shallow(v) for k, v in kept.items()})
+
+
+@contextmanager
+def _gradients_hidden(model: nn.Module) -> Iterator[None]:
+    """No parameter has a `.grad` inside: a closure may call `optimizer.zero_grad()`."""
+    before = [(p, p.grad) for p in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 def deep_copy(model: nn.Module) -> nn.Module:
