@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sharpness import _progress
 from sharpness.results import NonFiniteProductError, Status
@@ -38,7 +38,8 @@ class Run:
         progress: bool | None = None,
         status: Status = Status.COMPLETED,
     ) -> None:
-        self._bar = _progress.bar(unit, total, progress)
+        self._shown = unit, total, progress
+        self._bar: Any = None
         self._began = time.monotonic()
         self._most_seconds = math.inf if max_seconds is None else max_seconds
         self._most, self._least = math.inf if max_steps is None else max_steps, min_steps
@@ -74,6 +75,7 @@ class Run:
         self._begun = 0
 
     def __enter__(self) -> Run:
+        self._bar = _progress.bar(*self._shown)
         return self
 
     def __exit__(

@@ -9,7 +9,8 @@ from torch import nn
 
 from sharpness import EmpiricalRisk
 
-OPERATIONS = ["cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv"]
+OPERATIONS = ["cuda.matmul", "cudnn.conv", "cudnn.rnn"]
+OPERATIONS += ["mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"]
 NEWER = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
@@ -31,7 +32,8 @@ def with_older_flags(precision, cudnn):
 def with_a_newer_flag(name, value):
     if not NEWER:
         pytest.skip("PyTorch before 2.9 has no flag for each operation")
-    attrgetter(name)(torch.backends).fp32_precision = value
+    kind = attrgetter(name)(torch.backends) if name else torch.backends
+    kind.fp32_precision = value
 
 
 OUTSIDE = {
@@ -40,6 +42,8 @@ OUTSIDE = {
     "matrix products in bfloat16": lambda: with_older_flags("medium", False),
     "one newer flag": lambda: with_a_newer_flag("cuda.matmul", "tf32"),
     "another newer flag": lambda: with_a_newer_flag("mkldnn.matmul", "bf16"),
+    "a newer flag beside the older ones": lambda: with_a_newer_flag("mkldnn.conv", "bf16"),
+    "a newer flag for all": lambda: with_a_newer_flag("", "tf32"),
 }
 
 
@@ -52,6 +56,8 @@ def outside(request):
     yield request.param
     for kind, value in zip(kinds, before, strict=True):
         kind.fp32_precision = value
+    if NEWER:
+        torch.backends.fp32_precision = "none"
     with_older_flags("highest", True)
     for kind, value in zip(kinds, before, strict=True):
         kind.fp32_precision = value
@@ -137,3 +143,19 @@ def test_a_product_has_the_same_bits_whatever_is_allowed_outside(outside, engine
     found = problem.risk(engine=engine).hvp(v)
     with_older_flags("highest", False)
     assert torch.equal(found, problem.risk(engine=engine).hvp(v))
+
+
+def test_recurrent_layers_are_measured_whatever_is_allowed_outside(outside):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LSTM(3, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x)[0][:, -1]
+
+    before, enabled = flags(), torch.backends.cudnn.enabled
+    x, y = torch.randn(4, 5, 3), torch.arange(4) % 2
+    risk = EmpiricalRisk(Last(), nn.CrossEntropyLoss(), (x, y))
+    assert risk.hvp(torch.ones(risk.n)).isfinite().all()
+    assert (flags(), torch.backends.cudnn.enabled) == (before, enabled)

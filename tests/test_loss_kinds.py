@@ -117,3 +117,33 @@ def test_batches_of_a_closure_weigh_by_their_samples():
     risk = EmpiricalRisk(model, closure=closure, data=parts)
     assert risk.value() == pytest.approx(float(model(X).square().mean().detach()))
     assert risk.num_samples == 12
+
+
+class Masked(nn.CrossEntropyLoss):
+    """Nothing of its own but a setting."""
+
+    def __init__(self):
+        super().__init__(ignore_index=0)
+
+
+@pytest.mark.parametrize("chunk_size", ["auto", 1, 5])
+def test_a_subclass_that_only_sets_its_base_is_its_base(chunk_size):
+    model = nn.Linear(3, 3, dtype=torch.float64)
+    found, expected = (
+        EmpiricalRisk(model, loss, (X, CLASSES.sort().values), chunk_size=chunk_size)
+        for loss in (Masked(), nn.CrossEntropyLoss(ignore_index=0))
+    )
+    assert found.num_terms == expected.num_terms == 8
+    assert found.value() == expected.value()
+    v = torch.ones(found.n, dtype=torch.float64)
+    assert torch.equal(
+        found.product(v, "sampled_fisher"), expected.product(v, "sampled_fisher")
+    )
+
+
+@pytest.mark.parametrize("terms", [None, len])
+def test_a_later_batch_is_not_broadcast_either(terms):
+    data = [(X[:4].float(), torch.zeros(4, 1)), (X[4:].float(), torch.zeros(8))]
+    risk = EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data, terms=terms)
+    with pytest.raises(ValueError, match="which would be broadcast"):
+        risk.value()

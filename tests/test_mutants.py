@@ -100,15 +100,22 @@ def told(case: Mapping[str, object]) -> list[str]:
 
 
 def cases_of(test: Callable[..., None]) -> list[dict[str, object]]:
-    """The parameters of every case of a test."""
+    """The parameters of every case that the fast part of the suite runs."""
+    if _is_slow(getattr(test, "pytestmark", ())):
+        return []
     cases: list[dict[str, object]] = [{}]
     for mark in getattr(test, "pytestmark", []):
         if mark.name == "parametrize":
             names, rows = mark.args
             names = names.split(",") if isinstance(names, str) else names
-            rows = [values_of(row, alone=len(names) == 1) for row in rows]
+            fast = [row for row in rows if not _is_slow(getattr(row, "marks", ()))]
+            rows = [values_of(row, alone=len(names) == 1) for row in fast]
             cases = [c | dict(zip(names, row, strict=True)) for c in cases for row in rows]
     return cases
+
+
+def _is_slow(marks: Any) -> bool:
+    return any(mark.name == "slow" for mark in marks)
 
 
 def values_of(row: Any, *, alone: bool) -> tuple[object, ...]:

@@ -156,3 +156,30 @@ def test_the_time_is_that_of_the_whole_call(name, monkeypatch):
 def test_a_search_without_any_time_still_makes_a_product():
     found = sh.eigenpairs(quadratic([1.0, 2.0, 3.0]), max_seconds=0, progress=False)
     assert (found.num_hvps, found.status) == (1, "max_seconds")
+
+
+def test_draws_that_had_no_time_do_not_count(monkeypatch):
+    """With a clock that ticks at each gradient, and time for two draws and a bit."""
+    ticks, original = [], sh.EmpiricalRisk.value_and_gradient
+
+    def counting(self, *arguments):
+        ticks.append(0)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(sh.EmpiricalRisk, "value_and_gradient", counting)
+    risk, options = mlp_risk(20), {"subspace_dim": 3, "solver": "ascent", "progress": False}
+    whole = sh.subspace_sharpness(risk, 0.05, num_draws=5, **options)
+    first, second = (draw.num_evals for draw in whole.draws[:2])
+    ticks.clear()
+    monkeypatch.setattr(_run, "time", SimpleNamespace(monotonic=lambda: float(len(ticks))))
+    limit = first + second + 0.5
+    found = sh.subspace_sharpness(risk, 0.05, num_draws=5, max_seconds=limit, **options)
+    assert found.status == "max_seconds"
+    assert [draw.phi for draw in found.draws] == [draw.phi for draw in whole.draws[:2]]
+    assert found.phi == pytest.approx(sum(draw.phi for draw in whole.draws[:2]) / 2)
+
+
+def test_a_bar_that_was_never_entered_is_never_shown(capsys):
+    with pytest.raises(ValueError, match="matrix"):
+        sh.lambda_max_sampling(mlp_risk(), matrix="nonsense", progress=True)
+    assert "folds" not in capsys.readouterr().err

@@ -140,7 +140,9 @@ def test_what_is_done_to_one_network_is_not_stacked(images, tmp_path, change):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("budget", [{"until_loss": 0.1}, {"patience": 2}], ids=str)
+@pytest.mark.parametrize(
+    "budget", [{"until_loss": 0.1}, {"until_accuracy": 0.5}, {"patience": 2}], ids=str
+)
 def test_budgets_that_end_each_run_elsewhere_are_not_stacked(budget):
     assert not can_be_stacked(seeds(RUN), Budget(epochs=9, **budget))
 

@@ -89,13 +89,14 @@ def can_be_stacked(trainings: Sequence[Training], budget: Budget) -> bool:
 
     Augmentation (as dropout, which only the network tells) would draw other numbers;
     clipping and remedies take norms over all parameters of one network; a budget by loss
-    ends each run at another update.
+    or accuracy ends each run at another update.
     """
     first = replace(trainings[0], seed=0)
     alike = all(replace(training, seed=0) == first for training in trainings)
     plain = first.remedy == "none" and first.augmentation == "none"
     plain = plain and first.clip_norm is None and first.ghost_batch_size is None
-    return alike and plain and budget.until_loss is None and budget.patience is None
+    asked = (budget.until_loss, budget.until_accuracy, budget.patience)
+    return alike and plain and not any(one is not None for one in asked)
 
 
 def _check(runs: Sequence[TrainingRun]) -> None:

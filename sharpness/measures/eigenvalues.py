@@ -420,7 +420,7 @@ def _check(
         )
     if not tol > 0:
         raise ValueError(f"`tol` must be positive; got {tol}. The default is 1e-2.")
-    if max_hvps is not None and max_hvps < 1:
+    if max_hvps is not None and not (is_whole(max_hvps) and max_hvps >= 1):
         raise ValueError(
             f"`max_hvps` must be at least 1; got {max_hvps}. Leave it out for the default."
         )

@@ -14,7 +14,7 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, positive_list, whole
+from sharpness._arguments import is_whole, positive_list, whole, whole_seed
 from sharpness._run import Deadline, Run
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
@@ -26,6 +26,7 @@ from sharpness.risk.empirical import EmpiricalRisk
 Solver = Literal["lbfgsb", "scipy", "ascent"]
 Columns = Literal["normal", "unit"]
 Start = Literal["random", "zero"]
+_CUT_SHORT = (Status.INTERRUPTED, Status.MAX_SECONDS)
 PROTOCOL_ITERATIONS = 10  # Keskar et al. (2017), section 2.2.2
 # The start is small, so that its gradient is the Hessian's answer to a random
 # direction, and not zero, so that there is a gradient at all.
@@ -285,7 +286,8 @@ def subspace_sharpness(
         solver: as in `epsilon_sharpness`.
         max_iter: as in `epsilon_sharpness`.
         seed: of the first A; the others take the numbers after it.
-        max_seconds: of the whole call: no evaluation begins later than this.
+        max_seconds: of the whole call: no draw begins later than this, and one that is
+            not finished does not count.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -297,6 +299,7 @@ def subspace_sharpness(
     Cost: `num_draws` times that of `epsilon_sharpness`.
     """
     whole("num_draws", num_draws, 2, "One draw is `epsilon_sharpness(subspace_dim=...)`.")
+    seed = whole_seed(seed)
     epsilons, several = positive_list("epsilon", epsilon, _USUAL)
     drawn: list[list[EpsilonSharpness]] = []
     deadline = Deadline(max_seconds)
@@ -313,23 +316,26 @@ def subspace_sharpness(
             progress=progress,
         )
         drawn.append(found)
-        if found[-1].status is Status.INTERRUPTED:
+        if found[-1].status in _CUT_SHORT:
             break
     of_each = [[d[i] for d in drawn if i < len(d)] for i in range(len(epsilons))]
     complete = len(drawn) == num_draws and len(of_each[-1]) == num_draws
-    results = [_over_draws(draws, complete) for draws in of_each if draws]
+    ended = drawn[-1][-1].status
+    results = [_over_draws(draws, complete, ended) for draws in of_each if draws]
     return results if several else results[0]
 
 
-def _over_draws(draws: Sequence[EpsilonSharpness], complete: bool) -> SubspaceSharpness:
+def _over_draws(
+    draws: Sequence[EpsilonSharpness], complete: bool, ended: Status
+) -> SubspaceSharpness:
     """Mean and sd of the draws that are done; of the one begun, if there is no other."""
-    done = [draw for draw in draws if draw.status is not Status.INTERRUPTED] or draws
+    done = [draw for draw in draws if draw.status not in _CUT_SHORT] or draws
     phi = np.array([draw.phi for draw in done])
     known = [draw.phi_protocol for draw in done if draw.phi_protocol is not None]
     all_known, several, first = len(known) == len(done), len(done) > 1, draws[0]
     troubled = [draw.status for draw in draws if not draw.status.ok]
     if not complete:
-        troubled.insert(0, Status.INTERRUPTED)
+        troubled.insert(0, ended)
     return SubspaceSharpness(
         phi=float(phi.mean()),
         phi_sd=float(phi.std(ddof=1)) if several else math.nan,

@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness._arguments import is_whole, whole_seed
 from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.results import Reading, Result, Status
@@ -120,7 +121,7 @@ def lambda_max_sampling(
         confidence: of the interval, in (0, 1).
         tol: of the eigenvalues, relative.
         seed: of folds and starts.
-        max_seconds: stop after the fold that passes this time.
+        max_seconds: of the whole call; a fold that is not finished by then does not count.
         progress: show a bar; by default on a terminal.
 
     Returns:
@@ -135,6 +136,7 @@ def lambda_max_sampling(
     Cost: one search for lambda_max, and a warm one for each fold: about 5 products a fold.
     """
     _check(risk, num_folds, confidence)
+    num_folds, seed = int(num_folds), whole_seed(seed)
     run = Run("folds", max_seconds=max_seconds, total=num_folds, progress=progress)
     deadline = Deadline(max_seconds)
     generator = _tensors.seeded(seed)
@@ -196,7 +198,7 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def _check(risk: EmpiricalRisk, num_folds: int, confidence: float) -> None:
-    if not 3 <= num_folds <= risk.num_samples:
+    if not (is_whole(num_folds) and 3 <= num_folds <= risk.num_samples):
         raise ValueError(
             f"`num_folds` must lie in [3, num_samples]; got {num_folds} "
             f"({risk.num_samples} samples). The default is 10."

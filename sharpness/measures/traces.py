@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sharpness._arguments import whole_seed
+from sharpness._arguments import is_whole, whole_seed
 from sharpness._run import Run
 from sharpness.krylov.stochastic_trace import (
     Estimator,
@@ -501,7 +501,7 @@ def _check(
         raise ValueError(f"`rtol` must be positive; got {rtol}. The default is {default}.")
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must lie in (0, 1); got {confidence}. Pass 0.95.")
-    if max_hvps < fewest:
+    if not is_whole(max_hvps) or max_hvps < fewest:
         raise ValueError(
             f"`max_hvps` must be at least {fewest}, for ten probes; got {max_hvps}."
         )

@@ -126,7 +126,7 @@ def _geometric_means(
     """Over the epochs, for each starting point; none before all were looked at."""
     moments = [one for one in study.moments(kind) if one[0] in epochs]
     _, runs = by_start(seen, accuracy, pick, moments)
-    means = [geometric_mean(run) for run in runs]
+    means = [0.0 if 0.0 in run else geometric_mean(run) for run in runs]
     return means if all(map(math.isfinite, means)) else []
 
 

@@ -238,13 +238,13 @@ class Costs:
 
     def _gradient(self, network: str, name: str) -> float:
         if (network, name) not in self._seconds:
-            dataset = self._few_of(name)
-            x, y = dataset.train
             kind, arguments = networks.parsed(network)
-            fitting = networks.arguments_for(
-                kind, x.shape[1:], dataset.num_classes, y.shape[1:]
-            )
             with torch.random.fork_rng(devices=[]), _threads(1):
+                dataset = self._few_of(name)
+                x, y = dataset.train
+                fitting = networks.arguments_for(
+                    kind, x.shape[1:], dataset.num_classes, y.shape[1:]
+                )
                 model = networks.build(
                     {"name": kind, "arguments": {**fitting, **arguments}}
                 )

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole
+from sharpness._arguments import is_whole, whole_seed
 from sharpness.results import NotAvailableError
 from sharpness.risk import batches
 from sharpness.risk.chunks import ChunkedMean
@@ -126,10 +126,11 @@ class EmpiricalRisk:
         tf32: bool = False,
         seed: int = 0,
     ) -> None:
-        _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
         self._asked = asked_engine(engine)
         if isinstance(engine, Mapping) and chunk_size == "auto":
             chunk_size = engine.get("chunk_size") or "auto"
+        _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
+        seed = whole_seed(seed)
         self.model, of_model = unwrapped(model)
         loss, of_loss = original(loss)
         self.notes = [*of_model, *of_loss]

@@ -6,8 +6,9 @@ import copy
 import inspect
 import random
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -36,7 +37,7 @@ def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
         stack.enter_context(_attributes_kept(model))
         stack.enter_context(_gradients_hidden(model))
         if is_recurrent(model):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_without_cudnn())
         stack.enter_context(_no_generation_cache(model))
         yield
 
@@ -242,14 +243,11 @@ def random_generators_kept(seed: int = 0) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-# Where PyTorch 2.9 and newer say it operation by operation.
-_OPERATIONS = (
-    "cuda.matmul",
-    "cudnn.conv",
-    "cudnn.rnn",
-    "mkldnn.matmul",
-    "mkldnn.conv",
-    "mkldnn.rnn",
+# Where PyTorch 2.9 and newer say it, the more general ones first: others inherit from them.
+_NEWER_FLAGS = (
+    *("", "cudnn", "mkldnn"),
+    *("cuda.matmul", "cudnn.conv", "cudnn.rnn"),
+    *("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
 )
 
 
@@ -260,33 +258,35 @@ def true_float32() -> Iterator[None]:
     TF32 has 11 and bfloat16 8. PyTorch allows TF32 in cuDNN's convolutions unless told
     otherwise, and in matrix products after `torch.set_float32_matmul_precision`.
     """
-    kinds = [attrgetter(name)(torch.backends) for name in _OPERATIONS if _has(name)]
-    before = [kind.fp32_precision for kind in kinds]
     try:
-        matmul, cudnn = _older_flags()
-    except RuntimeError:  # only the newer ones tell what is set
-        older = False
-        _set_precision(kinds, ["ieee"] * len(kinds))
-    else:
-        older = True
-        _set_older_flags("highest", False)
+        older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # only the newer flags tell what is set
+        older = None
+    before = [(flag, flag.fp32_precision) for flag in _newer_flags()]
     try:
+        if older is not None:
+            _set_older_flags("highest", False)
+        for flag, _ in before:
+            if flag.fp32_precision not in ("none", "ieee"):
+                flag.fp32_precision = "ieee"
         yield
     finally:
-        if older:
-            _set_older_flags(matmul, cudnn)
-        _set_precision(kinds, before)
+        if older is not None:
+            _set_older_flags(*older)
+        for flag, value in before:  # what inherits its value again is not pinned to it
+            if flag.fp32_precision != value:
+                flag.fp32_precision = value
 
 
-def _has(operation: str) -> bool:
-    try:
-        return hasattr(attrgetter(operation)(torch.backends), "fp32_precision")
-    except AttributeError:
-        return False
-
-
-def _older_flags() -> tuple[str, bool]:
-    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+@cache
+def _newer_flags() -> list[Any]:
+    found = []
+    for name in _NEWER_FLAGS:
+        with suppress(AttributeError):
+            flag = attrgetter(name)(torch.backends) if name else torch.backends
+            if hasattr(flag, "fp32_precision"):
+                found.append(flag)
+    return found
 
 
 def _set_older_flags(matmul: str, cudnn: bool) -> None:
@@ -294,9 +294,15 @@ def _set_older_flags(matmul: str, cudnn: bool) -> None:
     torch.backends.cudnn.allow_tf32 = cudnn
 
 
-def _set_precision(kinds: Sequence[Any], values: Sequence[str]) -> None:
-    for kind, value in zip(kinds, values, strict=True):
-        kind.fp32_precision = value
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """`torch.backends.cudnn.flags` would set the flags of TF32 along."""
+    before = torch.backends.cudnn.enabled
+    try:
+        torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def seed_generators(seed: int = 0) -> None:

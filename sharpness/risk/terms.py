@@ -53,11 +53,17 @@ class LossTerms:
         return (count if self.reduction == "mean" else size) / of
 
 
+def _is_one_of(loss: Any, modules: tuple[type, ...]) -> bool:
+    """Whether a loss computes what one of PyTorch's does: a subclass may not."""
+    own = getattr(type(loss), "forward", None)
+    return any(isinstance(loss, m) and own is getattr(m, "forward", None) for m in modules)
+
+
 def asked_reduction(loss: Any) -> str | None:
     """The reduction of one of PyTorch's own losses; None for any other callable."""
     function, keywords = _unwrapped(loss)
-    known = type(loss) in (*_CLASS_LOSSES, *_ELEMENT_LOSSES)
-    if known or function in (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS):
+    known = (*_CLASS_LOSSES, *_ELEMENT_LOSSES)
+    if _is_one_of(loss, known) or function in (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS):
         return str(keywords.get("reduction", "mean"))
     return None
 
@@ -65,32 +71,37 @@ def asked_reduction(loss: Any) -> str | None:
 def loss_terms(loss: Callable[..., Tensor], outputs: Tensor, targets: Any) -> LossTerms:
     """The terms of `loss`; `outputs, targets` is a small example it accepts.
 
-    PyTorch's own losses are asked, but for their subclasses, which may compute anything.
+    PyTorch's own losses are asked; a subclass with a `forward` of its own is not one.
     Any other callable is taken to have one term for each target row, and whether it
     averages or adds is seen by doubling the example.
 
     Raises:
         ValueError: outputs and targets of an elementwise loss would be broadcast.
     """
-    function, keywords = _unwrapped(loss)
+    keywords = _unwrapped(loss)[1]
     if is_class_loss(loss):
         weight, ignored = keywords.get("weight"), keywords.get("ignore_index", -100)
         count = partial(_class_count, weight=weight, ignore_index=ignored)
         return LossTerms(keywords.get("reduction", "mean"), count, _class_places)
-    if type(loss) in _ELEMENT_LOSSES or function in _ELEMENT_FUNCTIONS:
-        _refuse_broadcast(outputs, targets)
+    if is_elementwise(loss):
+        refuse_broadcast(outputs, targets)
         return LossTerms(keywords.get("reduction", "mean"), _element_count, _element_count)
     return LossTerms(_observed_reduction(loss, outputs, targets), num_rows, num_rows)
 
 
 def is_class_loss(loss: Any) -> bool:
     """Whether `loss` compares scores of classes along dimension 1 with a class."""
-    return type(loss) in _CLASS_LOSSES or _unwrapped(loss)[0] in _CLASS_FUNCTIONS
+    return _is_one_of(loss, _CLASS_LOSSES) or _unwrapped(loss)[0] in _CLASS_FUNCTIONS
+
+
+def is_elementwise(loss: Any) -> bool:
+    """Whether `loss` compares each output with the target in its place."""
+    return _is_one_of(loss, _ELEMENT_LOSSES) or _unwrapped(loss)[0] in _ELEMENT_FUNCTIONS
 
 
 def is_any(loss: Any, module: type, function: Callable[..., Tensor]) -> bool:
     """Whether `loss` is PyTorch's `module` or `function`, with whatever keywords."""
-    return type(loss) is module or _unwrapped(loss)[0] is function
+    return _is_one_of(loss, (module,)) or _unwrapped(loss)[0] is function
 
 
 def keyword(loss: Any, name: str, default: Any = None) -> Any:
@@ -161,7 +172,8 @@ def _element_count(targets: Tensor) -> float:
     return float(targets.numel())
 
 
-def _refuse_broadcast(outputs: Any, targets: Any) -> None:
+def refuse_broadcast(outputs: Any, targets: Any) -> None:
+    """Raise where an elementwise loss would stretch one to the other's shape."""
     shapes = getattr(outputs, "shape", None), getattr(targets, "shape", None)
     if None not in shapes and shapes[0] != shapes[1]:
         raise ValueError(

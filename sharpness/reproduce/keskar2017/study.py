@@ -148,7 +148,9 @@ class Study(paper.Study):
 
     def phi(self, of: Trained) -> Measured:
         """Phi alone."""
-        return Measured(of=of, measures=("phi",), num_samples=self.num_samples)
+        return Measured(
+            of=of, measures=("phi",), num_samples=self.num_samples, seed=self._draw(of)
+        )
 
     def curvature_and_phi(self, of: Trained, **more: Any) -> Measured:
         """lambda_max and phi."""
