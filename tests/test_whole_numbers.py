@@ -78,3 +78,8 @@ def test_chunks_and_samples_are_counted_by_numpy_too():
     assert len(data.load("digits", num_train=np.int64(20)).train[1]) == 20
     with pytest.raises(ValueError, match="`chunk_size` must"):
         sh.EmpiricalRisk(risk, loss, mlp_data(), chunk_size=True)
+
+
+def test_a_seed_at_the_end_of_its_type_does_not_wrap():
+    found, expected = COUNTS["seed of phi"](np.uint8(255)), COUNTS["seed of phi"](255)
+    assert timeless(found) == timeless(expected)

@@ -194,6 +194,7 @@ def epsilon_sharpness(
         f; ten iterations are run whatever the tolerances.
     """
     epsilons, several = positive_list("epsilon", epsilon, _USUAL)
+    seed = whole_seed(seed)
     _check(risk, subspace_dim, columns, solver, max_iter, num_starts)
     subspace_dim = None if subspace_dim is None else int(subspace_dim)
     if start not in ("random", "zero"):
