@@ -444,7 +444,7 @@ def test_the_whole_data_are_one_batch_however_they_came():
     x, y = problem.data
     loader = list(zip(x.split(7), y.split(7), strict=True))
     risk = sh.EmpiricalRisk(problem.risk().model, CE, loader, chunk_size=3)
-    for whole, part in zip(problem.data, risk.whole(), strict=True):
+    for whole, part in zip(problem.data, risk.full_batch(), strict=True):
         assert torch.equal(part, whole)
 
 
@@ -488,7 +488,7 @@ def test_a_closure_hides_what_it_alone_knows(what):
     with pytest.raises(TypeError, match="must come from a risk with a `loss`"):
         getattr(risk, what)()
     with pytest.raises(TypeError, match="`data` must come"):
-        risk.whole()
+        risk.full_batch()
 
 
 # -- accuracy -----------------------------------------------------------------------

@@ -7,7 +7,7 @@ from helpers.problems import generator, normal
 from torch import nn
 
 from sharpness import EmpiricalRisk
-from sharpness.risk.terms import num_rows
+from sharpness.risk.loss_terms import num_rows
 
 X = normal(generator(0), 12, 3)
 CLASSES = torch.arange(12) % 3

@@ -56,13 +56,13 @@ from sharpness.optimize import lbfgsb, line_search
 from sharpness.optimize.ball import Ball
 from sharpness.risk import (
     batches,
-    cases,
     checks,
     chunks,
+    curvature,
     empirical,
-    linearised,
+    fisher_terms,
+    loss_terms,
     products,
-    terms,
 )
 
 Mutate = Callable[[pytest.MonkeyPatch], None]
@@ -132,7 +132,7 @@ def chunks_are_weighted_alike(patch):
     def weight(self, count, size, of):
         return 1 / 3  # three chunks, whatever they hold
 
-    patch.setattr(terms.LossTerms, "weight", weight)
+    patch.setattr(loss_terms.LossTerms, "weight", weight)
 
 
 @seen_by(test_eigenpairs.test_the_model_is_left_in_the_mode_it_was_in, RuntimeError)
@@ -149,14 +149,16 @@ def training_mode_is_not_restored(patch):
     test_products.test_every_case_adds_the_outer_product_of_its_gradient, "mse", "mean", 4
 )
 def every_case_weighs_one(patch):
-    patch.setattr(cases.Cases, "weights", lambda self, z, y: torch.ones_like(z))
+    patch.setattr(
+        fisher_terms.FisherTerms, "weights", lambda self, z, y: torch.ones_like(z)
+    )
 
 
 @seen_by(
     test_products.test_without_a_second_derivative_products_are_differences_and_the_plan_says_so
 )
 def a_graph_that_was_cut_is_trusted(patch):
-    patch.setattr(linearised, "_check_differentiable", lambda slopes, value: None)
+    patch.setattr(curvature, "_check_differentiable", lambda slopes, value: None)
 
 
 @seen_by(test_doctor.test_a_model_that_varies_from_call_to_call_is_named_and_raised)

@@ -55,7 +55,7 @@ def pyhessian_readings(
             from pyhessian import hessian
 
             on_gpu = risk.device.type == "cuda"
-            peer = hessian(network, risk.loss, data=risk.whole(), cuda=on_gpu)
+            peer = hessian(network, risk.loss, data=risk.full_batch(), cuda=on_gpu)
             values, _ = peer.eigenvalues(maxIter=max_iter, tol=1e-4, top_n=1)
     except Exception as error:  # it was written for plain classifiers
         first = (str(error).strip().splitlines() or [""])[0]

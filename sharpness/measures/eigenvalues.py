@@ -18,8 +18,8 @@ from sharpness.krylov.lanczos import WHICH, Which, upper_bound
 from sharpness.krylov.search import Found, Search
 from sharpness.results import Reading, Result, Status
 from sharpness.risk import memory
+from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.risk.linearised import Matrix
 from sharpness.risk.plan import Plan
 
 _USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted

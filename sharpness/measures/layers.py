@@ -17,8 +17,8 @@ from sharpness._run import Run
 from sharpness.krylov.lanczos import WHICH, Which
 from sharpness.krylov.search import Found, Search
 from sharpness.results import NonFiniteProductError, Reading, Result, Status
+from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.risk.linearised import Matrix
 
 Blocks = Callable[[str], str | None] | Sequence[str] | Mapping[str, Sequence[str]]
 

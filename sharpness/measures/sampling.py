@@ -16,8 +16,8 @@ from sharpness._arguments import is_whole, whole_seed
 from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.results import Reading, Result, Status
+from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.risk.linearised import Matrix
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
 from sharpness.results import Reading, Result, Status
+from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.risk.linearised import Matrix
 
 _WIDTH = 0.01  # of the Gaussians, in ranges of the spectrum
 _MARGIN = 5  # Gaussian widths that the grid reaches beyond the spectrum

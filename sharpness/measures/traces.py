@@ -25,8 +25,8 @@ from sharpness.krylov.stochastic_trace import (
 )
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
 from sharpness.results import Reading, Result, Status
+from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.risk.linearised import Matrix
 
 Interval = tuple[float, float]
 Method = Literal["hutch++", "hutchinson", "xtrace"]

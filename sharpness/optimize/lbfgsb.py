@@ -188,7 +188,7 @@ class _Model:
         """The t that first minimises the model along clip(x - t g)."""
         if len(g) <= _EXACT:
             return self._cauchy_by_sorting(g.double(), breaks.double())
-        return self._cauchy_by_looking(g, breaks)
+        return self._cauchy_by_bracketing(g, breaks)
 
     def _cauchy_by_sorting(self, g: Tensor, breaks: Tensor) -> float:
         """Exactly: slope and curvature between all bends at once, by prefix sums.
@@ -212,7 +212,7 @@ class _Model:
         found = (best <= ends) | ~(slope < 0)
         return float(best[found.int().argmax()])
 
-    def _cauchy_by_looking(self, g: Tensor, breaks: Tensor) -> float:
+    def _cauchy_by_bracketing(self, g: Tensor, breaks: Tensor) -> float:
         """To 2 % or, where the slope is smooth, three digits; for many variables.
 
         With a million variables the path bends a million times and the derivative of

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -171,7 +172,7 @@ def _differences(risk: EmpiricalRisk) -> Finding:
     if plan.relative_error is not None:
         text = f"products are differences of gradients, good to {plan.relative_error:.1g}"
         return Finding("differences", NOTE, text, plan.relative_error)
-    differences = Differences(risk.gradient_nearby, risk.theta)
+    differences = Differences(partial(risk.gradient, freeze_batchnorm=True), risk.theta)
     exact = risk.hvp(differences.probe)
     size = float(_tensors.norm64(exact))
     apart = float(_tensors.norm64(differences.product - exact)) / size if size else 0.0

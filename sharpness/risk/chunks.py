@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sharpness.results import NotAvailableError
-from sharpness.risk import batches, linearised, memory
-from sharpness.risk.cases import Cases, loss_of_sampled, sampled_targets
+from sharpness.risk import batches, curvature, memory
+from sharpness.risk.curvature import Linearise
+from sharpness.risk.fisher_terms import FisherTerms, loss_of_sampled, sampled_targets
 from sharpness.risk.kept_graph import ChunkedSum
-from sharpness.risk.linearised import Linearise
+from sharpness.risk.loss_terms import LossTerms, asked_reduction, loss_terms, num_rows
 from sharpness.risk.memory import Footprint
 from sharpness.risk.model_state import (
     batchnorm_layers,
@@ -23,7 +24,6 @@ from sharpness.risk.model_state import (
     no_layers_computed_again,
 )
 from sharpness.risk.objective import Objective, gradients
-from sharpness.risk.terms import LossTerms, asked_reduction, loss_terms, num_rows
 
 # Samples whose graph is measured to predict the memory of a chunk, at least and at most:
 # few show the parameters' part of the peak only.
@@ -240,7 +240,7 @@ class ChunkedMean:
         except (RuntimeError, NotImplementedError):
             return self.footprint(self._gradient_only, batch)
 
-    def _gradient_only(self, leaves: Sequence[Tensor], batch: Any) -> linearised.Apply:
+    def _gradient_only(self, leaves: Sequence[Tensor], batch: Any) -> curvature.Matvec:
         with torch.enable_grad():
             value = self.mean(self._objective.reduced(leaves, batch), batch)
         return lambda _: gradients(value, leaves, retain_graph=True)
@@ -272,24 +272,24 @@ class ChunkedMean:
     def _linearise(self, matrix: str) -> Linearise:
         objective = self._objective
         if matrix == "hessian":
-            return linearised.hessian(objective, self.mean)
+            return curvature.hessian(objective, self.mean)
         if self._closed:
             raise NotAvailableError(
                 f"`matrix` must be 'hessian' for a risk with a `closure`; got {matrix!r} "
                 "(not available for a closure). Pass `loss=` and pairs."
             )
         if matrix == "gauss_newton":
-            return linearised.gauss_newton(objective, self.mean)
+            return curvature.gauss_newton(objective, self.mean)
         if self._batchnorm == "batch" and batchnorm_layers(objective.model):
             raise ValueError(
                 f"`batchnorm` must be 'running' for matrix={matrix!r}; got 'batch' (a "
                 "sample has no gradient of its own there)."
             )
         if matrix == "sampled_fisher":
-            cases = Cases(loss_of_sampled(objective.loss), elementwise=True)
+            terms = FisherTerms(loss_of_sampled(objective.loss), elementwise=True)
         else:
-            cases = Cases(objective.loss)
-        return linearised.fisher(objective, self.mean, cases)
+            terms = FisherTerms(objective.loss)
+        return curvature.fisher(objective, self.mean, terms)
 
     def _with_sampled_targets(self, leaves: Sequence[Tensor], seed: int) -> list[Any]:
         # Chunks without a counted term draw too: a seed means the same in any chunks.

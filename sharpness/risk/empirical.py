@@ -19,7 +19,8 @@ from sharpness._arguments import is_whole, whole_seed
 from sharpness.results import NotAvailableError
 from sharpness.risk import batches
 from sharpness.risk.chunks import ChunkedMean
-from sharpness.risk.linearised import Matrix
+from sharpness.risk.curvature import Matrix
+from sharpness.risk.loss_terms import keyword
 from sharpness.risk.model_state import (
     batchnorm_layers,
     convolves,
@@ -34,7 +35,6 @@ from sharpness.risk.model_state import (
 from sharpness.risk.objective import Objective, gradients
 from sharpness.risk.plan import Plan, asked_engine
 from sharpness.risk.products import Products, Task
-from sharpness.risk.terms import keyword
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -292,21 +292,22 @@ class EmpiricalRisk:
 
         return self._fitting(evaluate)
 
-    def gradient(self, theta: Tensor | None = None) -> Tensor:
-        """Gradient of f at `theta`, (n,). Cost: one pass over the data."""
-        return self.value_and_gradient(theta)[1]
+    def gradient(
+        self, theta: Tensor | None = None, *, freeze_batchnorm: bool = False
+    ) -> Tensor:
+        """Gradient of f at `theta`, (n,). Cost: one pass over the data.
 
-    def gradient_nearby(self, theta: Tensor) -> Tensor:
-        """Gradient at `theta` with BatchNorm's statistics as they are at the risk's own.
-
-        The derivative of this one is the Hessian; it parts from `gradient` with
-        `batchnorm="recalibrated"` alone. Cost: one pass over the data.
+        Args:
+            theta: where; None is the model's own.
+            freeze_batchnorm: keep BatchNorm's statistics as they are at the model's own
+                parameters. The derivative of that gradient is the Hessian; it parts from
+                the plain one with `batchnorm="recalibrated"` alone.
         """
         held = self.batchnorm
-        if held == "recalibrated":
+        if freeze_batchnorm and held == "recalibrated":
             self.batchnorm = "running"
         try:
-            return self.gradient(theta)
+            return self.value_and_gradient(theta)[1]
         finally:
             self.batchnorm = held
 
@@ -451,7 +452,7 @@ class EmpiricalRisk:
         assert self._objective.loss is not None
         return self._objective.loss
 
-    def whole(self) -> Any:
+    def full_batch(self) -> Any:
         """All data as one batch (inputs, targets), on the device.
 
         Raises:
@@ -613,7 +614,7 @@ class EmpiricalRisk:
             matrix=matrix,
             work=self._mean.work(matrix, self.seed),
             footprint=self._mean.footprint,
-            gradient=lambda theta: this.gradient_nearby(theta),
+            gradient=lambda theta: this.gradient(theta, freeze_batchnorm=True),
             theta=self.theta,
             chunk_size=self.chunk_size,
             budget=self._mean.budget,

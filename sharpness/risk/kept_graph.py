@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpness.risk.linearised import Apply, Linearise, Pullback
+from sharpness.risk.curvature import Linearise, Matvec, Pullback
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ChunkedSum:
     weights: Sequence[float]
     evaluating: Callable[[], AbstractContextManager[None]]  # around every linearisation
 
-    def linearised(self, chunk: int) -> Apply:
+    def linearised(self, chunk: int) -> Matvec:
         """One chunk's product, with all that does not depend on the direction done."""
         with self.evaluating():
             return self.linearise(self.leaves, self.batches[chunk])
@@ -69,7 +69,7 @@ class KeptGraph:
     def __init__(self, work: ChunkedSum, num_kept: int) -> None:
         self._work = work
         self._num_kept = num_kept
-        self._kept: dict[int, Apply] = {}
+        self._kept: dict[int, Matvec] = {}
 
     def __call__(self, v: Tensor) -> Tensor:
         """M v, one row at a time or all rows of a block at once."""
@@ -93,7 +93,7 @@ class KeptGraph:
         return totals
 
     def _within(
-        self, apply: Apply, block: Block, pieces: Sequence[Tensor]
+        self, apply: Matvec, block: Block, pieces: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         if isinstance(apply, Pullback):
             return apply.within(block, pieces)
@@ -108,7 +108,7 @@ class KeptGraph:
         apply = self._linearised(i)
         return apply(pieces) if ndim == 1 else torch.vmap(apply)(pieces)
 
-    def _linearised(self, i: int) -> Apply:
+    def _linearised(self, i: int) -> Matvec:
         if i in self._kept:
             return self._kept[i]
         apply = self._work.linearised(i)

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sharpness import _tensors
-from sharpness.risk import terms
+from sharpness.risk import loss_terms
 from sharpness.risk.model_state import batchnorm_layers, seed_generators
 
 
@@ -168,7 +168,7 @@ class _Whole(nn.Module):
     def __init__(self, model: nn.Module, loss: Any, closure: Any) -> None:
         super().__init__()
         self.model, self.loss, self.closure = model, loss, closure
-        self._elementwise = terms.is_elementwise(loss)
+        self._elementwise = loss_terms.is_elementwise(loss)
 
     def forward(self, batch: Any, outputs: Any = None, outputs_only: bool = False) -> Any:
         if self.closure is not None:
@@ -178,7 +178,7 @@ class _Whole(nn.Module):
         if outputs_only:
             return outputs
         if self._elementwise:
-            terms.refuse_broadcast(outputs, batch[1])
+            loss_terms.refuse_broadcast(outputs, batch[1])
         return self.loss(outputs, batch[1])
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpness.risk.compiled import CompiledProduct, UnsuitableError
+from sharpness.risk.curvature import Linearise
 from sharpness.risk.differences import Differences
 from sharpness.risk.kept_graph import Block, ChunkedSum, KeptGraph
-from sharpness.risk.linearised import Linearise
+from sharpness.risk.loss_terms import num_rows
 from sharpness.risk.memory import Footprint
 from sharpness.risk.plan import Plan, directions_at_once, worth_compiling
-from sharpness.risk.terms import num_rows
-from sharpness.risk.traced import Traced, UnsuitableError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Products:
         self._task = task
         largest = max(task.work.batches, key=num_rows)
         self._rows = int(num_rows(largest))
-        self._engine: KeptGraph | Traced | Differences
+        self._engine: KeptGraph | CompiledProduct | Differences
         if task.asked == "differences":
             self._use_differences("asked for")
             return
@@ -114,7 +114,7 @@ class Products:
 
     def _use_compiled(self, reason: str) -> None:
         try:
-            engine = Traced(self._task.work, self._task.budget)
+            engine = CompiledProduct(self._task.work, self._task.budget)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # tracers and compilers fail in many ways

@@ -1,4 +1,4 @@
-"""The cases a loss averages over, for matrices made of their gradients."""
+"""The terms a loss averages over, for matrices made of their gradients."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpness import _tensors
-from sharpness.risk import terms
+from sharpness.risk import loss_terms
 
 
 @dataclass(frozen=True)
-class Cases:
-    """How outputs fall into cases, and what each weighs in the mean over a chunk.
+class FisherTerms:
+    """How outputs fall into terms, and what each weighs in the mean over a chunk.
 
     A case is an unmasked target of a class loss; of any other loss a row, or, with
     `elementwise`, one element of the outputs.
@@ -28,25 +28,25 @@ class Cases:
 
     def dims(self, outputs: Tensor) -> tuple[int, ...]:
         """Dimensions of the outputs that one case spans."""
-        if terms.is_class_loss(self.loss):
+        if loss_terms.is_class_loss(self.loss):
             return (1,)
         return () if self.elementwise else tuple(range(1, outputs.ndim))
 
     def weights(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Weight of every case, to be broadcast against the outputs; they sum to 1."""
-        if not terms.is_class_loss(self.loss):
+        if not loss_terms.is_class_loss(self.loss):
             number = outputs.numel() if self.elementwise else len(outputs)
             return torch.full_like(outputs, 1 / number)
         each = self._of_classes(targets).to(outputs)
-        mean = terms.keyword(self.loss, "reduction", "mean") == "mean"
+        mean = loss_terms.keyword(self.loss, "reduction", "mean") == "mean"
         return (each / (each.sum() if mean else each.numel())).unsqueeze(1)
 
     def _of_classes(self, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
             return torch.ones_like(targets.select(1, 0))
-        ignored: int = terms.keyword(self.loss, "ignore_index", -100)
+        ignored: int = loss_terms.keyword(self.loss, "ignore_index", -100)
         kept = targets != ignored
-        weight: Tensor | None = terms.keyword(self.loss, "weight")
+        weight: Tensor | None = loss_terms.keyword(self.loss, "weight")
         if weight is None:
             return kept
         return weight.to(targets.device)[targets * kept] * kept
@@ -57,10 +57,10 @@ _IGNORED = -100  # no class, unlike what a loss may ignore
 
 def loss_of_sampled(loss: Any) -> Any:
     """The loss for sampled targets: a class that the loss ignores may be drawn too."""
-    reduction = terms.keyword(loss, "reduction", "mean")
-    if terms.is_any(loss, nn.NLLLoss, F.nll_loss):
+    reduction = loss_terms.keyword(loss, "reduction", "mean")
+    if loss_terms.is_any(loss, nn.NLLLoss, F.nll_loss):
         return partial(F.nll_loss, reduction=reduction)
-    if terms.is_class_loss(loss):
+    if loss_terms.is_class_loss(loss):
         return partial(F.cross_entropy, reduction=reduction)
     return loss
 
@@ -80,7 +80,7 @@ def sampled_targets(
     _check_distribution(loss)
     generator = _tensors.seeded(seed)
     for outputs, targets in pairs:
-        classes = terms.is_class_loss(loss)
+        classes = loss_terms.is_class_loss(loss)
         shape = outputs.select(1, 0).shape if classes else outputs.shape
         # One uniform number each, so that the sequence is the same in chunks of any size.
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -88,13 +88,13 @@ def sampled_targets(
 
 
 def _drawn(loss: Any, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:
-    if terms.is_class_loss(loss):
+    if loss_terms.is_class_loss(loss):
         # NLL takes log-probabilities, which softmax leaves as they are.
         below = outputs.double().softmax(1).cumsum(1)[:, :-1] < uniform.unsqueeze(1)
         drawn = below.sum(1)
         if targets.is_floating_point():
             return drawn
-        ignored: int = terms.keyword(loss, "ignore_index", -100)
+        ignored: int = loss_terms.keyword(loss, "ignore_index", -100)
         return torch.where(targets == ignored, _IGNORED, drawn)
     if _is_squared(loss):
         noise: Tensor = torch.special.ndtri(uniform)
@@ -103,17 +103,21 @@ def _drawn(loss: Any, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tens
 
 
 def _is_squared(loss: Any) -> bool:
-    return terms.is_any(loss, nn.MSELoss, F.mse_loss)
+    return loss_terms.is_any(loss, nn.MSELoss, F.mse_loss)
 
 
 def _check_distribution(loss: Any) -> None:
     binary = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
-    known = terms.is_class_loss(loss) or _is_squared(loss) or terms.is_any(loss, *binary)
+    known = (
+        loss_terms.is_class_loss(loss)
+        or _is_squared(loss)
+        or loss_terms.is_any(loss, *binary)
+    )
     changed = [
         name
         for name in ("weight", "pos_weight", "label_smoothing")
-        if isinstance(terms.keyword(loss, name, 0), Tensor)
-        or terms.keyword(loss, name) not in (None, 0)
+        if isinstance(loss_terms.keyword(loss, name, 0), Tensor)
+        or loss_terms.keyword(loss, name) not in (None, 0)
     ]
     if not known or changed:
         what = changed[0] + " set" if changed else type(loss).__name__

@@ -4,7 +4,7 @@ Each function here returns `linearise(leaves, batch) -> apply`: what does not de
 the direction happens once, and `apply(pieces)` is one product of the chunk's matrix.
 Every matrix is that of the mean over the chunk; the caller weights the chunks.
 
-With z the outputs, J = dz/dtheta, l the loss and c its cases (samples; unmasked targets
+With z the outputs, J = dz/dtheta, l the loss and c its terms (samples; unmasked targets
 of a cross-entropy), a_c their weights in the mean and g_c the gradient of one case:
 
     hessian              d^2 f / dtheta^2
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sharpness.risk.cases import Cases
+from sharpness.risk.fisher_terms import FisherTerms
 from sharpness.risk.memory import graph_nodes
 from sharpness.risk.objective import Objective, gradients
 
@@ -33,15 +33,15 @@ Matrix = Literal[
     "sampled_fisher",
     "gradient_covariance",
 ]
-Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-Linearise = Callable[[Sequence[Tensor], Any], Apply]
+Matvec = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+Linearise = Callable[[Sequence[Tensor], Any], Matvec]
 Mean = Callable[[Tensor, Any], Tensor]  # the value of a batch -> its mean
 
 
 def hessian(objective: Objective, mean: Mean) -> Linearise:
     """Reverse mode twice: the gradient with a graph, and one pass back through it."""
 
-    def linearise(leaves: Sequence[Tensor], batch: Any) -> Apply:
+    def linearise(leaves: Sequence[Tensor], batch: Any) -> Matvec:
         with torch.enable_grad():
             value = mean(objective.reduced(leaves, batch), batch)
             slopes = gradients(value, leaves, create_graph=True)
@@ -57,7 +57,7 @@ def gauss_newton(objective: Objective, mean: Mean) -> Linearise:
     Forward mode would do for J v, but many kernels lack it.
     """
 
-    def linearise(leaves: Sequence[Tensor], batch: Any) -> Apply:
+    def linearise(leaves: Sequence[Tensor], batch: Any) -> Matvec:
         pushforward, outputs = _pushforward(objective, leaves, batch)
         with torch.enable_grad():
             at = outputs.detach().requires_grad_()
@@ -69,19 +69,19 @@ def gauss_newton(objective: Objective, mean: Mean) -> Linearise:
     return linearise
 
 
-def fisher(objective: Objective, mean: Mean, cases: Cases) -> Linearise:
-    """Outer products of the cases' gradients: J^T S S^T J, S_c = dl_c/dz.
+def fisher(objective: Objective, mean: Mean, terms: FisherTerms) -> Linearise:
+    """Outer products of the terms' gradients: J^T S S^T J, S_c = dl_c/dz.
 
-    The loss is that of the cases: sampled targets may have another than given ones.
+    The loss is that of the terms: sampled targets may have another than given ones.
     """
 
-    def linearise(leaves: Sequence[Tensor], batch: Any) -> Apply:
+    def linearise(leaves: Sequence[Tensor], batch: Any) -> Matvec:
         pushforward, outputs = _pushforward(objective, leaves, batch)
         with torch.enable_grad():
             at = outputs.detach().requires_grad_()
-            value = mean(objective.loss_of(leaves, batch, at, cases.loss), batch)
+            value = mean(objective.loss_of(leaves, batch, at, terms.loss), batch)
             (slope,) = gradients(value, [at])  # a_c dl_c/dz
-        weight, dims = cases.weights(at.detach(), batch[1]), cases.dims(outputs)
+        weight, dims = terms.weights(at.detach(), batch[1]), terms.dims(outputs)
         scaled = torch.where(weight > 0, slope / weight, torch.zeros_like(slope))
         pullback = Pullback([outputs], leaves)
 
@@ -96,7 +96,7 @@ def fisher(objective: Objective, mean: Mean, cases: Cases) -> Linearise:
 
 def _pushforward(
     objective: Objective, leaves: Sequence[Tensor], batch: Any
-) -> tuple[Apply, Tensor]:
+) -> tuple[Matvec, Tensor]:
     """The map v -> [J v], and the outputs with their graph.
 
     u -> J^T u is linear; its own pullback is v -> J v.

@@ -27,7 +27,7 @@ class UnsuitableError(RuntimeError):
     """This product cannot be traced or compiled; another engine can do it."""
 
 
-class Traced:
+class CompiledProduct:
     """v -> M v, one row at a time.
 
     Shapes are fixed in a trace: chunks of the most frequent shape are traced, the others
@@ -50,7 +50,7 @@ class Traced:
         other = [i for i, kind in enumerate(kinds) if kind != common]
         self._rest = KeptGraph(work.of(other), len(other)) if other else None
         first = self._own[0]
-        self._primal, tangent = split(traced(work, first), len(work.leaves))
+        self._primal, tangent = split(trace_product(work, first), len(work.leaves))
         kept = self._residuals(first)
         self.held_bytes = _own_bytes(
             kept, [*work.leaves, *_tensors_of(work.batches[first])]
@@ -107,7 +107,7 @@ class Traced:
             )
 
 
-def traced(work: ChunkedSum, chunk: int) -> fx.GraphModule:
+def trace_product(work: ChunkedSum, chunk: int) -> fx.GraphModule:
     """A chunk's product as a graph of (leaves, pieces, the batch's tensors)."""
     parts, spec = tree_flatten(work.batches[chunk])
 
