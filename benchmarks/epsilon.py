@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import sharpness as sh
 from sharpness.lab import data, networks
-from sharpness.lab.measurement import Settings, risk_of
-from sharpness.lab.subjects import opened
+from sharpness.loading import load_checkpoint
+from sharpness.measurement import MeasurementSettings, risk_of
 from sharpness.record import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,9 @@ def risks(case: str, samples: int) -> Iterator[tuple[str, sh.EmpiricalRisk]]:
     if not paths:
         sys.exit(f"no checkpoints in {RUNS}: run benchmarks/main_line.py first")
     for path in paths:
-        risk = risk_of(opened(path), Settings(num_samples=1000, batchnorm="batch"))
+        risk = risk_of(
+            load_checkpoint(path), MeasurementSettings(num_samples=1000, batchnorm="batch")
+        )
         yield f"F1 {path.stem}", risk
 
 

@@ -58,12 +58,13 @@ from products import GRADIENT, Problem, in_one_line, say
 from torch import Tensor, nn
 
 from sharpness import EmpiricalRisk, eigenpairs, epsilon_sharpness
+from sharpness._json import as_plain
 from sharpness.lab import data, networks
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import train
 from sharpness.lab.stacked import train_together
-from sharpness.lab.training import Budget, Training
-from sharpness.record import as_plain, environment
+from sharpness.lab.training import StoppingCriteria, Training
+from sharpness.record import environment
 
 TARGET = Path(__file__).with_suffix(".json")
 TESTS = products.ROOT / "tests" / "test_cuda.py"
@@ -326,7 +327,7 @@ def timed_epochs(run: Callable[..., Any], epochs: int, seconds: float) -> dict[s
 
 
 def common(bench: Bench, name: str) -> dict[str, Any]:
-    budget = Budget(epochs=bench.sizes["epochs"])
+    budget = StoppingCriteria(epochs=bench.sizes["epochs"])
     return {"budget": budget, "dataset": bench.dataset(name), "device": bench.device}
 
 
@@ -375,7 +376,7 @@ def of_all(name: str, times: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def c1(bench: Bench, seconds: float, batch_size: int) -> dict[str, Any]:
-    """Trained for as long as there is time, then measured with batch statistics."""
+    """ModelSpec for as long as there is time, then measured with batch statistics."""
     training, kept = Training(network="C1", batch_size=batch_size), {}
     fixed = common(bench, "cifar10")
 
@@ -403,7 +404,9 @@ def accuracies(model: nn.Module, dataset: Dataset, bench: Bench) -> dict[str, fl
 
 
 def sharpness_of(model: nn.Module, dataset: Dataset, bench: Bench) -> dict[str, Any]:
-    risk = risk_on(model, dataset.few(bench.sizes["c1_measured"]), "batch", bench)
+    risk = risk_on(
+        model, dataset.balanced_subset(bench.sizes["c1_measured"]), "batch", bench
+    )
     half = 10 * AFTER if bench.rehearsal else AFTER / 2
     limits = {"max_iter": bench.sizes["max_iter"], "max_seconds": half}
     found = epsilon_sharpness(risk, 1e-3, progress=False, **limits)

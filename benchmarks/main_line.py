@@ -22,10 +22,10 @@ from pathlib import Path
 
 from sharpness import eigenpairs, epsilon_sharpness
 from sharpness.lab import data
-from sharpness.lab.measurement import Settings, risk_of
 from sharpness.lab.run import train
-from sharpness.lab.subjects import opened
-from sharpness.lab.training import Budget, Training, default_batch_sizes
+from sharpness.lab.training import StoppingCriteria, Training, default_batch_sizes
+from sharpness.loading import load_checkpoint
+from sharpness.measurement import MeasurementSettings, risk_of
 from sharpness.record import environment
 
 ROUNDS = 3
@@ -41,10 +41,10 @@ def main() -> None:
         path = folder / f"{role}-seed0.pt"
         if not path.exists():
             training = Training(network="F1", batch_size=size)
-            train(training, Budget(epochs=EPOCHS[role]), dataset, path)
+            train(training, StoppingCriteria(epochs=EPOCHS[role]), dataset, path)
         for mode in ("batch", "running"):
-            settings = Settings(batchnorm=mode)
-            risk = risk_of(opened(path), settings)
+            settings = MeasurementSettings(batchnorm=mode)
+            risk = risk_of(load_checkpoint(path), settings)
             rows.append({"network": role, "batchnorm": mode, **measure(risk)})
             report(rows[-1])
     target = Path(__file__).with_suffix(".json")

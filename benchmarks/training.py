@@ -37,8 +37,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from sharpness.lab import networks
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import train
-from sharpness.lab.sweep import Place, Run, sweep
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.sweep import ExecutionSettings, Run, sweep
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.record import environment
 
 BATCH_SIZES = (32, 256)
@@ -80,17 +80,17 @@ def lab(dataset: Dataset, batch_size: int, epochs: int) -> float:
     """Seconds of its updates alone."""
     with tempfile.TemporaryDirectory() as folder:
         run = Training(network="F1", batch_size=batch_size)
-        done = train(run, Budget(epochs=epochs), dataset, Path(folder, "a.pt"))
+        done = train(run, StoppingCriteria(epochs=epochs), dataset, Path(folder, "a.pt"))
     return float(done.training["seconds"])
 
 
-def lab_six_seeds(place: Place, batch_size: int, epochs: int) -> float:
+def lab_six_seeds(place: ExecutionSettings, batch_size: int, epochs: int) -> float:
     """Mean time that a process spent on updates alone."""
     with tempfile.TemporaryDirectory() as folder:
         runs = [
             Run(
                 training=Training(network="F1", batch_size=batch_size, seed=seed),
-                budget=Budget(epochs=epochs),
+                budget=StoppingCriteria(epochs=epochs),
                 path=Path(folder, f"{seed}.pt"),
             )
             for seed in range(SEEDS)
@@ -107,7 +107,7 @@ def seconds(task: Callable[..., object], *arguments: object) -> tuple[float, obj
     return time.perf_counter() - began, result
 
 
-def one_round(place: Place, batch_size: int, epochs: int) -> dict[str, float]:
+def one_round(place: ExecutionSettings, batch_size: int, epochs: int) -> dict[str, float]:
     dataset = place.dataset()
     found = {"plain": seconds(plain, dataset, batch_size, epochs)[0]}
     found["lab"], found["lab_updates"] = seconds(lab, dataset, batch_size, epochs)
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    place = Place(data=options.data, data_dir=options.data_dir)
+    place = ExecutionSettings(data=options.data, data_dir=options.data_dir)
     rows = []
     for batch_size in BATCH_SIZES:
         rounds = []

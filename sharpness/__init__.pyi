@@ -1,5 +1,9 @@
 """The public names; `__init__.py` loads each when it is asked for."""
 
+from ._results import NondeterministicRiskError as NondeterministicRiskError
+from ._results import NotAvailableError as NotAvailableError
+from ._results import NotConvergedError as NotConvergedError
+from ._results import Status as Status
 from .measures.audit import Audit as Audit
 from .measures.audit import audit as audit
 from .measures.eigenvalues import HessianEigenpairs as HessianEigenpairs
@@ -40,10 +44,6 @@ from .measures.traces import frobenius_norm as frobenius_norm
 from .measures.traces import trace as trace
 from .record import Records as Records
 from .record import read_records as read_records
-from .results import NondeterministicRiskError as NondeterministicRiskError
-from .results import NotAvailableError as NotAvailableError
-from .results import NotConvergedError as NotConvergedError
-from .results import Status as Status
 from .risk.checks import Checkup as Checkup
 from .risk.checks import doctor as doctor
 from .risk.empirical import EmpiricalRisk as EmpiricalRisk

@@ -7,7 +7,7 @@ import time
 from typing import Any, NoReturn
 
 from sharpness import _progress
-from sharpness.results import NonFiniteProductError, Status
+from sharpness._results import NonFiniteProductError, Status
 
 
 class Run:

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sharpness import _command, measure
-from sharpness.lab import measurement
-from sharpness.record import Records, append_record, as_plain, read_records, to_line
+from sharpness import _command, measure, measurement
+from sharpness._json import as_plain, to_line
+from sharpness.record import Records, append_record, read_records
 from sharpness.report import figures, tables
 from sharpness.statistics import compare_readings
 
@@ -93,7 +93,7 @@ def _paths(text: str) -> list[str]:
 
 def _record(path: str, options: Any, device: str) -> dict[str, Any]:
     """This checkpoint's measurement: from its record file, or made now and kept."""
-    subject = measure.opened(path, options)
+    subject = measure.loaded(path, options)
     settings = measure.settings_of(options, subject)
     output = measure.output_of(options, path)
     question = as_plain(

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from sharpness import _tensors
 from sharpness._arguments import whole
+from sharpness._results import Status
 from sharpness.krylov.quadrature import Rule
 from sharpness.krylov.stochastic_trace import Hutchinson
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.measures.spectrum import spectral_density
-from sharpness.results import Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 

@@ -9,15 +9,19 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from sharpness import _command
-from sharpness.lab import measurement, subjects
-from sharpness.lab.cross_check import check_possible, pyhessian_readings
+from sharpness import _command, loading, measurement
+from sharpness._json import to_line
+from sharpness._results import Reading
 from sharpness.measures.audit import audit
-from sharpness.measures.summary import DEFAULT_FAMILIES, FAMILIES, MEASURES, selected
-from sharpness.measures.summary import Settings as MeasureSettings
-from sharpness.record import append_record, to_line
+from sharpness.measures.summary import (
+    DEFAULT_FAMILIES,
+    FAMILIES,
+    MEASURES,
+    MeasureSettings,
+    selected,
+)
+from sharpness.record import append_record
 from sharpness.report import tables
-from sharpness.results import Reading
 from sharpness.risk.plan import ENGINES
 
 _USUAL = object()  # the number of samples, where none is given
@@ -155,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         paths = expanded(options.checkpoint)
         check_options(options, paths)
         if options.cross_check:
-            check_possible(options.batchnorm)
+            measurement.check_possible(options.batchnorm)
         return max([_one(path, options, device) for path in paths])
 
     return _command.guarded("sharpness.measure", command)
@@ -193,9 +197,9 @@ def expanded(patterns: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def opened(path: str, options: Any) -> subjects.Subject:
+def loaded(path: str, options: Any) -> loading.LoadedCheckpoint:
     """The checkpoint with the network and data that the options name."""
-    return subjects.opened(
+    return loading.load_checkpoint(
         path,
         network=options.network,
         data=options.data,
@@ -204,12 +208,14 @@ def opened(path: str, options: Any) -> subjects.Subject:
     )
 
 
-def settings_of(options: Any, subject: subjects.Subject) -> measurement.Settings:
-    """Settings from a command's options."""
+def settings_of(
+    options: Any, subject: loading.LoadedCheckpoint
+) -> measurement.MeasurementSettings:
+    """The settings from a command's options."""
     num = options.num_samples
     if num is _USUAL:
         num = subject.usual_number(options.split)
-    return measurement.Settings(
+    return measurement.MeasurementSettings(
         num_samples=num,
         split=options.split,
         batchnorm=options.batchnorm,
@@ -228,12 +234,12 @@ def measure_settings(options: Any) -> MeasureSettings:
 
 
 def _one(path: str, options: Any, device: str) -> int:
-    subject = opened(path, options)
+    subject = loaded(path, options)
     settings = settings_of(options, subject)
     extra: list[Reading] = []
     if options.cross_check:  # first: where it fails, nothing has been spent
         risk = measurement.risk_of(subject, settings, device)
-        extra = pyhessian_readings(risk, seed=options.seed)
+        extra = measurement.pyhessian_readings(risk, seed=options.seed)
     found = measurement.measured(
         subject, settings, device=device, on_estimate=_command.announce
     )

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from sharpness._arguments import positive, whole
+from sharpness._results import Status
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
 from sharpness.measures.preconditioner import adam_preconditioner
-from sharpness.results import Status
 from sharpness.risk import batches
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -263,7 +263,8 @@ class SharpnessTracker:
         """
         from sharpness.report.figures import tracking_plot
 
-        return tracking_plot(self.history, path)
+        shown = {name for point in self.history for name in point.values()}
+        return tracking_plot(self.history, [n for n in MEASURES if n in shown], path)
 
     # -- across an interruption --------------------------------------------------------
 

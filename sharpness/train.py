@@ -17,8 +17,13 @@ from sharpness.lab.following import Following
 from sharpness.lab.regimes import REGIMES, Regime
 from sharpness.lab.remedies import REMEDIES
 from sharpness.lab.schedules import SCHEDULES
-from sharpness.lab.sweep import Outcome, Place, Run, sweep
-from sharpness.lab.training import OPTIMIZERS, Budget, Training, default_batch_sizes
+from sharpness.lab.sweep import ExecutionSettings, Outcome, Run, sweep
+from sharpness.lab.training import (
+    OPTIMIZERS,
+    StoppingCriteria,
+    Training,
+    default_batch_sizes,
+)
 from sharpness.record import append_record, new_record, read_records
 from sharpness.tracking import MEASURES
 
@@ -136,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    place = Place(
+    place = ExecutionSettings(
         data=options.data,
         data_dir=options.data_dir,
         device=_command.chosen_device(options.device),
@@ -165,7 +170,7 @@ def _train(options: argparse.Namespace) -> int:
     return _command.NOT_CONVERGED if failed else _command.OK
 
 
-def _dataset(place: Place) -> data.Dataset:
+def _dataset(place: ExecutionSettings) -> data.Dataset:
     try:
         return place.dataset()
     except ValueError as error:
@@ -194,7 +199,7 @@ def _runs(options: argparse.Namespace, folder: Path, num_train: int) -> Iterator
             default = regime.epochs or EPOCHS["large" if size >= large else "small"]
             epochs = default if options.epochs is None else options.epochs
             limited = options.updates is not None and options.epochs is None
-            budget = Budget(
+            budget = StoppingCriteria(
                 epochs=None if limited else epochs * training.stretch,
                 updates=options.updates,
                 until_loss=options.until_loss,

@@ -15,13 +15,12 @@ from torch.func import functional_call
 from torch.nn.utils import prune
 
 import sharpness as sh
+from sharpness._json import to_line
 from sharpness.measures import audit as audits
 from sharpness.measures import perturbation
 from sharpness.measures import summary as summaries
 from sharpness.measures.audit import AUDITED, Audit, AuditRow
 from sharpness.measures.reparametrise import reparametrisations
-from sharpness.record import to_line
-from sharpness.report.tables import audit_text
 from sharpness.risk.empirical import EmpiricalRisk
 
 MAPS = ["layers", "neurons", "batchnorm", "batchnorm-neurons"]
@@ -430,7 +429,6 @@ def of_rows(*rows: AuditRow) -> Audit:
 
 def test_the_table_tells_by_which_factor_each_map_moved_a_measure():
     found = of_rows(row(2.0, 8.0, name="sharp"), row(5.0, 5.0, name="flat"))
-    assert found.table() == audit_text(found)
     lines = {
         line.split()[0]: line.split() for line in found.table().splitlines() if line.strip()
     }

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sharpness.claims import (
+from sharpness.reproduce.claims import (
     Check,
     Finding,
     Verdict,

@@ -12,7 +12,7 @@ from sharpness import checkpoint, compare, measure, read_records, train
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import data, networks
 from sharpness.lab.run import train as train_network
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.reproduce import __main__ as reproduce
 
 FEW = ["--measures", "lambda_max,phi", "--epsilon", "1e-3", "--device", "cpu"]
@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     """A digits F1 after two epochs; the tests copy it, never write beside it."""
     path = tmp_path_factory.mktemp("trained") / "f1.pt"
     run = Training(network="F1", batch_size=256)
-    train_network(run, Budget(epochs=2), data.load("digits"), path)
+    train_network(run, StoppingCriteria(epochs=2), data.load("digits"), path)
     return path
 
 

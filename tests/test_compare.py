@@ -12,10 +12,19 @@ import torch
 from helpers.checkpoints import saved, trained, user_folder
 from scipy import stats
 
-from sharpness import EmpiricalRisk, checkpoint, compare, measure, read_records, statistics
+from sharpness import (
+    EmpiricalRisk,
+    checkpoint,
+    compare,
+    measure,
+    measurement,
+    read_records,
+    statistics,
+)
+from sharpness._json import as_plain
 from sharpness.checkpoint import Checkpoint
-from sharpness.lab import measurement, networks
-from sharpness.record import append_record, as_plain
+from sharpness.lab import networks
+from sharpness.record import append_record
 from sharpness.statistics import compare_readings
 
 MORE = """

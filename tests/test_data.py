@@ -534,14 +534,16 @@ def test_spoken_digits_are_found_where_the_others_are(tmp_path, monkeypatch):
 
 def test_a_few_are_balanced_where_they_can_be_and_always_the_same():
     digits = data.load("digits")
-    x, y = digits.few(40)
+    x, y = digits.balanced_subset(40)
     assert torch.bincount(y).tolist() == [4] * 10
-    assert torch.equal(x, digits.few(40)[0])
-    assert digits.few(10**6) == digits.train
+    assert torch.equal(x, digits.balanced_subset(40)[0])
+    assert digits.balanced_subset(10**6) == digits.train
     rare = replace(digits, train=(x, torch.tensor([0] * 39 + [1])))
-    assert len(rare.few(20)[1]) == 20  # drawn at random: one class has a single sample
+    assert (
+        len(rare.balanced_subset(20)[1]) == 20
+    )  # drawn at random: one class has a single sample
     no_classes = replace(digits, train=(x, y[:, None].float()), num_classes=None)
-    assert no_classes.few(7)[1].shape == (7, 1)
+    assert no_classes.balanced_subset(7)[1].shape == (7, 1)
 
 
 def test_a_subset_is_balanced_and_the_test_part_whole():

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import sharpness as sh
 from sharpness import _run
+from sharpness._json import to_line
 from sharpness.measures import flatness
-from sharpness.record import to_line
 
 CE = nn.CrossEntropyLoss()
 RADII = pytest.mark.parametrize("measure", [sh.pac_bayes_sigma, sh.box_alpha])

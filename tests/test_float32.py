@@ -63,35 +63,35 @@ def outside(request):
         kind.fp32_precision = value
 
 
-class Seen(torch.autograd.Function):
+class ObservationStore(torch.autograd.Function):
     """Notes the flags on the way forth and back."""
 
     notes = []  # noqa: RUF012
 
     @staticmethod
     def forward(ctx, x):
-        Seen.notes.append(flags())
+        ObservationStore.notes.append(flags())
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient):
-        Seen.notes.append(flags())
+        ObservationStore.notes.append(flags())
         return gradient.clone()
 
 
 class Noting(nn.Linear):
     def forward(self, x):
-        return Seen.apply(super().forward(x))
+        return ObservationStore.apply(super().forward(x))
 
 
 def noted(**settings):
     """The flags inside a value, a gradient and a product."""
     x, y = torch.randn(6, 3), torch.arange(6) % 2
     risk = EmpiricalRisk(Noting(3, 2), nn.CrossEntropyLoss(), (x, y), **settings)
-    Seen.notes.clear()
+    ObservationStore.notes.clear()
     risk.value(), risk.gradient(), risk.hvp(torch.ones(risk.n))
-    assert len(Seen.notes) >= 5
-    return Seen.notes
+    assert len(ObservationStore.notes) >= 5
+    return ObservationStore.notes
 
 
 def test_no_shortcut_is_taken_forth_or_back(outside):

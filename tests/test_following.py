@@ -11,7 +11,7 @@ from sharpness import read_records, train
 from sharpness.lab.data import Dataset
 from sharpness.lab.following import Following
 from sharpness.lab.run import train as train_network
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 
 
 def points(folder):
@@ -28,7 +28,7 @@ def test_a_point_has_the_rate_of_the_update_that_follows(tmp_path):
     )  # fmt: skip
     path, images = tmp_path / "a.pt", tiny(200)
     follow = Following(every=2, num_samples=20).of(images, path)
-    train_network(run, Budget(epochs=3), images, path, on_update=follow)
+    train_network(run, StoppingCriteria(epochs=3), images, path, on_update=follow)
     full = 50 * 2.0**-8
     expected = {0: full / 2, 2: 0.75 * full, 4: full, 6: full, 8: full / 10, 10: full / 10,
                 12: full / 10}  # fmt: skip
@@ -41,7 +41,7 @@ def test_a_point_has_the_rate_of_the_update_that_follows(tmp_path):
 
 def test_a_run_that_is_followed_ends_with_the_same_bits(tmp_path):
     images = tiny()
-    budget = Budget(updates=5)
+    budget = StoppingCriteria(updates=5)
     plain = train_network(RUN, budget, images, tmp_path / "plain.pt")
     path = tmp_path / "followed.pt"
     follow = Following(every=2, num_samples=20).of(images, path)
@@ -56,7 +56,9 @@ def test_a_class_too_rare_to_balance_is_no_obstacle(tmp_path):
     part = x, (torch.arange(60) == 7).long()
     rare = Dataset(name="rare", train=part, test=part, num_classes=2, source="here")
     follow = Following(num_samples=30).of(rare, tmp_path / "a.pt")
-    train_network(RUN, Budget(updates=1), rare, tmp_path / "a.pt", on_update=follow)
+    train_network(
+        RUN, StoppingCriteria(updates=1), rare, tmp_path / "a.pt", on_update=follow
+    )
     assert math.isfinite(points(tmp_path)[0]["loss"])
 
 

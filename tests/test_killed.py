@@ -21,7 +21,7 @@ from sharpness import train as command
 from sharpness.lab import data, sweep
 from sharpness.lab import run as loop
 from sharpness.lab.run import train
-from sharpness.lab.training import Budget
+from sharpness.lab.training import StoppingCriteria
 
 PREPARED = ["sharpness.train", "sklearn.datasets", "torch._dynamo", "pytest", __name__]
 FORKS = multiprocessing.get_context("forkserver")  # clean, with PyTorch loaded
@@ -176,7 +176,7 @@ def test_a_run_killed_after_every_update_ends_with_the_same_bits(
     images, tmp_path, saving_always, kind
 ):
     run = replace(RUN, **KINDS[kind])
-    budget = Budget(updates=5)
+    budget = StoppingCriteria(updates=5)
     whole = train(run, budget, images, tmp_path / "whole.pt")
     torch.rand(7)  # the global generator stands elsewhere now
     path = tmp_path / "killed.pt"
@@ -189,7 +189,7 @@ def test_a_kill_changes_neither_where_a_run_stops_nor_what_it_keeps(
     images, tmp_path, saving_always, suffix
 ):
     run = replace(RUN, learning_rate=0.03)
-    budget = Budget(epochs=60, until_loss=1.9, patience=5)
+    budget = StoppingCriteria(epochs=60, until_loss=1.9, patience=5)
     (tmp_path / "a").mkdir()
     whole = train(run, budget, images, tmp_path / f"a/f{suffix}", keep_every=2)
     updates = whole.training["updates"]

@@ -23,10 +23,9 @@ from helpers.checkpoints import (
 )
 from torch import nn
 
-from sharpness import EmpiricalRisk, compare, measure, read_records
-from sharpness.lab import measurement, subjects
-from sharpness.lab.cross_check import pyhessian_readings
-from sharpness.lab.measurement import Settings, measured
+from sharpness import EmpiricalRisk, compare, measure, measurement, read_records
+from sharpness.loading import load_checkpoint
+from sharpness.measurement import MeasurementSettings, measured, pyhessian_readings
 
 MORE = """
 class Drifting(nn.Linear):
@@ -370,10 +369,10 @@ def test_a_large_test_set_of_uneven_classes_is_no_obstacle(run):
 
 def test_one_subject_can_be_measured_in_both_precisions(nets):
     """None is the precision of the checkpoint, whatever was measured before."""
-    subject = subjects.opened("net.pt", network="nets.py:mlp", data="nets.py:points")
+    subject = load_checkpoint("net.pt", network="nets.py:mlp", data="nets.py:points")
     types = [
         measured(
-            subject, Settings(measures=("norms",), num_samples=None, dtype=dtype)
+            subject, MeasurementSettings(measures=("norms",), num_samples=None, dtype=dtype)
         ).record
         for dtype in ("float64", None)
     ]

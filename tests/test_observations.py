@@ -11,22 +11,22 @@ from torch import nn
 
 import sharpness as sh
 from sharpness import checkpoint
+from sharpness._json import as_plain
 from sharpness.lab import networks
 from sharpness.lab.data import class_balanced, load
 from sharpness.lab.run import train
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.measures.reparametrise import scaled_by
-from sharpness.record import as_plain
 from sharpness.reproduce import observations
+from sharpness.reproduce.model_spec import Bench, ModelSpec
 from sharpness.reproduce.observations import (
     MEASURES,
     Accuracy,
-    Followed,
-    Joining,
+    InterpolationRun,
     Measured,
     Rescaled,
+    TrackingRun,
 )
-from sharpness.reproduce.trained import Bench, Trained
 
 DATA = "digits[60,test=40]"  # three updates an epoch
 MLP = "MLP?width=8&out_features=10"
@@ -44,7 +44,7 @@ def tiny(in_features: int = 64, num_classes: int = 10) -> nn.Module:
 def net(epochs=1.0, network=MLP, **changes):
     settings = {"batch_size": 20, "learning_rate": 0.01, **changes}
     training = Training(network=network, **settings)
-    return Trained(data=DATA, training=training, budget=Budget(epochs=epochs))
+    return ModelSpec(data=DATA, training=training, budget=StoppingCriteria(epochs=epochs))
 
 
 A, B = net(), net(4.0, seed=1)
@@ -55,7 +55,7 @@ STILL = net(optimizer="sgd", learning_rate=1e-30)  # ends where it began
 def bench(tmp_path_factory):
     bench = Bench(folder=tmp_path_factory.mktemp("networks"))
     for trained in (A, B, STILL):
-        bench.bring_about([trained])
+        bench.train_missing([trained])
     return bench
 
 
@@ -64,7 +64,7 @@ def relu(bench, monkeypatch):
     """A trained network whose layers can be scaled, on the bench."""
     monkeypatch.setitem(networks.NETWORKS, "tiny", networks.Network(tiny))
     trained = net(8.0, network="tiny")
-    bench.bring_about([trained])
+    bench.train_missing([trained])
     return trained
 
 
@@ -128,10 +128,10 @@ def test_loss_and_accuracy_are_those_of_the_network_by_hand(bench, split):
 def test_what_is_needed_is_what_is_looked_at():
     assert Accuracy(of=A).needs == Measured(of=A, measures=()).needs == (A,)
     assert Rescaled(of=A, factors=(1.0,), measures=()).needs == (A,)
-    assert Joining(first=A, second=B).needs == (A, B)
-    followed = Followed(data=DATA, training=A.training, budget=A.budget)
+    assert InterpolationRun(first=A, second=B).needs == (A, B)
+    followed = TrackingRun(data=DATA, training=A.training, budget=A.budget)
     assert followed.needs == ()
-    for look in (Measured(of=A, measures=("phi",)), Joining(first=A, second=B)):
+    for look in (Measured(of=A, measures=("phi",)), InterpolationRun(first=A, second=B)):
         assert look.gradients > Accuracy(of=A).gradients == 0
 
 
@@ -204,7 +204,7 @@ def test_the_seed_draws_the_samples(bench):
 @pytest.mark.parametrize("arc", [False, True], ids=["line", "arc"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_point_between_two_networks_is_that_of_the_network_by_hand(bench, split, arc):
-    look = Joining(first=A, second=B, split=split, arc=arc, num_samples=None)
+    look = InterpolationRun(first=A, second=B, split=split, arc=arc, num_samples=None)
     curve = look.found(bench)["curve"]
     assert curve.alphas == pytest.approx(np.linspace(-1, 2, 25), abs=1e-15)
     first, second = parameters(bench, A), parameters(bench, B)
@@ -222,7 +222,7 @@ def test_every_point_between_two_networks_is_that_of_the_network_by_hand(bench, 
 
 def test_line_and_arc_share_their_ends_and_nothing_between(bench):
     line, arc = (
-        Joining(first=A, second=B, arc=arc, num_samples=None).found(bench)["curve"]
+        InterpolationRun(first=A, second=B, arc=arc, num_samples=None).found(bench)["curve"]
         for arc in (False, True)
     )
     begin, end = line.alphas.index(0.0), line.alphas.index(1.0)
@@ -235,7 +235,7 @@ def test_line_and_arc_share_their_ends_and_nothing_between(bench):
 
 
 def test_both_ends_are_told_by_their_files(bench):
-    found = Joining(first=A, second=B).found(bench)
+    found = InterpolationRun(first=A, second=B).found(bench)
     assert found["sha256"] == [checkpoint.load(bench.path(end)).sha256 for end in (A, B)]
 
 
@@ -359,8 +359,13 @@ def test_what_is_connected_outside_of_modules_keeps_its_function():
 
 def followed(**changes):
     training = Training(network=MLP, batch_size=20, optimizer="sgd", learning_rate=0.1)
-    settings = {"every": 2, "num_samples": 60, "budget": Budget(epochs=2.0), **changes}
-    return Followed(**{"data": DATA, "training": training, **settings})
+    settings = {
+        "every": 2,
+        "num_samples": 60,
+        "budget": StoppingCriteria(epochs=2.0),
+        **changes,
+    }
+    return TrackingRun(**{"data": DATA, "training": training, **settings})
 
 
 def test_points_along_a_training_are_those_of_runs_that_ended_there(bench, tmp_path):
@@ -374,7 +379,9 @@ def test_points_along_a_training_are_those_of_runs_that_ended_there(bench, tmp_p
         if not step:
             continue
         path = tmp_path / f"{step}.pt"
-        state = train(look.training, Budget(updates=step), load(DATA), path).state_dict
+        state = train(
+            look.training, StoppingCriteria(updates=step), load(DATA), path
+        ).state_dict
         state = {name: value.double() for name, value in state.items()}
         loss, _ = loss_and_accuracy(state, x, y)
         assert found["losses"][i] == pytest.approx(float(loss), rel=1e-5)
@@ -407,7 +414,10 @@ def test_adams_curvature_stands_beside_its_own_threshold(bench):
 def test_more_samples_than_there_are_means_all_in_a_training_too(bench):
     training = Training(network=MLP, batch_size=500, optimizer="sgd")
     look = followed(
-        data="digits", training=training, budget=Budget(updates=1), num_samples=2000
+        data="digits",
+        training=training,
+        budget=StoppingCriteria(updates=1),
+        num_samples=2000,
     )
     assert look.found(bench)["steps"] == [0]
 

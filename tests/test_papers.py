@@ -9,14 +9,14 @@ from itertools import product
 import pytest
 import torch
 
-from sharpness.claims import Verdict
 from sharpness.lab import data, networks
 from sharpness.report.panels import draw
-from sharpness.reproduce import plain, workshop
-from sharpness.reproduce.observations import Followed, Joining
+from sharpness.reproduce import runner, serialisation
+from sharpness.reproduce.claims import Verdict
+from sharpness.reproduce.observations import InterpolationRun, TrackingRun
 from sharpness.reproduce.paper import PRESETS, finding, paper_numbers
 from sharpness.reproduce.papers import PAPERS
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 REPRODUCED, NOT_REPRODUCED = Verdict.REPRODUCED, Verdict.NOT_REPRODUCED
 FEW, SOLVER = Verdict.INCONCLUSIVE_FEW, Verdict.INCONCLUSIVE_SOLVER
@@ -25,9 +25,9 @@ IN_PART = Verdict.IN_PART
 
 @pytest.fixture(autouse=True, scope="module")
 def _digests_once():
-    known = cache(plain.digest)
+    known = cache(serialisation.digest)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (plain, workshop):
+        for module in (serialisation, runner):
             patch.setattr(module, "digest", known)
         yield
 
@@ -37,17 +37,17 @@ def _digests_once():
 
 def noise(look, which=0):
     """Between -1 and 1, of its own for every observation; there are two of them."""
-    return int(plain.digest(look)[6 * which :][:6], 16) / 2**23 - 1
+    return int(serialisation.digest(look)[6 * which :][:6], 16) / 2**23 - 1
 
 
 def network_of(look):
-    return look.training if isinstance(look, Followed) else look.needs[0].training
+    return look.training if isinstance(look, TrackingRun) else look.needs[0].training
 
 
 def keskar(study, look, true, best=None):
     """Facts by the size of the batch: 0 for the small one, 1 for the large one."""
     sign, e = 1 if true else -1, noise(look)
-    if isinstance(look, Joining):
+    if isinstance(look, InterpolationRun):
         first, second = (0.1, 10) if true else (10, 0.1)
         alphas = [i / 8 - 1 for i in range(25)]
         values = [first * a * a if a < 0.5 else second * (a - 1) ** 2 for a in alphas]
@@ -60,7 +60,7 @@ def keskar(study, look, true, best=None):
     one, about = look.of, look.of.training
     size = math.log(about.batch_size / study.small) / math.log(study.large / study.small)
     epochs, before = one.budget.epochs, one.start.budget.epochs if one.start else 0
-    if "measures" not in plain.described(look):
+    if "measures" not in serialisation.described(look):
         gain = -1 if about.remedy == "adversarial" else 1.5
         gain *= about.remedy != "none" or about.augmentation != "none"
         test = 90 + 0.1 * e + sign * (gain - 2 * size - 3 / epochs + 0.2 * before)
@@ -190,7 +190,7 @@ def study_of(paper, name=None, preset="reduced", seeds=None):
 def record(look, found, diverged=None):
     return {
         "kind": "observation",
-        "digest": plain.digest(look),
+        "digest": serialisation.digest(look),
         "found": found,
         "diverged": diverged,
     }
@@ -199,7 +199,9 @@ def record(look, found, diverged=None):
 def seen_in(paper, item, study, true=True, keep=lambda look: True, **world):
     """What is there once an item's observations have been made in such a world."""
     looks = [look for look in dict.fromkeys(item.observations(study)) if keep(look)]
-    return Seen([record(x, WORLDS[paper](study, x, true, **world)) for x in looks])
+    return ObservationStore(
+        [record(x, WORLDS[paper](study, x, true, **world)) for x in looks]
+    )
 
 
 def found_in(paper, name, true=True, study=None, **world):
@@ -265,19 +267,19 @@ def every_look(paper, study):
 
 
 def parts_of(look):
-    return [look] if isinstance(look, Followed) else look.needs
+    return [look] if isinstance(look, TrackingRun) else look.needs
 
 
 @pytest.mark.parametrize(("paper", "study"), STUDIES)
 def test_every_observation_is_hashable_and_survives_a_record(paper, study):
     looks = every_look(paper, study)
-    assert len({plain.digest(look) for look in looks}) == len(looks)
+    assert len({serialisation.digest(look) for look in looks}) == len(looks)
     for look in looks[:: 1 + len(looks) // 100]:
-        line = json.dumps(plain.described(look))
-        again = plain.restored(json.loads(line))
+        line = json.dumps(serialisation.described(look))
+        again = serialisation.restored(json.loads(line))
         assert again == look
         assert hash(again) == hash(look)
-        assert json.dumps(plain.described(again)) == line
+        assert json.dumps(serialisation.described(again)) == line
 
 
 @pytest.mark.parametrize(("paper", "study"), STUDIES)
@@ -456,7 +458,7 @@ def test_the_size_of_a_ratio_is_another_claim_than_the_order(factor):
         else:
             facts["phi"] = [{"phi_protocol": 1 + 0.01 * e, "phi": 1 + 0.01 * e}] * 2
         records.append(record(look, facts))
-    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    found = finding(PAPERS["keskar2017"], item, study, ObservationStore(records))
     order = [v for claim, v in verdicts(found).items() if claim.endswith("larger")]
     size = [v for claim, v in verdicts(found).items() if "its ratio" in claim]
     assert order == [REPRODUCED] * 2
@@ -487,7 +489,7 @@ def test_nothing_observed_is_not_run(paper, name):
     item = PAPERS[paper].item(name)
     for stand_in in (None, "something else"):
         study = replace(study_of(paper), stand_in=stand_in)
-        found = finding(PAPERS[paper], item, study, Seen([]))
+        found = finding(PAPERS[paper], item, study, ObservationStore([]))
         assert found.checks == []
         assert found.verdict is Verdict.NOT_RUN
         assert found.verdict_text == "not run"
@@ -521,7 +523,11 @@ def diverged_in(paper, name, one_of, study=None):
         else record(look, WORLDS[paper](study, look, True))
         for look in looks
     ]
-    return finding(PAPERS[paper], item, study, Seen(records)), Seen(records), lost
+    return (
+        finding(PAPERS[paper], item, study, ObservationStore(records)),
+        ObservationStore(records),
+        lost,
+    )
 
 
 @pytest.mark.parametrize(("paper", "name"), OBSERVED)
@@ -557,7 +563,7 @@ def test_pairs_of_which_one_diverged_are_not_counted():
         else record(x, keskar(study, x, True))
         for x in looks
     ]
-    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    found = finding(PAPERS["keskar2017"], item, study, ObservationStore(records))
     assert {check.n for check in found.checks} == {5}
 
 
@@ -574,7 +580,7 @@ def test_a_run_that_diverged_counts_as_0_percent_for_masters2018():
         else record(x, masters(study, x, True))
         for x in looks
     ]
-    found = finding(PAPERS["masters2018"], item, study, Seen(records))
+    found = finding(PAPERS["masters2018"], item, study, ObservationStore(records))
     assert found.checks[0].verdict is NOT_REPRODUCED
     assert found.checks[0].ours.startswith("best at 64: 0 (4), 0 (16)")
 
@@ -594,7 +600,7 @@ def test_the_best_batchnorm_batch_is_that_of_the_mean():
         if about.seed < 2:
             facts["metrics"]["test_accuracy_running"] += 0.3
         records.append(record(look, facts))
-    found = finding(PAPERS["masters2018"], item, study, Seen(records))
+    found = finding(PAPERS["masters2018"], item, study, ObservationStore(records))
     assert set(verdicts(found).values()) == {REPRODUCED}
 
 
@@ -634,7 +640,7 @@ def test_the_best_rate_of_a_batch_size_is_that_of_each_starting_point():
         size = about.batch_size
         facts["metrics"]["test_accuracy_running"] = (0.9 if scaled else 0.5) - size / 1e4
         records.append(record(look, facts))
-    found = finding(PAPERS["masters2018"], item, study, Seen(records))
+    found = finding(PAPERS["masters2018"], item, study, ObservationStore(records))
     assert f"{90 - 0.01 * study.batch_sizes[0]:.3g} (" in found.checks[0].ours
     assert found.checks[0].n == len(item.observations(study))
     large = [size for size in study.batch_sizes if size >= 16]
@@ -669,7 +675,7 @@ def test_schedules_that_part_after_the_first_drop_are_not_one_curve():
             loss *= 1 if about.schedule.startswith("decay") else 5
         metrics = {"train_loss_running": loss, "test_accuracy_running": 0.9}
         records.append(record(look, {"metrics": metrics}))
-    found = finding(PAPERS["smith2018"], item, study, Seen(records))
+    found = finding(PAPERS["smith2018"], item, study, ObservationStore(records))
     curves = {v for claim, v in verdicts(found).items() if "training loss" in claim}
     assert REPRODUCED not in curves
 
@@ -682,7 +688,7 @@ def test_curvature_that_stays_far_below_its_threshold_does_not_reproduce(name):
         facts = cohen(study, look, True)
         facts["thresholds"] = [500.0] * len(facts["steps"])  # the share is 0.1 at most
         records.append(record(look, facts))
-    found = finding(PAPERS["cohen2021"], item, study, Seen(records))
+    found = finding(PAPERS["cohen2021"], item, study, ObservationStore(records))
     assert set(verdicts(found).values()) == {NOT_REPRODUCED}
 
 
@@ -695,7 +701,7 @@ def test_a_single_descent_that_never_reaches_its_threshold_is_enough():
         if about.seed == 3 and about.learning_rate == study.rates[0]:
             facts["thresholds"] = [500.0] * len(facts["steps"])
         records.append(record(look, facts))
-    checks = finding(PAPERS["cohen2021"], item, study, Seen(records)).checks
+    checks = finding(PAPERS["cohen2021"], item, study, ObservationStore(records)).checks
     assert checks[0].verdict is NOT_REPRODUCED
     assert checks[0].ours.endswith("; 5 of 6 runs reach it")
     assert checks[1].verdict is REPRODUCED
@@ -714,14 +720,14 @@ def test_a_descent_that_diverged_at_once_is_left_out_of_the_checks():
         record(x, empty_curve(x) if network_of(x).seed == 0 else cohen(study, x, True))
         for x in looks
     ]
-    found = finding(PAPERS["cohen2021"], item, study, Seen(records))
+    found = finding(PAPERS["cohen2021"], item, study, ObservationStore(records))
     assert {check.n for check in found.checks} == {5}
 
 
 def test_a_descent_that_diverged_at_once_is_left_out_of_the_picture():
     study = study_of("cohen2021")
     item = PAPERS["cohen2021"].item("gradient-descent")
-    seen = Seen([record(x, empty_curve(x)) for x in item.observations(study)])
+    seen = ObservationStore([record(x, empty_curve(x)) for x in item.observations(study)])
     assert not any(curve.x for panel in item.panels(study, seen) for curve in panel.curves)
 
 
@@ -734,7 +740,7 @@ def with_a_phi_of_0(lost):
         if network_of(look).seed in lost:
             facts["points"][0]["phi"] = [{"phi_protocol": 0.0, "phi": 0.0}] * 2
         records.append(record(look, facts))
-    found = finding(PAPERS["dinh2017"], item, study, Seen(records))
+    found = finding(PAPERS["dinh2017"], item, study, ObservationStore(records))
     return next(
         check for check in found.checks if check.claim.startswith("phi(1e-3), full")
     )
@@ -762,7 +768,7 @@ def test_a_number_that_is_not_finite_is_neither_a_crash_nor_a_number(name):
             for kind in ("phi", "phi_normal", "phi_unit"):
                 facts[kind] = [{"phi_protocol": None, "phi": None}] * 2
         records.append(record(look, facts))
-    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    found = finding(PAPERS["keskar2017"], item, study, ObservationStore(records))
     phis = [c for c in found.checks if "phi" in c.claim or c.claim.startswith("—")]
     assert phis
     assert not any("nan" in check.ours for check in phis)
@@ -779,7 +785,7 @@ def test_a_small_batch_whose_phi_stays_does_not_contradict_figure_6():
             phi = 1 + 0.1 * noise(look)
             facts["phi"] = [{"phi_protocol": phi, "phi": phi}] * 2
         records.append(record(look, facts))
-    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    found = finding(PAPERS["keskar2017"], item, study, ObservationStore(records))
     (small,) = (v for claim, v in verdicts(found).items() if claim.startswith("small"))
     assert small is not NOT_REPRODUCED
 
@@ -802,7 +808,7 @@ def test_a_large_batch_that_does_not_fit_does_not_reproduce_table_2():
             facts["metrics"]["train_accuracy_batch"] = 0.5 + 0.01 * noise(look)
             facts["metrics"]["test_accuracy_batch"] = 0.45 + 0.01 * noise(look)
         records.append(record(look, facts))
-    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    found = finding(PAPERS["keskar2017"], item, study, ObservationStore(records))
     assert found.verdict is not REPRODUCED
 
 
@@ -815,7 +821,7 @@ def test_stopping_early_that_closes_the_gap_does_not_reproduce_figure_2():
         ended = about.batch_size == study.large and look.of.budget.epochs == last
         facts["metrics"]["test_accuracy_batch"] = 0.976 if ended else 0.98
         records.append(record(look, facts))
-    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    found = finding(PAPERS["keskar2017"], item, study, ObservationStore(records))
     assert found.verdict is not REPRODUCED
 
 
@@ -831,7 +837,7 @@ def test_one_pair_off_its_minimum_does_not_outweigh_five_in_figure_3():
             values[at - 1], values[at + 1] = 0.0, values[at]
             values[at] += 1e-4
         records.append(record(look, facts))
-    found = finding(PAPERS["keskar2017"], item, study, Seen(records))
+    found = finding(PAPERS["keskar2017"], item, study, ObservationStore(records))
     (check,) = found.checks
     assert "5 of 6 larger" in check.ours
     assert check.verdict is REPRODUCED
@@ -1022,7 +1028,7 @@ def test_panels_show_what_is_there_and_no_more(paper, name):
 @pytest.mark.parametrize(("paper", "name"), DRAWN)
 def test_nothing_observed_is_nothing_drawn(paper, name):
     item, study = PAPERS[paper].item(name), study_of(paper)
-    assert not any(panel.curves for panel in item.panels(study, Seen([])))
+    assert not any(panel.curves for panel in item.panels(study, ObservationStore([])))
 
 
 def test_figure_3_shows_the_papers_curve_behind_ours():

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import sharpness as sh
 from sharpness import _run
+from sharpness._json import to_line
 from sharpness.measures.perturbation import normal_draws, perturbation_scale
-from sharpness.record import to_line
 
 NORMS = ["l2", "linf"]
 ADAPTIVE = [None, "elementwise", "filterwise"]

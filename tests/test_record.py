@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sharpness import Status, read_records
+from sharpness._json import as_plain, to_line
 from sharpness.measures.eigenvalues import HessianEigenpairs
-from sharpness.record import append_record, as_plain, new_record, to_line
+from sharpness.record import append_record, new_record
 
 
 def result() -> HessianEigenpairs:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sharpness.lab.ghost import use_ghost_batches
-from sharpness.lab.named import made
+from sharpness.lab.named import from_spec
 from sharpness.lab.remedies import (
     ASAM,
     REMEDIES,
@@ -350,12 +350,14 @@ def test_tokens_have_no_adversary(dtype):
 
 
 def test_a_remedy_has_a_name_with_arguments():
-    assert made("remedy", "none", REMEDIES) == Plain()
-    assert made("remedy", "asam?eta=0", REMEDIES) == ASAM(rho=0.5, eta=0)
+    assert from_spec("remedy", "none", REMEDIES) == Plain()
+    assert from_spec("remedy", "asam?eta=0", REMEDIES) == ASAM(rho=0.5, eta=0)
     text = "conservative?strength=1e-2&inner_steps=5"
-    assert made("remedy", text, REMEDIES) == Conservative(strength=0.01, inner_steps=5)
+    assert from_spec("remedy", text, REMEDIES) == Conservative(strength=0.01, inner_steps=5)
     defaults = [SAM(rho=0.05), Adversarial(epsilon=0.25, share=0.5)]
-    assert [made("remedy", name, REMEDIES) for name in ("sam", "adversarial")] == defaults
+    assert [
+        from_spec("remedy", name, REMEDIES) for name in ("sam", "adversarial")
+    ] == defaults
 
 
 @pytest.mark.parametrize(
@@ -373,7 +375,7 @@ def test_a_remedy_has_a_name_with_arguments():
 )
 def test_a_name_that_means_nothing_is_refused_in_one_line(text, says):
     with pytest.raises((ValueError, TypeError), match="`remedy` must ") as error:
-        made("remedy", text, REMEDIES)
+        from_spec("remedy", text, REMEDIES)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 

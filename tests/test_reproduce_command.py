@@ -9,9 +9,9 @@ import pytest
 from sharpness import read_records
 from sharpness.lab import data
 from sharpness.reproduce import __main__ as reproduce
-from sharpness.reproduce import plain, workshop
+from sharpness.reproduce import runner, serialisation
 from sharpness.reproduce.papers import PAPERS
-from sharpness.reproduce.workshop import Workshop
+from sharpness.reproduce.runner import Runner
 
 KESKAR = PAPERS["keskar2017"]
 TINY = replace(
@@ -221,13 +221,13 @@ def test_a_tiny_reproduction_from_end_to_end(tmp_path, capsys, studies):
     assert len(list((folder / "networks").glob("*.pt"))) == 6
 
     records = read_records(folder / "records.jsonl")
-    looks = [plain.restored(record["observation"]) for record in records]
+    looks = [serialisation.restored(record["observation"]) for record in records]
     wanted = [look for item in items for look in KESKAR.item(item).observations(TINIER)]
     assert len(records) == 8
     assert set(looks) == set(wanted)
     for one, look in zip(records, looks, strict=True):
         assert one["kind"] == "observation"
-        assert one["digest"] == plain.digest(look)
+        assert one["digest"] == serialisation.digest(look)
         assert one["diverged"] is None
         assert one["seconds"] >= 0
     assert names == {*pictures, "networks", "records.jsonl", "records.jsonl.lock"}
@@ -259,7 +259,7 @@ def interrupting(monkeypatch, target, name, after):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "name", "after", "kept"),
-    [(workshop, "_train", 2, (3, 0)), (workshop, "append_record", 5, (6, 5))],
+    [(runner, "_train", 2, (3, 0)), (runner, "append_record", 5, (6, 5))],
 )
 def test_an_interrupted_run_carries_on(
     target, name, after, kept, tmp_path, capsys, studies
@@ -324,7 +324,7 @@ def test_a_record_can_be_made_again_to_the_same_numbers(tmp_path, capsys, studie
     assert reproduce.main(call) == 0
     capsys.readouterr()
     record = read_records(tmp_path / "run" / "records.jsonl")[0]
-    again = Workshop(folder=tmp_path / "again", jobs=1).again(record)
+    again = Runner(folder=tmp_path / "again", jobs=1).again(record)
     assert again["digest"] == record["digest"]
     for name in ("value", "distance_from_start", "accuracy"):
         assert again["found"][name] == record["found"][name]

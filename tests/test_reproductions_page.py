@@ -8,7 +8,7 @@ import pytest
 
 from sharpness.record import read_records
 from sharpness.reproduce import page
-from sharpness.reproduce.plain import digest, restored
+from sharpness.reproduce.serialisation import digest, restored
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reproductions"

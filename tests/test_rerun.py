@@ -9,10 +9,10 @@ import pytest
 from scipy import stats
 
 from sharpness.record import read_records
+from sharpness.reproduce.columns import lambda_max, phi
 from sharpness.reproduce.keskar2017 import STUDIES
-from sharpness.reproduce.looks import lambda_max, phi
-from sharpness.reproduce.plain import digest
-from sharpness.reproduce.workshop import Workshop
+from sharpness.reproduce.runner import Runner
+from sharpness.reproduce.serialisation import digest
 
 FOLDER = Path(__file__).parent.parent / "docs" / "reproductions"
 STUDY = next(study for study in STUDIES if study.name == "MLP-digits")
@@ -36,7 +36,7 @@ def timeless(found):
 def trained_again(tmp_path_factory):
     """The row of starting point 0, twice, each from its record alone."""
     folders = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
-    return [Workshop(folder=folder).again(recorded(0)) for folder in folders]
+    return [Runner(folder=folder).again(recorded(0)) for folder in folders]
 
 
 @pytest.mark.slow
@@ -58,11 +58,11 @@ def test_training_again_stays_within_the_spread_of_starting_points(trained_again
 
 
 def test_the_committed_checkpoint_measures_the_same_within_its_bounds(tmp_path):
-    record, workshop = recorded(0), Workshop(folder=tmp_path)
+    record, runner = recorded(0), Runner(folder=tmp_path)
     network = STUDY.at("large", 0)
-    workshop.bench.folder.mkdir()
-    shutil.copy(FOLDER / network.file, workshop.bench.path(network))
-    again = workshop.again(record)["found"]
+    runner.bench.folder.mkdir()
+    shutil.copy(FOLDER / network.file, runner.bench.path(network))
+    again = runner.again(record)["found"]
     assert again["sha256"] == record["found"]["sha256"]  # measured, not trained
     assert again["data"]["samples"] == record["found"]["data"]["samples"]
     ours, theirs = (found["lambda_max"] for found in (again, record["found"]))

@@ -9,8 +9,8 @@ from torch import nn
 
 import sharpness as sh
 from sharpness import _run
+from sharpness._results import NonFiniteProductError, Status
 from sharpness._run import Deadline, Run
-from sharpness.results import NonFiniteProductError, Status
 
 LIMITED = {
     "eigenpairs": lambda risk, **o: sh.eigenpairs(risk, 8, **o),

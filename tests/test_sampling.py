@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import sharpness as sh
 from sharpness import _progress, _run
+from sharpness._json import to_line
 from sharpness.lab import data
 from sharpness.measures import sampling
-from sharpness.record import to_line
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.memory import Footprint

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sharpness.lab.regimes import REGIMES
 from sharpness.lab.run import _Order
 from sharpness.lab.schedules import Course, Schedule, scaled_rate
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 
 CIFAR10, MNIST = 50_000, 60_000
 DROPS = {"drops": (60, 120, 160), "factor": 5}
@@ -332,7 +332,7 @@ WRONG = [
     ),
     (partial(training, 64, optimizer="nesterov"), {"momentum": (0,)}),
     (
-        partial(Budget, epochs=1),
+        partial(StoppingCriteria, epochs=1),
         {
             "epochs": (None, 0, -1, NAN, INF, "2", (1,), True),
             "updates": (0, -3, 1.5, "2", True),
@@ -400,7 +400,7 @@ def test_a_schedule_has_a_name_with_arguments(drops):
     ],
 )
 def test_a_budget_ends_at_what_comes_first_and_makes_an_update(epochs, updates, made):
-    found = Budget(epochs=epochs, updates=updates).num_updates(laid_out())
+    found = StoppingCriteria(epochs=epochs, updates=updates).num_updates(laid_out())
     assert found == made
     assert type(found) is int
 
@@ -417,7 +417,7 @@ def test_a_budget_ends_at_what_comes_first_and_makes_an_update(epochs, updates, 
     ],
 )  # fmt: skip
 def test_patience_ends_with_epochs_that_bring_no_improvement(patience, history, over):
-    budget = Budget(epochs=100, patience=patience)
+    budget = StoppingCriteria(epochs=100, patience=patience)
     assert budget.out_of_patience([float(loss) for loss in history]) == over
 
 

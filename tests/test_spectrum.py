@@ -21,10 +21,10 @@ from torch import Tensor
 
 import sharpness as sh
 from sharpness import _run
+from sharpness._json import to_line
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
 from sharpness.measures import spectrum
-from sharpness.record import to_line
 from sharpness.risk import products
 
 EPS = float(np.finfo(float).eps)

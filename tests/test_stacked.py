@@ -10,8 +10,8 @@ from sharpness import checkpoint
 from sharpness.lab import run as loop
 from sharpness.lab.run import train
 from sharpness.lab.stacked import Stack, can_be_stacked, train_together
-from sharpness.lab.sweep import Place, Run, sweep
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.sweep import ExecutionSettings, Run, sweep
+from sharpness.lab.training import StoppingCriteria, Training
 
 # A learning rate at which rounding is not amplified; see tests/test_sweep.py.
 SLOW = {"optimizer": "momentum", "learning_rate": 1e-3}
@@ -23,7 +23,7 @@ KINDS = {
     ),
     "adam": Training(network="MLP", batch_size=8),
 }
-TEN = Budget(updates=10)
+TEN = StoppingCriteria(updates=10)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_stack_that_was_killed_ends_with_the_same_bits(
 def test_a_run_that_was_stacked_can_go_on_alone(images, tmp_path):
     trainings = seeds(KINDS["features"])
     train_together(trainings, TEN, images, paths(tmp_path))
-    longer = Budget(updates=15)
+    longer = StoppingCriteria(updates=15)
     gone_on = train(trainings[1], longer, images, tmp_path / "1.pt")
     alone = train(trainings[1], longer, images, tmp_path / "alone.pt")
     assert gone_on.training["updates"] == 15
@@ -115,7 +115,7 @@ def test_a_run_that_was_stacked_can_go_on_alone(images, tmp_path):
 
 
 def test_a_stack_keeps_the_checkpoints_of_epochs(images, tmp_path):
-    budget = Budget(epochs=2)
+    budget = StoppingCriteria(epochs=2)
     train_together(seeds(RUN, 2), budget, images, paths(tmp_path, 2), keep_every=1)
     assert {p.name for p in tmp_path.glob("*-epoch*.pt")} == {
         f"{seed}-epoch{epoch}.pt" for seed in (0, 1) for epoch in (1, 2)
@@ -144,7 +144,7 @@ def test_what_is_done_to_one_network_is_not_stacked(images, tmp_path, change):
     "budget", [{"until_loss": 0.1}, {"until_accuracy": 0.5}, {"patience": 2}], ids=str
 )
 def test_budgets_that_end_each_run_elsewhere_are_not_stacked(budget):
-    assert not can_be_stacked(seeds(RUN), Budget(epochs=9, **budget))
+    assert not can_be_stacked(seeds(RUN), StoppingCriteria(epochs=9, **budget))
 
 
 def test_other_settings_than_the_seed_are_not_stacked():
@@ -155,16 +155,20 @@ def test_other_settings_than_the_seed_are_not_stacked():
 def test_dropout_and_runs_out_of_step_are_refused(images, tmp_path):
     with pytest.raises(ValueError, match="without dropout to be stacked; got C1"):
         train_together(seeds(replace(RUN, network="C1")), TEN, images, paths(tmp_path))
-    train(replace(RUN, seed=1), Budget(updates=2), images, tmp_path / "1.pt")
+    train(replace(RUN, seed=1), StoppingCriteria(updates=2), images, tmp_path / "1.pt")
     with pytest.raises(ValueError, match="got updates 0 to 2"):
         train_together(seeds(RUN), TEN, images, paths(tmp_path))
 
 
 @pytest.mark.slow
 def test_a_sweep_stacks_seeds_and_falls_back_to_single_runs(tmp_path):
-    place = Place(data="digits", jobs=1, stacked=True)
+    place = ExecutionSettings(data="digits", jobs=1, stacked=True)
     runs = [
-        Run(training=t, budget=Budget(updates=3), path=tmp_path / f"{t.network}{t.seed}.pt")
+        Run(
+            training=t,
+            budget=StoppingCriteria(updates=3),
+            path=tmp_path / f"{t.network}{t.seed}.pt",
+        )
         for network in ("MLP", "C1")
         for t in seeds(Training(network=network, batch_size=16), 2)
     ]

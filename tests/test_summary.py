@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sharpness as sh
+from sharpness._results import Reading, Result
 from sharpness.measures.summary import (
     DEFAULT_FAMILIES,
     FAMILIES,
     MEASURES,
     Cost,
-    Settings,
+    MeasureSettings,
     expected_seconds,
     selected,
 )
 from sharpness.report.figures import readings_plot
 from sharpness.report.tables import evidence, number, readings_text, value_text
-from sharpness.results import Reading, Result
 from sharpness.risk.empirical import EmpiricalRisk
 
 RULED = [name for name in MEASURES if name.startswith(("worst", "average"))]
@@ -419,10 +419,10 @@ def test_a_point_far_from_a_minimum_is_noted(h, offset, told):
 
 def test_every_measure_is_expected_to_take_some_time_within_the_limit():
     risk = risk_of("classifier")
-    found = expected_seconds(risk, MEASURES, Settings())
+    found = expected_seconds(risk, MEASURES, MeasureSettings())
     assert list(found) == list(MEASURES)
     assert all(0 < seconds < math.inf for seconds in found.values())
-    limited = expected_seconds(risk, MEASURES, Settings(max_seconds=1e-6))
+    limited = expected_seconds(risk, MEASURES, MeasureSettings(max_seconds=1e-6))
     assert set(limited.values()) == {1e-6}
 
 
@@ -449,13 +449,13 @@ def test_more_work_is_expected_to_take_longer(names, more):
     for name in names:
         one, several = (
             MEASURES[name].cost(risk, s).seconds(1, 1, 1)
-            for s in (Settings(), Settings(**more))
+            for s in (MeasureSettings(), MeasureSettings(**more))
         )
         assert several > one > 0
 
 
 def test_what_is_expected_of_fixed_budgets_is_what_is_spent():
-    risk, settings = risk_of("classifier"), Settings()
+    risk, settings = risk_of("classifier"), MeasureSettings()
     assert Cost(1, 2, 3).seconds(10, 100, 1000) == 3210
     for name in ("worst_l2", "worst_linf_elementwise", "average", "average_elementwise"):
         cost = MEASURES[name].cost(risk, settings)

@@ -16,15 +16,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from sharpness import checkpoint
 from sharpness.lab import data
 from sharpness.lab.run import train
-from sharpness.lab.sweep import Place, Run, sweep
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.sweep import ExecutionSettings, Run, sweep
+from sharpness.lab.training import StoppingCriteria, Training
 
 TRAINING = Training(network="MLP?width=8&depth=1", batch_size=64)
-PLACE = Place(data="digits", jobs=1)
-FEW = Budget(updates=5)
+PLACE = ExecutionSettings(data="digits", jobs=1)
+FEW = StoppingCriteria(updates=5)
 
 
-TWENTY = Budget(updates=20)
+TWENTY = StoppingCriteria(updates=20)
 
 
 def run(path, budget=FEW, **settings):
@@ -78,7 +78,7 @@ def test_a_sweep_is_nothing_but_its_runs(tmp_path):
 def test_finished_runs_are_skipped_and_longer_ones_carried_on(tmp_path, updates):
     list(sweep([run(tmp_path / "a.pt")], PLACE))
     before = (tmp_path / "a.pt").read_bytes()
-    longer = run(tmp_path / "b.pt", Budget(updates=3))
+    longer = run(tmp_path / "b.pt", StoppingCriteria(updates=3))
     list(sweep([run(tmp_path / "a.pt"), longer], PLACE))
     assert len(updates) == 5 + 3
     outcomes = list(sweep([run(tmp_path / "a.pt"), run(tmp_path / "b.pt")], PLACE))
@@ -162,7 +162,7 @@ def test_an_interrupt_ends_a_sweep_and_leaves_nothing_behind(tmp_path, tidy):
 
 
 def test_no_runs_are_no_outcomes():
-    assert list(sweep([], Place(data="digits"))) == []
+    assert list(sweep([], ExecutionSettings(data="digits"))) == []
     assert list(sweep([], PLACE)) == []
 
 
@@ -189,7 +189,7 @@ def test_the_callers_random_generators_are_untouched(tmp_path):
 
 
 def test_a_bar_follows_the_runs_where_it_is_asked_for(tmp_path, capsys):
-    list(sweep([run(tmp_path / "a.pt", Budget(epochs=3))], PLACE, progress=True))
+    list(sweep([run(tmp_path / "a.pt", StoppingCriteria(epochs=3))], PLACE, progress=True))
     assert "train: " in capsys.readouterr().err
     list(sweep([run(tmp_path / "b.pt")], PLACE, progress=False))
     assert capsys.readouterr().err == ""
@@ -209,13 +209,13 @@ def test_a_bar_follows_the_runs_where_it_is_asked_for(tmp_path, capsys):
 )
 def test_runs_at_once_share_the_cores(monkeypatch, cores, place, num_runs, expected):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert Place(data="digits", **place).side_by_side(num_runs) == expected
+    assert ExecutionSettings(data="digits", **place).side_by_side(num_runs) == expected
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 1.5, "2"])
 def test_jobs_are_a_whole_number_of_at_least_1(jobs):
     with pytest.raises(ValueError, match=rf"`jobs` must .*; got '?{jobs}"):
-        Place(data="digits", jobs=jobs)
+        ExecutionSettings(data="digits", jobs=jobs)
 
 
 # -- in processes ------------------------------------------------------------------------

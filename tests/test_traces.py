@@ -28,13 +28,13 @@ from torch import Tensor
 
 import sharpness as sh
 from sharpness import _run
+from sharpness._json import to_line
 from sharpness.krylov.stochastic_trace import (
     Hutchinson,
     HutchPlusPlus,
     Probes,
     XTrace,
 )
-from sharpness.record import to_line
 from sharpness.risk import products
 
 EPS = float(np.finfo(float).eps)

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 
 import sharpness as sh
 from sharpness import tracking
+from sharpness._results import Status
 from sharpness.record import append_record, new_record
-from sharpness.results import Status
 from sharpness.tracking import stability_thresholds
 
 EVERY_MEASURE = ("lambda_max", "lambda_max_preconditioned", "phi")

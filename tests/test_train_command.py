@@ -18,7 +18,7 @@ from sharpness import train as command
 from sharpness.lab import data
 from sharpness.lab.regimes import REGIMES
 from sharpness.lab.run import train
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 
 MLP = "MLP?width=8&depth=1"
 FIXED = ["--data", "digits", "--device", "cpu", "--jobs", "1"]
@@ -91,7 +91,7 @@ def test_two_batch_sizes_and_two_seeds_are_four_networks(tmp_path, capsys):
     saved = {name: checkpoint.load(tmp_path / name) for name in names}
     training = Training(network=MLP, batch_size=256, seed=1)
     path = tmp_path / "alone" / "a.pt"
-    alone = train(training, Budget(updates=3), data.load("digits"), path)
+    alone = train(training, StoppingCriteria(updates=3), data.load("digits"), path)
     assert bits(saved["batch256-seed1.pt"]) == bits(alone)
     starts = [
         saved[f"batch{b}-seed{s}.pt"].start["sha256"] for s in (0, 1) for b in (64, 256)
@@ -221,17 +221,20 @@ def test_flags_override_a_regime(planned):
         schedule="constant",
     )
     assert [run.training for run in other] == [expected]
-    assert other[0].budget == Budget(epochs=3)
+    assert other[0].budget == StoppingCriteria(epochs=3)
 
 
 def test_what_is_not_given_has_the_papers_or_keras_values(planned):
     small, large = planned("F1")
     assert str(small.path.parent) == "runs/f1-digits"
     assert (small.training.batch_size, large.training.batch_size) == (32, 143)
-    assert (small.budget, large.budget) == (Budget(epochs=20), Budget(epochs=40))
+    assert (small.budget, large.budget) == (
+        StoppingCriteria(epochs=20),
+        StoppingCriteria(epochs=40),
+    )
     assert small.training == Training(network="F1", batch_size=32)
     (one,) = planned("F1", "--batch-size", "64", "--updates", "7")
-    assert one.budget == Budget(updates=7)
+    assert one.budget == StoppingCriteria(updates=7)
     every = "adam,sgd,momentum,nesterov,adagrad"
     runs = planned("F1", "--batch-size", "64", "--optimizer", every)
     assert [run.training.learning_rate for run in runs] == [1e-3] + [1e-2] * 4

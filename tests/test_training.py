@@ -15,7 +15,7 @@ from torch import nn
 from sharpness import checkpoint
 from sharpness.lab import data, networks
 from sharpness.lab.run import train
-from sharpness.lab.training import Budget, Training, default_batch_sizes
+from sharpness.lab.training import StoppingCriteria, Training, default_batch_sizes
 
 SMALL = Training(network="F1", batch_size=256, seed=3)
 
@@ -66,7 +66,7 @@ class Watched:
 
 def test_both_batch_sizes_leave_from_the_same_point(digits, tmp_path):
     small, large, other = (
-        train(run, Budget(updates=2), digits, tmp_path / f"{i}.pt")
+        train(run, StoppingCriteria(updates=2), digits, tmp_path / f"{i}.pt")
         for i, run in enumerate(
             [SMALL, replace(SMALL, batch_size=64), replace(SMALL, seed=4)]
         )
@@ -170,7 +170,7 @@ def test_the_loop_is_the_optimizer_on_the_mean_cross_entropy(images, tmp_path, n
 def test_batches_and_rates_follow_the_schedule(images, tmp_path, schedule, sizes, rates):
     watched = Watched()
     run = replace(RUN, batch_size=8, optimizer="sgd", learning_rate=1.0, schedule=schedule)
-    train(run, Budget(epochs=3), images, tmp_path / "a.pt", on_update=watched)
+    train(run, StoppingCriteria(epochs=3), images, tmp_path / "a.pt", on_update=watched)
     assert [len(batch) for batch in watched.batches] == sizes
     assert watched.rates[:-1] == pytest.approx(rates)
 
@@ -182,14 +182,14 @@ def test_callbacks_hear_of_every_update_and_every_epoch(images, tmp_path):
     assert watched.updates == list(range(11))
     assert epochs == [(i + 1, loss) for i, loss in enumerate(saved.training["history"])]
     later = Watched()
-    train(RUN, Budget(updates=12), images, tmp_path / "a.pt", on_update=later)
+    train(RUN, StoppingCriteria(updates=12), images, tmp_path / "a.pt", on_update=later)
     assert later.updates == [11, 12]
 
 
 @pytest.mark.parametrize("settings", [{}, {"ghost_batch_size": 4}])
 def test_metrics_are_those_of_the_trained_network(images, tmp_path, settings):
     run = replace(RUN, network="ResNet-8", **settings)
-    saved = train(run, Budget(updates=4), images, tmp_path / "a.pt")
+    saved = train(run, StoppingCriteria(updates=4), images, tmp_path / "a.pt")
     x, y = images.test
     for mode, training_mode in (("running", False), ("batch", True)):
         model = networks.build(saved.network).train(training_mode)
@@ -209,7 +209,7 @@ def test_metrics_are_those_of_the_trained_network(images, tmp_path, settings):
 def test_a_constant_loss_moves_nothing(tmp_path, optimizer, remedy):
     """One sample of one class: the loss is 0 everywhere."""
     run = replace(RUN, batch_size=1, optimizer=optimizer, remedy=remedy)
-    watched, budget = Watched(), Budget(epochs=5, until_loss=0.0)
+    watched, budget = Watched(), StoppingCriteria(epochs=5, until_loss=0.0)
     path = tmp_path / "a.pt"
     saved = train(run, budget, tiny(1, 1), path, on_update=watched)
     assert saved.progress["losses"].tolist() == [0.0]
@@ -234,7 +234,7 @@ def numbers():
 )
 def test_tokens_and_numbers_are_learnt_too(tmp_path, network, dataset):
     run = Training(network=network, batch_size=4, learning_rate=0.01)
-    saved = train(run, Budget(epochs=20), dataset(), tmp_path / "a.pt")
+    saved = train(run, StoppingCriteria(epochs=20), dataset(), tmp_path / "a.pt")
     model = networks.build(saved.network)
     model.load_state_dict(saved.state_dict)
     x, y = dataset().train
@@ -255,7 +255,7 @@ def test_tokens_and_numbers_are_learnt_too(tmp_path, network, dataset):
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 def test_a_budget_of_epochs_is_so_many_epochs(images, tmp_path, batch_size, epochs):
     run, path = replace(RUN, batch_size=batch_size), tmp_path / "a.pt"
-    saved = train(run, Budget(epochs=epochs), images, path, keep_every=1).training
+    saved = train(run, StoppingCriteria(epochs=epochs), images, path, keep_every=1).training
     assert abs(saved["updates"] - epochs * 40 / batch_size) <= 0.5
     kept = {p.name for p in tmp_path.glob("a-*")}
     assert (saved["epoch"], len(saved["history"])) == (epochs, epochs)
@@ -265,11 +265,11 @@ def test_a_budget_of_epochs_is_so_many_epochs(images, tmp_path, batch_size, epoc
 @pytest.mark.parametrize(
     ("budget", "updates"),
     [
-        (Budget(updates=7), 7),
-        (Budget(updates=7, epochs=2), 5),
-        (Budget(updates=4, epochs=2.0), 4),
-        (Budget(epochs=0.4), 1),
-        (Budget(epochs=1e-9), 1),
+        (StoppingCriteria(updates=7), 7),
+        (StoppingCriteria(updates=7, epochs=2), 5),
+        (StoppingCriteria(updates=4, epochs=2.0), 4),
+        (StoppingCriteria(epochs=0.4), 1),
+        (StoppingCriteria(epochs=1e-9), 1),
     ],
 )
 def test_a_budget_ends_at_what_comes_first(images, tmp_path, budget, updates):
@@ -279,7 +279,9 @@ def test_a_budget_ends_at_what_comes_first(images, tmp_path, budget, updates):
 
 def test_training_stops_after_the_first_epoch_at_or_below_the_loss(images, tmp_path):
     run, path = replace(RUN, learning_rate=0.03), tmp_path / "a.pt"
-    saved = train(run, Budget(epochs=60, until_loss=1.2), images, path, keep_every=1)
+    saved = train(
+        run, StoppingCriteria(epochs=60, until_loss=1.2), images, path, keep_every=1
+    )
     losses = [
         checkpoint.load(tmp_path / f"a-epoch{i + 1}.pt").training["metrics"][
             "train_loss_batch"
@@ -294,7 +296,7 @@ def test_training_stops_after_the_first_epoch_at_or_below_the_loss(images, tmp_p
 @pytest.mark.parametrize("patience", [1, 3])
 def test_patience_ends_a_run_that_no_longer_improves(images, tmp_path, patience):
     still = replace(RUN, batch_size=20, optimizer="sgd", learning_rate=1e-9)
-    budget = Budget(epochs=20, patience=patience)
+    budget = StoppingCriteria(epochs=20, patience=patience)
     saved = train(still, budget, images, tmp_path / "still.pt")
     assert saved.training["epoch"] == 1 + patience
     # Falls for three epochs and is constant from then on, as epoch 4 is the first to show.
@@ -306,12 +308,17 @@ def test_patience_ends_a_run_that_no_longer_improves(images, tmp_path, patience)
 
 
 def test_a_longer_budget_ends_with_the_bits_of_one_long_run(images, tmp_path):
-    long = train(RUN, Budget(updates=11), images, tmp_path / "long.pt")
-    for budget in (Budget(updates=2), Budget(epochs=1), Budget(updates=4), FOUR):
+    long = train(RUN, StoppingCriteria(updates=11), images, tmp_path / "long.pt")
+    for budget in (
+        StoppingCriteria(updates=2),
+        StoppingCriteria(epochs=1),
+        StoppingCriteria(updates=4),
+        FOUR,
+    ):
         short = train(RUN, budget, images, tmp_path / "short.pt")
         assert short.training["finished"]
     assert bits(short) != bits(long)
-    again = train(RUN, Budget(updates=11), images, tmp_path / "short.pt")
+    again = train(RUN, StoppingCriteria(updates=11), images, tmp_path / "short.pt")
     assert bits(again) == bits(long)
 
 
@@ -320,7 +327,11 @@ def test_a_finished_run_is_not_trained_again(images, tmp_path):
     train(RUN, FOUR, images, path)
     before = path.read_bytes(), path.stat().st_mtime_ns
     watched = Watched()
-    for budget in (FOUR, Budget(epochs=1), Budget(epochs=9, until_loss=100.0)):
+    for budget in (
+        FOUR,
+        StoppingCriteria(epochs=1),
+        StoppingCriteria(epochs=9, until_loss=100.0),
+    ):
         again = train(RUN, budget, images, path, on_update=watched)
         assert again.training["updates"] == 10
     assert watched.updates == []
@@ -341,7 +352,9 @@ def test_kept_checkpoints_are_those_of_runs_that_ended_there(images, tmp_path):
     assert {p.name for p in tmp_path.glob("a-*")} == {"a-epoch2.pt", "a-epoch4.pt"}
     for epoch, updates in ((2, 5), (4, 10)):
         kept = checkpoint.load(tmp_path / f"a-epoch{epoch}.pt")
-        there = train(RUN, Budget(updates=updates), images, tmp_path / f"{epoch}.pt")
+        there = train(
+            RUN, StoppingCriteria(updates=updates), images, tmp_path / f"{epoch}.pt"
+        )
         assert bits(kept) == bits(there)
 
 
@@ -349,7 +362,7 @@ def test_kept_checkpoints_are_those_of_runs_that_ended_there(images, tmp_path):
 @pytest.mark.parametrize("spoiled", ["half", "text", "empty", "bare"])
 def test_a_damaged_checkpoint_is_refused_and_left_alone(images, tmp_path, suffix, spoiled):
     path = tmp_path / f"a{suffix}"
-    state = train(RUN, Budget(updates=1), images, path).state_dict
+    state = train(RUN, StoppingCriteria(updates=1), images, path).state_dict
     content = path.read_bytes()
     if spoiled == "bare":
         torch.save(state, path)
@@ -376,7 +389,7 @@ def test_a_checkpoint_of_another_training_is_not_overwritten(
     images, tmp_path, changes, expected
 ):
     path = tmp_path / "a.pt"
-    train(RUN, Budget(updates=1), images, path)
+    train(RUN, StoppingCriteria(updates=1), images, path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match=expected):
         train(replace(RUN, **changes), FOUR, images, path)
@@ -387,10 +400,10 @@ def test_a_checkpoint_of_another_training_is_not_overwritten(
 
 def test_a_run_starts_from_another_runs_parameters_and_buffers(images, tmp_path):
     run, watched = replace(RUN, network="ResNet-8"), Watched()
-    first = train(run, Budget(updates=3), images, tmp_path / "first.pt")
+    first = train(run, StoppingCriteria(updates=3), images, tmp_path / "first.pt")
     again = replace(run, seed=9, start_from=str(tmp_path / "first.pt"))
     path = tmp_path / "second.pt"
-    second = train(again, Budget(updates=1), images, path, on_update=watched)
+    second = train(again, StoppingCriteria(updates=1), images, path, on_update=watched)
     state = watched.start.state_dict()
     assert all(torch.equal(t, state[name]) for name, t in first.state_dict.items())
     assert watched.optimizer_at_start["state"] == {}
@@ -410,9 +423,9 @@ def test_a_run_starts_from_another_runs_parameters_and_buffers(images, tmp_path)
 
 def test_the_callers_random_generators_are_untouched(images, tmp_path):
     run, before = replace(RUN, network="C1"), generators()
-    train(run, Budget(updates=2), images, tmp_path / "a.pt")
+    train(run, StoppingCriteria(updates=2), images, tmp_path / "a.pt")
     assert generators() == before
-    train(run, Budget(updates=3), images, tmp_path / "a.pt")
+    train(run, StoppingCriteria(updates=3), images, tmp_path / "a.pt")
     assert generators() == before
     with pytest.raises(KeyboardInterrupt):
         train(run, FOUR, images, tmp_path / "a.pt", on_update=kill_at(4))
@@ -422,7 +435,7 @@ def test_the_callers_random_generators_are_untouched(images, tmp_path):
 def test_a_diverging_run_says_so_and_leaves_no_checkpoint(images, tmp_path):
     wild = replace(RUN, network="F1", learning_rate=1e38)
     with pytest.raises(ValueError, match=r"`learning_rate` must keep [^\n]*$"):
-        train(wild, Budget(epochs=5), images, tmp_path / "a.pt")
+        train(wild, StoppingCriteria(epochs=5), images, tmp_path / "a.pt")
     assert list(tmp_path.glob("*.pt")) == []
 
 
@@ -430,7 +443,7 @@ def test_parameters_that_are_not_finite_are_no_result(images, tmp_path):
     """The last loss is finite, but it is that of the point before the last update."""
     wild = replace(RUN, optimizer="sgd", learning_rate=1e39)
     with pytest.raises(ValueError, match=r"`learning_rate` must keep"):
-        train(wild, Budget(updates=1), images, tmp_path / "a.pt")
+        train(wild, StoppingCriteria(updates=1), images, tmp_path / "a.pt")
     assert list(tmp_path.glob("*.pt")) == []
 
 
@@ -539,13 +552,13 @@ def test_impossible_trainings_are_refused(changes, expected):
 )
 def test_impossible_budgets_are_refused(budget, expected):
     with pytest.raises(ValueError, match=rf"^{expected}[^\n]*$"):
-        Budget(**budget)
+        StoppingCriteria(**budget)
 
 
 @pytest.mark.parametrize("every", [-1, 0, 1.5])
 def test_keeping_every_so_many_epochs_needs_a_whole_number(images, tmp_path, every):
     with pytest.raises(ValueError, match=rf"`keep_every` must .*; got {every}"):
-        train(RUN, Budget(updates=1), images, tmp_path / "a.pt", keep_every=every)
+        train(RUN, StoppingCriteria(updates=1), images, tmp_path / "a.pt", keep_every=every)
 
 
 def test_numbers_of_numpy_are_numbers(images, tmp_path):

@@ -6,8 +6,8 @@ from helpers.problems import mlp_data, mlp_risk, trained_mlp
 from torch import nn
 
 import sharpness as sh
+from sharpness._json import to_line
 from sharpness.lab import data
-from sharpness.record import to_line
 
 COUNTS = {
     "k": lambda n: sh.eigenpairs(mlp_risk(), n, progress=False),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness._results import NonFiniteProductError
 from sharpness.krylov.basis import Basis
-from sharpness.results import NonFiniteProductError
 
 Which = Literal["LA", "SA", "LM", "BE"]
 WHICH: tuple[str, ...] = get_args(Which)

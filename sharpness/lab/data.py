@@ -100,7 +100,7 @@ class Dataset:
             digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def few(self, num_samples: int) -> Part:
+    def balanced_subset(self, num_samples: int) -> Part:
         """At most so many training samples, always the same ones.
 
         Class-balanced, unless there are no classes or one is too rare for it.

@@ -57,7 +57,7 @@ class Following:
                     SharpnessTracker(
                         model,
                         criterion_for(dataset),
-                        dataset.few(self.num_samples),
+                        dataset.balanced_subset(self.num_samples),
                         optimizer=optimizer,
                         every=self.every,
                         measures=self.measures,

@@ -10,7 +10,7 @@ from sharpness._arguments import require
 from sharpness.lab.networks import parsed
 
 
-def made(argument: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
+def from_spec(argument: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
     """What a table makes of a name and its arguments.
 
     Args:

@@ -18,13 +18,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpness import checkpoint
 from sharpness._arguments import require, whole
+from sharpness._json import as_plain
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import networks
 from sharpness.lab.data import Dataset
 from sharpness.lab.ghost import use_ghost_batches
 from sharpness.lab.remedies import Loss, Step
-from sharpness.lab.training import OPTIMIZERS, Budget, Training
-from sharpness.record import as_plain
+from sharpness.lab.training import OPTIMIZERS, StoppingCriteria, Training
 from sharpness.risk.empirical import EmpiricalRisk
 
 
@@ -39,7 +39,7 @@ _SAVE_EVERY = 20.0  # seconds of work a kill may cost
 
 def train(
     training: Training,
-    budget: Budget,
+    budget: StoppingCriteria,
     dataset: Dataset,
     path: str | Path,
     *,
@@ -206,7 +206,7 @@ class TrainingRun:
         first = max(begin for begin in begins if begin < self.update)
         return float(self._all_losses()[first:].mean())
 
-    def is_over(self, budget: Budget) -> bool:
+    def is_over(self, budget: StoppingCriteria) -> bool:
         """Whether the budget is spent; beside updates it is looked at after epochs."""
         if self.update >= budget.num_updates(self.course):
             return True

@@ -22,12 +22,12 @@ from sharpness._arguments import whole
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnEpoch, TrainingRun, at_work_on, one_epoch, optimizer_for
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 
 
 def train_together(
     trainings: Sequence[Training],
-    budget: Budget,
+    budget: StoppingCriteria,
     dataset: Dataset,
     paths: Sequence[Path],
     *,
@@ -84,7 +84,7 @@ def train_together(
     return [checkpoint.load(path) for path in paths]
 
 
-def can_be_stacked(trainings: Sequence[Training], budget: Budget) -> bool:
+def can_be_stacked(trainings: Sequence[Training], budget: StoppingCriteria) -> bool:
     """Whether they differ in the seed alone, and each would do what it does alone.
 
     Augmentation (as dropout, which only the network tells) would draw other numbers;

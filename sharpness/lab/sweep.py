@@ -25,7 +25,7 @@ from sharpness.lab.data import Dataset
 from sharpness.lab.following import Following
 from sharpness.lab.run import train
 from sharpness.lab.stacked import can_be_stacked, train_together
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 
 _FIXED_COST = 64  # samples whose gradient costs as much as an update of the parameters
 
@@ -35,7 +35,7 @@ class Run:
     """One unit of a sweep: what is trained, for how long, and where it goes."""
 
     training: Training
-    budget: Budget
+    budget: StoppingCriteria
     path: Path
 
     def cost(self, num_train: int) -> float:
@@ -60,7 +60,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ExecutionSettings:
     """Where a sweep runs, and on what.
 
     Args:
@@ -99,7 +99,7 @@ class Place:
 
 def sweep(
     runs: Sequence[Run],
-    place: Place,
+    place: ExecutionSettings,
     *,
     keep_every: int | None = None,
     following: Following | None = None,
@@ -146,7 +146,7 @@ def sweep(
 _Unit = list[tuple[int, Run]]  # what one worker does at a time, numbered
 
 
-def _units(runs: _Unit, place: Place) -> list[_Unit]:
+def _units(runs: _Unit, place: ExecutionSettings) -> list[_Unit]:
     """Runs that can be stacked, together; each other one by itself."""
     if not (place.device != "cpu" if place.stacked is None else place.stacked):
         return [[run] for run in runs]
@@ -174,7 +174,7 @@ def _cost(run: Run, num_train: int) -> float:
 class _Worker:
     """Trains a unit, in whatever process; what goes wrong becomes its failure."""
 
-    place: Place
+    place: ExecutionSettings
     threads: int | None  # None: as they are
     keep_every: int | None
     following: Following | None

@@ -15,7 +15,7 @@ from torch import Tensor
 from sharpness._arguments import at_least, positive, require, whole
 from sharpness.lab import networks
 from sharpness.lab.augment import AUGMENTATIONS, Augmentation
-from sharpness.lab.named import made
+from sharpness.lab.named import from_spec
 from sharpness.lab.remedies import REMEDIES, Step
 from sharpness.lab.schedules import SCHEDULES, Course, Scaling, Schedule, scaled_rate
 
@@ -117,13 +117,13 @@ class Training:
     @cached_property
     def laid_out(self) -> Schedule:
         """The schedule by its name, stretched."""
-        schedule: Schedule = made("schedule", self.schedule, SCHEDULES)
+        schedule: Schedule = from_spec("schedule", self.schedule, SCHEDULES)
         return schedule.stretched(self.stretch)
 
     @cached_property
     def augmented(self) -> Augmentation | None:
         """The augmentation by its name; None for none."""
-        augmentation: Augmentation | None = made(
+        augmentation: Augmentation | None = from_spec(
             "augmentation", self.augmentation, AUGMENTATIONS
         )
         return augmentation
@@ -131,7 +131,7 @@ class Training:
     @cached_property
     def update_with(self) -> Callable[[Step], Tensor]:
         """The remedy by its name."""
-        remedy: Callable[[Step], Tensor] = made("remedy", self.remedy, REMEDIES)
+        remedy: Callable[[Step], Tensor] = from_spec("remedy", self.remedy, REMEDIES)
         return remedy
 
     def course(self, num_train: int) -> Course:
@@ -152,7 +152,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class StoppingCriteria:
     """When to stop: whatever comes first.
 
     Args:

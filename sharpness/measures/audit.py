@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
+from sharpness._results import Reading, Result, Status
 from sharpness.measures.reparametrise import reparametrisations
 from sharpness.measures.summary import Keywords, summary
-from sharpness.results import Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 _TOLERATED = 1e-5  # change of an output, over all samples
@@ -44,6 +44,15 @@ class AuditRow:
         if math.isnan(after) or math.isnan(self.value):
             return math.isnan(after) != math.isnan(self.value)
         return abs(after - self.value) > self.allowed[name]
+
+    def times(self, name: str) -> str:
+        """`× 3.2`, the factor by which the map has moved it, or `same`."""
+        from sharpness.report.tables import number
+
+        if not self.moved(name):
+            return "same"
+        after = self.after[name]
+        return f"× {after / self.value:.3g}" if self.value else number(after)
 
     @property
     def verdict(self) -> str:
@@ -105,9 +114,17 @@ class Audit(Result):
 
     def table(self) -> str:
         """Every measure, and by which factor each map has moved it, as text."""
-        from sharpness.report.tables import audit_text
+        from sharpness.report.tables import number, table_text
 
-        return audit_text(self)
+        if not self.drifts:
+            return f"{self}\n"
+        rows = [
+            (r.measure, number(r.value), *map(r.times, self.drifts), r.verdict)
+            for r in self.rows
+        ]
+        drifts = (f"{name} {drift:.1g}" for name, drift in self.drifts.items())
+        note = f"Largest change of an output: {', '.join(drifts)}."
+        return table_text(("measure", "value", *self.drifts, "verdict"), rows, note)
 
 
 def audit(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole
+from sharpness._results import Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.lanczos import WHICH, Which, upper_bound
 from sharpness.krylov.search import Found, Search
-from sharpness.results import Reading, Result, Status
 from sharpness.risk import memory
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk

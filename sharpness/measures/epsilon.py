@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole, positive_list, whole, whole_seed
+from sharpness._results import NotAvailableError, Reading, Result, Status, short
 from sharpness._run import Deadline, Run
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import lbfgsb
-from sharpness.results import NotAvailableError, Reading, Result, Status, short
 from sharpness.risk import memory
 from sharpness.risk.empirical import EmpiricalRisk
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import positive, whole
+from sharpness._results import NotAvailableError, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.measures.perturbation import mean_and_error, normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball
-from sharpness.results import NotAvailableError, Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 _MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sharpness import _tensors
 from sharpness._arguments import positive_list, whole
+from sharpness._results import Reading, Result, Status, short
 from sharpness._run import Deadline, Run
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball, Norm
-from sharpness.results import Reading, Result, Status, short
 from sharpness.risk.chunks import NoLossTermsError
 from sharpness.risk.empirical import EmpiricalRisk
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole, whole_seed
+from sharpness._results import Reading, Result, Status
 from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
-from sharpness.results import Reading, Result, Status
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 

@@ -12,11 +12,11 @@ import torch
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole
+from sharpness._results import Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
-from sharpness.results import Reading, Result, Status
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -220,7 +220,15 @@ class SpectralDensity(Result):
         self._need_a_start()
         from sharpness.report.figures import density_plot
 
-        return density_plot(self, path, title=title)
+        return density_plot(
+            self.grid,
+            self.density,
+            self.band,
+            1 / (self.n * self.sigma * math.sqrt(2 * math.pi)),
+            path,
+            title=title or str(self).split("   ")[0],
+            band_label=f"{self.confidence:.0%} band",
+        )
 
 
 def spectral_density(

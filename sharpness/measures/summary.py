@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sharpness import _progress
 from sharpness._arguments import positive, positive_list, whole
+from sharpness._results import NotAvailableError, Reading, Result, Status
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness, subspace_sharpness
 from sharpness.measures.flatness import (
@@ -31,12 +32,11 @@ from sharpness.measures.perturbation import (
 from sharpness.measures.sampling import lambda_max_sampling
 from sharpness.measures.spectrum import spectral_density
 from sharpness.measures.traces import frobenius_norm, trace
-from sharpness.results import NotAvailableError, Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class MeasureSettings:
     """What the measures of a summary share. See `summary`."""
 
     k: int = 1
@@ -99,7 +99,7 @@ class Cost:
         return self.forwards * forward + self.gradients * gradient + self.products * product
 
 
-_Run = Callable[[EmpiricalRisk, Settings, dict[str, Any]], Any]
+_Run = Callable[[EmpiricalRisk, MeasureSettings, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Measure:
     family: str
     definition: str
     run: _Run  # (risk, settings, what earlier measures left) -> result or results
-    cost: Callable[[EmpiricalRisk, Settings], Cost]
+    cost: Callable[[EmpiricalRisk, MeasureSettings], Cost]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class Summary(Result):
     accuracy: float | None  # in [0, 1]; None where targets are no classes
     results: dict[str, list[Result]]
     notes: list[str]  # what makes numbers doubtful: not a minimum, one class only, ...
-    settings: Settings
+    settings: MeasureSettings
     seconds: float
 
     def __getitem__(self, name: str) -> Any:
@@ -171,7 +171,7 @@ class Summary(Result):
 
     def to_json(self) -> str:
         """All numbers, evidence and settings as one line of JSON."""
-        from sharpness.record import to_line
+        from sharpness._json import to_line
 
         readings = {r.name: {"value": r.value, "error": r.error} for r in self.readings()}
         return to_line(
@@ -231,7 +231,7 @@ def summary(
     Cost: with the default families about 100 products, 350 gradients and 500 forward
     passes over the data: 80 s for F1 on 1000 samples and two cores.
     """
-    shared = Settings(**{**settings, **_as_tuples(settings)})  # type: ignore[arg-type]
+    shared = MeasureSettings(**{**settings, **_as_tuples(settings)})  # type: ignore[arg-type]
     chosen = selected(measures)
     if not 1 <= shared.k <= risk.n:
         raise ValueError(
@@ -297,7 +297,7 @@ def selected(measures: str | Sequence[str] | None) -> list[str]:
 
 
 def expected_seconds(
-    risk: EmpiricalRisk, names: Iterable[str], settings: Settings
+    risk: EmpiricalRisk, names: Iterable[str], settings: MeasureSettings
 ) -> dict[str, float]:
     """How long each measure should take, from one forward pass and one gradient."""
     moved = risk.theta + 1e-6 * next(normal_draws(risk, 1, 0))
@@ -319,7 +319,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 def _measured(
-    name: str, risk: EmpiricalRisk, settings: Settings, left: dict[str, Any]
+    name: str, risk: EmpiricalRisk, settings: MeasureSettings, left: dict[str, Any]
 ) -> list[Result]:
     try:
         found = MEASURES[name].run(risk, settings, left)
@@ -369,7 +369,7 @@ def _notes(
 # -- the list --------------------------------------------------------------------------
 
 
-def _common(settings: Settings) -> dict[str, Any]:
+def _common(settings: MeasureSettings) -> dict[str, Any]:
     return {
         "seed": settings.seed,
         "max_seconds": settings.max_seconds,
@@ -377,13 +377,13 @@ def _common(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _lambda_max(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+def _lambda_max(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
     pairs = eigenpairs(risk, s.k, tol=s.tol, **_common(s))
     left["top"] = pairs.eigenvectors[:1]
     return pairs
 
 
-def _phi(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+def _phi(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
     return epsilon_sharpness(
         risk,
         list(s.epsilon),
@@ -393,20 +393,20 @@ def _phi(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
     )
 
 
-def _phi_subspace(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+def _phi_subspace(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
     p = s.subspace_dim or min(100, risk.n)
     return subspace_sharpness(risk, list(s.epsilon), subspace_dim=p, **_common(s))
 
 
 def _worst(norm: Any, adaptive: Any, default: float) -> _Run:
-    def run(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    def run(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
         radii = list(s.rho or (default,))
         return worst_case_sharpness(risk, radii, norm=norm, adaptive=adaptive, **_common(s))
 
     return run
 
 
-def _sharded(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+def _sharded(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
     size = s.shard_size or max(1, min(128, risk.num_samples // 2))
     _refuse_parts(risk, 1)
     return worst_case_sharpness(risk, list(s.rho or (0.05,)), shard_size=size, **_common(s))
@@ -422,13 +422,13 @@ def _refuse_parts(risk: EmpiricalRisk, least: int) -> None:
         )
 
 
-def _sampling(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+def _sampling(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
     _refuse_parts(risk, 20)
     return lambda_max_sampling(risk, **_common(s))
 
 
 def _average(adaptive: Any, default: float) -> _Run:
-    def run(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    def run(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
         return average_case_sharpness(
             risk, list(s.rho or (default,)), adaptive=adaptive, **_common(s)
         )
@@ -437,7 +437,7 @@ def _average(adaptive: Any, default: float) -> _Run:
 
 
 def _sigma(magnitude_aware: bool) -> _Run:
-    def run(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    def run(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
         return pac_bayes_sigma(
             risk,
             accuracy_drop=s.accuracy_drop,
@@ -449,7 +449,7 @@ def _sigma(magnitude_aware: bool) -> _Run:
 
 
 def _box(magnitude_aware: bool) -> _Run:
-    def run(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+    def run(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
         return box_alpha(
             risk,
             accuracy_drop=s.accuracy_drop,
@@ -461,7 +461,7 @@ def _box(magnitude_aware: bool) -> _Run:
     return run
 
 
-def _normalised(risk: EmpiricalRisk, s: Settings, left: dict[str, Any]) -> Any:
+def _normalised(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
     if not risk.is_classification:
         raise NotAvailableError(
             "`risk` must classify to have logits (not available otherwise)."
@@ -499,11 +499,11 @@ class Renamed(Result):
         return found
 
 
-def _radii(settings: Settings) -> int:
+def _radii(settings: MeasureSettings) -> int:
     return len(settings.rho or (0,))
 
 
-def _ascents(extra: float = 0.0) -> Callable[[EmpiricalRisk, Settings], Cost]:
+def _ascents(extra: float = 0.0) -> Callable[[EmpiricalRisk, MeasureSettings], Cost]:
     return lambda risk, s: Cost(gradients=(21 + extra) * _radii(s))
 
 

@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from sharpness._arguments import is_whole, whole_seed
+from sharpness._results import Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.stochastic_trace import (
     Estimator,
@@ -24,7 +25,6 @@ from sharpness.krylov.stochastic_trace import (
     XTrace,
 )
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
-from sharpness.results import Reading, Result, Status
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 

@@ -5,35 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sharpness.measures.spectrum import SpectralDensity
-from sharpness.results import Reading
+from sharpness._results import Reading
 from sharpness.statistics import ReadingComparison
-from sharpness.tracking import MEASURES, TrackedPoint
 
 _LOSS, _ACCURACY = "#1f4e9c", "#b3261e"
 
 
 def density_plot(
-    density: SpectralDensity, path: str | Path | None = None, *, title: str = ""
+    x: Any,
+    density: Any,
+    band: Any,
+    peak: float,
+    path: str | Path | None = None,
+    *,
+    title: str,
+    band_label: str,
 ) -> Figure:
     """A spectral density with its band, on a logarithmic scale.
 
     Args:
-        density: what to draw.
+        x: eigenvalues (m,).
+        density: (m,), what to draw.
+        band: (2, m), its lower and upper end.
+        peak: height of a single eigenvalue; what lies far below is nothing.
         path: where the PNG goes, if anywhere.
         title: the line above.
+        band_label: what the band is.
     """
+    low, high = band
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    x, (low, high) = density.grid, density.band
-    # One eigenvalue of n, at its peak: what lies far below is nothing.
-    peak = 1 / (density.n * density.sigma * math.sqrt(2 * math.pi))
     axes.fill_between(
         x,
         low,
@@ -41,20 +49,17 @@ def density_plot(
         color=_LOSS,
         alpha=0.25,
         linewidth=0,
-        label=f"{density.confidence:.0%} band",
+        label=band_label,
     )
-    axes.plot(x, density.density, color=_LOSS, linewidth=1.2, label="density")
+    axes.plot(x, density, color=_LOSS, linewidth=1.2, label="density")
     axes.axhline(peak, color="0.6", linewidth=0.8, linestyle=":", label="one eigenvalue")
     axes.set_yscale("log")
     axes.set_ylim(peak / 10, 3 * float(high.max()))
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density")
-    axes.set_title(title or str(density).split("   ")[0], fontsize=10, loc="left")
+    axes.set_title(title, fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=9)
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    return figure
+    return _written(figure, path)
 
 
 def readings_plot(readings: Sequence[Reading], path: str | Path | None) -> Figure:
@@ -102,14 +107,16 @@ def comparison_plot(
     return _written(figure, path)
 
 
-def tracking_plot(points: Sequence[TrackedPoint], path: str | Path | None = None) -> Figure:
+def tracking_plot(
+    points: Sequence[Any], names: Sequence[str], path: str | Path | None = None
+) -> Figure:
     """Each measure along training with its stability threshold, above the loss.
 
     Args:
-        points: a tracker's history.
+        points: each with `.step`, `.loss`, `.values()` and `.thresholds`.
+        names: the measures to draw, from top to bottom.
         path: where the PNG goes, if anywhere.
     """
-    names = [name for name in MEASURES if any(name in p.values() for p in points)]
     height = 0.8 + 1.9 * (len(names) + 1)
     figure = Figure(figsize=(7.2, height), layout="constrained")
     FigureCanvasAgg(figure)
@@ -125,7 +132,7 @@ def tracking_plot(points: Sequence[TrackedPoint], path: str | Path | None = None
     return _written(figure, path)
 
 
-def _tracked_panel(axes: Axes, points: Sequence[TrackedPoint], name: str) -> None:
+def _tracked_panel(axes: Axes, points: Sequence[Any], name: str) -> None:
     shown = [(p.step, p.values()[name]) for p in points if name in p.values()]
     steps, values = [step for step, _ in shown], [value.value for _, value in shown]
     errors = [value.error for _, value in shown if value.error is not None]

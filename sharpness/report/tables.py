@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sharpness.measures.audit import Audit, AuditRow
-from sharpness.results import Reading
+from sharpness._results import Reading
 from sharpness.statistics import ReadingComparison, mean_sd
 
 _PIPED_WIDTH = 124  # columns when the output is no terminal
@@ -88,24 +87,12 @@ def readings_text(readings: Sequence[Reading], notes: Sequence[str]) -> str:
     return _as_text(readings_table(readings), *notes)
 
 
-def audit_text(audit: Audit) -> str:
-    """Every measure and how each map has moved it."""
-    maps = list(audit.drifts)
-    if not maps:
-        return f"{audit}\n"
-    table = plain_table("", "measure", "value", *maps, "verdict", right=1)
-    for row in audit.rows:
-        cells = [_times(row, name) for name in maps]
-        verdict = row.verdict
-        table.add_row(*map(Text, (row.measure, number(row.value), *cells, verdict)))
-    drifts = (f"{name} {drift:.1g}" for name, drift in audit.drifts.items())
-    return _as_text(table, f"Largest change of an output: {', '.join(drifts)}.")
-
-
-def _times(row: AuditRow, name: str) -> str:
-    if not row.moved(name):
-        return "same"
-    return f"× {row.after[name] / row.value:.3g}" if row.value else number(row.after[name])
+def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], *notes: str) -> str:
+    """Rows of cells as plain text, the last column to the left; notes below."""
+    table = plain_table("", *columns, right=1)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return _as_text(table, *notes)
 
 
 def _as_text(*parts: Table | str) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharpness import _command
-from sharpness.claims import Finding
 from sharpness.report import tables
 from sharpness.report.panels import draw
-from sharpness.report.reproduction import print_finding, print_verdicts
+from sharpness.reproduce.claims import Finding
 from sharpness.reproduce.paper import PRESETS, Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
-from sharpness.reproduce.workshop import Costs, Seen, Workshop
+from sharpness.reproduce.runner import Costs, ObservationStore, Runner
+from sharpness.reproduce.terminal import print_finding, print_verdicts
 
 _ADVICE = (
     "p: one-sided paired t test over starting points, then sign flips, 2^-n at best; for "
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _list(paper)
         if options.jobs is not None and options.jobs < 1:
             raise ValueError(f"`--jobs` must be at least 1; got {options.jobs}.")
-        workshop = Workshop(
+        runner = Runner(
             folder=options.output or Path(f"runs/reproduce-{options.preset}"),
             data_dir=options.data_dir,
             device=_command.chosen_device(options.device),
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for study in _studies(paper, options):
             items = _items(paper, options.item, study)
             if items:
-                findings += _reproduced(paper, items, study, workshop, options.plan)
+                findings += _reproduced(paper, items, study, runner, options.plan)
         if not findings and not options.plan:
             names = ", ".join(options.item)
             raise ValueError(
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if findings:
             print_verdicts(tables.console(), findings)
-            tables.console().print(f"\n{_ADVICE}\nWritten to {workshop.folder}.")
+            tables.console().print(f"\n{_ADVICE}\nWritten to {runner.folder}.")
         return _command.OK
 
     return _command.guarded("sharpness.reproduce", command)
@@ -139,34 +139,34 @@ def _items(paper: Paper, names: Sequence[str], study: Study) -> list[Item]:
 
 
 def _reproduced(
-    paper: Paper, items: Sequence[Item], study: Study, workshop: Workshop, only_plan: bool
+    paper: Paper, items: Sequence[Item], study: Study, runner: Runner, only_plan: bool
 ) -> list[Finding]:
     out = tables.console()
     wanted = [o for item in items for o in item.observations(study)]
-    _announce(study, items, workshop, wanted)
+    _announce(study, items, runner, wanted)
     if only_plan:
         return []
-    seen = workshop.carry_out(wanted)
+    store = runner.carry_out(wanted)
     findings = []
     for item in items:
-        found = finding(paper, item, study, seen)
+        found = finding(paper, item, study, store)
         print_finding(out, found)
         findings.append(found)
-        path = _drawn(item, study, seen, found, workshop.folder)
+        path = _drawn(item, study, store, found, runner.folder)
         if path is not None:
             out.print(f"Picture: {path}")
     return findings
 
 
 def _announce(
-    study: Study, items: Sequence[Item], workshop: Workshop, wanted: Sequence[object]
+    study: Study, items: Sequence[Item], runner: Runner, wanted: Sequence[object]
 ) -> None:
-    stages, missing = workshop.lacking(wanted)  # type: ignore[arg-type]
+    stages, missing = runner.lacking(wanted)  # type: ignore[arg-type]
     runs = sum(len(stage) for stage in stages)
-    jobs = workshop.jobs or (1 if workshop.device != "cpu" else os.cpu_count() or 1)
-    minutes = Costs(workshop.bench).of_all(stages, missing) / jobs / 60
+    jobs = runner.jobs or (1 if runner.device != "cpu" else os.cpu_count() or 1)
+    minutes = Costs(runner.bench).of_all(stages, missing) / jobs / 60
     time = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
-    time = time if workshop.device == "cpu" else "less than on a CPU"
+    time = time if runner.device == "cpu" else "less than on a CPU"
     out = tables.console()
     out.print(f"\n{study.name}, preset {study.preset}: {study.network} on {study.data}.")
     if study.about:
@@ -183,9 +183,9 @@ def _announce(
 
 
 def _drawn(
-    item: Item, study: Study, seen: Seen, found: Finding, folder: Path
+    item: Item, study: Study, store: ObservationStore, found: Finding, folder: Path
 ) -> Path | None:
-    panels = [p for p in (item.panels(study, seen) if item.panels else ()) if p.curves]
+    panels = [p for p in (item.panels(study, store) if item.panels else ()) if p.curves]
     if not panels:
         return None
     path = folder / f"{found.paper}-{item.name}-{study.name}-{study.preset}.png"

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
-from sharpness.claims import Check, holds, within
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.observations import Followed
+from sharpness.reproduce.claims import Check, holds, within
+from sharpness.reproduce.observations import TrackingRun
 from sharpness.reproduce.paper import Item, Paper
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(paper.Study):
+class CohenStudy(paper.Study):
     """Full-batch training of one network, by gradient descent and by Adam.
 
     Args:
@@ -36,17 +36,19 @@ class Study(paper.Study):
     rates_adam: tuple[float, ...] = ()
     updates_adam: int = 0
 
-    def with_seeds(self, num: int) -> Study:
+    def with_seeds(self, num: int) -> CohenStudy:
         """The same with so many starting points."""
         return replace(self, num_seeds=num)
 
-    def descents(self, optimizer: Literal["sgd", "adam"]) -> list[tuple[float, Followed]]:
+    def descents(
+        self, optimizer: Literal["sgd", "adam"]
+    ) -> list[tuple[float, TrackingRun]]:
         """(learning rate, run) for every rate and starting point."""
         adam = optimizer == "adam"
         return [
             (
                 rate,
-                Followed(
+                TrackingRun(
                     data=self.data,
                     training=Training(
                         network=self.network,
@@ -55,7 +57,9 @@ class Study(paper.Study):
                         optimizer=optimizer,
                         learning_rate=rate,
                     ),
-                    budget=Budget(updates=self.updates_adam if adam else self.updates),
+                    budget=StoppingCriteria(
+                        updates=self.updates_adam if adam else self.updates
+                    ),
                     measure="lambda_max_preconditioned" if adam else "lambda_max",
                     every=self.every,
                     num_samples=self.num_train,
@@ -86,12 +90,12 @@ def _after_crossing(curve: Sequence[tuple[int, float, float]]) -> float | None:
 
 
 def _checks(
-    study: Study, seen: Seen, optimizer: Literal["sgd", "adam"], name: str
+    study: CohenStudy, store: ObservationStore, optimizer: Literal["sgd", "adam"], name: str
 ) -> list[Check]:
     checks = []
     rates = study.rates_adam if optimizer == "adam" else study.rates
     for rate in rates:
-        runs = [seen.get(run) for at, run in study.descents(optimizer) if at == rate]
+        runs = [store.get(run) for at, run in study.descents(optimizer) if at == rate]
         curves = [curve for facts in runs if facts and (curve := _curve(facts))]
         if not curves:
             continue
@@ -111,13 +115,13 @@ def _checks(
 
 
 def _panels(
-    study: Study, seen: Seen, optimizer: Literal["sgd", "adam"], name: str
+    study: CohenStudy, store: ObservationStore, optimizer: Literal["sgd", "adam"], name: str
 ) -> list[Panel]:
     shares, losses = [], []
     for colour, (rate, run) in enumerate(
         (rate, run) for rate, run in study.descents(optimizer) if run.training.seed == 0
     ):
-        facts = seen.get(run)
+        facts = store.get(run)
         curve = _curve(facts) if facts else []
         if not curve:
             continue
@@ -149,8 +153,8 @@ def _item(
         title=title,
         claim=claim,
         observations=lambda study: [run for _, run in study.descents(optimizer)],
-        checks=lambda study, seen: _checks(study, seen, optimizer, measure),
-        panels=lambda study, seen: _panels(study, seen, optimizer, measure),
+        checks=lambda study, store: _checks(study, store, optimizer, measure),
+        panels=lambda study, store: _panels(study, store, optimizer, measure),
         applies=lambda study: bool(study.descents(optimizer)),
     )
 
@@ -176,7 +180,7 @@ ITEMS = (
 
 _TANH = "MLP?width=200&out_features=10"
 STUDIES = (
-    Study(
+    CohenStudy(
         name="tanh-digits",
         preset="quick",
         network="MLP?width=64&out_features=10",
@@ -191,7 +195,7 @@ STUDIES = (
         rates_adam=(1e-3,),
         updates_adam=300,
     ),
-    Study(
+    CohenStudy(
         name="tanh-cifar10",
         preset="reduced",
         network=_TANH,
@@ -202,7 +206,7 @@ STUDIES = (
         updates=1000,
         every=40,
     ),
-    Study(
+    CohenStudy(
         name="tanh-cifar10-1000",
         preset="reduced",
         network=_TANH,
@@ -216,7 +220,7 @@ STUDIES = (
         rates_adam=(2e-4,),
         updates_adam=400,
     ),
-    Study(
+    CohenStudy(
         name="tanh-cifar10",
         preset="full",
         network=_TANH,

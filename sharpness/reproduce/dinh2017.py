@@ -6,15 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sharpness.claims import Check, holds
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.looks import Pick, adaptive_rise, lambda_max, phi
+from sharpness.reproduce.claims import Check, holds
+from sharpness.reproduce.columns import Pick, adaptive_rise, lambda_max, phi
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Rescaled
 from sharpness.reproduce.paper import Item, Paper
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 # Name, how it is read, and whether the paper says that it can be moved at will.
 _MEASURES: tuple[tuple[str, Pick, bool | None], ...] = (
@@ -26,8 +26,8 @@ _MEASURES: tuple[tuple[str, Pick, bool | None], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(paper.Study):
-    """Trained networks whose first layer is scaled up and whose last is scaled down."""
+class DinhStudy(paper.Study):
+    """ModelSpec networks whose first layer is scaled up and whose last is scaled down."""
 
     batch_size: int
     epochs: float
@@ -38,12 +38,12 @@ class Study(paper.Study):
         """One for each starting point."""
         return [
             Rescaled(
-                of=Trained(
+                of=ModelSpec(
                     data=self.data,
                     training=Training(
                         network=self.network, batch_size=self.batch_size, seed=seed
                     ),
-                    budget=Budget(epochs=self.epochs),
+                    budget=StoppingCriteria(epochs=self.epochs),
                 ),
                 factors=self.factors,
                 measures=("lambda_max", "phi", "phi_normal", "adaptive"),
@@ -53,12 +53,12 @@ class Study(paper.Study):
         ]
 
 
-def _found(study: Study, seen: Seen) -> list[list[dict[str, Any]]]:
-    return [facts["points"] for look in study.looks() if (facts := seen.get(look))]
+def _found(study: DinhStudy, store: ObservationStore) -> list[list[dict[str, Any]]]:
+    return [facts["points"] for look in study.looks() if (facts := store.get(look))]
 
 
-def _checks(study: Study, seen: Seen) -> list[Check]:
-    runs = _found(study, seen)
+def _checks(study: DinhStudy, store: ObservationStore) -> list[Check]:
+    runs = _found(study, store)
     if not runs:
         return []
     n, most = len(runs), max(study.factors)
@@ -86,8 +86,8 @@ def _ratio(pick: Pick, before: dict[str, Any], after: dict[str, Any]) -> float:
     return pick(after) / pick(before) if pick(before) else math.nan
 
 
-def _panels(study: Study, seen: Seen) -> list[Panel]:
-    runs = _found(study, seen)
+def _panels(study: DinhStudy, store: ObservationStore) -> list[Panel]:
+    runs = _found(study, store)
     curves = []
     for colour, (name, pick, _) in enumerate(_MEASURES):
         for i, run in enumerate(runs):
@@ -121,7 +121,7 @@ ITEMS = (
 )
 
 STUDIES = (
-    Study(
+    DinhStudy(
         name="F1-mnist",
         preset="quick",
         network="F1",
@@ -132,7 +132,7 @@ STUDIES = (
         epochs=20,
         factors=(1.0, 16.0),
     ),
-    Study(
+    DinhStudy(
         name="F1-mnist",
         preset="reduced",
         network="F1",
@@ -143,7 +143,7 @@ STUDIES = (
         batch_size=32,
         epochs=20,
     ),
-    Study(
+    DinhStudy(
         name="C1-cifar10",
         preset="full",
         network="C1",

@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from sharpness.claims import Check, holds, means_by, trend
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.looks import accuracy, band, listed
+from sharpness.reproduce.claims import Check, holds, means_by, trend
+from sharpness.reproduce.columns import accuracy, band, listed
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.paper import Item, Paper
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(paper.Study):
+class MastersStudy(paper.Study):
     """A grid of batch sizes and base learning rates.
 
     Args:
@@ -48,7 +48,7 @@ class Study(paper.Study):
     chance: float = 10.0
     num_seeds: int = 1
 
-    def with_seeds(self, num: int) -> Study:
+    def with_seeds(self, num: int) -> MastersStudy:
         """The same with so many starting points."""
         return replace(self, num_seeds=num)
 
@@ -57,7 +57,7 @@ class Study(paper.Study):
         """Starting points."""
         return range(self.num_seeds)
 
-    def network_at(self, batch_size: int, rate: float, seed: int, **more: Any) -> Trained:
+    def network_at(self, batch_size: int, rate: float, seed: int, **more: Any) -> ModelSpec:
         """A run of the grid."""
         settings: dict[str, Any] = {
             "network": self.network,
@@ -65,7 +65,7 @@ class Study(paper.Study):
             "&factor=10",
             **more,
         }
-        return Trained(
+        return ModelSpec(
             data=self.data,
             training=Training(
                 batch_size=batch_size,
@@ -77,10 +77,10 @@ class Study(paper.Study):
                 weight_decay=self.weight_decay,
                 **settings,
             ),
-            budget=Budget(epochs=self.epochs),
+            budget=StoppingCriteria(epochs=self.epochs),
         )
 
-    def grid(self) -> list[tuple[int, float, Trained]]:
+    def grid(self) -> list[tuple[int, float, ModelSpec]]:
         """(batch size, base rate, run)."""
         return [
             (batch_size, rate, self.network_at(batch_size, rate, seed))
@@ -89,7 +89,7 @@ class Study(paper.Study):
             for seed in self.seeds
         ]
 
-    def ghostly(self) -> list[tuple[int, int, Trained]]:
+    def ghostly(self) -> list[tuple[int, int, ModelSpec]]:
         """(batch size of SGD, of BatchNorm, run)."""
         return [
             (
@@ -109,7 +109,7 @@ class Study(paper.Study):
             for seed in self.seeds
         ]
 
-    def warmed(self) -> list[tuple[float, Trained]]:
+    def warmed(self) -> list[tuple[float, ModelSpec]]:
         """(base rate, run) of the largest batch with warm-up over 5 % of the epochs."""
         drops = f"({self.epochs / 2:g},{self.epochs * 0.75:g})"
         warm = f"decay?drops={drops}&factor=10&warmup={self.epochs / 20:g}"
@@ -120,22 +120,22 @@ class Study(paper.Study):
         ]
 
 
-def _test(seen: Seen, network: Trained) -> float | None:
+def _test(store: ObservationStore, network: ModelSpec) -> float | None:
     """Test accuracy in percent; 0 where training diverged, None where nobody looked."""
-    if seen.diverged(accuracy(network)):
+    if store.diverged(accuracy(network)):
         return 0.0
-    facts = seen.get(accuracy(network))
+    facts = store.get(accuracy(network))
     return None if facts is None else 100 * facts["metrics"]["test_accuracy_running"]
 
 
 _Table = dict[int, dict[float, list[float]]]  # batch size -> base rate -> accuracies
 
 
-def _by_size(study: Study, seen: Seen) -> _Table:
+def _by_size(study: MastersStudy, store: ObservationStore) -> _Table:
     """Test accuracies over starting points; empty until the whole grid was run."""
     table: _Table = {}
     for size, rate, network in study.grid():
-        value = _test(seen, network)
+        value = _test(store, network)
         if value is None:
             return {}
         table.setdefault(size, {}).setdefault(rate, []).append(value)
@@ -147,8 +147,8 @@ def _best_of(rows: dict[float, list[float]]) -> list[float]:
     return [max(values) for values in zip(*rows.values(), strict=True)]
 
 
-def _best(study: Study, seen: Seen) -> list[Check]:
-    table = _by_size(study, seen)
+def _best(study: MastersStudy, store: ObservationStore) -> list[Check]:
+    table = _by_size(study, store)
     if not table:
         return []
     best = {size: fmean(_best_of(rows)) for size, rows in table.items()}
@@ -168,13 +168,13 @@ def _best(study: Study, seen: Seen) -> list[Check]:
     return checks
 
 
-def _trains(study: Study, rows: dict[float, list[float]]) -> list[float]:
+def _trains(study: MastersStudy, rows: dict[float, list[float]]) -> list[float]:
     """Base rates at which the network learned something."""
     return [rate for rate, values in rows.items() if fmean(values) > 3 * study.chance]
 
 
-def _range(study: Study, seen: Seen) -> list[Check]:
-    table = _by_size(study, seen)
+def _range(study: MastersStudy, store: ObservationStore) -> list[Check]:
+    table = _by_size(study, store)
     if not table:
         return []
     trains = {size: _trains(study, rows) for size, rows in table.items()}
@@ -191,8 +191,8 @@ def _range(study: Study, seen: Seen) -> list[Check]:
     return [trend(words, sizes, [exponents], rising=False, ours=shown)]
 
 
-def _grid_panels(study: Study, seen: Seen) -> list[Panel]:
-    table = _by_size(study, seen)
+def _grid_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
+    table = _by_size(study, store)
     if not table:
         return []
     by_rate = [
@@ -225,10 +225,12 @@ def _grid_panels(study: Study, seen: Seen) -> list[Panel]:
     ]
 
 
-def _ghost_points(study: Study, seen: Seen) -> dict[int, tuple[list[float], list[float]]]:
+def _ghost_points(
+    study: MastersStudy, store: ObservationStore
+) -> dict[int, tuple[list[float], list[float]]]:
     found: dict[int, tuple[list[float], list[float]]] = {}
     for size, ghost, network in study.ghostly():
-        value = _test(seen, network)
+        value = _test(store, network)
         if value is not None:
             x, y = found.setdefault(size, ([], []))
             x.append(float(ghost))
@@ -236,9 +238,9 @@ def _ghost_points(study: Study, seen: Seen) -> dict[int, tuple[list[float], list
     return found
 
 
-def _ghosts(study: Study, seen: Seen) -> list[Check]:
+def _ghosts(study: MastersStudy, store: ObservationStore) -> list[Check]:
     checks = []
-    for size, (x, y) in _ghost_points(study, seen).items():
+    for size, (x, y) in _ghost_points(study, store).items():
         sizes, means, _, _ = means_by(x, y)
         wanted = [ghost for ghost in study.ghosts if ghost <= size]
         if len(x) < len(wanted) * study.num_seeds or max(sizes) <= 8:
@@ -250,10 +252,10 @@ def _ghosts(study: Study, seen: Seen) -> list[Check]:
     return checks
 
 
-def _ghost_panels(study: Study, seen: Seen) -> list[Panel]:
+def _ghost_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
     curves = [
         band(f"SGD batch {size}", x, y, colour=colour)
-        for colour, (size, (x, y)) in enumerate(_ghost_points(study, seen).items())
+        for colour, (size, (x, y)) in enumerate(_ghost_points(study, store).items())
     ]
     label = "samples of BatchNorm's statistics"
     return [
@@ -268,11 +270,11 @@ def _ghost_panels(study: Study, seen: Seen) -> list[Panel]:
     ]
 
 
-def _warm(study: Study, seen: Seen) -> list[Check]:
-    table = _by_size(study, seen)
+def _warm(study: MastersStudy, store: ObservationStore) -> list[Check]:
+    table = _by_size(study, store)
     warm: dict[float, list[float]] = {}
     for rate, network in study.warmed():
-        value = _test(seen, network)
+        value = _test(store, network)
         if value is None or not table:
             return []
         warm.setdefault(rate, []).append(value)
@@ -328,7 +330,7 @@ ITEMS = (
 
 _DIGITS = "digits of 8 x 8 pixels for CIFAR-10"
 STUDIES = (
-    Study(
+    MastersStudy(
         name="ResNet-8-digits",
         preset="quick",
         network="ResNet-8?batchnorm=False",
@@ -341,7 +343,7 @@ STUDIES = (
         num_seeds=2,
         normalised="ResNet-8",
     ),
-    Study(
+    MastersStudy(
         name="ResNet-8-cifar10",
         preset="reduced",
         network="ResNet-8?batchnorm=False",
@@ -357,7 +359,7 @@ STUDIES = (
         rate_ghost=2.0**-8,
     ),
     *(
-        Study(
+        MastersStudy(
             name=f"{network}-cifar10",
             preset="full",
             network=f"{network}?batchnorm=False",

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sharpness.claims import Check, paired, within
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.looks import accuracy, band, metric, pairs, points
+from sharpness.reproduce.claims import Check, paired, within
+from sharpness.reproduce.columns import accuracy, band, metric, pairs, points
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.paper import Item, Paper, paper_numbers
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 _TEST = metric("test_accuracy_running", 100)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(paper.Study):
+class MishkinStudy(paper.Study):
     """Batch sizes at equal epochs, with one rate for all and with a scaled one.
 
     Args:
@@ -31,14 +31,14 @@ class Study(paper.Study):
     epochs: float
     learning_rate: float = 0.01
 
-    def with_seeds(self, num: int) -> Study:
+    def with_seeds(self, num: int) -> MishkinStudy:
         """The same with so many starting points."""
         return replace(self, num_seeds=num)
 
-    def network_at(self, times: float, scaled: bool, seed: int) -> Trained:
+    def network_at(self, times: float, scaled: bool, seed: int) -> ModelSpec:
         """A run with `times` the default batch size."""
         drops = ",".join(f"{self.epochs * 0.3125 * k:g}" for k in (1, 2, 3))
-        return Trained(
+        return ModelSpec(
             data=self.data,
             training=Training(
                 network=self.network,
@@ -52,10 +52,10 @@ class Study(paper.Study):
                 weight_decay=5e-4,
                 schedule=f"decay?drops=({drops})&factor=10",
             ),
-            budget=Budget(epochs=self.epochs),
+            budget=StoppingCriteria(epochs=self.epochs),
         )
 
-    def runs(self, scaled: bool) -> list[tuple[float, Trained]]:
+    def runs(self, scaled: bool) -> list[tuple[float, ModelSpec]]:
         """(batch size, run)."""
         return [
             (self.default * times, self.network_at(times, scaled, seed))
@@ -64,7 +64,7 @@ class Study(paper.Study):
         ]
 
 
-def _checks(study: Study, seen: Seen) -> list[Check]:
+def _checks(study: MishkinStudy, store: ObservationStore) -> list[Check]:
     checks = []
     published = paper_numbers("mishkin2016")
     seeds = range(study.num_seeds)
@@ -77,13 +77,13 @@ def _checks(study: Study, seen: Seen) -> list[Check]:
 
         def networks(
             a: tuple[float, bool], b: tuple[float, bool]
-        ) -> list[tuple[Trained, Trained]]:
+        ) -> list[tuple[ModelSpec, ModelSpec]]:
             return [
                 (study.network_at(*a, seed), study.network_at(*b, seed)) for seed in seeds
             ]
 
         size = f"batch {study.default * times:g} ({times:g} times the default)"
-        values = pairs(seen, accuracy, _TEST, networks((1, False), (times, False)))
+        values = pairs(store, accuracy, _TEST, networks((1, False), (times, False)))
         if times > 1 and values[0]:
             check = paired(
                 f"{size}, same rate, test accuracy, %: smaller than the default's",
@@ -93,7 +93,7 @@ def _checks(study: Study, seen: Seen) -> list[Check]:
             )
             text = f"{default} → {theirs[False]} (single runs)" if theirs[False] else ""
             checks.append(_told(check, text))
-        values = pairs(seen, accuracy, _TEST, networks((1, False), (times, True)))
+        values = pairs(store, accuracy, _TEST, networks((1, False), (times, True)))
         if values[0]:
             gaps = [b - a for a, b in zip(*values, strict=True)]
             words = f"{size}, scaled rate: within 1 point of the default"
@@ -107,10 +107,10 @@ def _told(check: Check, paper: str) -> Check:
     return replace(check, paper=paper, verdict=check.verdict if paper else None)
 
 
-def _panels(study: Study, seen: Seen) -> list[Panel]:
+def _panels(study: MishkinStudy, store: ObservationStore) -> list[Panel]:
     curves = []
     for colour, (scaled, label) in enumerate(((True, "scaled rate"), (False, "same rate"))):
-        x, y = points(seen, accuracy, _TEST, study.runs(scaled))
+        x, y = points(store, accuracy, _TEST, study.runs(scaled))
         if x:
             curves.append(band(label, x, y, colour=colour))
     sizes = sorted({float(x) for curve in curves for x in curve.x})
@@ -142,7 +142,7 @@ ITEMS = (
 
 _FOR_IMAGENET = "CIFAR-10 and the reduced AlexNet for ImageNet and CaffeNet"
 STUDIES = (
-    Study(
+    MishkinStudy(
         name="ResNet-8-digits",
         preset="quick",
         network="ResNet-8",
@@ -154,7 +154,7 @@ STUDIES = (
         times=(4,),
         epochs=4,
     ),
-    Study(
+    MishkinStudy(
         name="AlexNet-cifar10",
         preset="reduced",
         network="AlexNet",
@@ -165,7 +165,7 @@ STUDIES = (
         times=(4, 16),
         epochs=10,
     ),
-    Study(
+    MishkinStudy(
         name="AlexNet-cifar10",
         preset="full",
         network="AlexNet",

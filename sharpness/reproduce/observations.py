@@ -15,18 +15,18 @@ from torch.optim import Optimizer
 from sharpness import _tensors, checkpoint
 from sharpness.krylov.lanczos import Lanczos
 from sharpness.lab import networks
-from sharpness.lab.measurement import Settings, data_facts, risk_of
 from sharpness.lab.run import DivergedError, OnUpdate, criterion_for, train
-from sharpness.lab.subjects import Subject, opened
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
+from sharpness.loading import LoadedCheckpoint, load_checkpoint
+from sharpness.measurement import MeasurementSettings, data_facts, risk_of
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness
 from sharpness.measures.landscape import interpolation
 from sharpness.measures.perturbation import worst_case_sharpness
 from sharpness.measures.reparametrise import scaled_by
-from sharpness.measures.summary import Settings as MeasureSettings
-from sharpness.reproduce.plain import kind
-from sharpness.reproduce.trained import Bench, Trained
+from sharpness.measures.summary import MeasureSettings
+from sharpness.reproduce.model_spec import Bench, ModelSpec
+from sharpness.reproduce.serialisation import kind
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.tracking import SharpnessTracker
 
@@ -91,16 +91,16 @@ MEASURES: dict[str, tuple[Callable[[EmpiricalRisk, int], Any], float]] = {
 }
 
 
-@kind
+@kind("Accuracy")
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
     """Loss and accuracy on the training and the test set, as training ended."""
 
-    of: Trained
+    of: ModelSpec
     gradients: ClassVar[float] = 0.0
 
     @property
-    def needs(self) -> tuple[Trained, ...]:
+    def needs(self) -> tuple[ModelSpec, ...]:
         """The network."""
         return (self.of,)
 
@@ -111,19 +111,19 @@ class Accuracy:
         return {name: about[name] for name in names}
 
 
-@kind
+@kind("Measured")
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Sharpness of a network, on class-balanced training samples drawn by the seed."""
 
-    of: Trained
+    of: ModelSpec
     measures: tuple[str, ...]  # of MEASURES
     num_samples: int | None = 1000
     batchnorm: Literal["batch", "running"] = "batch"
     seed: int = 0
 
     @property
-    def needs(self) -> tuple[Trained, ...]:
+    def needs(self) -> tuple[ModelSpec, ...]:
         """The network."""
         return (self.of,)
 
@@ -135,9 +135,9 @@ class Measured:
     def found(self, bench: Bench) -> Facts:
         """Every measure with its evidence."""
         path = bench.path(self.of)
-        subject = opened(path, data_dir=bench.data_dir)
+        subject = load_checkpoint(path, data_dir=bench.data_dir)
         num = _at_most(subject, "train", self.num_samples)
-        settings = Settings(
+        settings = MeasurementSettings(
             num_samples=num,
             batchnorm=self.batchnorm,
             of_measures=MeasureSettings(seed=self.seed),
@@ -157,19 +157,19 @@ class Measured:
         }
 
 
-@kind
+@kind("Joining")
 @dataclass(frozen=True, kw_only=True)
-class Joining:
+class InterpolationRun:
     """Loss and accuracy along the line, or the arc, through two networks."""
 
-    first: Trained
-    second: Trained
+    first: ModelSpec
+    second: ModelSpec
     split: Literal["train", "test"] = "train"
     arc: bool = False
     num_samples: int | None = 1000
 
     @property
-    def needs(self) -> tuple[Trained, ...]:
+    def needs(self) -> tuple[ModelSpec, ...]:
         """Both ends."""
         return self.first, self.second
 
@@ -180,8 +180,10 @@ class Joining:
 
     def found(self, bench: Bench) -> Facts:
         """25 points from -1 to 2, as in the paper; BatchNorm on batch statistics."""
-        ends = [opened(bench.path(end), data_dir=bench.data_dir) for end in self.needs]
-        settings = Settings(
+        ends = [
+            load_checkpoint(bench.path(end), data_dir=bench.data_dir) for end in self.needs
+        ]
+        settings = MeasurementSettings(
             num_samples=_at_most(ends[0], self.split, self.num_samples),
             split=self.split,
             batchnorm="batch",
@@ -191,14 +193,14 @@ class Joining:
         return {"curve": curve, "sha256": [end.facts["sha256"] for end in ends]}
 
 
-def _at_most(subject: Subject, split: str, num: int | None) -> int | None:
+def _at_most(subject: LoadedCheckpoint, split: str, num: int | None) -> int | None:
     """So many samples, or as many as the split has."""
     if num is None or num >= len(subject.part(split)[1]):
         return None
     return min(num, subject.usual_number(split) or num)
 
 
-@kind
+@kind("Rescaled")
 @dataclass(frozen=True, kw_only=True)
 class Rescaled:
     """A network's sharpness after every layer that can be was scaled by each factor.
@@ -206,13 +208,13 @@ class Rescaled:
     The function stays: what one layer gains, the next one loses (Dinh et al. 2017).
     """
 
-    of: Trained
+    of: ModelSpec
     factors: tuple[float, ...]
     measures: tuple[str, ...]
     num_samples: int = 500
 
     @property
-    def needs(self) -> tuple[Trained, ...]:
+    def needs(self) -> tuple[ModelSpec, ...]:
         """The network."""
         return (self.of,)
 
@@ -224,9 +226,9 @@ class Rescaled:
 
     def found(self, bench: Bench) -> Facts:
         """For each factor the drift of the outputs, and every measure."""
-        subject = opened(bench.path(self.of), data_dir=bench.data_dir)
+        subject = load_checkpoint(bench.path(self.of), data_dir=bench.data_dir)
         num = _at_most(subject, "train", self.num_samples)
-        settings = Settings(num_samples=num, batchnorm="running")
+        settings = MeasurementSettings(num_samples=num, batchnorm="running")
         risk = risk_of(subject, settings, bench.device)
         before = risk.outputs()
         points = []
@@ -239,18 +241,18 @@ class Rescaled:
         return {"sha256": subject.facts["sha256"], "points": points}
 
 
-@kind
+@kind("Followed")
 @dataclass(frozen=True, kw_only=True)
-class Followed:
+class TrackingRun:
     """A measure along a training, beside the optimizer's stability threshold."""
 
     data: str
     training: Training
-    budget: Budget
+    budget: StoppingCriteria
     measure: Literal["lambda_max", "lambda_max_preconditioned"] = "lambda_max"
     every: int = 10
     num_samples: int = 1000
-    needs: ClassVar[tuple[Trained, ...]] = ()
+    needs: ClassVar[tuple[ModelSpec, ...]] = ()
 
     @property
     def gradients(self) -> float:
@@ -285,7 +287,7 @@ class Followed:
         return SharpnessTracker(
             model,
             criterion_for(dataset),
-            dataset.few(self.num_samples),
+            dataset.balanced_subset(self.num_samples),
             optimizer=optimizer,
             every=self.every,
             measures=(self.measure,),
@@ -309,4 +311,4 @@ class Followed:
         return None
 
 
-Observation = Accuracy | Measured | Joining | Rescaled | Followed
+Observation = Accuracy | Measured | InterpolationRun | Rescaled | TrackingRun

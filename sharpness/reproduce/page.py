@@ -13,45 +13,45 @@ from itertools import groupby
 from pathlib import Path
 
 from sharpness import _command
-from sharpness.claims import Finding
 from sharpness.record import append_record, read_records
-from sharpness.report.markdown import by_study, finding_text, summary
 from sharpness.report.panels import draw
+from sharpness.reproduce.claims import Finding
+from sharpness.reproduce.markdown import by_study, finding_text, summary
 from sharpness.reproduce.paper import Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 _BEGIN, _END = "<!-- {0}:begin -->", "<!-- {0}:end -->"
 MARKER = "reproductions"
 
 
-def findings(seen: Seen) -> Iterator[tuple[Paper, Item, Study, Finding]]:
+def findings(store: ObservationStore) -> Iterator[tuple[Paper, Item, Study, Finding]]:
     """Of every item of every study that something was found on, in order."""
     for paper in PAPERS.values():
         for item in paper.items:
             for study in paper.studies:
-                if item.applies(study) and _looked_at(paper, item, study, seen):
-                    found = finding(paper, item, study, seen)
+                if item.applies(study) and _looked_at(paper, item, study, store):
+                    found = finding(paper, item, study, store)
                     if found.checks:
                         yield paper, item, study, found
 
 
-def _looked_at(paper: Paper, item: Item, study: Study, seen: Seen) -> bool:
+def _looked_at(paper: Paper, item: Item, study: Study, store: ObservationStore) -> bool:
     """What is computed without looking is shown once, for the paper's own sizes."""
     wanted = item.observations(study)
-    return any(o in seen for o in wanted) if wanted else study is paper.studies[-1]
+    return any(o in store for o in wanted) if wanted else study is paper.studies[-1]
 
 
-def recorded(folder: Path) -> Seen:
+def recorded(folder: Path) -> ObservationStore:
     """All observations in a folder's record files."""
-    return Seen(
+    return ObservationStore(
         [record for file in sorted(folder.glob("*.jsonl")) for record in read_records(file)]
     )
 
 
-def page_text(seen: Seen) -> str:
+def page_text(store: ObservationStore) -> str:
     """The generated part of the page: a summary, then every item."""
-    found = list(findings(seen))
+    found = list(findings(store))
     parts = [_verdicts([one for *_, one in found])]
     for paper in PAPERS.values():
         of_paper = [row for row in found if row[0] is paper]
@@ -60,7 +60,7 @@ def page_text(seen: Seen) -> str:
             parts.append(f"## {paper.name}\n\n{paper.citation}.")
             parts.append("\n".join(map(_study_text, studies)))
         for _, item, study, one in of_paper:
-            shown = _picture(item, study, seen)
+            shown = _picture(item, study, store)
             parts.append(finding_text(one, f"reproductions/{shown}" if shown else None))
     return "\n\n".join(part.rstrip() for part in parts)
 
@@ -72,9 +72,9 @@ def _study_text(study: Study) -> str:
     return f"- {where} {study.about} {sizes}{stand_in}".replace("  ", " ")
 
 
-def readme_text(seen: Seen) -> str:
+def readme_text(store: ObservationStore) -> str:
     """The generated part of README: the verdicts, without the quick preset."""
-    return _verdicts([one for *_, one in findings(seen) if one.preset != "quick"])
+    return _verdicts([one for *_, one in findings(store) if one.preset != "quick"])
 
 
 def _verdicts(found: Sequence[Finding]) -> str:
@@ -103,20 +103,20 @@ def between(text: str, marker: str, content: str) -> str:
     return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end, 1)[1]}"
 
 
-def _picture(item: Item, study: Study, seen: Seen) -> str | None:
-    panels = item.panels(study, seen) if item.panels else []
+def _picture(item: Item, study: Study, store: ObservationStore) -> str | None:
+    panels = item.panels(study, store) if item.panels else []
     if not any(panel.curves for panel in panels):
         return None
     return f"{item.name}-{study.name}-{study.preset}.png"
 
 
-def _draw_pictures(folder: Path, seen: Seen) -> None:
+def _draw_pictures(folder: Path, store: ObservationStore) -> None:
     """Every item's picture; what was drawn for others goes."""
     stale = set(folder.glob("*.png"))
-    for paper, item, study, _ in findings(seen):
-        name = _picture(item, study, seen)
+    for paper, item, study, _ in findings(store):
+        name = _picture(item, study, store)
         if name is not None and item.panels is not None:
-            panels = [panel for panel in item.panels(study, seen) if panel.curves]
+            panels = [panel for panel in item.panels(study, store) if panel.curves]
             title = f"{paper.name}, {item.title} · {study.network} on {study.data}"
             draw(folder / name, panels, title=title)
             stale.discard(folder / name)
@@ -126,7 +126,7 @@ def _draw_pictures(folder: Path, seen: Seen) -> None:
 
 def _merge(source: Path, target: Path) -> int:
     """Add the observations that are not there yet; how many."""
-    there = Seen(read_records(target) if target.exists() else ())
+    there = ObservationStore(read_records(target) if target.exists() else ())
     new = [
         r for r in read_records(source) if r.get("digest") and not there.has(r["digest"])
     ]
@@ -162,11 +162,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for run in options.records:
             kept = folder / f"{run.name.removeprefix('reproduce-')}.jsonl"
             print(f"{kept}: {_merge(run / 'records.jsonl', kept)} observations added")
-        seen = recorded(folder)
-        for path, content in ((page, page_text(seen)), (readme, readme_text(seen))):
+        store = recorded(folder)
+        for path, content in ((page, page_text(store)), (readme, readme_text(store))):
             text = path.read_text(encoding="utf-8")
             path.write_text(between(text, MARKER, content), encoding="utf-8")
-        _draw_pictures(folder, seen)
+        _draw_pictures(folder, store)
         return _command.OK
 
     return _command.guarded("sharpness.reproduce.page", command)

@@ -9,10 +9,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from sharpness.claims import Check, Finding
 from sharpness.report.panels import Panel
+from sharpness.reproduce.claims import Check, Finding
 from sharpness.reproduce.observations import Observation
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 Preset = Literal["quick", "reduced", "full"]
 PRESETS: tuple[Preset, ...] = ("quick", "reduced", "full")
@@ -48,8 +48,8 @@ class Item:
     title: str
     claim: str
     observations: Callable[[Any], Sequence[Observation]]
-    checks: Callable[[Any, Seen], Sequence[Check]]
-    panels: Callable[[Any, Seen], Sequence[Panel]] | None = None
+    checks: Callable[[Any, ObservationStore], Sequence[Check]]
+    panels: Callable[[Any, ObservationStore], Sequence[Panel]] | None = None
     applies: Callable[[Any], bool] = lambda study: True
     in_quick: bool = True  # done by the quick preset without being named
 
@@ -76,11 +76,11 @@ class Paper:
         raise ValueError(f"`ITEM` must be one of {names}; got {name!r}.")
 
 
-def finding(paper: Paper, item: Item, study: Study, seen: Seen) -> Finding:
+def finding(paper: Paper, item: Item, study: Study, store: ObservationStore) -> Finding:
     """What has been found on an item so far."""
     wanted = list(dict.fromkeys(item.observations(study)))
     notes = []
-    lost = sum(seen.diverged(observation) for observation in wanted)
+    lost = sum(store.diverged(observation) for observation in wanted)
     if lost:
         notes.append(f"{lost} of {len(wanted)} observations: training diverged.")
     original = next(
@@ -98,9 +98,9 @@ def finding(paper: Paper, item: Item, study: Study, seen: Seen) -> Finding:
         command=f"python -m sharpness.reproduce {paper.name} {item.name} "
         f"--preset {study.preset} --study {study.name}{seeds}",
         stand_in=study.stand_in if wanted else None,
-        made=sum(observation in seen for observation in wanted),
+        made=sum(observation in store for observation in wanted),
         wanted=len(wanted),
-        checks=list(item.checks(study, seen)),
+        checks=list(item.checks(study, store)),
         notes=notes,
     )
 

@@ -7,22 +7,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, geometric_mean
 
-from sharpness.claims import Check, holds, ratio_within, within
 from sharpness.lab.regimes import REGIMES
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.looks import Pick, accuracy, band, by_start, metric, pairs, points
+from sharpness.reproduce.claims import Check, holds, ratio_within, within
+from sharpness.reproduce.columns import (
+    Pick,
+    accuracy,
+    band,
+    by_start,
+    metric,
+    pairs,
+    points,
+)
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.paper import Item, Paper, paper_numbers
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 _TEST = metric("test_accuracy_running", 100)
 _KINDS = ("decay", "hybrid", "increase")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(paper.Study):
+class SmithStudy(paper.Study):
     """One network under the three schedules of equal noise scale, and two faster ones.
 
     Args:
@@ -41,17 +49,17 @@ class Study(paper.Study):
     learning_rate: float = 0.1
     augmentation: str = "none"
 
-    def with_seeds(self, num: int) -> Study:
+    def with_seeds(self, num: int) -> SmithStudy:
         """The same with so many starting points."""
         return replace(self, num_seeds=num)
 
     def network_at(
         self, kind: str, seed: int, epochs: float, times: int = 1, momentum: float = 0.9
-    ) -> Trained:
+    ) -> ModelSpec:
         """A moment of a run; `times` the batch size goes with `times` the rate."""
         drops = ",".join(f"{drop:g}" for drop in self.drops)
         most = "" if kind == "decay" else f"&max_batch_size={self.most}"
-        return Trained(
+        return ModelSpec(
             data=self.data,
             training=Training(
                 network=self.network,
@@ -65,10 +73,10 @@ class Study(paper.Study):
                 ghost_batch_size=self.ghost,
                 augmentation=self.augmentation,
             ),
-            budget=Budget(epochs=epochs),
+            budget=StoppingCriteria(epochs=epochs),
         )
 
-    def moments(self, kind: str) -> list[tuple[float, Trained]]:
+    def moments(self, kind: str) -> list[tuple[float, ModelSpec]]:
         """(epoch, moment) of every starting point."""
         return [
             (epochs, self.network_at(kind, seed, epochs))
@@ -76,13 +84,13 @@ class Study(paper.Study):
             for epochs in self.looked_at
         ]
 
-    def ends(self, kind: str, times: int = 1) -> list[Trained]:
+    def ends(self, kind: str, times: int = 1) -> list[ModelSpec]:
         """The networks at the end."""
         last = self.looked_at[-1]
         return [self.network_at(kind, seed, last, times) for seed in range(self.num_seeds)]
 
 
-def _accuracies(study: Study, seen: Seen) -> list[Check]:
+def _accuracies(study: SmithStudy, store: ObservationStore) -> list[Check]:
     checks = []
     published = paper_numbers("smith2018")["accuracy"]
     for name, networks, theirs in (
@@ -91,7 +99,7 @@ def _accuracies(study: Study, seen: Seen) -> list[Check]:
         ("increasing batch, rate five times as high", study.ends("increase", 5), "rate"),
     ):
         values = pairs(
-            seen, accuracy, _TEST, list(zip(study.ends("decay"), networks, strict=True))
+            store, accuracy, _TEST, list(zip(study.ends("decay"), networks, strict=True))
         )
         if values[0]:
             gaps = [b - a for a, b in zip(*values, strict=True)]
@@ -103,13 +111,13 @@ def _accuracies(study: Study, seen: Seen) -> list[Check]:
     return checks
 
 
-def _curves(study: Study, seen: Seen) -> list[Check]:
+def _curves(study: SmithStudy, store: ObservationStore) -> list[Check]:
     """Do the curves of the training loss by epochs coincide, where they might differ?"""
     loss, checks = metric("train_loss_running"), []
     late = [epochs for epochs in study.looked_at if epochs > study.drops[0]]
     for kind in _KINDS[1:]:
         decay, other = (
-            _geometric_means(seen, study, name, late, loss) for name in ("decay", kind)
+            _geometric_means(store, study, name, late, loss) for name in ("decay", kind)
         )
         if decay and len(decay) == len(other):
             words = (
@@ -121,20 +129,24 @@ def _curves(study: Study, seen: Seen) -> list[Check]:
 
 
 def _geometric_means(
-    seen: Seen, study: Study, kind: str, epochs: Sequence[float], pick: Pick
+    store: ObservationStore,
+    study: SmithStudy,
+    kind: str,
+    epochs: Sequence[float],
+    pick: Pick,
 ) -> list[float]:
     """Over the epochs, for each starting point; none before all were looked at."""
     moments = [one for one in study.moments(kind) if one[0] in epochs]
-    _, runs = by_start(seen, accuracy, pick, moments)
+    _, runs = by_start(store, accuracy, pick, moments)
     means = [0.0 if 0.0 in run else geometric_mean(run) for run in runs]
     return means if all(map(math.isfinite, means)) else []
 
 
-def _schedules(study: Study, seen: Seen) -> list[Check]:
-    return [*_curves(study, seen), *_accuracies(study, seen)]
+def _schedules(study: SmithStudy, store: ObservationStore) -> list[Check]:
+    return [*_curves(study, store), *_accuracies(study, store)]
 
 
-def _panels(study: Study, seen: Seen) -> list[Panel]:
+def _panels(study: SmithStudy, store: ObservationStore) -> list[Panel]:
     panels = []
     for label, name, times, log in (
         ("training loss", "train_loss_running", 1.0, True),
@@ -142,7 +154,7 @@ def _panels(study: Study, seen: Seen) -> list[Panel]:
     ):
         curves = []
         for colour, kind in enumerate(_KINDS):
-            x, y = points(seen, accuracy, metric(name, times), study.moments(kind))
+            x, y = points(store, accuracy, metric(name, times), study.moments(kind))
             if x:
                 curves.append(band(kind, x, y, colour=colour))
         panels.append(
@@ -158,7 +170,7 @@ def _panels(study: Study, seen: Seen) -> list[Panel]:
     return panels
 
 
-def _updates(study: Study, seen: Seen) -> list[Check]:
+def _updates(study: SmithStudy, store: ObservationStore) -> list[Check]:
     """Counted for the paper's own sizes; nothing is trained for it."""
     checks = []
     published = paper_numbers("smith2018")["updates"]
@@ -167,7 +179,7 @@ def _updates(study: Study, seen: Seen) -> list[Check]:
         training = Training(
             network="WRN-16-4", batch_size=regime.batch_size or 128, **regime.training
         )
-        budget = Budget(epochs=regime.epochs)
+        budget = StoppingCriteria(epochs=regime.epochs)
         count = budget.num_updates(training.course(50_000))
         low, high = theirs["range"]
         words = f"{name}: updates in 200 epochs of CIFAR-10"
@@ -204,7 +216,7 @@ ITEMS = (
 
 _FOR_WIDE = "ResNet-8 for the wide ResNet 16-4"
 STUDIES = (
-    Study(
+    SmithStudy(
         name="ResNet-8-digits",
         preset="quick",
         network="ResNet-8",
@@ -219,7 +231,7 @@ STUDIES = (
         ghost=8,
         learning_rate=0.05,
     ),
-    Study(
+    SmithStudy(
         name="ResNet-8-cifar10",
         preset="reduced",
         network="ResNet-8",
@@ -233,7 +245,7 @@ STUDIES = (
         looked_at=(2, 4, 6, 8, 10, 12),
         ghost=16,
     ),
-    Study(
+    SmithStudy(
         name="WRN-16-4-cifar10",
         preset="full",
         network="WRN-16-4",

@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors
-from sharpness.results import NondeterministicRiskError
+from sharpness._results import NondeterministicRiskError
 from sharpness.risk import batches
 from sharpness.risk.differences import Differences
 from sharpness.risk.empirical import EmpiricalRisk
@@ -29,7 +29,7 @@ _NAMED = 3  # names listed before "and n more"
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """What one check saw; `advice` says what to do where something is to be done."""
 
     check: str
@@ -46,7 +46,7 @@ class Finding:
 class Checkup:
     """All findings about a risk."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckResult, ...]
     values: tuple[float, float]  # of f, evaluated twice
     seconds: float
 
@@ -55,7 +55,7 @@ class Checkup:
         """Whether no check failed."""
         return all(finding.status != FAILED for finding in self.findings)
 
-    def __getitem__(self, check: str) -> Finding:
+    def __getitem__(self, check: str) -> CheckResult:
         """The finding of a check, by its name."""
         return next(finding for finding in self.findings if finding.check == check)
 
@@ -127,11 +127,11 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
 # -- numbers -----------------------------------------------------------------------------
 
 
-def _finite(value: float, gradient: Tensor) -> Finding:
+def _finite(value: float, gradient: Tensor) -> CheckResult:
     if bool(torch.isfinite(gradient).all()) and np.isfinite(value):
-        return Finding("finite", OK, f"f = {value:.4g}", value)
+        return CheckResult("finite", OK, f"f = {value:.4g}", value)
     advice = "Look for NaN or infinite values in parameters, buffers and data."
-    return Finding(
+    return CheckResult(
         "finite", FAILED, f"f = {value}, or its gradient, is not.", value, advice
     )
 
@@ -140,21 +140,23 @@ def _deterministic(
     values: tuple[float, float],
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
-) -> Finding:
+) -> CheckResult:
     same = values[0] == values[1] or values[0] != values[0]
     if same and all(_same_bits(a, b) for a, b in (first, second)):
-        return Finding("deterministic", OK, "value, gradient and product twice: same bits")
+        return CheckResult(
+            "deterministic", OK, "value, gradient and product twice: same bits"
+        )
     apart = max(float((a - b).abs().max()) for a, b in (first, second))
     text = f"two evaluations gave {values[0]!r} and {values[1]!r}"
     if same:
         text = f"two evaluations differ by up to {apart:.1g} in the gradient or product"
     advice = "Remove what varies from call to call in the model or closure."
-    return Finding("deterministic", FAILED, text + ".", apart, advice)
+    return CheckResult("deterministic", FAILED, text + ".", apart, advice)
 
 
 def _symmetric(
     risk: EmpiricalRisk, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
-) -> Finding:
+) -> CheckResult:
     (u, hu), (v, hv) = first, second
     size = float(torch.maximum(_tensors.norm64(hu), _tensors.norm64(hv)))
     apart = abs(float(_tensors.dot64(u, hv) - _tensors.dot64(v, hu)))
@@ -162,16 +164,16 @@ def _symmetric(
     allowed = max(_rounding(risk), 10 * (risk.prepare().relative_error or 0.0))
     text = f"|u.Hv - v.Hu| is {relative:.1g} of |Hv|"
     if relative <= allowed:
-        return Finding("symmetric", OK, text, relative)
+        return CheckResult("symmetric", OK, text, relative)
     advice = "A custom backward pass may be wrong: try engine='differences'."
-    return Finding("symmetric", FAILED, text + ".", relative, advice)
+    return CheckResult("symmetric", FAILED, text + ".", relative, advice)
 
 
-def _differences(risk: EmpiricalRisk) -> Finding:
+def _differences(risk: EmpiricalRisk) -> CheckResult:
     plan = risk.prepare()
     if plan.relative_error is not None:
         text = f"products are differences of gradients, good to {plan.relative_error:.1g}"
-        return Finding("differences", NOTE, text, plan.relative_error)
+        return CheckResult("differences", NOTE, text, plan.relative_error)
     differences = Differences(partial(risk.gradient, freeze_batchnorm=True), risk.theta)
     exact = risk.hvp(differences.probe)
     size = float(_tensors.norm64(exact))
@@ -181,12 +183,12 @@ def _differences(risk: EmpiricalRisk) -> Finding:
     if apart <= max(10 * error, _rounding(risk)):
         status = OK if error < 0.1 else NOTE
         text += "" if status == OK else f", but the latter are only good to {error:.1g}"
-        return Finding("differences", status, text, apart)
+        return CheckResult("differences", status, text, apart)
     advice = (
         "Something in the model is cut off from the second derivative (`detach`, a "
         "custom backward pass): use engine='differences'."
     )
-    return Finding("differences", FAILED, text + ".", apart, advice)
+    return CheckResult("differences", FAILED, text + ".", apart, advice)
 
 
 def _rounding(risk: EmpiricalRisk) -> float:
@@ -199,31 +201,31 @@ def _rounding(risk: EmpiricalRisk) -> float:
 # -- inventory ---------------------------------------------------------------------------
 
 
-def _engine(risk: EmpiricalRisk) -> Finding:
+def _engine(risk: EmpiricalRisk) -> CheckResult:
     plan = risk.prepare()
     text = f"{plan.engine} ({plan.reason}); about {plan.predicted_bytes / 1e6:.0f} MB"
     if plan.num_kept < plan.num_chunks and plan.engine != "differences":
         text += f"; {plan.num_kept} of {plan.num_chunks} graphs fit the memory"
     unusual = plan.engine == "differences" or "aside" in plan.reason or risk.notes
-    return Finding("engine", NOTE if unusual else OK, "; ".join([text, *risk.notes]))
+    return CheckResult("engine", NOTE if unusual else OK, "; ".join([text, *risk.notes]))
 
 
-def _inventory(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[Finding]:
+def _inventory(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[CheckResult]:
     modules = dict(risk.model.named_modules())
     norms = [name for name, m in modules.items() if isinstance(m, _BatchNorm)]
     if norms:
         text = f"{len(norms)} layers, on {risk.batchnorm} statistics"
-        yield Finding("BatchNorm", NOTE, text)
+        yield CheckResult("BatchNorm", NOTE, text)
     drops = [k for k, m in modules.items() if isinstance(m, _DropoutNd) and m.p > 0]
     if drops:
-        yield Finding("dropout", NOTE, f"off while measuring: {_some(drops)}")
+        yield CheckResult("dropout", NOTE, f"off while measuring: {_some(drops)}")
     if _draws(risk):
         text = "the forward pass draws random numbers: the same ones at each evaluation"
-        yield Finding("random draws", NOTE, text)
+        yield CheckResult("random draws", NOTE, text)
     yield from _parameters(risk, gradient, hv)
 
 
-def _parameters(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[Finding]:
+def _parameters(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[CheckResult]:
     shapes, names = risk._objective.shapes, risk._objective.names
     pieces = zip(
         names, _tensors.split(gradient, shapes), _tensors.split(hv, shapes), strict=True
@@ -231,18 +233,18 @@ def _parameters(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[F
     flat = [(name, bool(g.any()), bool(h.any())) for name, g, h in pieces]
     unused = [name for name, slope, curve in flat if not slope and not curve]
     if unused:
-        yield Finding("unused", NOTE, f"f does not depend on {_some(unused)}")
+        yield CheckResult("unused", NOTE, f"f does not depend on {_some(unused)}")
     linear = [name for name, slope, curve in flat if slope and not curve]
     if linear:
-        yield Finding("no curvature", NOTE, f"f is linear in {_some(linear)}")
+        yield CheckResult("no curvature", NOTE, f"f is linear in {_some(linear)}")
     others = [name for name, _ in risk.model.named_parameters() if name not in set(names)]
     if others:
-        yield Finding("held fixed", NOTE, f"not in theta: {_some(others)}")
+        yield CheckResult("held fixed", NOTE, f"not in theta: {_some(others)}")
     every = [name for name, _ in risk.model.named_parameters(remove_duplicate=False)]
     single = {name for name, _ in risk.model.named_parameters()}
     tied = [name for name in every if name not in single]
     if tied:
-        yield Finding("tied", NOTE, f"counted once, under another name: {_some(tied)}")
+        yield CheckResult("tied", NOTE, f"counted once, under another name: {_some(tied)}")
 
 
 def _draws(risk: EmpiricalRisk) -> bool:
@@ -255,7 +257,7 @@ def _draws(risk: EmpiricalRisk) -> bool:
         return _generators() != fresh
 
 
-def _data(risk: EmpiricalRisk) -> Iterator[Finding]:
+def _data(risk: EmpiricalRisk) -> Iterator[CheckResult]:
     """What a loader would give on a second pass; the risk keeps the first."""
     source = risk._source
     if isinstance(source, tuple | list | Mapping):
@@ -263,10 +265,10 @@ def _data(risk: EmpiricalRisk) -> Iterator[Finding]:
     if getattr(source, "drop_last", False):
         left_out = len(source.dataset) - risk.num_samples
         text = f"drop_last left out {left_out} of {len(source.dataset)} samples"
-        yield Finding("drop_last", NOTE, text + ".", left_out, "Use drop_last=False.")
+        yield CheckResult("drop_last", NOTE, text + ".", left_out, "Use drop_last=False.")
     if isinstance(source, Iterator):
         text = "a one-shot iterator: read once, and kept"
-        yield Finding("data", NOTE, text)
+        yield CheckResult("data", NOTE, text)
         return
     kept = [chunk.batch for chunk in risk._mean.all]
     closed = risk._objective.closure is not None
@@ -274,15 +276,15 @@ def _data(risk: EmpiricalRisk) -> Iterator[Finding]:
     yield _second_pass(kept, again)
 
 
-def _second_pass(kept: list[Any], again: list[Any]) -> Finding:
+def _second_pass(kept: list[Any], again: list[Any]) -> CheckResult:
     first, second = _rows(kept), _rows(again)
     if first == second:
-        return Finding("data", OK, "the loader gives the same data each time")
+        return CheckResult("data", OK, "the loader gives the same data each time")
     shuffled = 2 * len(set(first) & set(second)) >= len(first)
     what = "another order (it shuffles)" if shuffled else "other values (it augments)"
     text = f"a second pass through the loader gives {what}; the first is kept."
     advice = "For a function that can be built again: no shuffling, no augmentation."
-    return Finding("data", NOTE, text, advice=advice)
+    return CheckResult("data", NOTE, text, advice=advice)
 
 
 def _rows(given: list[Any]) -> list[bytes]:
@@ -298,7 +300,7 @@ def _rows(given: list[Any]) -> list[bytes]:
 # -- untouched ---------------------------------------------------------------------------
 
 
-def _untouched(risk: EmpiricalRisk, before: dict[str, str]) -> Finding:
+def _untouched(risk: EmpiricalRisk, before: dict[str, str]) -> CheckResult:
     changed = _changed(before, _fingerprints(risk.model))
     if not changed:
         _fail_once(risk)
@@ -307,9 +309,9 @@ def _untouched(risk: EmpiricalRisk, before: dict[str, str]) -> Finding:
         ]
     if not changed:
         text = "parameters, buffers, modes, gradients, generators: same bits, also after "
-        return Finding("untouched", OK, text + "an exception")
+        return CheckResult("untouched", OK, text + "an exception")
     advice = "The model changes itself in its forward pass, outside its buffers."
-    return Finding("untouched", FAILED, f"changed: {_some(changed)}.", None, advice)
+    return CheckResult("untouched", FAILED, f"changed: {_some(changed)}.", None, advice)
 
 
 def _fail_once(risk: EmpiricalRisk) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpness.results import NotAvailableError
+from sharpness._results import NotAvailableError
 from sharpness.risk import batches, curvature, memory
 from sharpness.risk.curvature import Linearise
 from sharpness.risk.fisher_terms import FisherTerms, loss_of_sampled, sampled_targets

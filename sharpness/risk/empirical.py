@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole, whole_seed
-from sharpness.results import NotAvailableError
+from sharpness._results import NotAvailableError
 from sharpness.risk import batches
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix

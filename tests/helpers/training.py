@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sharpness.lab import data
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 
 NETWORK = "MLP?width=8&depth=1"
 
@@ -15,7 +15,9 @@ NETWORK = "MLP?width=8&depth=1"
 RUN = Training(network=NETWORK, batch_size=16, seed=3)
 
 
-FOUR = Budget(epochs=4)  # of tiny's 40 samples: 10 updates of 16, epochs end at 3, 5, 8, 10
+FOUR = StoppingCriteria(
+    epochs=4
+)  # of tiny's 40 samples: 10 updates of 16, epochs end at 3, 5, 8, 10
 
 
 def tiny(num=40, classes=10):

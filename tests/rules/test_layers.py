@@ -4,26 +4,27 @@ import ast
 import subprocess
 import sys
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import sharpness
-from sharpness import results
+from sharpness import _results
 
 PACKAGE = Path(sharpness.__file__).parent
 
 # Lowest first; a module imports from its own rank or a lower one.
 RANKS = [
-    {"_tensors", "_arguments", "results", "_progress", "_run"},
+    {"_tensors", "_arguments", "_run", "_progress", "_results", "_json", "statistics"},
+    {"report"},
     {"krylov", "optimize"},
     {"risk"},
     {"measures", "compat"},
-    {"tracking"},
+    {"tracking", "results"},
     {"checkpoint", "record"},
     {"lab"},
-    {"statistics", "claims"},
-    {"report"},
+    {"loading", "measurement"},
     {"reproduce"},
     {
         "_command",
@@ -39,7 +40,6 @@ RANKS = [
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 PURE = ("krylov", "optimize")
 IMPURE = {"argparse", "json", "pathlib", "time", "random", "os", "sys", "logging"}
-SHOWING = {"plot", "table", "to_json"}
 COMMANDS = {"measure", "train", "reproduce", "compare", "batchsize", "lab"}
 
 
@@ -65,15 +65,7 @@ def rank_of(name: str) -> int:
 def imported(tree: ast.Module) -> set[str]:
     """Modules of the package that a module imports, without the package's name."""
     names = set()
-    drawing = {  # a result may show itself: these import upwards when they are called
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and node.name in SHOWING
-        for inner in ast.walk(node)
-    }
     for node in ast.walk(tree):
-        if node in drawing:
-            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -95,6 +87,33 @@ def upward_imports(trees: dict[str, ast.Module]) -> list[str]:
 
 def test_no_module_imports_from_a_higher_rank():
     assert upward_imports(modules(PACKAGE)) == []
+
+
+def circles(trees: dict[str, ast.Module]) -> list[str]:
+    """Modules that import themselves by way of others."""
+    graph = {
+        name: {t for t in trees for target in imported(tree) if own(target, t, trees)}
+        for name, tree in trees.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def own(target: str, name: str, trees: dict[str, ast.Module]) -> bool:
+    """Whether `target`, a module or a name in it, means the module `name`."""
+    return target == name or (target.rpartition(".")[0] == name and target not in trees)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert circles(modules(PACKAGE)) == []
+
+
+def test_the_layer_test_sees_a_circle():
+    code = {"risk.a": "from sharpness.risk.b import x", "risk.b": "import sharpness.risk.a"}
+    assert set(circles({k: ast.parse(v) for k, v in code.items()})) == {"risk.a", "risk.b"}
 
 
 def test_the_layer_test_sees_an_upward_import_and_an_unranked_module():
@@ -163,7 +182,7 @@ def test_the_changelog_starts_with_the_version():
 def test_every_error_of_ours_can_be_caught_by_name():
     ours = {
         name
-        for name, thing in vars(results).items()
+        for name, thing in vars(_results).items()
         if isinstance(thing, type) and issubclass(thing, Exception)
     }
     assert ours >= {"NotAvailableError", "NotConvergedError", "NondeterministicRiskError"}

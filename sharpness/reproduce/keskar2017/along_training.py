@@ -6,17 +6,17 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from sharpness.claims import Check, by_both_solvers, paired, ratio_within, within
 from sharpness.report.panels import Curve, Panel
-from sharpness.reproduce.keskar2017.study import BEST_PHI, ROLES, Role, Study
-from sharpness.reproduce.looks import band, pairs, phi
+from sharpness.reproduce.claims import Check, by_both_solvers, paired, ratio_within, within
+from sharpness.reproduce.columns import band, pairs, phi
+from sharpness.reproduce.keskar2017.study import BEST_PHI, ROLES, KeskarStudy, Role
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 
-def _figure2_observations(study: Study) -> list[Any]:
+def _figure2_observations(study: KeskarStudy) -> list[Any]:
     return [
         Accuracy(of=network)
         for role in ROLES
@@ -25,30 +25,30 @@ def _figure2_observations(study: Study) -> list[Any]:
     ]
 
 
-def _accuracies(seen: Seen, run: list[Trained], name: str) -> list[float]:
-    found = [seen.get(Accuracy(of=network)) for network in run]
+def _accuracies(store: ObservationStore, run: list[ModelSpec], name: str) -> list[float]:
+    found = [store.get(Accuracy(of=network)) for network in run]
     return [100 * facts["metrics"][name] for facts in found if facts is not None]
 
 
-def _figure2(study: Study, seen: Seen) -> list[Check]:
+def _figure2(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     """Would stopping the large batch early have helped?"""
     runs = study.followed("large")
-    curves = [_accuracies(seen, run, "test_accuracy_batch") for run in runs]
+    curves = [_accuracies(store, run, "test_accuracy_batch") for run in runs]
     lost = [max(c) - c[-1] for c in curves if len(c) == len(study.epochs_large)]
     if not lost:
         return []
     words = (
         "large batch: best test accuracy along training less the last, points: 0.25 or less"
     )
-    return [within(words, lost, -math.inf, 0.25, paper="no peak is seen")]
+    return [within(words, lost, -math.inf, 0.25, paper="no peak is store")]
 
 
-def _figure2_panels(study: Study, seen: Seen) -> list[Panel]:
+def _figure2_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
     curves = []
     for colour, role in enumerate(ROLES):
         for split, style in (("test", "o-"), ("train", "o:")):
             runs = study.followed(role)
-            values = [_accuracies(seen, run, f"{split}_accuracy_batch") for run in runs]
+            values = [_accuracies(store, run, f"{split}_accuracy_batch") for run in runs]
             full = [v for v in values if len(v) == len(study.epochs(role))]
             flat = [value for run in full for value in run]
             if full:
@@ -60,7 +60,7 @@ def _figure2_panels(study: Study, seen: Seen) -> list[Panel]:
     ]
 
 
-def _figure6_observations(study: Study) -> list[Any]:
+def _figure6_observations(study: KeskarStudy) -> list[Any]:
     return [
         study.phi(network)
         for role in ROLES
@@ -69,19 +69,21 @@ def _figure6_observations(study: Study) -> list[Any]:
     ]
 
 
-def _figure6_points(study: Study, seen: Seen, role: Role) -> list[tuple[float, float]]:
+def _figure6_points(
+    study: KeskarStudy, store: ObservationStore, role: Role
+) -> list[tuple[float, float]]:
     """(training loss, phi) of every followed network, in order of the loss."""
-    looks = [seen.get(study.phi(n)) for run in study.followed(role) for n in run]
+    looks = [store.get(study.phi(n)) for run in study.followed(role) for n in run]
     return sorted((f["value"], phi(0)(f)) for f in looks if f)
 
 
-def _figure6(study: Study, seen: Seen) -> list[Check]:
+def _figure6(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     """From the first look to the last, by starting point."""
     checks = []
     for role in ROLES[::-1]:
         moments = [(run[0], run[-1]) for run in study.followed(role)]
         values, best = (
-            pairs(seen, study.phi, pick, moments) for pick in (phi(0), BEST_PHI)
+            pairs(store, study.phi, pick, moments) for pick in (phi(0), BEST_PHI)
         )
         if not values[0]:
             continue
@@ -100,7 +102,7 @@ def _hardly_grows(words: str, first: list[float], last: list[float]) -> Check:
     return replace(change, ours=f"{shown.ours}; {change.ours}")
 
 
-def _figure6_panels(study: Study, seen: Seen) -> list[Panel]:
+def _figure6_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
     curves = [
         Curve(
             label=f"{role} batch",
@@ -110,7 +112,7 @@ def _figure6_panels(study: Study, seen: Seen) -> list[Panel]:
             style="o",
         )
         for colour, role in enumerate(ROLES)
-        if (points := _figure6_points(study, seen, role))
+        if (points := _figure6_points(study, store, role))
     ]
     return [
         Panel(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sharpness.claims import Check
 from sharpness.report.panels import Panel
-from sharpness.reproduce.keskar2017.study import BEST_PHI, TEST_ACCURACY, Study
-from sharpness.reproduce.looks import accuracy, band, lambda_max, phi, points, trend_of
+from sharpness.reproduce.claims import Check
+from sharpness.reproduce.columns import accuracy, band, lambda_max, phi, points, trend_of
+from sharpness.reproduce.keskar2017.study import BEST_PHI, TEST_ACCURACY, KeskarStudy
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 
-def _swept(study: Study) -> list[tuple[int, Trained]]:
+def _swept(study: KeskarStudy) -> list[tuple[int, ModelSpec]]:
     return [
         (batch_size, study.network_at(batch_size, seed, study.epochs_swept))
         for batch_size in study.swept
@@ -22,29 +22,29 @@ def _swept(study: Study) -> list[tuple[int, Trained]]:
     ]
 
 
-def _figure4_observations(study: Study) -> list[Any]:
+def _figure4_observations(study: KeskarStudy) -> list[Any]:
     networks = [network for _, network in _swept(study)]
     looks: list[Any] = [Accuracy(of=network) for network in networks]
     return looks + [study.curvature_and_phi(network) for network in networks]
 
 
-def _figure4(study: Study, seen: Seen) -> list[Check]:
+def _figure4(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     """The paper's thresholds are 1 and 2 % of its data: here the larger half of sizes."""
     networks, measured = _swept(study), study.curvature_and_phi
     least = study.swept[len(study.swept) // 2]
     large = [(size, network) for size, network in networks if size >= least]
     words = f"test accuracy falls with batch size, from {least} on"
-    checks = trend_of(words, seen, accuracy, TEST_ACCURACY, large, rising=False)
+    checks = trend_of(words, store, accuracy, TEST_ACCURACY, large, rising=False)
     words = "test accuracy over all batch sizes: falls"
     checks += trend_of(
-        words, seen, accuracy, TEST_ACCURACY, networks, rising=False, judged=False
+        words, store, accuracy, TEST_ACCURACY, networks, rising=False, judged=False
     )
     words = "phi(1e-3) rises with batch size"
-    checks += trend_of(words, seen, measured, phi(0), networks, rising=True, best=BEST_PHI)
+    checks += trend_of(words, store, measured, phi(0), networks, rising=True, best=BEST_PHI)
     words = "lambda_max with batch size (Yao et al. 2018: rises)"
     return checks + trend_of(
         words,
-        seen,
+        store,
         measured,
         lambda_max,
         networks,
@@ -53,14 +53,14 @@ def _figure4(study: Study, seen: Seen) -> list[Check]:
     )
 
 
-def _figure4_panels(study: Study, seen: Seen) -> list[Panel]:
+def _figure4_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
     panels = []
     for label, look, pick, log in (
         ("test accuracy, %", accuracy, TEST_ACCURACY, False),
         ("phi(1e-3), %", study.curvature_and_phi, phi(0), True),
         ("lambda_max", study.curvature_and_phi, lambda_max, True),
     ):
-        x, y = points(seen, look, pick, _swept(study))
+        x, y = points(store, look, pick, _swept(study))
         if x:
             panels.append(
                 Panel(

@@ -6,25 +6,27 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sharpness.claims import Check, paired
 from sharpness.report.panels import Curve, Panel
-from sharpness.reproduce.keskar2017.study import Study, ends
-from sharpness.reproduce.looks import Facts
-from sharpness.reproduce.observations import Joining
+from sharpness.reproduce.claims import Check, paired
+from sharpness.reproduce.columns import Facts
+from sharpness.reproduce.keskar2017.study import KeskarStudy, ends
+from sharpness.reproduce.observations import InterpolationRun
 from sharpness.reproduce.paper import Item, paper_numbers
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 
-def _joinings(study: Study, arc: bool) -> list[Joining]:
+def _joinings(study: KeskarStudy, arc: bool) -> list[InterpolationRun]:
     networks = ends(study)[: study.num_followed]
     return [
-        Joining(first=a, second=b, arc=arc, num_samples=study.num_samples, split=split)
+        InterpolationRun(
+            first=a, second=b, arc=arc, num_samples=study.num_samples, split=split
+        )
         for a, b in networks
         for split in ("train", "test")
     ]
 
 
-def _curves(study: Study, arc: bool) -> dict[str, Any]:
+def _curves(study: KeskarStudy, arc: bool) -> dict[str, Any]:
     """The authors' own points on the line."""
     return {} if arc or study.stand_in else paper_numbers("keskar2017_curves")
 
@@ -36,9 +38,9 @@ def _rises(curve: Facts) -> tuple[float, float]:
     return small, large
 
 
-def _between(arc: bool, study: Study, seen: Seen) -> list[Check]:
+def _between(arc: bool, study: KeskarStudy, store: ObservationStore) -> list[Check]:
     looks = [j for j in _joinings(study, arc) if j.split == "train"]
-    found = [_rises(facts["curve"]) for j in looks if (facts := seen.get(j))]
+    found = [_rises(facts["curve"]) for j in looks if (facts := store.get(j))]
     if not found:
         return []
     published = ""
@@ -52,14 +54,14 @@ def _between(arc: bool, study: Study, seen: Seen) -> list[Check]:
     return [replace(paired(words, small, large), paper=published)]
 
 
-def _between_panels(arc: bool, study: Study, seen: Seen) -> list[Panel]:
+def _between_panels(arc: bool, study: KeskarStudy, store: ObservationStore) -> list[Panel]:
     panels = []
     shown = _joinings(study, arc)[:2]  # of one pair, as in the paper
     theirs = _curves(study, arc)
     for key, name, times in (("values", "xent", 1.0), ("accuracies", "acc", 100.0)):
         curves = []
         for colour, joining in enumerate(shown):
-            facts = seen.get(joining)
+            facts = store.get(joining)
             if facts is None:
                 continue
             y = [times * value for value in facts["curve"][key]]

@@ -7,24 +7,30 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sharpness.claims import Check, by_both_solvers, paired, within
-from sharpness.reproduce.keskar2017.study import ROLES, TEST_ACCURACY, Role, Study, ends
-from sharpness.reproduce.looks import accuracy, pairs, phi
+from sharpness.reproduce.claims import Check, by_both_solvers, paired, within
+from sharpness.reproduce.columns import accuracy, pairs, phi
+from sharpness.reproduce.keskar2017.study import (
+    ROLES,
+    TEST_ACCURACY,
+    KeskarStudy,
+    Role,
+    ends,
+)
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 
 def _remedied(
-    study: Study, settings: dict[str, Any], roles: Sequence[Role]
-) -> dict[Role, list[Trained]]:
+    study: KeskarStudy, settings: dict[str, Any], roles: Sequence[Role]
+) -> dict[Role, list[ModelSpec]]:
     seeds = range(study.num_remedied)
     return {role: [study.at(role, seed, **settings) for seed in seeds] for role in roles}
 
 
 def _remedy_observations(
-    settings: dict[str, Any], roles: Sequence[Role], study: Study
+    settings: dict[str, Any], roles: Sequence[Role], study: KeskarStudy
 ) -> list[Any]:
     treated = _remedied(study, settings, roles)
     plain = [n for pair in ends(study)[: study.num_remedied] for n in pair]
@@ -35,7 +41,11 @@ def _remedy_observations(
 
 
 def _remedy(
-    settings: dict[str, Any], roles: Sequence[Role], table: str, study: Study, seen: Seen
+    settings: dict[str, Any],
+    roles: Sequence[Role],
+    table: str,
+    study: KeskarStudy,
+    store: ObservationStore,
 ) -> list[Check]:
     """Better than the large batch, and still sharper than the small one?"""
     treated = _remedied(study, settings, roles)["large"]
@@ -43,7 +53,7 @@ def _remedy(
     plain = (study.published("table2") or {}).get("test")
     small, large = zip(*ends(study)[: study.num_remedied], strict=True)
     checks = []
-    values = pairs(seen, accuracy, TEST_ACCURACY, list(zip(large, treated, strict=True)))
+    values = pairs(store, accuracy, TEST_ACCURACY, list(zip(large, treated, strict=True)))
     if values[0]:
         theirs = published.get("test")
         theirs = theirs[1] if table == "table6" and theirs else theirs
@@ -61,7 +71,7 @@ def _remedy(
     theirs = published.get("0.001")
     networks = list(zip(small, treated, strict=True))
     protocol, best = (
-        pairs(seen, study.sharpness, phi(0, name), networks, study.phi)
+        pairs(store, study.sharpness, phi(0, name), networks, study.phi)
         for name in ("phi_protocol", "phi")
     )
     if protocol[0]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sharpness.lab.training import Budget, Training
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.reproduce import paper
-from sharpness.reproduce.looks import metric, phi
+from sharpness.reproduce.columns import metric, phi
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Measured
-from sharpness.reproduce.trained import Trained
 
 Role = Literal["small", "large"]
 ROLES: tuple[Role, Role] = ("small", "large")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Study(paper.Study):
+class KeskarStudy(paper.Study):
     """Sizes of a network's comparison.
 
     Args:
@@ -79,7 +79,7 @@ class Study(paper.Study):
         numbers = paper.paper_numbers("keskar2017").get(table, {})
         return None if self.stand_in else numbers.get(self.network)
 
-    def with_seeds(self, num: int) -> Study:
+    def with_seeds(self, num: int) -> KeskarStudy:
         """The same with so many starting points, everywhere."""
         names = ("num_seeds", "num_followed", "num_swept", "num_warm", "num_remedied")
         few = {name: min(num, getattr(self, name)) for name in names}
@@ -95,17 +95,17 @@ class Study(paper.Study):
         batch_size: int,
         seed: int,
         epochs: float,
-        start: Trained | None = None,
-        until_loss_of: Trained | None = None,
+        start: ModelSpec | None = None,
+        until_loss_of: ModelSpec | None = None,
         **settings: Any,
-    ) -> Trained:
+    ) -> ModelSpec:
         """A network of this study: Adam at 1e-3, the same for every batch size."""
-        return Trained(
+        return ModelSpec(
             data=self.data,
             training=Training(
                 network=self.network, batch_size=batch_size, seed=seed, **settings
             ),
-            budget=Budget(epochs=epochs),
+            budget=StoppingCriteria(epochs=epochs),
             start=start,
             until_loss_of=until_loss_of,
         )
@@ -116,19 +116,19 @@ class Study(paper.Study):
 
     def at(
         self, role: Role, seed: int, epochs: float | None = None, **more: Any
-    ) -> Trained:
+    ) -> ModelSpec:
         """A network of a role, at its end unless told otherwise."""
         batch_size = self.small if role == "small" else self.large
         return self.network_at(batch_size, seed, epochs or self.epochs(role)[-1], **more)
 
-    def followed(self, role: Role) -> list[list[Trained]]:
+    def followed(self, role: Role) -> list[list[ModelSpec]]:
         """For each followed starting point its networks along training."""
         return [
             [self.at(role, seed, epochs) for epochs in self.epochs(role)]
             for seed in range(self.num_followed)
         ]
 
-    def fitted(self, role: Role, seed: int) -> Trained:
+    def fitted(self, role: Role, seed: int) -> ModelSpec:
         """As soon as its training accuracy is the paper's."""
         train = self.published("table2")["train"][ROLES.index(role)][0]
         ended = self.at(role, seed)
@@ -136,7 +136,7 @@ class Study(paper.Study):
             ended, budget=replace(ended.budget, until_accuracy=round(train / 100, 6))
         )
 
-    def sharpness(self, of: Trained) -> Measured:
+    def sharpness(self, of: ModelSpec) -> Measured:
         """What the tables need, by the authors' way to run BatchNorm."""
         usual = ("lambda_max", "phi", "phi_normal", "phi_unit", "adaptive")
         return Measured(
@@ -146,13 +146,13 @@ class Study(paper.Study):
             seed=self._draw(of),
         )
 
-    def phi(self, of: Trained) -> Measured:
+    def phi(self, of: ModelSpec) -> Measured:
         """Phi alone."""
         return Measured(
             of=of, measures=("phi",), num_samples=self.num_samples, seed=self._draw(of)
         )
 
-    def curvature_and_phi(self, of: Trained, **more: Any) -> Measured:
+    def curvature_and_phi(self, of: ModelSpec, **more: Any) -> Measured:
         """lambda_max and phi."""
         names = ("lambda_max", "phi")
         return Measured(
@@ -163,17 +163,17 @@ class Study(paper.Study):
             **more,
         )
 
-    def _draw(self, of: Trained) -> int:
+    def _draw(self, of: ModelSpec) -> int:
         """Seed of samples, subspaces and starts."""
         return of.training.seed if self.drawn_anew else 0
 
 
-def ends(study: Study) -> list[tuple[Trained, Trained]]:
+def ends(study: KeskarStudy) -> list[tuple[ModelSpec, ModelSpec]]:
     """Small- and large-batch networks, by starting point."""
     return [(study.at("small", seed), study.at("large", seed)) for seed in study.seeds]
 
 
-def both(study: Study) -> list[Trained]:
+def both(study: KeskarStudy) -> list[ModelSpec]:
     """The same in one list."""
     return [network for pair in ends(study) for network in pair]
 
@@ -184,7 +184,7 @@ BEST_PHI = phi(0, "phi")  # at epsilon 1e-3, by whichever solver found more
 
 _TWO_CORES = "for two cores"
 STUDIES = (
-    Study(
+    KeskarStudy(
         name="F1-mnist",
         preset="quick",
         network="F1",
@@ -204,7 +204,7 @@ STUDIES = (
         num_warm=1,
         num_remedied=3,
     ),
-    Study(
+    KeskarStudy(
         name="MLP-digits",
         preset="quick",
         network="MLP?width=16&out_features=10",
@@ -219,7 +219,7 @@ STUDIES = (
         num_followed=2,
         batchnorm=False,
     ),
-    Study(
+    KeskarStudy(
         name="F1-mnist",
         preset="reduced",
         network="F1",
@@ -234,7 +234,7 @@ STUDIES = (
         epochs_swept=40,
         epochs_warm=40,
     ),
-    Study(
+    KeskarStudy(
         name="F1-fashion-mnist",
         preset="reduced",
         network="F1",
@@ -249,7 +249,7 @@ STUDIES = (
         epochs_swept=40,
         epochs_warm=40,
     ),
-    Study(
+    KeskarStudy(
         name="C1-cifar10",
         preset="reduced",
         network="C1",
@@ -267,7 +267,7 @@ STUDIES = (
         epochs_warm=15,
         num_warm=1,
     ),
-    Study(
+    KeskarStudy(
         name="F2-spoken-digits",
         preset="reduced",
         network="F2",
@@ -279,7 +279,7 @@ STUDIES = (
         epochs_small=(2, 8),
         epochs_large=(5, 25),
     ),
-    Study(
+    KeskarStudy(
         name="F1-mnist",
         preset="full",
         network="F1",
@@ -297,7 +297,7 @@ STUDIES = (
         also=("phi_normal_zero", "phi_normal_best", "lanczos"),
     ),
     *(
-        Study(
+        KeskarStudy(
             name=f"{network}-{data}",
             preset="full",
             network=network,

@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sharpness.claims import Check, by_both_solvers, paired, ratio_within, within
-from sharpness.reproduce.keskar2017.study import Study, both, ends
-from sharpness.reproduce.looks import (
+from sharpness._results import short
+from sharpness.reproduce.claims import Check, by_both_solvers, paired, ratio_within, within
+from sharpness.reproduce.columns import (
     Look,
     Pick,
     accuracy,
@@ -19,18 +19,18 @@ from sharpness.reproduce.looks import (
     pairs,
     phi,
 )
+from sharpness.reproduce.keskar2017.study import KeskarStudy, both, ends
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import EPSILONS, Accuracy
 from sharpness.reproduce.paper import Item
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
-from sharpness.results import short
+from sharpness.reproduce.runner import ObservationStore
 
 
 def phi_checks(
-    study: Study,
-    seen: Seen,
+    study: KeskarStudy,
+    store: ObservationStore,
     look: Look,
-    networks: Sequence[tuple[Trained, Trained]],
+    networks: Sequence[tuple[ModelSpec, ModelSpec]],
     *,
     of: str = "phi",
     space: str = "",
@@ -44,7 +44,7 @@ def phi_checks(
     for i, epsilon in enumerate(EPSILONS):
         name = f"phi({short(epsilon)}) %{space}"
         protocol, best = (
-            pairs(seen, look, phi(i, which, of), networks)
+            pairs(store, look, phi(i, which, of), networks)
             for which in ("phi_protocol", "phi")
         )
         if not protocol[0]:
@@ -63,11 +63,11 @@ def phi_checks(
             yield by_both_solvers(size, most) if of == "phi" else size
 
 
-def _table2(study: Study, seen: Seen) -> list[Check]:
+def _table2(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     published = study.published("table2") or {}
     checks = []
     test, train = (
-        pairs(seen, accuracy, metric(f"{split}_accuracy_batch", 100), ends(study))
+        pairs(store, accuracy, metric(f"{split}_accuracy_batch", 100), ends(study))
         for split in ("test", "train")
     )
     if test[0]:
@@ -76,7 +76,7 @@ def _table2(study: Study, seen: Seen) -> list[Check]:
         checks.append(paired(words, *test, larger=False, ratio=False, paper=theirs))
         if study.batchnorm:
             running = metric("test_accuracy_running", 100)
-            values = pairs(seen, accuracy, running, ends(study))
+            values = pairs(store, accuracy, running, ends(study))
             words = "— BatchNorm on running statistics"
             other = paired(words, *values, larger=False, ratio=False, judged=False)
             checks.append(other)
@@ -86,28 +86,28 @@ def _table2(study: Study, seen: Seen) -> list[Check]:
         gained = [large - small for small, large in zip(*train, strict=True)]
         verdict = within(words, gained, -1, 1).verdict
         checks.append(replace(shown, p=None, flip_p=None, verdict=verdict))
-        losses = pairs(seen, accuracy, metric("train_loss_batch"), ends(study))
+        losses = pairs(store, accuracy, metric("train_loss_batch"), ends(study))
         checks.append(paired("training loss", *losses, judged=False))
     return checks
 
 
-def _looks_at_ends(study: Study) -> list[Any]:
+def _looks_at_ends(study: KeskarStudy) -> list[Any]:
     return [study.sharpness(network) for network in both(study)]
 
 
-def _table3(study: Study, seen: Seen) -> list[Check]:
+def _table3(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     published = study.published("table3")
-    return list(phi_checks(study, seen, study.sharpness, ends(study), published=published))
+    return list(phi_checks(study, store, study.sharpness, ends(study), published=published))
 
 
-def _table4(study: Study, seen: Seen) -> list[Check]:
+def _table4(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     published = study.published("table4")
     return [
         check
         for columns, numbers in (("normal", published), ("unit", None))
         for check in phi_checks(
             study,
-            seen,
+            store,
             study.sharpness,
             ends(study),
             of=f"phi_{columns}",
@@ -118,11 +118,11 @@ def _table4(study: Study, seen: Seen) -> list[Check]:
     ]
 
 
-def _running(study: Study) -> Look:
+def _running(study: KeskarStudy) -> Look:
     return partial(study.curvature_and_phi, batchnorm="running")
 
 
-def _matched(study: Study) -> list[tuple[Trained, Trained]]:
+def _matched(study: KeskarStudy) -> list[tuple[ModelSpec, ModelSpec]]:
     """The large batch stopped at its small-batch twin's training loss."""
     return [
         (small, study.at("large", seed, until_loss_of=small))
@@ -131,7 +131,7 @@ def _matched(study: Study) -> list[tuple[Trained, Trained]]:
     ]
 
 
-def _beyond_observations(study: Study) -> list[Any]:
+def _beyond_observations(study: KeskarStudy) -> list[Any]:
     looks: list[Any] = _looks_at_ends(study)
     if study.batchnorm:
         looks += [_running(study)(network) for network in both(study)]
@@ -140,11 +140,11 @@ def _beyond_observations(study: Study) -> list[Any]:
     return looks + [study.curvature_and_phi(large) for _, large in _matched(study)]
 
 
-def _beyond(study: Study, seen: Seen) -> list[Check]:
+def _beyond(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     """The same question to other measures; no claim of the paper is judged."""
 
     def asked(words: str, first: Look, second: Look, pick: Pick, networks: Any) -> None:
-        values = pairs(seen, first, pick, networks, second)
+        values = pairs(store, first, pick, networks, second)
         if values[0]:
             checks.append(paired(words, *values, judged=False))
 
@@ -158,7 +158,7 @@ def _beyond(study: Study, seen: Seen) -> list[Check]:
     asked(f"{words}phi(1e-3), %", here, stopped, phi(0), matched)
     asked(f"{words}lambda_max", here, stopped, lambda_max, matched)
     if study.looks_at_fit:
-        checks += _at_fit(study, seen)
+        checks += _at_fit(study, store)
     if not study.batchnorm:
         return checks
     words = "BatchNorm on running statistics: "
@@ -167,41 +167,41 @@ def _beyond(study: Study, seen: Seen) -> list[Check]:
     return checks
 
 
-def _fitted(study: Study) -> list[tuple[Trained, Trained]]:
+def _fitted(study: KeskarStudy) -> list[tuple[ModelSpec, ModelSpec]]:
     """Both networks where their training accuracy first reaches the paper's."""
     return [
         (study.fitted("small", seed), study.fitted("large", seed)) for seed in study.seeds
     ]
 
 
-def _fitted_observations(study: Study) -> list[Any]:
+def _fitted_observations(study: KeskarStudy) -> list[Any]:
     networks = [network for pair in _fitted(study) for network in pair]
     looks: list[Any] = [Accuracy(of=network) for network in networks]
     return looks + [study.curvature_and_phi(network) for network in networks]
 
 
-def _at_fit(study: Study, seen: Seen) -> Iterator[Check]:
+def _at_fit(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
     """Where the training accuracy first reaches the paper's: it may have stopped there."""
     where = "at the paper's training accuracy: "
     networks = _fitted(study)
-    test = pairs(seen, accuracy, metric("test_accuracy_batch", 100), networks)
+    test = pairs(store, accuracy, metric("test_accuracy_batch", 100), networks)
     if test[0]:
         yield paired(f"{where}test accuracy, %", *test, ratio=False, judged=False)
     for i, epsilon in enumerate(EPSILONS):
-        values = pairs(seen, study.curvature_and_phi, phi(i), networks)
+        values = pairs(store, study.curvature_and_phi, phi(i), networks)
         if values[0]:
             yield paired(f"{where}phi({short(epsilon)}), %", *values, judged=False)
 
 
-def _distances(study: Study, seen: Seen) -> list[float]:
+def _distances(study: KeskarStudy, store: ObservationStore) -> list[float]:
     values = pairs(
-        seen, study.sharpness, lambda facts: facts["distance_from_start"], ends(study)
+        store, study.sharpness, lambda facts: facts["distance_from_start"], ends(study)
     )
     return [small / large for small, large in zip(*values, strict=True)]
 
 
-def _distance(study: Study, seen: Seen) -> list[Check]:
-    ratios = _distances(study, seen)
+def _distance(study: KeskarStudy, store: ObservationStore) -> list[Check]:
+    ratios = _distances(study, store)
     if not ratios:
         return []
     words = "distance from the start, small over large batch: 3 to 10"

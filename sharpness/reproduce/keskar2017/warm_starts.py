@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from sharpness.claims import Check, by_both_solvers, ratio_within, within
 from sharpness.report.panels import Panel
-from sharpness.reproduce.keskar2017.study import BEST_PHI, TEST_ACCURACY, Study
-from sharpness.reproduce.looks import accuracy, band, pairs, phi, points, trend_of
+from sharpness.reproduce.claims import Check, by_both_solvers, ratio_within, within
+from sharpness.reproduce.columns import accuracy, band, pairs, phi, points, trend_of
+from sharpness.reproduce.keskar2017.study import BEST_PHI, TEST_ACCURACY, KeskarStudy
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Accuracy
 from sharpness.reproduce.paper import Item
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 
-def _warm(study: Study) -> list[tuple[float, Trained]]:
+def _warm(study: KeskarStudy) -> list[tuple[float, ModelSpec]]:
     """(epochs of small batch before, large-batch network); 0 is a cold start."""
     found = []
     for seed in range(study.num_warm):
@@ -26,7 +26,7 @@ def _warm(study: Study) -> list[tuple[float, Trained]]:
     return found
 
 
-def _figure5_observations(study: Study) -> list[Any]:
+def _figure5_observations(study: KeskarStudy) -> list[Any]:
     networks = [network for _, network in _warm(study)]
     looks: list[Any] = [Accuracy(of=network) for network in networks]
     looks += [study.phi(network) for network in networks]
@@ -35,18 +35,18 @@ def _figure5_observations(study: Study) -> list[Any]:
     return looks + [study.phi(network) for network in small]
 
 
-def _figure5(study: Study, seen: Seen) -> list[Check]:
+def _figure5(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     networks = _warm(study)
     words = "test accuracy rises with the epochs before"
-    checks = trend_of(words, seen, accuracy, TEST_ACCURACY, networks, rising=True)
+    checks = trend_of(words, store, accuracy, TEST_ACCURACY, networks, rising=True)
     words = "phi(1e-3) falls with the epochs before"
     checks += trend_of(
-        words, seen, study.phi, phi(0), networks, rising=False, best=BEST_PHI
+        words, store, study.phi, phi(0), networks, rising=False, best=BEST_PHI
     )
     last = study.epochs_small[-1]
     warm = [(network.start, network) for epochs, network in networks if epochs == last]
     starts = [(start, network) for start, network in warm if start is not None]
-    values = pairs(seen, accuracy, TEST_ACCURACY, starts)
+    values = pairs(store, accuracy, TEST_ACCURACY, starts)
     if values[0]:
         gains = [b - a for a, b in zip(*values, strict=True)]
         words = (
@@ -54,14 +54,14 @@ def _figure5(study: Study, seen: Seen) -> list[Check]:
         )
         checks.append(within(words, gains, -0.5, math.inf))
     words = f"after {last:g}: phi(1e-3) over the small batch's: 1 or less"
-    values, best = (pairs(seen, study.phi, pick, starts) for pick in (phi(0), BEST_PHI))
+    values, best = (pairs(store, study.phi, pick, starts) for pick in (phi(0), BEST_PHI))
     if values[0]:
         flat, flattest = (ratio_within(words, *v, high=1) for v in (values, best))
         checks.append(by_both_solvers(flat, flattest))
     return checks
 
 
-def _figure5_panels(study: Study, seen: Seen) -> list[Panel]:
+def _figure5_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
     small = [
         (network.budget.epochs or 0.0, network)
         for run in study.followed("small")[: study.num_warm]
@@ -73,10 +73,10 @@ def _figure5_panels(study: Study, seen: Seen) -> list[Panel]:
         ("phi(1e-3), %", study.phi, phi(0), True),
     ):
         curves = []
-        warm = points(seen, look, pick, _warm(study))
+        warm = points(store, look, pick, _warm(study))
         if warm[0]:
             curves.append(band("large batch, warm start", *warm, colour=1))
-        before = points(seen, look, pick, small)
+        before = points(store, look, pick, small)
         if before[0]:
             curves.append(band("small batch, before", *before, colour=0))
         panels.append(

@@ -13,16 +13,16 @@ from sharpness import checkpoint
 from sharpness.lab import data
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import DivergedError, train
-from sharpness.lab.training import Budget, Training
-from sharpness.reproduce.plain import described, digest, kind
+from sharpness.lab.training import StoppingCriteria, Training
+from sharpness.reproduce.serialisation import described, digest, kind
 
-kind(Training)
-kind(Budget)
+kind("Training")(Training)
+kind("Budget")(StoppingCriteria)
 
 
-@kind
+@kind("Trained")
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class ModelSpec:
     """A network after training, by all that decides it.
 
     Args:
@@ -36,9 +36,9 @@ class Trained:
 
     data: str
     training: Training
-    budget: Budget
-    until_loss_of: Trained | None = None
-    start: Trained | None = None
+    budget: StoppingCriteria
+    until_loss_of: ModelSpec | None = None
+    start: ModelSpec | None = None
 
     @cached_property
     def file(self) -> str:
@@ -65,7 +65,7 @@ class Trained:
         return digest(replace(self, budget=whole))
 
     @property
-    def after(self) -> tuple[Trained, ...]:
+    def after(self) -> tuple[ModelSpec, ...]:
         """Networks that must be there first."""
         return tuple(other for other in (self.until_loss_of, self.start) if other)
 
@@ -84,16 +84,16 @@ class Bench:
     data_dir: str | None = None
     device: str = "cpu"
 
-    def path(self, trained: Trained) -> Path:
+    def path(self, trained: ModelSpec) -> Path:
         """Of its checkpoint."""
         return self.folder / trained.file
 
-    def diverged(self, trained: Trained) -> str | None:
+    def diverged(self, trained: ModelSpec) -> str | None:
         """Why there is no such network; None where there is, or may be."""
         note = self.path(trained).with_suffix(".diverged")
         return note.read_text(encoding="utf-8") if note.exists() else None
 
-    def has(self, trained: Trained) -> bool:
+    def has(self, trained: ModelSpec) -> bool:
         """Whether nothing remains to be done for it."""
         if self.diverged(trained) is not None:
             return True
@@ -105,7 +105,7 @@ class Bench:
         """A named set; the last few asked for are kept."""
         return _loaded(name, self.data_dir)
 
-    def bring_about(self, moments: Sequence[Trained]) -> None:
+    def train_missing(self, moments: Sequence[ModelSpec]) -> None:
         """Train one run through its moments, in order of their epochs.
 
         Each moment is a file of its own; the next carries on from a copy of it, to the
@@ -126,13 +126,13 @@ class Bench:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".diverged").write_text(str(error), encoding="utf-8")
 
-    def _last_before(self, moment: Trained) -> Path | None:
+    def _last_before(self, moment: ModelSpec) -> Path | None:
         """Of the moments of its run that lie here the latest before it."""
         epochs = moment.budget.epochs or 0.0
         if moment.budget.until_accuracy is not None:
             return None  # the accuracy may have been reached before
         stem, mark, _ = moment.file.rpartition(f"-e{epochs:g}-")
-        earlier: dict[float, Trained] = {}
+        earlier: dict[float, ModelSpec] = {}
         for file in self.folder.glob(f"{stem}-e*-*.pt") if mark else ():
             at = float(file.name.removeprefix(f"{stem}-e").split("-")[0])
             other = replace(moment, budget=replace(moment.budget, epochs=at))
@@ -143,7 +143,7 @@ class Bench:
                 return self.path(earlier[at])
         return None
 
-    def _fitted_before(self, moment: Trained, others: Sequence[Trained]) -> Path | None:
+    def _fitted_before(self, moment: ModelSpec, others: Sequence[ModelSpec]) -> Path | None:
         """Another moment that stopped at an accuracy, where it is no later than this."""
         for other in others:
             fitted = other.budget.until_accuracy is not None and other != moment
@@ -153,7 +153,7 @@ class Bench:
                     return self.path(other)
         return None
 
-    def _train(self, moment: Trained, path: Path) -> None:
+    def _train(self, moment: ModelSpec, path: Path) -> None:
         training, budget = moment.training, moment.budget
         for other in moment.after:
             if self.diverged(other) is not None:
@@ -167,7 +167,7 @@ class Bench:
         train(training, budget, self.dataset(moment.data), path, device=self.device)
 
 
-def _in_order(moment: Trained) -> tuple[bool, float]:
+def _in_order(moment: ModelSpec) -> tuple[bool, float]:
     """What stops at an accuracy comes first: it may be the earliest of all."""
     return moment.budget.until_accuracy is None, moment.budget.epochs or 0.0
 
@@ -184,11 +184,11 @@ def _loaded(name: str, data_dir: str | None) -> Dataset:
     return data.load(name, data_dir=data_dir)
 
 
-def in_order(wanted: Iterable[Trained]) -> list[list[list[Trained]]]:
+def in_order(wanted: Iterable[ModelSpec]) -> list[list[list[ModelSpec]]]:
     """Stages of runs, each a list of moments; a stage needs only those before it."""
-    level: dict[Trained, int] = {}
+    level: dict[ModelSpec, int] = {}
 
-    def rank(one: Trained) -> int:
+    def rank(one: ModelSpec) -> int:
         if one not in level:
             level[one] = 1 + max((rank(other) for other in one.after), default=-1)
         return level[one]
@@ -196,7 +196,7 @@ def in_order(wanted: Iterable[Trained]) -> list[list[list[Trained]]]:
     for one in wanted:
         rank(one)
     num = 1 + max(level.values(), default=-1)
-    stages: list[dict[str, list[Trained]]] = [{} for _ in range(num)]
+    stages: list[dict[str, list[ModelSpec]]] = [{} for _ in range(num)]
     for one, stage in level.items():
         stages[stage].setdefault(one.run, []).append(one)
     return [list(stage.values()) for stage in stages]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
-from sharpness.claims import Check, Finding
 from sharpness.report import tables
+from sharpness.reproduce.claims import Check, Finding
 
 
 def print_finding(console: Console, finding: Finding) -> None:

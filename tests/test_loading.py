@@ -27,11 +27,12 @@ from helpers.checkpoints import (
 )
 from torch import nn
 
-from sharpness import checkpoint
+from sharpness import checkpoint, loading
+from sharpness._json import to_line
 from sharpness.checkpoint import Checkpoint, load_if_native, load_state_dict
-from sharpness.lab import networks, subjects
-from sharpness.lab.measurement import Settings, measured
-from sharpness.record import to_line
+from sharpness.lab import networks
+from sharpness.loading import load_checkpoint
+from sharpness.measurement import MeasurementSettings, measured
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def nets(tmp_path, monkeypatch):
 
 def mlp_subject(nets, data="nets.py:points", path=None, **options):
     path = path or saved(trained(nets.mlp(), nets.points()))
-    return subjects.opened(path, network="nets.py:mlp", data=data, **options)
+    return load_checkpoint(path, network="nets.py:mlp", data=data, **options)
 
 
 def refusal(call, *arguments, **options):
@@ -68,7 +69,7 @@ def test_every_wrappers_prefix_comes_off(nets, prefix, suffix):
     state = {prefix + k: v for k, v in model.state_dict().items()}
     save = torch.save if suffix == ".pt" else safetensors.torch.save_file
     save(state, "net" + suffix)
-    subject = subjects.opened(
+    subject = load_checkpoint(
         "net" + suffix, network="nets.py:ResNet?width=4", data="nets.py:images"
     )
     found = subject.model.state_dict()
@@ -113,7 +114,7 @@ def test_a_bad_file_is_refused_and_never_executed_R37(nets, tmp_path, kind):
 
 
 def test_a_missing_file_is_named_before_anything_else(tmp_path):
-    for read in (load_state_dict, load_if_native, subjects.opened):
+    for read in (load_state_dict, load_if_native, load_checkpoint):
         with pytest.raises(FileNotFoundError, match=r"gone\.pt` must .* no such file"):
             read(tmp_path / "gone.pt")
 
@@ -138,20 +139,20 @@ def native(nets, monkeypatch, **changes):
 def test_a_native_checkpoint_knows_its_network_and_its_start(nets, monkeypatch):
     fresh, model = native(nets, monkeypatch)
     assert isinstance(load_if_native("own.pt"), Checkpoint)
-    subject = subjects.opened("own.pt", data="nets.py:points")
+    subject = load_checkpoint("own.pt", data="nets.py:points")
     assert subject.facts["training"]["seed"] == 5
     start, end = (
         torch.cat([p.detach().reshape(-1) for p in m.parameters()]) for m in (fresh, model)
     )
     assert torch.equal(subject.start, start)
-    found = measured(subject, Settings(measures=("norms",), num_samples=None))
+    found = measured(subject, MeasurementSettings(measures=("norms",), num_samples=None))
     distance = found.record["readings"]["distance_from_start"]["value"]
     assert distance == pytest.approx(float((end - start).double().norm()), rel=1e-6)
 
 
 def test_a_start_that_cannot_be_made_again_is_none(nets, monkeypatch):
     native(nets, monkeypatch, start={"seed": 5, "sha256": "0" * 64})
-    assert subjects.opened("own.pt", data="nets.py:points").start is None
+    assert load_checkpoint("own.pt", data="nets.py:points").start is None
 
 
 # -- networks and their numbers ----------------------------------------------------------
@@ -179,10 +180,12 @@ def test_loss_and_gradient_are_those_by_hand(nets, network, data, num_samples):
     once = {"batches": "points", "two_batches": "points", "loader": "points"}
     pair = getattr(nets, once.get(data, data.replace("loader_of_dicts", "named")))()
     model = trained(getattr(nets, name)(**arguments), pair)
-    subject = subjects.opened(
+    subject = load_checkpoint(
         saved(model), network=f"nets.py:{network}", data=f"nets.py:{data}"
     )
-    settings = Settings(measures=("norms",), num_samples=num_samples, dtype="float64")
+    settings = MeasurementSettings(
+        measures=("norms",), num_samples=num_samples, dtype="float64"
+    )
     record = measured(subject, settings).record
     if num_samples:
         pair = subject.samples("train", 11, 0)
@@ -212,12 +215,12 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("query", ARGUMENTS)
 def test_arguments_of_a_factory_arrive_as_python_values(nets, query):
-    subjects.made_network(f"nets.py:echo?{query}")
+    loading.made_network(f"nets.py:echo?{query}")
     assert sys.modules["nets"].received == [ARGUMENTS[query]]
 
 
 def test_an_argument_without_a_value_is_refused_and_not_dropped(nets):
-    assert "width8" in refusal(subjects.made_network, "nets.py:mlp?width8")
+    assert "width8" in refusal(loading.made_network, "nets.py:mlp?width8")
 
 
 def test_modules_of_packages_and_files_elsewhere_are_found(nets, tmp_path):
@@ -226,11 +229,11 @@ def test_modules_of_packages_and_files_elsewhere_are_found(nets, tmp_path):
     (tmp_path / "mine_r1" / "inner" / "nets.py").write_text(
         "from torch import nn\ndef mlp():\n    return nn.Linear(1, 1)\n"
     )
-    assert len(subjects.made_network("mine_r1.models:mlp?width=9")[0].bias) == 9
-    assert len(subjects.made_network("nets.py:mlp?width=7")[0].bias) == 7
-    other = subjects.made_network(f"{tmp_path}/mine_r1/inner/nets.py:mlp")
+    assert len(loading.made_network("mine_r1.models:mlp?width=9")[0].bias) == 9
+    assert len(loading.made_network("nets.py:mlp?width=7")[0].bias) == 7
+    other = loading.made_network(f"{tmp_path}/mine_r1/inner/nets.py:mlp")
     assert isinstance(other, nn.Linear)
-    assert len(subjects.made_network("nets.py:mlp?width=5")[0].bias) == 5
+    assert len(loading.made_network("nets.py:mlp?width=5")[0].bias) == 5
 
 
 def test_timm_is_called_with_the_name_and_the_arguments(nets, monkeypatch):
@@ -241,14 +244,14 @@ def test_timm_is_called_with_the_name_and_the_arguments(nets, monkeypatch):
         return nets.mlp()
 
     monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
-    subjects.made_network("timm:resnet18?num_classes=3&in_chans=1")
+    loading.made_network("timm:resnet18?num_classes=3&in_chans=1")
     assert asked == [("resnet18", {"num_classes": 3, "in_chans": 1})]
 
 
 @pytest.mark.parametrize("package", ["timm", "transformers"])
 def test_an_absent_package_is_one_line_with_the_way_out(nets, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    text = refusal(subjects.made_network, f"{package}:resnet18")
+    text = refusal(loading.made_network, f"{package}:resnet18")
     assert f"pip install {package}" in text
     assert f"'{package}:resnet18'" in text
 
@@ -276,15 +279,15 @@ WRONG_NETWORKS = [
 def test_a_wrong_network_is_one_line(nets, tmp_path, network, expected):
     (tmp_path / "broken.py").write_text("def mlp(:\n")
     path = saved(nets.mlp())
-    text = refusal(subjects.opened, path, network=network, data="nets.py:points")
+    text = refusal(load_checkpoint, path, network=network, data="nets.py:points")
     assert expected in text
     assert "--network" in text or path in text
 
 
 def test_missing_network_and_data_are_asked_for(nets):
     path = saved(nets.mlp())
-    assert "`--network` must say" in refusal(subjects.opened, path, data="nets.py:points")
-    assert "`--data` must say" in refusal(subjects.opened, path, network="nets.py:mlp")
+    assert "`--network` must say" in refusal(load_checkpoint, path, data="nets.py:points")
+    assert "`--data` must say" in refusal(load_checkpoint, path, network="nets.py:mlp")
 
 
 # -- classifiers of transformers ---------------------------------------------------------
@@ -305,11 +308,11 @@ def test_a_classifier_of_transformers_is_made_from_its_folder(nets, what):
     model = transformers.AutoModelForSequenceClassification.from_config(bert_config())
     (model if what == "model" else bert_config()).save_pretrained("bert")
     safetensors.torch.save_file(model.state_dict(), "bert/model.safetensors")
-    subject = subjects.opened(
+    subject = load_checkpoint(
         "bert/model.safetensors", network="transformers:bert", data="nets.py:sentences"
     )
     record = measured(
-        subject, Settings(measures=("norms",), num_samples=None, dtype="float64")
+        subject, MeasurementSettings(measures=("norms",), num_samples=None, dtype="float64")
     ).record
     inputs, y = nets.sentences()
     logits = model.double().eval()(**inputs).logits.log_softmax(1)
@@ -320,7 +323,7 @@ def test_a_classifier_of_transformers_is_made_from_its_folder(nets, what):
 def test_a_model_without_a_classifier_is_refused(nets):
     transformers = pytest.importorskip("transformers")
     transformers.BertModel(bert_config()).save_pretrained("bert")
-    text = refusal(subjects.made_network, "transformers:bert")
+    text = refusal(loading.made_network, "transformers:bert")
     assert "`--network`" in text
     assert "classifier" in text
 
@@ -328,7 +331,7 @@ def test_a_model_without_a_classifier_is_refused(nets):
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_internet(nets, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: pytest.fail(f"asked {a}"))
-    assert "'nobody/none'" in refusal(subjects.made_network, "transformers:nobody/none")
+    assert "'nobody/none'" in refusal(loading.made_network, "transformers:nobody/none")
 
 
 def test_code_in_a_folder_of_transformers_is_never_executed_R37(
@@ -344,7 +347,7 @@ def test_code_in_a_folder_of_transformers_is_never_executed_R37(
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
     monkeypatch.setattr(cache, str(tmp_path / "cache"))
-    text = refusal(subjects.made_network, "transformers:bert")
+    text = refusal(loading.made_network, "transformers:bert")
     assert "bert" in text
     assert not (tmp_path / "executed").exists()
 
@@ -375,10 +378,12 @@ def test_an_npz_file_may_have_two_splits_and_arrays_of_its_own(nets):
 
 def test_a_float64_network_is_measured_on_an_npz_file_of_float64(nets):
     model = trained(nets.mlp(4), nets.points()).double()
-    subject = subjects.opened(
+    subject = load_checkpoint(
         saved(model), network="nets.py:wide_floats", data=write_npz(x=X, y=Y)
     )
-    found = measured(subject, Settings(measures=("norms",), num_samples=None)).record
+    found = measured(
+        subject, MeasurementSettings(measures=("norms",), num_samples=None)
+    ).record
     expected = by_hand(model, (torch.from_numpy(X), torch.from_numpy(Y)))
     assert found["measures"]["value"] == pytest.approx(float(expected.detach()), rel=1e-12)
 
@@ -456,8 +461,8 @@ def test_the_loss_goes_by_the_targets_unless_named(nets):
     assert isinstance(mlp_subject(nets).loss, nn.CrossEntropyLoss)
     path = saved(nets.mlp(outputs=2))
     options = {"network": "nets.py:mlp?outputs=2", "data": "nets.py:regression"}
-    assert isinstance(subjects.opened(path, **options).loss, nn.MSELoss)
-    named = subjects.opened(path, **options, loss="torch.nn:SmoothL1Loss?beta=0.5").loss
+    assert isinstance(load_checkpoint(path, **options).loss, nn.MSELoss)
+    named = load_checkpoint(path, **options, loss="torch.nn:SmoothL1Loss?beta=0.5").loss
     assert (type(named), named.beta) == (nn.SmoothL1Loss, 0.5)
 
 

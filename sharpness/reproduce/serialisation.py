@@ -5,16 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 _T = TypeVar("_T", bound=type)
 _KINDS: dict[str, type] = {}
+_NAMES: dict[type, str] = {}
 
 
-def kind(cls: _T) -> _T:
-    """Let a dataclass be told by its name in a record."""
-    _KINDS[cls.__name__] = cls
-    return cls
+def kind(name: str) -> Callable[[_T], _T]:
+    """Let a dataclass be told by this name in a record, whatever it is called here."""
+
+    def named(cls: _T) -> _T:
+        _KINDS[name], _NAMES[cls] = cls, name
+        return cls
+
+    return named
 
 
 def described(value: Any) -> Any:
@@ -34,7 +40,7 @@ def described(value: Any) -> Any:
         for field in dataclasses.fields(value)
         if getattr(value, field.name) != field.default
     }
-    return {"kind": type(value).__name__, **fields}
+    return {"kind": _NAMES[type(value)], **fields}
 
 
 def restored(plain: Any) -> Any:

@@ -6,22 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sharpness.claims import Check, by_both_solvers, means_by, trend
 from sharpness.report.panels import Curve
+from sharpness.reproduce.claims import Check, by_both_solvers, means_by, trend
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Accuracy, Measured
-from sharpness.reproduce.trained import Trained
-from sharpness.reproduce.workshop import Seen
+from sharpness.reproduce.runner import ObservationStore
 
 Facts = dict[str, Any]
 Pick = Callable[[Facts], float]
-Look = Callable[[Trained], Accuracy | Measured]
+Look = Callable[[ModelSpec], Accuracy | Measured]
 
 
 def pairs(
-    seen: Seen,
+    store: ObservationStore,
     look: Look,
     pick: Pick,
-    networks: Sequence[tuple[Trained, Trained]],
+    networks: Sequence[tuple[ModelSpec, ModelSpec]],
     other_look: Look | None = None,
 ) -> tuple[list[float], list[float]]:
     """A number of both networks of each pair that has been looked at.
@@ -29,7 +29,7 @@ def pairs(
     The second one may have been looked at in another way.
     """
     other = other_look or look
-    found = [(seen.get(look(a)), seen.get(other(b))) for a, b in networks]
+    found = [(store.get(look(a)), store.get(other(b))) for a, b in networks]
     picked = [(pick(a), pick(b)) for a, b in found if a is not None and b is not None]
     known = [(a, b) for a, b in picked if math.isfinite(a) and math.isfinite(b)]
     return [a for a, _ in known], [b for _, b in known]
@@ -60,16 +60,19 @@ def adaptive_rise(facts: Facts) -> float:
     return number(facts["adaptive"]["value"])
 
 
-def accuracy(network: Trained) -> Accuracy:
+def accuracy(network: ModelSpec) -> Accuracy:
     """Look at how its training ended."""
     return Accuracy(of=network)
 
 
 def points(
-    seen: Seen, look: Look, pick: Pick, networks: Sequence[tuple[float, Trained]]
+    store: ObservationStore,
+    look: Look,
+    pick: Pick,
+    networks: Sequence[tuple[float, ModelSpec]],
 ) -> tuple[list[float], list[float]]:
     """(x, number) of each network that has been looked at."""
-    found = [(x, seen.get(look(network))) for x, network in networks]
+    found = [(x, store.get(look(network))) for x, network in networks]
     picked = [(x, pick(facts)) for x, facts in found if facts is not None]
     known = [(x, y) for x, y in picked if math.isfinite(y)]
     return [x for x, _ in known], [y for _, y in known]
@@ -77,10 +80,10 @@ def points(
 
 def trend_of(
     claim: str,
-    seen: Seen,
+    store: ObservationStore,
     look: Look,
     pick: Pick,
-    networks: Sequence[tuple[float, Trained]],
+    networks: Sequence[tuple[float, ModelSpec]],
     *,
     rising: bool,
     best: Pick | None = None,
@@ -90,25 +93,28 @@ def trend_of(
 
     Where the best value found is given as well, it must share the verdict.
     """
-    at, runs = by_start(seen, look, pick, networks)
-    shown = listed(*points(seen, look, pick, networks))
+    at, runs = by_start(store, look, pick, networks)
+    shown = listed(*points(store, look, pick, networks))
     check = trend(claim, at, runs, rising=rising, ours=shown, judged=judged)
     if not check.n:
         return []
     if best is None:
         return [check]
-    others = by_start(seen, look, best, networks)
+    others = by_start(store, look, best, networks)
     return [by_both_solvers(check, trend(claim, *others, rising=rising))]
 
 
 def by_start(
-    seen: Seen, look: Look, pick: Pick, networks: Sequence[tuple[float, Trained]]
+    store: ObservationStore,
+    look: Look,
+    pick: Pick,
+    networks: Sequence[tuple[float, ModelSpec]],
 ) -> tuple[list[float], list[list[float]]]:
     """Every x, and for each starting point the number there; NaN where there is none."""
     at = sorted({x for x, _ in networks})
     found: dict[int, dict[float, float]] = {}
     for x, network in networks:
-        facts = seen.get(look(network))
+        facts = store.get(look(network))
         row = found.setdefault(network.training.seed, {})
         row[x] = math.nan if facts is None else pick(facts)
     return at, [[row.get(x, math.nan) for x in at] for row in found.values()]

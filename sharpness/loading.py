@@ -31,7 +31,7 @@ _SPEC = "package.module:factory or file.py:factory, with ?name=value&... for arg
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class LoadedCheckpoint:
     """A network with the parameters of a checkpoint, and the data it is measured on."""
 
     path: str
@@ -95,14 +95,14 @@ class Subject:
         return None if len(targets) <= USUAL_SAMPLES else min(USUAL_SAMPLES, most)
 
 
-def opened(
+def load_checkpoint(
     path: str | Path,
     *,
     network: str | None = None,
     data: str | None = None,
     loss: str | None = None,
     data_dir: str | Path | None = None,
-) -> Subject:
+) -> LoadedCheckpoint:
     """A checkpoint with its network and data.
 
     One that sharpness has written knows both. Any other needs `network`, which is asked
@@ -154,7 +154,7 @@ def opened(
             "data with that name (sha256 differs). Point --data-dir at it."
         )
     start = _start(native) if native is not None and network is None else None
-    subject = Subject(
+    subject = LoadedCheckpoint(
         path=str(path),
         network_name=name,
         model=model.eval(),
@@ -169,7 +169,7 @@ def opened(
     return subject
 
 
-def _check_fit(subject: Subject, source: str) -> None:
+def _check_fit(subject: LoadedCheckpoint, source: str) -> None:
     """Try two samples: what does not fit should fail here, in one line."""
     inputs, targets = subject.train
     few = as_type(_indexed(inputs, torch.arange(min(2, len(targets)))), subject.dtype)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sharpness.claims import Finding
-from sharpness.report.reproduction import cells
+from sharpness.reproduce.claims import Finding
+from sharpness.reproduce.terminal import cells
 
 
 def finding_text(finding: Finding, picture: str | None) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import math
+import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -12,19 +15,19 @@ from typing import Any, Literal
 import torch
 from torch.utils._pytree import tree_leaves
 
-from sharpness.lab.subjects import Subject, as_type
-from sharpness.measures.summary import Settings as MeasureSettings
-from sharpness.measures.summary import Summary, selected, summary
+from sharpness._results import Reading, Status
+from sharpness.loading import LoadedCheckpoint, as_type
+from sharpness.measures.summary import MeasureSettings, Summary, selected, summary
 from sharpness.record import new_record
-from sharpness.results import Status
 from sharpness.risk.checks import Checkup, doctor
 from sharpness.risk.empirical import BatchNorm, EmpiricalRisk
+from sharpness.risk.model_state import random_generators_kept
 
 _MOST_TEST_SAMPLES = 10_000  # for the generalisation gap
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class MeasurementSettings:
     """What is measured, on which samples, and how."""
 
     num_samples: int | None = 1000  # class-balanced, by the seed; None means all
@@ -61,14 +64,16 @@ class Measurement:
         return self.summary.status.ok and (self.checkup is None or self.checkup.ok)
 
 
-def risk_of(subject: Subject, settings: Settings, device: str = "cpu") -> EmpiricalRisk:
+def risk_of(
+    subject: LoadedCheckpoint, settings: MeasurementSettings, device: str = "cpu"
+) -> EmpiricalRisk:
     """The mean loss of a checkpoint's network on the chosen samples."""
     return _risk(subject, settings, settings.split, settings.num_samples, device)
 
 
 def measured(
-    subject: Subject,
-    settings: Settings,
+    subject: LoadedCheckpoint,
+    settings: MeasurementSettings,
     *,
     device: str = "cpu",
     progress: bool | None = None,
@@ -124,7 +129,7 @@ def measured(
     return Measurement(summary=found, record=record, checkup=checkup)
 
 
-def data_facts(subject: Subject, settings: Settings) -> dict[str, Any]:
+def data_facts(subject: LoadedCheckpoint, settings: MeasurementSettings) -> dict[str, Any]:
     """What a record says of the data: name, split, loss, and a digest of the samples."""
     pair = subject.samples(settings.split, settings.num_samples, settings.seed)
     digest = hashlib.sha256()
@@ -137,7 +142,7 @@ def data_facts(subject: Subject, settings: Settings) -> dict[str, Any]:
 
 
 def _generalisation(
-    subject: Subject, settings: Settings, found: Summary, device: str
+    subject: LoadedCheckpoint, settings: MeasurementSettings, found: Summary, device: str
 ) -> dict[str, Any] | None:
     """Loss and accuracy on test samples, and how much worse they are."""
     if subject.test is None or settings.split == "test":
@@ -154,7 +159,11 @@ def _generalisation(
 
 
 def _risk(
-    subject: Subject, settings: Settings, split: str, num: int | None, device: str
+    subject: LoadedCheckpoint,
+    settings: MeasurementSettings,
+    split: str,
+    num: int | None,
+    device: str,
 ) -> EmpiricalRisk:
     pair = subject.samples(split, num, settings.seed, balanced=split == settings.split)
     model, dtype = subject.model, subject.dtype
@@ -169,3 +178,69 @@ def _risk(
         device=device,
         engine=settings.engine,
     )
+
+
+# -- a second opinion -------------------------------------------------------------------
+
+
+def check_possible(batchnorm: str) -> None:
+    """Refuse early what PyHessian cannot do.
+
+    Raises:
+        ValueError: it is not installed, or BatchNorm is not on running statistics.
+    """
+    if batchnorm != "running":
+        raise ValueError(
+            "`--cross-check` must go with --batchnorm running; got "
+            f"{batchnorm!r}, which PyHessian cannot do."
+        )
+    if importlib.util.find_spec("pyhessian") is None:
+        raise ValueError(
+            "`--cross-check` must have PyHessian installed; got none. "
+            "pip install pyhessian."
+        )
+
+
+def pyhessian_readings(
+    risk: EmpiricalRisk, *, max_iter: int = 200, seed: int = 0
+) -> list[Reading]:
+    """lambda_max by PyHessian's power iteration, to a relative change of 1e-4.
+
+    It has no error bound and finds the eigenvalue of largest modulus, whatever its
+    sign. It gets all samples as one batch, since it weights chunks by their number.
+
+    Raises:
+        ValueError: it fails on this network or data, or the loss is no plain mean.
+    """
+    began = time.monotonic()
+    if getattr(risk.loss, "reduction", None) != "mean":
+        raise ValueError(
+            "`--cross-check` must have a loss that averages; got "
+            f"{type(risk.loss).__name__}, which PyHessian would scale otherwise."
+        )
+    network = risk.network()
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in set(risk.names))
+    try:
+        with warnings.catch_warnings(), random_generators_kept(seed):
+            warnings.simplefilter("ignore")  # it backpropagates with create_graph=True
+            from pyhessian import hessian
+
+            on_gpu = risk.device.type == "cuda"
+            peer = hessian(network, risk.loss, data=risk.full_batch(), cuda=on_gpu)
+            values, _ = peer.eigenvalues(maxIter=max_iter, tol=1e-4, top_n=1)
+    except Exception as error:  # it was written for plain classifiers
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"`--cross-check` must run PyHessian; got {type(error).__name__} from it "
+            f"({first}). Leave it out for this network."
+        ) from None
+    return [
+        Reading(
+            name="lambda_max (PyHessian)",
+            value=float(values[0]),
+            error=None,
+            evidence="power iteration, no bound",
+            cost=f"{time.monotonic() - began:.1f} s",
+        )
+    ]

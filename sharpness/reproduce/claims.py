@@ -28,8 +28,8 @@ class Verdict(StrEnum):
 
 
 LEVEL = 0.05  # of every test, one-sided
-FEWEST = 3  # pairs or runs below which no test decides
-ENOUGH = 6  # pairs from which a test that shows nothing counts against a claim
+MIN_PAIRS = 3  # pairs or runs below which no test decides
+MIN_PAIRS_AGAINST = 6  # pairs from which a test that shows nothing counts against a claim
 Published = tuple[Sequence[float], Sequence[float]]  # (mean, sd) of two groups
 
 
@@ -97,9 +97,9 @@ class Finding:
 
 def by_test(p: float, opposite: float, n: int) -> Verdict:
     """Of a one-sided test and of its opposite: shown, refuted, or too few to tell."""
-    if n >= FEWEST and p < LEVEL:
+    if n >= MIN_PAIRS and p < LEVEL:
         return Verdict.REPRODUCED
-    if (n >= FEWEST and opposite < LEVEL) or n >= ENOUGH:
+    if (n >= MIN_PAIRS and opposite < LEVEL) or n >= MIN_PAIRS_AGAINST:
         return Verdict.NOT_REPRODUCED
     return Verdict.INCONCLUSIVE_FEW
 
@@ -228,7 +228,7 @@ def within(
 ) -> Check:
     """Does the mean lie in a range? Yes or no where its 95 % interval is on one side."""
     n, (mean, sd) = len(values), mean_and_sd(values)
-    half = _half_width(values) if n >= FEWEST else math.inf
+    half = _half_width(values) if n >= MIN_PAIRS else math.inf
     if low <= mean - half and mean + half <= high:
         verdict = Verdict.REPRODUCED
     elif mean + half < low or mean - half > high:

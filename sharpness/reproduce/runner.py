@@ -15,20 +15,21 @@ import joblib
 import torch
 
 from sharpness import _progress
+from sharpness._json import as_plain
 from sharpness.lab import data, networks
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import criterion_for
 from sharpness.lab.sweep import pool
-from sharpness.record import append_record, as_plain, new_record, read_records
+from sharpness.record import append_record, new_record, read_records
+from sharpness.reproduce.model_spec import Bench, ModelSpec, in_order
 from sharpness.reproduce.observations import Observation
-from sharpness.reproduce.plain import described, digest, restored
-from sharpness.reproduce.trained import Bench, Trained, in_order
+from sharpness.reproduce.serialisation import described, digest, restored
 
 _KIND = "observation"
 Found = dict[str, dict[str, Any]]  # records by the digest of their observation
 
 
-class Seen:
+class ObservationStore:
     """Observations that were made, to be asked for by their plan."""
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
@@ -58,7 +59,7 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workshop:
+class Runner:
     """A folder with networks and records, and the means to add to them.
 
     Args:
@@ -86,16 +87,16 @@ class Workshop:
         """Where findings are kept."""
         return self.folder / "records.jsonl"
 
-    def seen(self) -> Seen:
+    def store(self) -> ObservationStore:
         """What has been found so far."""
-        return Seen(read_records(self.records) if self.records.exists() else ())
+        return ObservationStore(read_records(self.records) if self.records.exists() else ())
 
     def lacking(
         self, wanted: Sequence[Observation]
-    ) -> tuple[list[list[list[Trained]]], list[Observation]]:
+    ) -> tuple[list[list[list[ModelSpec]]], list[Observation]]:
         """Runs to be trained, in stages, and observations to be made."""
-        seen = self.seen()
-        missing = [o for o in dict.fromkeys(wanted) if o not in seen]
+        store = self.store()
+        missing = [o for o in dict.fromkeys(wanted) if o not in store]
         needed = dict.fromkeys(one for o in missing for one in o.needs)
         stages = [
             [run for run in stage if not all(map(self.bench.has, run))]
@@ -105,7 +106,7 @@ class Workshop:
 
     def carry_out(
         self, wanted: Sequence[Observation], *, progress: bool | None = None
-    ) -> Seen:
+    ) -> ObservationStore:
         """Make every observation that has not been made; each is kept at once."""
         stages, missing = self.lacking(wanted)
         self.bench.folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +126,7 @@ class Workshop:
             for observation, record in self._each(_observe, missing):
                 append_record(self.records, record)
                 bar.update(round(costs.of(observation)))
-        return self.seen()
+        return self.store()
 
     def again(self, record: dict[str, Any]) -> dict[str, Any]:
         """Make a record's observation once more, from the plan that stands in it.
@@ -144,7 +145,7 @@ class Workshop:
         with _threads(record["threads"]):
             for stage in in_order(observation.needs):
                 for run in stage:
-                    self.bench.bring_about(run)
+                    self.bench.train_missing(run)
             return _recorded(self.bench, observation)
 
     def _each(self, work: Any, units: Sequence[Any]) -> Iterator[Any]:
@@ -155,9 +156,9 @@ class Workshop:
         yield from pool(jobs)(joblib.delayed(work)(self.bench, threads, u) for u in units)
 
 
-def _train(bench: Bench, threads: int, run: list[Trained]) -> list[Trained]:
+def _train(bench: Bench, threads: int, run: list[ModelSpec]) -> list[ModelSpec]:
     with _threads(threads):
-        bench.bring_about(run)
+        bench.train_missing(run)
     return run
 
 
@@ -208,13 +209,13 @@ class Costs:
         self._seconds: dict[tuple[str, str], float] = {}  # for _PROBE samples
 
     def of_all(
-        self, stages: Sequence[Sequence[list[Trained]]], missing: Sequence[Observation]
+        self, stages: Sequence[Sequence[list[ModelSpec]]], missing: Sequence[Observation]
     ) -> float:
         """Of all that is lacking."""
         runs = [run for stage in stages for run in stage]
         return sum(map(self.of_run, runs)) + sum(map(self.of, missing))
 
-    def of_run(self, run: Sequence[Trained]) -> float:
+    def of_run(self, run: Sequence[ModelSpec]) -> float:
         """Of training, to its last moment."""
         last = max(run, key=lambda one: one.budget.epochs or 0.0)
         about = last.training
