@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from sharpness._arguments import positive, whole
-from sharpness._results import Status
+from sharpness._results import NotAvailableError, Status
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
 from sharpness.measures.preconditioner import adam_preconditioner
@@ -398,13 +398,18 @@ class SharpnessTracker:
                     break
         return found
 
+    def _phi(self, risk: EmpiricalRisk) -> TrackedValue:
+        try:
+            found = epsilon_sharpness(
+                risk, self._epsilon, solver="lbfgsb", seed=self._seed, progress=False
+            )
+        except NotAvailableError:  # f <= -1, which no training should end for
+            return replace(_NON_FINITE, status=Status.NOT_AVAILABLE)
+        return _of_phi(found)
+
     def _value(self, name: str, risk: EmpiricalRisk) -> TrackedValue | None:
         if name == "phi":
-            return _of_phi(
-                epsilon_sharpness(
-                    risk, self._epsilon, solver="lbfgsb", seed=self._seed, progress=False
-                )
-            )
+            return self._phi(risk)
         preconditioner = None
         if name == "lambda_max_preconditioned":
             state = _named_state(self._optimizer, risk.model)

@@ -435,6 +435,17 @@ def test_verdicts_say_larger_or_smaller_and_where():
     assert compare_values(mostly, np.ones(7)).verdict == "second smaller"
 
 
+@pytest.mark.parametrize("num", [2, 4, 5, 7, 15])
+@pytest.mark.parametrize("change", ["times 2", "times 0.5", "minus 7", "none"])
+def test_differences_without_a_spread_are_judged_by_their_signs(num, change):
+    a = np.linspace(1, 3, num)
+    b = {"times 2": 2 * a, "times 0.5": a / 2, "minus 7": a - 7, "none": a}[change]
+    side = "larger" if change == "times 2" else "smaller"
+    is_shown = num >= 5 and change != "none"
+    said = f"second {side} in every pair" if is_shown else "no difference shown"
+    assert compare_values(a, b).verdict == said
+
+
 @pytest.mark.parametrize("factor", [2.0, 0.5])
 def test_a_tie_is_neither_larger_nor_smaller(factor):
     b = np.array([1.0, *np.linspace(0.97, 1.03, 7) * factor])
@@ -457,6 +468,33 @@ def test_verdicts_err_in_one_case_of_twenty_where_nothing_differs(monkeypatch):
     said = [compare_values(x, y).verdict for x, y in zip(a, b, strict=True)]
     wrong = sum(verdict != "no difference shown" for verdict in said)
     assert wrong <= stats.binom.ppf(0.999, 1000, 0.05)
+
+
+@pytest.mark.parametrize("num", [2, 3])
+@pytest.mark.parametrize("case", range(5))
+def test_with_ties_the_p_of_tau_is_the_share_of_all_orders(num, case):
+    rng = np.random.default_rng(case)
+    values, gaps = rng.integers(1, 4, (2, 2 * num)).astype(float)
+    values[0], values[1], gaps[:2] = 1, 1, (0, 9)  # at least one tie, never all alike
+    values[2] = 4
+
+    def concordance(order):
+        pairs = itertools.combinations(range(2 * num), 2)
+        moved = values[list(order)]
+        return sum(np.sign((moved[i] - moved[j]) * (gaps[i] - gaps[j])) for i, j in pairs)
+
+    row = compare_values(values[:num], values[num:], gaps.tolist())
+    orders = [concordance(o) for o in itertools.permutations(range(2 * num))]
+    share = np.mean(np.abs(orders) >= abs(concordance(range(2 * num))))
+    assert row.kendall_p == pytest.approx(share, rel=1e-12)
+    assert row.kendall_tau == pytest.approx(stats.kendalltau(values, gaps).statistic)
+
+
+def test_beyond_eight_checkpoints_orders_are_drawn():
+    values = np.repeat([1.0, 2.0], 6)
+    row = compare_values(values[:6], values[6:], np.arange(12.0).tolist())
+    fewest = 2 / math.comb(12, 6)  # two of the ways to place six ones
+    assert row.kendall_p == pytest.approx(fewest, abs=5e-4)
 
 
 def test_gaps_that_are_unknown_are_left_out_of_tau():

@@ -13,6 +13,7 @@ from helpers.problems import ONE_SAMPLE, Point, by_hand, mlp_risk, quadratic, sy
 from torch import Tensor
 
 import sharpness as sh
+from sharpness.measures import epsilon as metric
 from sharpness.risk import memory
 
 H = torch.logspace(-2, 2, 30, dtype=torch.float64)
@@ -525,6 +526,32 @@ def test_in_a_subspace_zero_is_theta_too():
     assert found.phi == pytest.approx(
         sh.epsilon_sharpness(risk, 0.1, **options).phi, rel=0.5
     )
+
+
+def test_later_starts_are_mirrored_and_leave_the_tenth_of_the_box(monkeypatch):
+    theta, seen = torch.arange(1.0, 201, dtype=torch.float64), []
+    risk = quadratic(torch.ones(200), centre=theta)
+    noting = {"ascent": lambda _, start, *options: seen.append(start) or []}
+    monkeypatch.setattr(metric, "_SOLVERS", noting)
+    sh.epsilon_sharpness(risk, 0.1, solver="ascent", num_starts=6, progress=False)
+    first, mirrored, *others = seen
+    assert torch.equal(mirrored, -first)
+    assert 0.09 < float(first.abs().max()) <= 0.1
+    assert torch.equal(others[0], -others[1])
+    assert torch.equal(others[2], -others[3])
+    assert all(0.9 < float(u.abs().max()) <= 1 for u in others)
+    assert len({float(u[0]) for u in seen}) == 6
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("seed", range(6))
+def test_the_higher_side_of_a_valley_is_found_from_one_of_the_first_two(seed, solver):
+    """The valley is so near that a start beyond it climbs the lower side."""
+    theta, centre = torch.zeros(1), torch.full((1,), 1e-3)
+    risk = quadratic(torch.ones(1, dtype=torch.float64), centre, at=theta)
+    found = sh.epsilon_sharpness(risk, 0.1, num_starts=2, seed=seed, solver=solver)
+    rise = 0.5 * (0.101**2 - 1e-6)
+    assert found.phi == pytest.approx(100 * rise / (1 + 5e-7), rel=1e-6)
 
 
 @pytest.mark.parametrize("start", ["", "Zero", None, 0])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import sharpness as sh
 from sharpness import _run
 from sharpness._json import to_line
+from sharpness.measures import perturbation
 from sharpness.measures.perturbation import normal_draws, perturbation_scale
 
 NORMS = ["l2", "linf"]
@@ -195,13 +196,16 @@ def linear_slopes(num_samples: int) -> tuple[sh.EmpiricalRisk, np.ndarray]:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("shard_size", [10, 1, None, 41, 1000])
-def test_shards_of_a_linear_loss_rise_by_the_norms_of_their_slopes(norm, shard_size):
+@pytest.mark.parametrize(
+    ("shard_size", "num"),
+    [(10, 4), (1, 41), (None, 1), (41, 1), (1000, 1), (40, 1), (29, 1), (28, 2), (13, 3)],
+)
+def test_shards_of_a_linear_loss_rise_by_the_norms_of_their_slopes(norm, shard_size, num):
     risk, slopes = linear_slopes(41)
     options = {"norm": norm, "shard_size": shard_size, "num_steps": 3, "seed": 8}
     found = sh.worst_case_sharpness(risk, 0.3, **options)
     order = torch.randperm(41, generator=torch.Generator().manual_seed(8)).numpy()
-    shards = np.array_split(order, math.ceil(41 / (shard_size or 41)))
+    shards = np.array_split(order, num)
     means = np.array([slopes[shard].mean(0) for shard in shards])
     rises = 0.3 * np.linalg.norm(means, 2 if norm == "l2" else 1, axis=1)
     sizes = [len(shard) for shard in shards]
@@ -214,6 +218,13 @@ def test_shards_of_a_linear_loss_rise_by_the_norms_of_their_slopes(norm, shard_s
     assert (found.displacement is None) == (len(shards) > 1)
     error = stats.sem(rises) if len(shards) > 1 else None
     assert found.standard_error == (error and pytest.approx(error, rel=1e-6))
+
+
+@pytest.mark.parametrize("num_samples", range(2, 60))
+def test_shards_are_never_far_from_the_size_asked_for(num_samples):
+    for size in range(1, num_samples + 1):
+        ratio = num_samples / perturbation._num_shards(num_samples, size) / size
+        assert 0.5**0.5 <= ratio <= 2**0.5
 
 
 def test_shards_of_a_network_rise_as_in_a_plain_loop():

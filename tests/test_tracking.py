@@ -252,6 +252,19 @@ def test_layers_may_be_thawed_on_the_way():
     assert tracker.state_dict()["eigenvectors"]["lambda_max"].shape == (2, 44)
 
 
+def test_a_loss_below_minus_one_has_no_phi_and_does_not_end_the_training():
+    problem = softmax_regression()
+    optimizer = Adam(problem.model.parameters())
+    loss, data = lambda o, y: nn.functional.cross_entropy(o, y) - 9, problem.data
+    tracker = sh.SharpnessTracker(
+        problem.model, loss, data, optimizer=optimizer, measures=["phi", "lambda_max"]
+    )
+    values = tracker.measure().values()
+    assert values["phi"].status is Status.NOT_AVAILABLE
+    assert math.isnan(values["phi"].value)
+    assert values["lambda_max"].status.ok
+
+
 def test_a_diverged_training_is_reported_and_not_stopped():
     problem = softmax_regression()
     optimizer = Adam(problem.model.parameters())

@@ -160,8 +160,10 @@ def epsilon_sharpness(
             float64 on the CPU), `"ascent"` (projected sign ascent); None runs `lbfgsb`
             and `ascent` from the same starts and keeps the best.
         max_iter: iterations of L-BFGS-B, >= 1; ascent makes twice as many evaluations.
-        num_starts: random starting points, >= 1. The first alone gives `phi_protocol`.
-        start: of the search: `"random"`, a point of a tenth of the box; or `"zero"`, the
+        num_starts: random starting points, >= 1. The first, in a tenth of the box, alone
+            gives `phi_protocol`; the second is its mirror image. The others come from the
+            whole box, every other one as a mirror image too.
+        start: of the search: `"random"`, a point in a tenth of the box; or `"zero"`, the
             point y = 0 before the random ones, of which there is then one fewer. The
             paper does not say. Where the gradient vanishes a search from 0 finds nothing.
         corners: vectors (n,) or (j, n), such as eigenvectors of `eigenpairs` or the
@@ -515,9 +517,11 @@ class _Search:
         from_zero = options.start == "zero"
         if from_zero:
             yield torch.zeros_like(self._box.upper)
-        for _ in range(options.num_starts - from_zero):
-            u = 2 * torch.rand(self._box.upper.shape, generator=generator) - 1
-            yield (_START * u).to(self._box.upper)
+        for i in range(options.num_starts - from_zero):
+            if i % 2 == 0:
+                u = 2 * torch.rand(self._box.upper.shape, generator=generator) - 1
+                u = (u * (1 if i else _START)).to(self._box.upper)
+            yield u if i % 2 == 0 else -u
         if options.corners is not None:
             for vector in options.corners:
                 towards = self._manifold.pulled_back(vector)

@@ -159,9 +159,10 @@ def worst_case_sharpness(
         norm: `"l2"` (p = 2) or `"linf"` (p = infinity).
         adaptive: `None`, `"elementwise"` or `"filterwise"`.
         num_steps: of Auto-PGD, >= 1.
-        shard_size: m of m-sharpness: the samples are shuffled by `seed` into shards of
-            about this size, the maximum is taken in each, and the mean given with its
-            standard error. None: all samples at once.
+        shard_size: m of m-sharpness: the samples are shuffled by `seed` into near-equal
+            shards, of the size nearest to this (within a factor of 1.42; the result has
+            it), the maximum is taken in each, and the mean given with its standard
+            error. None: all samples at once.
         seed: of the shards.
         max_seconds: of the whole call, all radii together: stop after the evaluation that
             passes this time.
@@ -480,11 +481,17 @@ def _shards(
     whole("shard_size", shard_size, 1)
     generator = _tensors.seeded(seed)
     order = torch.randperm(risk.num_samples, generator=generator)
-    for index in order.tensor_split(math.ceil(risk.num_samples / shard_size)):
+    for index in order.tensor_split(_num_shards(risk.num_samples, shard_size)):
         try:
             yield risk.subset(index)
         except NoLossTermsError:  # all its targets are ignored: it weighs nothing
             continue
+
+
+def _num_shards(num_samples: int, size: int) -> int:
+    """Equal shards whose size is nearest to `size`, in ratio."""
+    few = max(1, num_samples // size)
+    return few + (num_samples / size > math.sqrt(few * (few + 1)))
 
 
 def _name(what: str, adaptive: str | None, rho: float, rest: str = "") -> str:
