@@ -164,7 +164,7 @@ def a_graph_that_was_cut_is_trusted(patch):
 @seen_by(test_doctor.test_a_model_that_varies_from_call_to_call_is_named_and_raised)
 def two_evaluations_are_not_compared(patch):
     def deterministic(values, first, second):
-        return checks.Finding("deterministic", "ok", "not looked at")
+        return checks.CheckResult("deterministic", "ok", "not looked at")
 
     patch.setattr(checks, "_deterministic", deterministic)
 

@@ -40,7 +40,7 @@ def _figure2(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     words = (
         "large batch: best test accuracy along training less the last, points: 0.25 or less"
     )
-    return [within(words, lost, -math.inf, 0.25, paper="no peak is store")]
+    return [within(words, lost, -math.inf, 0.25, paper="no peak is seen")]
 
 
 def _figure2_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
