@@ -15,6 +15,7 @@ class Status(StrEnum):
     MAX_HVPS = "max_hvps"
     MAX_SECONDS = "max_seconds"
     INTERRUPTED = "interrupted"
+    INEXACT = "inexact"
     LINE_SEARCH_FAILED = "line_search_failed"
     NON_FINITE = "non_finite"
     ZERO_GRADIENT = "zero_gradient"
@@ -40,6 +41,8 @@ _ADVICE = {
     Status.MAX_SECONDS: "Stopped at `max_seconds`; the bounds reached so far hold. "
     "Raise `max_seconds` or loosen `tol`.",
     Status.INTERRUPTED: "Interrupted; the bounds reached so far hold.",
+    Status.INEXACT: "The products themselves are less exact than what was asked for, so "
+    "more of them would not help. Use float64, or a loss with a second derivative.",
     Status.LINE_SEARCH_FAILED: "The line search found no rise at all, so the value 0 "
     "says nothing. Try another `seed` or `solver='ascent'`.",
     Status.NON_FINITE: "The risk or a product of it is NaN or infinite. Check the "

@@ -25,6 +25,7 @@ from sharpness.krylov.stochastic_trace import (
     XTrace,
 )
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
+from sharpness.measures.multiplication import Multiplication
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -45,8 +46,9 @@ class StochasticEstimate(Result):
 
     value: float
     standard_error: float  # of the mean over probes
-    interval: Interval
+    interval: Interval  # for the probes and for the products' own error
     confidence: float  # of the interval
+    product_error: float  # what inexact products may have moved the value by
     status: Status
     num_probes: int
     num_hvps: int
@@ -167,6 +169,7 @@ def trace(
     return _estimated(
         risk,
         estimator,
+        lambda _, error: risk.n * error,
         quantity="trace",
         method=method,
         matrix=matrix,
@@ -217,6 +220,7 @@ def frobenius_norm(
     squared = _estimated(
         risk,
         _SquaredNorm(risk.theta, whole_seed(seed)),
+        lambda square, error: error * (2 * math.sqrt(risk.n * square) + risk.n * error),
         quantity="Frobenius norm",
         method="deflated Hutchinson",
         matrix=matrix,
@@ -233,6 +237,7 @@ def frobenius_norm(
         low, high = (math.sqrt(max(0.0, end)) for end in squared.interval)
         error = squared.standard_error / (2 * norm) if norm else 0.0
         facts |= {"value": norm, "standard_error": error, "interval": (low, high)}
+        facts["product_error"] = squared.product_error / (2 * norm) if norm else 0.0
     return StochasticEstimate(**facts)
 
 
@@ -277,22 +282,24 @@ def diagonal(
         max_steps=max_hvps,
         progress=progress,
     )
-    multiply = _multiplication(run, risk, matrix)
+    multiply = Multiplication(run, risk, matrix)
     estimate = _Diagonal(risk.theta, whole_seed(seed))
     num = _FEWEST
     with run:
         while True:
             estimate.grow(multiply, num)
-            ratio = estimate.relative_error / rtol
+            ratio = estimate.relative_error(multiply.error) / rtol
             if math.isnan(ratio):
                 run.stop(Status.NON_FINITE)
             if ratio <= 1:
                 run.stop(Status.CONVERGED)
+            if multiply.error * math.sqrt(risk.n) > rtol * float(estimate.values.norm()):
+                run.stop(Status.INEXACT)
             num = _next_look(num, ratio)
     return DiagonalEstimate(
         values=estimate.values,
-        standard_errors=estimate.standard_errors,
-        relative_error=estimate.relative_error,
+        standard_errors=estimate.standard_errors(multiply.error),
+        relative_error=estimate.relative_error(multiply.error),
         status=run.status,
         num_probes=estimate.num,
         num_hvps=run.num_steps,
@@ -309,6 +316,7 @@ def diagonal(
 def _estimated(
     risk: EmpiricalRisk,
     estimator: Estimator,
+    effect: Callable[[float, float], float],
     *,
     quantity: str,
     method: str,
@@ -320,7 +328,11 @@ def _estimated(
     max_seconds: float | None,
     progress: bool | None,
 ) -> StochasticEstimate:
-    """Grow an estimator until its interval is narrow enough."""
+    """Grow an estimator until its interval is narrow enough.
+
+    `effect` has the value and the error of a product with a unit vector, and says what
+    that may change in the value.
+    """
     fewest = estimator.fixed_products + _FEWEST * estimator.products_a_probe
     _check(rtol, confidence, max_hvps, fewest)
     run = Run(
@@ -330,26 +342,31 @@ def _estimated(
         progress=progress,
         status=Status.MAX_HVPS,
     )
-    multiply = _multiplication(run, risk, matrix)
+    multiply = Multiplication(run, risk, matrix)
     most = (max_hvps - estimator.fixed_products) // estimator.products_a_probe
     num = _FEWEST
     with run:
         while num > len(estimator.estimates):
             estimator.grow(multiply, num)
             value, _, (low, high) = _student(estimator.estimates, confidence)
-            allowed = 2 * rtol * abs(value)
+            inexact = effect(value, multiply.error)
+            allowed = 2 * (rtol * abs(value) - inexact)
             if not math.isfinite(value):
                 run.stop(Status.NON_FINITE)
             if high - low <= allowed:
                 run.stop(Status.CONVERGED)
-            num = _next_look(num, (high - low) / allowed if allowed else math.inf)
+            if inexact > rtol * max(abs(low), abs(high)):
+                run.stop(Status.INEXACT)
+            num = _next_look(num, (high - low) / allowed if allowed > 0 else math.inf)
             num = min(num, most)
-    value, error, interval = _student(estimator.estimates, confidence)
+    value, error, (low, high) = _student(estimator.estimates, confidence)
+    inexact = effect(value, multiply.error)
     return StochasticEstimate(
         value=value,
         standard_error=error,
-        interval=interval,
+        interval=(low - inexact, high + inexact),
         confidence=confidence,
+        product_error=inexact,
         status=run.status,
         num_probes=len(estimator.estimates),
         num_hvps=run.num_steps,
@@ -400,20 +417,6 @@ def _next_look(num: int, ratio: float) -> int:
     if not ratio < 1.3:
         return 2 * num
     return max(num + 2, math.ceil(1.1 * num * ratio**2))
-
-
-def _multiplication(run: Run, risk: EmpiricalRisk, matrix: Matrix) -> Multiply:
-    """Rows of directions -> rows of products, each a step of the run."""
-
-    def product(rows: Tensor) -> Tensor:
-        run.step(len(rows))
-        return risk.product(rows, matrix)
-
-    def multiply(rows: Tensor) -> Tensor:
-        block = risk.prepare(len(rows), matrix).directions_at_once
-        return torch.cat([product(part) for part in rows.split(block)])
-
-    return multiply
 
 
 class _Deflated:
@@ -467,15 +470,16 @@ class _Diagonal(_Deflated):
     def values(self) -> Tensor:
         return self._exact + self._mean
 
-    @property
-    def standard_errors(self) -> Tensor:
+    def standard_errors(self, of_products: float) -> Tensor:
+        """With the products' own, for a unit vector: what it comes to in each entry."""
         if self.num < 2:
             return torch.full_like(self._mean, math.inf)
-        return (self._squares / (self.num - 1) / self.num).sqrt_()
+        variance = self._squares / (self.num - 1) / self.num
+        return variance.add_(of_products**2).sqrt_()
 
-    @property
-    def relative_error(self) -> float:
-        error, norm = float(self.standard_errors.norm()), float(self.values.norm())
+    def relative_error(self, of_products: float) -> float:
+        error = float(self.standard_errors(of_products).norm())
+        norm = float(self.values.norm())
         return error / norm if norm else error and math.inf
 
     def grow(self, multiply: Multiply, num: int) -> None:

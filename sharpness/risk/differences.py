@@ -11,24 +11,31 @@ from torch import Tensor
 from sharpness import _tensors
 
 Gradient = Callable[[Tensor], Tensor]
-_LENGTHS = 12  # step lengths that are tried once, each half of the one before
+_LENGTHS = 12  # step lengths that are tried once
+_RATIO = 4.0  # of each to the next
+_SHORTER = 3  # further steps for a product that changes more than usual
+_USUAL = 4.0  # times the change along the probe
 
 
 class Differences:
-    """v -> (g(theta + h v) - g(theta - h v)) / 2h, two gradients a product.
+    """v -> (g(theta + h v) - g(theta - h v)) / 2h, each product with its own error.
 
     The step is chosen once, along a direction of large curvature (the product of a
     random one): of twelve lengths the one whose product changes least when the step is
-    doubled. That balances rounding (short steps) against curvature that changes on the
-    way (long ones).
+    four times as long. That balances rounding (short steps) against curvature that
+    changes on the way (long ones). Every later product is compared with that of the
+    longer step as well, four gradients in all. Where the two differ by more than usual,
+    the gradient jumps on the way (at a kink of a ReLU), and shorter steps are tried:
+    a jump inside a step counts by its size over the step, so two lengths agree only
+    where neither meets one.
 
     Args:
         gradient: theta (n,) -> gradient (n,).
         theta: the point.
 
     Attributes:
-        relative_error: that change over the product's norm: an estimate of the error of
-            M v relative to the norm of M.
+        relative_error: the change along the probe over the product's norm: an estimate
+            of the error of M v relative to the norm of M.
         probe: the direction it was taken along, (n,).
         product: M times it.
     """
@@ -36,7 +43,7 @@ class Differences:
     def __init__(self, gradient: Gradient, theta: Tensor) -> None:
         self._gradient, self._theta = gradient, theta
         longest = 0.2 * (1.0 + float(_tensors.norm64(theta)))
-        lengths = [longest * 0.5**i for i in range(_LENGTHS)]
+        lengths = [longest / _RATIO**i for i in range(_LENGTHS)]
         random = _tensors.random_unit(theta, torch.Generator().manual_seed(0))
         steep = self._along(random, lengths[_LENGTHS // 2])
         size = _tensors.norm64(steep)
@@ -44,17 +51,37 @@ class Differences:
         self.probe = steep / size.to(steep.dtype) if usable else random
         products = [self._along(self.probe, length) for length in lengths]
         candidates = zip(lengths[1:], products[1:], products, strict=False)
-        self.relative_error, self._step, self.product = min(
+        self._change, self._step, self.product = min(
             ((_change(near, far), length, near) for length, near, far in candidates),
             key=lambda candidate: candidate[0],
         )
+        self.relative_error = _relative(self._change, self.product)
 
     def __call__(self, v: Tensor) -> Tensor:
         """M v for (n,), or for each row of (b, n)."""
+        return self.with_error(v)[0]
+
+    def with_error(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """M v, and an estimate of its error's norm: a number, or (b,) for (b, n)."""
         if v.ndim == 2:
-            return torch.stack([self(row) for row in v]) if len(v) else v.clone()
+            if not len(v):
+                return v.clone(), v.new_empty(0)
+            products, errors = zip(*map(self.with_error, v), strict=True)
+            return torch.stack(products), torch.stack(errors)
         length = float(_tensors.norm64(v))
-        return self._along(v, self._step / length) if length else torch.zeros_like(v)
+        if not length:
+            return torch.zeros_like(v), v.new_zeros(())
+        step = self._step / length
+        least, far, product = math.inf, self._along(v, step * _RATIO), torch.zeros_like(v)
+        for _ in range(1 + _SHORTER):
+            near = self._along(v, step)
+            change = _change(near, far)
+            if change <= least:
+                least, product = change, near
+            if change <= _USUAL * self._change * length:
+                break
+            step, far = step / _RATIO, near
+        return product, v.new_tensor(least)
 
     def _along(self, v: Tensor, step: float) -> Tensor:
         ahead = self._gradient(self._theta + step * v)
@@ -62,6 +89,10 @@ class Differences:
 
 
 def _change(near: Tensor, far: Tensor) -> float:
-    size, change = float(_tensors.norm64(near)), float(_tensors.norm64(near - far))
-    relative = change / size if size else float(change > 0)
-    return relative if math.isfinite(relative) else math.inf
+    change = float(_tensors.norm64(near - far))
+    return change if math.isfinite(change) else math.inf
+
+
+def _relative(change: float, product: Tensor) -> float:
+    size = float(_tensors.norm64(product))
+    return change / size if size else math.inf if change else 0.0

@@ -34,7 +34,7 @@ from sharpness.risk.model_state import (
 )
 from sharpness.risk.objective import Objective, gradients
 from sharpness.risk.plan import Plan, asked_engine
-from sharpness.risk.products import Products, Task
+from sharpness.risk.products import Products, Task, rounding
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -377,6 +377,28 @@ class EmpiricalRisk:
         if self._gradient is None:
             self._gradient = self.gradient()
         return product - (v @ self._gradient).unsqueeze(-1) * self._gradient
+
+    @torch.inference_mode(False)
+    def product_and_error(
+        self, v: Tensor, matrix: Matrix = "hessian"
+    ) -> tuple[Tensor, Tensor]:
+        """`product` for rows v (b, n), and what each may be off by in norm, (b,).
+
+        For exact engines that is rounding; for differences of gradients an estimate:
+        what changes with a step four times as long.
+
+        Raises:
+            TypeError: as in `product`.
+            ValueError: as in `product`.
+
+        Cost: that of `product`.
+        """
+        rows = v.detach().to(device=self.device, dtype=self.dtype)
+        found = self._fitting(lambda: self._products_of(matrix, 1).with_errors(rows))
+        if found is not None:
+            return found
+        products = self.product(v, matrix)
+        return products, rounding(products)
 
     @torch.inference_mode(False)
     def block_products(
