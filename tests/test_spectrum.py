@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers.problems import mlp_hessian, mlp_risk, quadratic, random_spectrum, symmetric
+from helpers.problems import directions, mlp_hessian, mlp_risk, quadratic, random_spectrum, symmetric
 from scipy import stats
 from torch import Tensor
 
@@ -100,12 +100,12 @@ def measured_often(
     a = symmetric(values)
     risk, starts, runs = fast(a), [], []
 
-    def noted(run, risk, matrix, own, generator, num_steps):
+    def noted(multiply, own, generator, num_steps):
         starts.extend(own)
         yield [Tridiagonal(np.zeros(1), np.zeros(1)) for _ in own]
 
-    def replayed(run, risk, matrix, own, generator, num_steps):
-        run.step(len(own) * num_steps)
+    def replayed(multiply, own, generator, num_steps):
+        multiply._run.step(len(own) * num_steps)
         yield [runs.pop(0) for _ in own]
 
     options |= {"num_starts": num_starts, "num_steps": num_steps}
@@ -254,12 +254,40 @@ def test_a_space_that_is_exhausted_gives_the_exact_mass():
 def test_the_smoothed_rule_is_the_sum_of_its_gaussians():
     rule, _, _ = rule_of(symmetric(SPECTRA["bulk"]), 10)
     grid = np.linspace(-3, 3, 7)
-    fine, coarse, square, _ = smoothed(rule, grid, 0.3, N)
+    found = smoothed(rule, grid, 0.3, N, moved=0.1)
     kernel = stats.norm.pdf(grid[:, None], rule.nodes, 0.3)
-    assert fine == pytest.approx(kernel @ rule.weights, rel=1e-12)
-    assert square == pytest.approx(kernel**2 @ rule.weights, rel=1e-12)
+    assert found.density == pytest.approx(kernel @ rule.weights, rel=1e-12)
+    assert found.square == pytest.approx(kernel**2 @ rule.weights, rel=1e-12)
     kernel = stats.norm.pdf(grid[:, None], rule.coarse_nodes, 0.3)
-    assert coarse == pytest.approx(kernel @ rule.coarse_weights, rel=1e-12)
+    assert found.coarse == pytest.approx(kernel @ rule.coarse_weights, rel=1e-12)
+    for moves in directions(50, 10).clamp(-1, 1).numpy():  # any way the nodes may have gone
+        kernel = stats.norm.pdf(grid[:, None], rule.nodes + 0.1 * moves, 0.3)
+        density = kernel @ rule.weights
+        assert np.all((found.least <= density) & (density <= found.most))
+
+
+@pytest.mark.parametrize("share", [3e-3, 1e-3, 3e-4])
+def test_a_sigma_that_the_steps_do_not_resolve_widens_the_band_and_is_named(share):
+    """Between the teeth of a comb of Ritz values there is density all the same."""
+    values = SPECTRA["bulk"]
+    points, sigma = np.linspace(-1.5, 1.5, 200), share * float(np.ptp(values))
+    found = sh.spectral_density(
+        fast(symmetric(values)), num_starts=3, num_steps=30, sigma=sigma, grid=points
+    )
+    low, high = found.band
+    true = gaussians(values, points, sigma)
+    assert np.mean((low <= true) & (true <= high)) > 0.95
+    assert found.unresolved > 0.5
+    assert f" unresolved at {found.unresolved:.0%} " in str(found)
+
+
+def test_a_band_is_not_widened_where_the_steps_resolve_sigma():
+    values = np.append(np.zeros(N - 3), [1.0, 2.0, 5.0])
+    found = sh.spectral_density(fast(symmetric(values)), num_steps=30, sigma=0.01)
+    assert found.unresolved == 0
+    assert "unresolved" not in str(found)
+    gap = (found.grid > 2.5) & (found.grid < 4.5)
+    assert found.band[1][gap].max() < 1e-9
 
 
 # -- intervals ---------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sharpness.krylov.lanczos import Tridiagonal, christoffel
 
 _LEAST_WEIGHT = 1e-4  # of an eigenvalue, in 1/n: less is as rare as 1 in 100
 _COARSER = 0.75  # of the steps: the difference shows the error of the quadrature
+_REACH = 1.5  # distances between nodes that such a difference tells about
 
 
 @dataclass(frozen=True)
@@ -67,22 +68,58 @@ def _with_node(run: Tridiagonal, t: float) -> tuple[np.ndarray, np.ndarray]:
     return nodes, vectors[0] ** 2
 
 
-def smoothed(rule: Rule, grid: np.ndarray, sigma: float, n: int) -> tuple[np.ndarray, ...]:
-    """Density with Gaussians of width sigma on a grid (g,), from one start.
+@dataclass(frozen=True)
+class Smoothed:
+    """Density with Gaussians of one width on a grid (g,), from one start."""
+
+    density: np.ndarray
+    coarse: np.ndarray  # the same with fewer steps
+    square: np.ndarray  # mean square of the Gaussians
+    largest: np.ndarray  # the largest of them that an eigenvalue can be behind
+    least: np.ndarray  # density, if every eigenvalue has moved away by `moved`
+    most: np.ndarray  # and towards the grid point
+
+
+def smoothed(
+    rule: Rule, grid: np.ndarray, sigma: float, n: int, moved: float = 0.0
+) -> Smoothed:
+    """The density of one start at each grid point, and what can be said of its error."""
+    distance = np.abs(grid[:, None] - rule.nodes[None, :])
+    fine = _gaussian(distance, sigma)
+    real = rule.weights > _LEAST_WEIGHT / n
+    coarse = _gaussian(grid[:, None] - rule.coarse_nodes[None, :], sigma)
+    return Smoothed(
+        density=fine @ rule.weights,
+        coarse=coarse @ rule.coarse_weights,
+        square=fine**2 @ rule.weights,
+        largest=fine[:, real].max(1),
+        least=_gaussian(distance + moved, sigma) @ rule.weights,
+        most=_gaussian(np.maximum(distance - moved, 0), sigma) @ rule.weights,
+    )
+
+
+def _gaussian(distance: np.ndarray, sigma: float) -> np.ndarray:
+    return np.asarray(np.exp(-0.5 * (distance / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi)))
+
+
+def steps_error(rule: Rule, grid: np.ndarray, sigma: float) -> tuple[np.ndarray, float]:
+    """What few steps may have changed in the density at each grid point.
+
+    Where the Gaussians are narrower than the nodes are apart, the density is a comb. It
+    and that of fewer steps agree by chance where they cross, and on zero between their
+    teeth. So their differences are taken at the nodes, and count as far as the next
+    nodes are away on the nearer side: across a bulk, but not into a gap.
 
     Returns:
-        The density, the same with fewer steps, the mean square of the Gaussians, and the
-        largest of them that an eigenvalue can be behind.
+        The error (g,), and the weight of the nodes at which it is half the density.
     """
-
-    def gaussians(nodes: np.ndarray) -> np.ndarray:
-        z = (grid[:, None] - nodes[None, :]) / sigma
-        return np.asarray(np.exp(-0.5 * z**2) / (sigma * np.sqrt(2 * np.pi)))
-
-    fine = gaussians(rule.nodes)
-    coarse = gaussians(rule.coarse_nodes) @ rule.coarse_weights
-    real = rule.weights > _LEAST_WEIGHT / n
-    return fine @ rule.weights, coarse, fine**2 @ rule.weights, fine[:, real].max(1)
+    at = smoothed(rule, rule.nodes, sigma, 1)
+    difference = np.abs(at.density - at.coarse)
+    gaps = np.diff(rule.nodes)
+    reach = _REACH * np.minimum(np.append(gaps, np.inf), np.append(np.inf, gaps))
+    near = np.abs(grid[:, None] - rule.nodes) <= reach
+    lost = float(rule.weights[difference > at.density / 2].sum())
+    return np.where(near, difference, 0.0).max(1), lost
 
 
 def standard_error(mean: np.ndarray, square: np.ndarray, n: int, starts: int) -> np.ndarray:

@@ -33,8 +33,10 @@ class Multiplication:
         self._run.step(len(rows))
         products, errors = self._risk.product_and_error(rows, self._matrix)
         lengths = rows.double().norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
-        self._square += float((errors.double() / lengths).square().sum())
-        self._num += len(rows)
+        square = float((errors.double() / lengths).square().sum())
+        if math.isfinite(square):  # what is not finite stops the measure by itself
+            self._square += square
+            self._num += len(rows)
         return products
 
     @property

@@ -15,8 +15,15 @@ from sharpness._arguments import is_whole
 from sharpness._results import Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
-from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
+from sharpness.krylov.quadrature import (
+    Rule,
+    interval,
+    smoothed,
+    standard_error,
+    steps_error,
+)
 from sharpness.measures.eigenvalues import PRODUCTS, product_name
+from sharpness.measures.multiplication import Multiplication
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -31,7 +38,8 @@ class SpectralIntegral:
     value: float
     standard_error: float  # over random starts
     quadrature_error: float  # of finitely many steps: half a proven bracket, or estimated
-    interval: tuple[float, float]  # both errors together
+    product_error: float  # what inexact products may have moved it by
+    interval: tuple[float, float]  # all three errors together
     confidence: float
 
     def __str__(self) -> str:
@@ -55,14 +63,18 @@ class SpectralDensity(Result):
 
     `band` covers, at each grid point by itself, the density
     $\frac{1}{n} \sum_i N(x; \lambda_i, \sigma^2)$ with probability `confidence`: from the
-    number of starts, whose variance is known, and from the number of steps, whose effect
-    is seen by comparing with three quarters of them.
+    number of starts, whose variance is known, from the number of steps, whose effect is
+    seen by comparing with three quarters of them, and from the products' own error. Where
+    `sigma` is finer than the steps resolve, the band is wide: `unresolved` says for what
+    share of the eigenvalues.
     """
 
     grid: np.ndarray = field(repr=False, compare=False)  # (g,) unit of an eigenvalue
     density: np.ndarray = field(repr=False, compare=False)  # (g,), integrates to 1
     band: np.ndarray = field(repr=False, compare=False)  # (2, g) lower and upper end
     sigma: float
+    unresolved: float  # share of eigenvalues at which more steps may halve the density
+    product_error: float  # how far inexact products may have moved an eigenvalue
     confidence: float
     n: int
     num_starts: int  # completed
@@ -78,8 +90,9 @@ class SpectralDensity(Result):
         if not self.num_starts:
             return f"spectral density unknown ({self.status}, {self.num_hvps} products)"
         low, high = self.ends
+        finer = f" unresolved at {self.unresolved:.0%}" if self.unresolved > 0.05 else ""
         return (
-            f"spectral density from {low:.4g} to {high:.4g}, sigma {self.sigma:.2g}   "
+            f"spectral density from {low:.4g} to {high:.4g}, sigma {self.sigma:.2g}{finer}   "
             f"({self.num_starts} starts of {self.num_steps} steps, {self.status}, "
             f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
         )
@@ -128,14 +141,16 @@ class SpectralDensity(Result):
         value = plus.mean - minus.mean
         error = abs((plus.mean - plus.coarse) - (minus.mean - minus.coarse))
         square = np.asarray(plus.square + minus.square)
+        moved = self._moved(function)
         # Each end moves with what its parts may be off by (MOVER, Zou and Donner 2008).
-        below = math.hypot(plus.mean - plus.low, minus.high - minus.mean) + error
-        above = math.hypot(plus.high - plus.mean, minus.mean - minus.low) + error
+        below = math.hypot(plus.mean - plus.low, minus.high - minus.mean) + error + moved
+        above = math.hypot(plus.high - plus.mean, minus.mean - minus.low) + error + moved
         spread = standard_error(np.asarray(value), square, self.n, len(self.rules))
         return SpectralIntegral(
             value=self.n * value,
             standard_error=self.n * float(spread),
             quadrature_error=self.n * error,
+            product_error=self.n * moved,
             interval=(self.n * (value - below), self.n * (value + above)),
             confidence=self.confidence,
         )
@@ -148,15 +163,20 @@ class SpectralDensity(Result):
         gaps. Exact zeros, of which trained networks have many, lie on no side of t = 0.
         """
         self._need_a_start()
-        brackets = np.array([rule.mass_above(t) for rule in self.rules])
-        ends = brackets.mean(0)
+        lower, upper = t - self.product_error, t + self.product_error
+        brackets = [
+            (rule.mass_above(upper)[0], rule.mass_above(lower)[1]) for rule in self.rules
+        ]
+        ends = np.mean(brackets, 0)
+        exact = np.mean([np.ptp(rule.mass_above(t)) for rule in self.rules])
         starts, middle = len(self.rules), ends.mean()
         lows, highs = interval(ends, ends, np.ones(2), self.n, starts, self.confidence)
         spread = standard_error(middle, middle, self.n, starts)
         return SpectralIntegral(
             value=self.n * float(middle),
             standard_error=self.n * float(spread),
-            quadrature_error=self.n * float(ends[1] - ends[0]) / 2,
+            quadrature_error=self.n * float(exact) / 2,
+            product_error=self.n * float(ends[1] - ends[0] - exact) / 2,
             interval=(self.n * float(lows[0]), self.n * float(highs[1])),
             confidence=self.confidence,
         )
@@ -198,12 +218,22 @@ class SpectralDensity(Result):
         )
         return _Part(mean, float(np.mean(coarse)), of_square, float(low), float(high))
 
+    def _moved(self, function: Callable[[np.ndarray], np.ndarray]) -> float:
+        """What the mean changes by, if every eigenvalue moves by the products' error."""
+        changes = []
+        for rule in self.rules:
+            here, far = function(rule.nodes), self.product_error
+            ends = [np.abs(function(rule.nodes + d) - here) for d in (-far, far)]
+            changes.append(np.maximum(*ends) @ rule.weights)
+        return float(np.mean(changes))
+
     def _over_n(self, total: SpectralIntegral) -> SpectralIntegral:
         low, high = total.interval
         return SpectralIntegral(
             value=total.value / self.n,
             standard_error=total.standard_error / self.n,
             quadrature_error=total.quadrature_error / self.n,
+            product_error=total.product_error / self.n,
             interval=(max(0.0, low / self.n), high / self.n),
             confidence=total.confidence,
         )
@@ -292,26 +322,31 @@ def spectral_density(
         total=num_starts * num_steps,
         progress=progress,
     )
+    multiply = Multiplication(run, risk, matrix)
     with run:
         plan = risk.prepare(num_starts * num_steps, matrix)
         for batch in _batches(num_starts, plan.directions_at_once):
             starts = [_tensors.random_unit(risk.theta, generator) for _ in range(batch)]
-            for ended in _lockstep(run, risk, matrix, starts, generator, num_steps):
+            for ended in _lockstep(multiply, starts, generator, num_steps):
                 done += ended
     rules = tuple(Rule.of(first) for first in done)
     width = sigma or _default_sigma(rules)
     points = _grid(grid, rules, width)
-    density, band = _band(rules, points, width, risk.n, confidence)
+    inexact = multiply.errors_together(min(num_steps, risk.n))
+    density, band, unresolved = _band(rules, points, width, risk.n, confidence, inexact)
+    beyond = run.status.ok and inexact > width
     return SpectralDensity(
         grid=points,
         density=density,
         band=band,
         sigma=width,
+        unresolved=unresolved,
+        product_error=inexact,
         confidence=confidence,
         n=risk.n,
         num_starts=len(rules),
         num_steps=num_steps,
-        status=run.status,
+        status=Status.INEXACT if beyond else run.status,
         num_hvps=run.num_steps,
         seconds=run.seconds,
         seed=seed,
@@ -326,9 +361,7 @@ def _batches(total: int, at_once: int) -> Iterator[int]:
 
 
 def _lockstep(
-    run: Run,
-    risk: EmpiricalRisk,
-    matrix: Matrix,
+    multiply: Multiplication,
     starts: list[torch.Tensor],
     generator: torch.Generator,
     num_steps: int,
@@ -336,9 +369,8 @@ def _lockstep(
     """Advance all starts by a step a time: what has ended with it."""
     open_ = [Lanczos(start, generator) for start in starts]
     while open_:
-        run.step(len(open_))
         directions = torch.stack([lanczos.direction() for lanczos in open_])
-        for lanczos, product in zip(open_, risk.product(directions, matrix), strict=True):
+        for lanczos, product in zip(open_, multiply(directions), strict=True):
             lanczos.absorb(product)
         over = [
             lanczos
@@ -350,17 +382,29 @@ def _lockstep(
 
 
 def _band(
-    rules: tuple[Rule, ...], grid: np.ndarray, sigma: float, n: int, confidence: float
-) -> tuple[np.ndarray, np.ndarray]:
+    rules: tuple[Rule, ...],
+    grid: np.ndarray,
+    sigma: float,
+    n: int,
+    confidence: float,
+    moved: float,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Density, band, and the share of eigenvalues that the steps do not resolve."""
     if not rules:
         nothing = np.full(len(grid), np.nan)
-        return nothing, np.stack([nothing, nothing])
-    found = [smoothed(rule, grid, sigma, n) for rule in rules]
-    fine, coarse, square, _ = np.mean(found, 0)
-    largest = np.max([each[3] for each in found], 0)
+        return nothing, np.stack([nothing, nothing]), math.nan
+    found = [smoothed(rule, grid, sigma, n, moved) for rule in rules]
+    fine, coarse, square, least, most = (
+        np.mean([getattr(each, name) for each in found], 0)
+        for name in ("density", "coarse", "square", "least", "most")
+    )
+    largest = np.max([each.largest for each in found], 0)
     low, high = interval(fine, square, largest, n, len(rules), confidence)
-    error = np.abs(fine - coarse) + np.finfo(float).eps * fine.max()
-    return fine, np.stack([np.maximum(low - error, 0), high + error])
+    between, lost = zip(*(steps_error(rule, grid, sigma) for rule in rules), strict=True)
+    error = np.maximum(np.abs(fine - coarse), np.mean(between, 0))
+    error += np.finfo(float).eps * fine.max()
+    low = np.maximum(low - error - (fine - least), 0)
+    return fine, np.stack([low, high + error + (most - fine)]), float(np.mean(lost))
 
 
 def _default_sigma(rules: tuple[Rule, ...]) -> float:
