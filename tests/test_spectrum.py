@@ -15,7 +15,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from helpers.problems import directions, mlp_hessian, mlp_risk, quadratic, random_spectrum, symmetric
+from helpers.problems import (
+    directions,
+    mlp_hessian,
+    mlp_risk,
+    quadratic,
+    random_spectrum,
+    symmetric,
+)
 from scipy import stats
 from torch import Tensor
 

@@ -92,8 +92,8 @@ class SpectralDensity(Result):
         low, high = self.ends
         finer = f" unresolved at {self.unresolved:.0%}" if self.unresolved > 0.05 else ""
         return (
-            f"spectral density from {low:.4g} to {high:.4g}, sigma {self.sigma:.2g}{finer}   "
-            f"({self.num_starts} starts of {self.num_steps} steps, {self.status}, "
+            f"spectral density from {low:.4g} to {high:.4g}, sigma {self.sigma:.2g}{finer} "
+            f"  ({self.num_starts} starts of {self.num_steps} steps, {self.status}, "
             f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
         )
 
@@ -296,7 +296,8 @@ def spectral_density(
         progress: show a bar; by default on a terminal.
 
     Returns:
-        `SpectralDensity`. An interrupt (Ctrl-C) or `max_seconds` give the density from
+        `SpectralDensity`. Status `inexact` where the products' own error may move an
+        eigenvalue by more than `sigma`. An interrupt (Ctrl-C) or `max_seconds` give the density from
         the starts completed; `.integral`, `.count_above`, `.negative_mass` and
         `.effective_dimension` cost nothing more.
 

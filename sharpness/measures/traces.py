@@ -136,13 +136,15 @@ def trace(
     Stopped when half the width of the Student t interval, corrected for skewness, is at
     most `rtol` times the value. It is looked at after 10 probes; their spread foretells
     how many are needed, and the next look is there, or at twice as many probes if that
-    is sooner. So a small spread by luck in the first few stops nothing.
+    is sooner. So a small spread by luck in the first few stops nothing. What inexact
+    products (rounding, differences of gradients) may have moved the value by is part of
+    the interval; where that alone exceeds `rtol`, the status is `inexact`.
 
     Args:
         risk: the mean loss f, held at the parameters theta.
         method: `"hutch++"` (Meyer et al. 2021) treats a sketch of the largest
             eigenvectors exactly, `"hutchinson"` is plain, `"xtrace"` (Epperly et al.
-            2024) uses each probe twice; its spread is an error estimate only.
+            2024) uses each probe twice, with the jackknife's standard error.
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
         rtol: half width wanted, relative to the value; > 0.
         confidence: of the interval, in (0, 1).

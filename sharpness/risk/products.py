@@ -183,7 +183,8 @@ def rounding(products: Tensor) -> Tensor:
 
     In float32 products of perceptrons and convolutions were 2 to 7 eps off.
     """
-    return 8 * torch.finfo(products.dtype).eps * products.norm(dim=-1)
+    norms: Tensor = products.norm(dim=-1)
+    return 8 * torch.finfo(products.dtype).eps * norms
 
 
 def _in_short(error: Exception) -> str:
