@@ -297,9 +297,9 @@ def spectral_density(
 
     Returns:
         `SpectralDensity`. Status `inexact` where the products' own error may move an
-        eigenvalue by more than `sigma`. An interrupt (Ctrl-C) or `max_seconds` give the density from
-        the starts completed; `.integral`, `.count_above`, `.negative_mass` and
-        `.effective_dimension` cost nothing more.
+        eigenvalue by more than `sigma`. An interrupt (Ctrl-C) or `max_seconds` give the
+        density from the starts completed; `.integral`, `.count_above`, `.negative_mass`
+        and `.effective_dimension` cost nothing more.
 
     Raises:
         ValueError: an argument outside its range.
