@@ -14,7 +14,7 @@ from sharpness.report.panels import draw
 from sharpness.reproduce.claims import Finding
 from sharpness.reproduce.paper import PRESETS, Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
-from sharpness.reproduce.runner import Costs, ObservationStore, Runner
+from sharpness.reproduce.runner import Costs, Runner
 from sharpness.reproduce.terminal import print_finding, print_verdicts
 
 _ADVICE = (
@@ -152,9 +152,10 @@ def _reproduced(
         found = finding(paper, item, study, store)
         print_finding(out, found)
         findings.append(found)
-        path = _drawn(item, study, store, found, runner.folder)
-        if path is not None:
-            out.print(f"Picture: {path}")
+        if panels := item.drawn(study, store):
+            name = f"{found.paper}-{item.name}-{study.name}-{study.preset}.png"
+            title = f"{item.title} · {study.network} on {study.data}"
+            out.print(f"Picture: {draw(runner.folder / name, panels, title=title)}")
     return findings
 
 
@@ -180,16 +181,6 @@ def _announce(
         f"To do: {runs} training runs, {len(missing)} of {len(set(wanted))} observations; "
         f"{time}."
     )
-
-
-def _drawn(
-    item: Item, study: Study, store: ObservationStore, found: Finding, folder: Path
-) -> Path | None:
-    panels = [p for p in (item.panels(study, store) if item.panels else ()) if p.curves]
-    if not panels:
-        return None
-    path = folder / f"{found.paper}-{item.name}-{study.name}-{study.preset}.png"
-    return draw(path, panels, title=f"{item.title} · {study.network} on {study.data}")
 
 
 if __name__ == "__main__":

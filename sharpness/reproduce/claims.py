@@ -227,7 +227,7 @@ def within(
     claim: str, values: Sequence[float], low: float, high: float, *, paper: str = ""
 ) -> Check:
     """Does the mean lie in a range? Yes or no where its 95 % interval is on one side."""
-    n, (mean, sd) = len(values), mean_and_sd(values)
+    n, (mean, sd) = len(values), mean_and_sd(values or [math.nan])
     half = _half_width(values) if n >= MIN_PAIRS else math.inf
     if low <= mean - half and mean + half <= high:
         verdict = Verdict.REPRODUCED
@@ -274,17 +274,3 @@ def holds(claim: str, answer: bool, *, ours: str, n: int, paper: str = "") -> Ch
     """A predicate without a test: a shape, a count, an identity."""
     verdict = Verdict.REPRODUCED if answer else Verdict.NOT_REPRODUCED
     return Check(claim=claim, paper=paper, ours=ours, n=n, verdict=verdict)
-
-
-def means_by(
-    x: Sequence[float], y: Sequence[float]
-) -> tuple[list[float], list[float], list[float], list[float]]:
-    """For each x in order: x, mean, smallest and largest y."""
-    xs, ys = np.asarray(x, float), np.asarray(y, float)
-    groups = [ys[xs == point] for point in np.unique(xs)]
-    return (
-        np.unique(xs).tolist(),
-        [float(group.mean()) for group in groups],
-        [float(group.min()) for group in groups],
-        [float(group.max()) for group in groups],
-    )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from statistics import median
-from typing import Any, Literal
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
 
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
 from sharpness.reproduce.claims import Check, holds, within
+from sharpness.reproduce.columns import number, panel
 from sharpness.reproduce.observations import TrackingRun
 from sharpness.reproduce.paper import Item, Paper
 from sharpness.reproduce.runner import ObservationStore
+
+Optimizer = Literal["sgd", "adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +42,7 @@ class CohenStudy(paper.Study):
     rates_adam: tuple[float, ...] = ()
     updates_adam: int = 0
 
-    def with_seeds(self, num: int) -> CohenStudy:
-        """The same with so many starting points."""
-        return replace(self, num_seeds=num)
-
-    def descents(
-        self, optimizer: Literal["sgd", "adam"]
-    ) -> list[tuple[float, TrackingRun]]:
+    def descents(self, optimizer: Optimizer) -> list[tuple[float, TrackingRun]]:
         """(learning rate, run) for every rate and starting point."""
         adam = optimizer == "adam"
         return [
@@ -66,88 +66,75 @@ class CohenStudy(paper.Study):
                 ),
             )
             for rate in (self.rates_adam if adam else self.rates)
-            for seed in range(self.num_seeds)
+            for seed in self.seeds
         ]
 
 
-def _curve(facts: dict[str, Any]) -> list[tuple[int, float, float]]:
-    """(update, curvature over its threshold, loss) wherever both are known."""
-    rows = zip(
-        facts["steps"], facts["values"], facts["thresholds"], facts["losses"], strict=True
-    )
-    return [
-        (step, value["value"] / limit, loss)
-        for step, value, limit, loss in rows
-        if value is not None and limit and value["value"] is not None
-    ]
-
-
-def _after_crossing(curve: Sequence[tuple[int, float, float]]) -> float | None:
-    """The median of curvature over threshold, once it has reached the threshold."""
-    shares = [share for _, share, _ in curve]
-    first = next((i for i, share in enumerate(shares) if share >= 1), None)
-    return None if first is None else median(shares[first:])
+def _curve(store: ObservationStore, run: TrackingRun) -> pd.DataFrame:
+    """Curvature over its threshold, and the loss, by update, where both are known."""
+    facts = store.get(run) or {"steps": [], "values": [], "thresholds": [], "losses": []}
+    values = [math.nan if v is None else number(v["value"]) for v in facts["values"]]
+    limits = [limit or math.nan for limit in facts["thresholds"]]
+    share = np.divide(values, limits)
+    found = {"update": facts["steps"], "share": share, "loss": facts["losses"]}
+    return pd.DataFrame(found).dropna(subset="share")
 
 
 def _checks(
-    study: CohenStudy, store: ObservationStore, optimizer: Literal["sgd", "adam"], name: str
-) -> list[Check]:
-    checks = []
-    rates = study.rates_adam if optimizer == "adam" else study.rates
-    for rate in rates:
-        runs = [store.get(run) for at, run in study.descents(optimizer) if at == rate]
-        curves = [curve for facts in runs if facts and (curve := _curve(facts))]
-        if not curves:
+    study: CohenStudy, store: ObservationStore, optimizer: Optimizer, name: str
+) -> Iterator[Check]:
+    runs = study.descents(optimizer)
+    for rate in dict.fromkeys(rate for rate, _ in runs):
+        curves = [_curve(store, run)["share"] for at, run in runs if at == rate]
+        shares = [share for share in curves if len(share)]
+        if not shares:
             continue
-        most = [max(share for _, share, _ in curve) for curve in curves]
-        first, n = max(curve[0][1] for curve in curves), len(curves)
+        most, n = [share.max() for share in shares], len(shares)
+        first = max(share.iloc[0] for share in shares)
         words = f"eta {rate:g}: {name} starts below its threshold and reaches it"
         ours = (
             f"at first {first:.2g} of it or less, at most {min(most):.2g} to "
             f"{max(most):.2g}; {sum(m >= 1 for m in most)} of {n} runs reach it"
         )
-        checks.append(holds(words, min(most) >= 1 > first, ours=ours, n=n))
-        after = [m for curve in curves if (m := _after_crossing(curve)) is not None]
+        yield holds(words, bool(min(most) >= 1 > first), ours=ours, n=n)
+        after = [s[(s >= 1).cummax()].median() for s in shares if s.max() >= 1]
         words = f"eta {rate:g}: median of {name} over threshold after that: 0.9 to 1.2"
-        if after:
-            checks.append(within(words, after, 0.9, 1.2, paper="just above 1"))
-    return checks
+        yield within(words, after, 0.9, 1.2, paper="just above 1")
 
 
 def _panels(
-    study: CohenStudy, store: ObservationStore, optimizer: Literal["sgd", "adam"], name: str
+    study: CohenStudy, store: ObservationStore, optimizer: Optimizer, name: str
 ) -> list[Panel]:
-    shares, losses = [], []
-    for colour, (rate, run) in enumerate(
-        (rate, run) for rate, run in study.descents(optimizer) if run.training.seed == 0
-    ):
-        facts = store.get(run)
-        curve = _curve(facts) if facts else []
-        if not curve:
-            continue
-        steps, values = [c[0] for c in curve], [c[1] for c in curve]
-        label = f"eta {rate:g}"
-        shares.append(Curve(label=label, x=steps, y=values, colour=colour, style=".-"))
-        values = [c[2] for c in curve]
-        losses.append(Curve(label=label, x=steps, y=values, colour=colour, style=".-"))
-    if not shares:
+    first = [run for run in study.descents(optimizer) if run[1].training.seed == 0]
+    curves = [
+        (f"eta {rate:g}", colour, found)
+        for colour, (rate, run) in enumerate(first)
+        if len(found := _curve(store, run))
+    ]
+    if not curves:
         return []
-    last = max(max(curve.x) for curve in shares)
+
+    def drawn(column: str) -> list[Curve]:
+        return [
+            Curve(
+                label=label,
+                x=found["update"].tolist(),
+                y=found[column].tolist(),
+                colour=colour,
+                style=".-",
+            )
+            for label, colour, found in curves
+        ]
+
+    last = max(found["update"].max() for *_, found in curves)
     edge = Curve(label="stability threshold", x=[0, last], y=[1, 1], colour=6, style="--")
     return [
-        Panel(
-            title="",
-            x_label="update",
-            y_label=f"{name} / threshold",
-            curves=[*shares, edge],
-        ),
-        Panel(title="", x_label="update", y_label="loss", curves=losses, log_y=True),
+        panel("update", f"{name} / threshold", [*drawn("share"), edge]),
+        panel("update", "loss", drawn("loss"), log_y=True),
     ]
 
 
-def _item(
-    name: str, title: str, claim: str, optimizer: Literal["sgd", "adam"], measure: str
-) -> Item:
+def _item(name: str, title: str, claim: str, optimizer: Optimizer, measure: str) -> Item:
     return Item(
         name=name,
         title=title,

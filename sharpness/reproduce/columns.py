@@ -1,38 +1,23 @@
-"""Numbers picked from observations: what findings are computed from."""
+"""Numbers picked from observations: what findings and pictures are computed from."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sharpness.report.panels import Curve
-from sharpness.reproduce.claims import Check, by_both_solvers, means_by, trend
+import pandas as pd
+
+from sharpness.report.panels import Curve, Panel
+from sharpness.reproduce.claims import Check, by_both_solvers, trend
 from sharpness.reproduce.model_spec import ModelSpec
-from sharpness.reproduce.observations import Accuracy, Measured
+from sharpness.reproduce.observations import Accuracy, Measured, Observation
 from sharpness.reproduce.runner import ObservationStore
 
 Facts = dict[str, Any]
 Pick = Callable[[Facts], float]
-Look = Callable[[ModelSpec], Accuracy | Measured]
-
-
-def pairs(
-    store: ObservationStore,
-    look: Look,
-    pick: Pick,
-    networks: Sequence[tuple[ModelSpec, ModelSpec]],
-    other_look: Look | None = None,
-) -> tuple[list[float], list[float]]:
-    """A number of both networks of each pair that has been looked at.
-
-    The second one may have been looked at in another way.
-    """
-    other = other_look or look
-    found = [(store.get(look(a)), store.get(other(b))) for a, b in networks]
-    picked = [(pick(a), pick(b)) for a, b in found if a is not None and b is not None]
-    known = [(a, b) for a, b in picked if math.isfinite(a) and math.isfinite(b)]
-    return [a for a, _ in known], [b for _, b in known]
+Observe = Callable[[ModelSpec], Accuracy | Measured]
+Runs = Iterable[tuple[float, ModelSpec]]  # (x, network)
 
 
 def metric(name: str, times: float = 1.0) -> Pick:
@@ -60,73 +45,136 @@ def adaptive_rise(facts: Facts) -> float:
     return number(facts["adaptive"]["value"])
 
 
+def distance(facts: Facts) -> float:
+    """Of the parameters from where training began."""
+    return number(facts["distance_from_start"])
+
+
 def accuracy(network: ModelSpec) -> Accuracy:
-    """Look at how its training ended."""
+    """Its loss and accuracy as training ended."""
     return Accuracy(of=network)
 
 
-def points(
+def observed(networks: Iterable[ModelSpec], *ways: Observe) -> list[Observation]:
+    """Every network, observed in each of these ways."""
+    networks = list(networks)
+    return [observe(network) for observe in ways for network in networks]
+
+
+def read(
     store: ObservationStore,
-    look: Look,
+    observation: Observation,
     pick: Pick,
-    networks: Sequence[tuple[float, ModelSpec]],
+    diverged: float = math.nan,
+) -> float:
+    """A number of an observation; NaN where there is none yet."""
+    if store.diverged(observation):
+        return diverged
+    facts = store.get(observation)
+    return math.nan if facts is None else pick(facts)
+
+
+def pairs(
+    store: ObservationStore,
+    observe: Observe,
+    pick: Pick,
+    networks: Iterable[tuple[ModelSpec, ModelSpec]],
+    observe_second: Observe | None = None,
 ) -> tuple[list[float], list[float]]:
-    """(x, number) of each network that has been looked at."""
-    found = [(x, store.get(look(network))) for x, network in networks]
-    picked = [(x, pick(facts)) for x, facts in found if facts is not None]
-    known = [(x, y) for x, y in picked if math.isfinite(y)]
-    return [x for x, _ in known], [y for _, y in known]
+    """A number of both networks of each pair, where both have one.
+
+    The second one may be observed in another way.
+    """
+    other = observe_second or observe
+    numbers = [
+        (read(store, observe(a), pick), read(store, other(b), pick)) for a, b in networks
+    ]
+    found = _finite(pd.DataFrame(numbers, columns=["first", "second"])).dropna()
+    return found["first"].tolist(), found["second"].tolist()
+
+
+def table(
+    store: ObservationStore,
+    observe: Observe,
+    pick: Pick,
+    runs: Runs,
+    diverged: float = math.nan,
+) -> pd.DataFrame:
+    """A number of every run: a row for each starting point, a column for each x."""
+    rows = [
+        (network.training.seed, x, read(store, observe(network), pick, diverged))
+        for x, network in runs
+    ]
+    found = pd.DataFrame(rows, columns=["start", "x", "y"])
+    return _finite(found.pivot(index="start", columns="x", values="y"))
+
+
+def _finite(found: pd.DataFrame) -> pd.DataFrame:
+    return found.astype(float).replace([math.inf, -math.inf], math.nan)
 
 
 def trend_of(
     claim: str,
     store: ObservationStore,
-    look: Look,
+    observe: Observe,
     pick: Pick,
-    networks: Sequence[tuple[float, ModelSpec]],
+    runs: Runs,
     *,
     rising: bool,
-    best: Pick | None = None,
     judged: bool = True,
-) -> list[Check]:
-    """Does a number rise with x? Nothing before one starting point has been looked at.
-
-    Where the best value found is given as well, it must share the verdict.
-    """
-    at, runs = by_start(store, look, pick, networks)
-    shown = listed(*points(store, look, pick, networks))
-    check = trend(claim, at, runs, rising=rising, ours=shown, judged=judged)
-    if not check.n:
-        return []
-    if best is None:
-        return [check]
-    others = by_start(store, look, best, networks)
-    return [by_both_solvers(check, trend(claim, *others, rising=rising))]
+) -> Check:
+    """Does a number rise (or fall) with x, within starting points?"""
+    found = table(store, observe, pick, runs)
+    ours, x = listed(found), found.columns.tolist()
+    return trend(claim, x, found.to_numpy(), rising=rising, ours=ours, judged=judged)
 
 
-def by_start(
-    store: ObservationStore,
-    look: Look,
-    pick: Pick,
-    networks: Sequence[tuple[float, ModelSpec]],
-) -> tuple[list[float], list[list[float]]]:
-    """Every x, and for each starting point the number there; NaN where there is none."""
-    at = sorted({x for x, _ in networks})
-    found: dict[int, dict[float, float]] = {}
-    for x, network in networks:
-        facts = store.get(look(network))
-        row = found.setdefault(network.training.seed, {})
-        row[x] = math.nan if facts is None else pick(facts)
-    return at, [[row.get(x, math.nan) for x in at] for row in found.values()]
+def by_solvers(judge: Callable[[Pick], Check], i: int = 0) -> Check:
+    """A claim on phi, judged by the protocol; the best value found must agree."""
+    return by_both_solvers(judge(phi(i)), judge(phi(i, "phi")))
 
 
-def band(label: str, x: Sequence[float], y: Sequence[float], **style: Any) -> Curve:
-    """Means by x, with the range of the runs."""
-    at, mean, low, high = means_by(x, y)
-    return Curve(label=label, x=at, y=mean, low=low, high=high, **style)
-
-
-def listed(x: Sequence[float], y: Sequence[float]) -> str:
+def listed(found: pd.DataFrame) -> str:
     """`94.1 (32), 93.0 (100)`: the mean at each x."""
-    at, means, _, _ = means_by(x, y)
-    return ", ".join(f"{mean:.3g} ({a:g})" for a, mean in zip(at, means, strict=True))
+    means = found.mean().dropna()
+    return ", ".join(f"{mean:.3g} ({x:g})" for x, mean in means.items())
+
+
+def band(label: str, found: pd.DataFrame, **style: Any) -> Curve:
+    """Means by x, with the range over starting points."""
+    found = found.dropna(axis="columns", how="all")
+    low, high = found.min().tolist(), found.max().tolist()
+    x, y = found.columns.tolist(), found.mean().tolist()
+    return Curve(label=label, x=x, y=y, low=low, high=high, **style)
+
+
+def panel(x_label: str, y_label: str, curves: Iterable[Curve], **style: Any) -> Panel:
+    """Those of the curves that have points."""
+    drawn = [curve for curve in curves if len(curve.x)]
+    return Panel(**{"title": "", **style}, x_label=x_label, y_label=y_label, curves=drawn)
+
+
+Quantity = tuple[str, Observe, Pick, bool]  # name, how it is read, logarithmic scale
+
+
+def band_panels(
+    store: ObservationStore,
+    x_label: str,
+    quantities: Sequence[Quantity],
+    groups: Sequence[tuple[str, int, Runs]],
+    **style: Any,
+) -> list[Panel]:
+    """A panel for each quantity, with a band for each (label, colour, runs)."""
+    return [
+        panel(
+            x_label,
+            name,
+            [
+                band(label, table(store, observe, pick, runs), colour=colour)
+                for label, colour, runs in groups
+            ],
+            log_y=log_y,
+            **style,
+        )
+        for name, observe, pick, log_y in quantities
+    ]

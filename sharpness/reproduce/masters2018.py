@@ -7,15 +7,25 @@ times as much ("linear scaling"), so that equal base rates mean equal mean progr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from statistics import fmean
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+
+import pandas as pd
 
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.claims import Check, holds, means_by, trend
-from sharpness.reproduce.columns import accuracy, band, listed
+from sharpness.reproduce.claims import Check, holds, trend
+from sharpness.reproduce.columns import (
+    accuracy,
+    band,
+    listed,
+    metric,
+    panel,
+    read,
+    table,
+)
 from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.paper import Item, Paper
 from sharpness.reproduce.runner import ObservationStore
@@ -47,15 +57,6 @@ class MastersStudy(paper.Study):
     weight_decay: float = 1e-4
     chance: float = 10.0
     num_seeds: int = 1
-
-    def with_seeds(self, num: int) -> MastersStudy:
-        """The same with so many starting points."""
-        return replace(self, num_seeds=num)
-
-    @property
-    def seeds(self) -> range:
-        """Starting points."""
-        return range(self.num_seeds)
 
     def network_at(self, batch_size: int, rate: float, seed: int, **more: Any) -> ModelSpec:
         """A run of the grid."""
@@ -120,173 +121,128 @@ class MastersStudy(paper.Study):
         ]
 
 
-def _test(store: ObservationStore, network: ModelSpec) -> float | None:
-    """Test accuracy in percent; 0 where training diverged, None where nobody looked."""
-    if store.diverged(accuracy(network)):
-        return 0.0
-    facts = store.get(accuracy(network))
-    return None if facts is None else 100 * facts["metrics"]["test_accuracy_running"]
+_TEST = metric("test_accuracy_running", 100)
 
 
-_Table = dict[int, dict[float, list[float]]]  # batch size -> base rate -> accuracies
+def _by_rate(study: MastersStudy, store: ObservationStore) -> pd.Series:
+    """Test accuracy by batch size, base rate and starting point; 0 where diverged.
 
-
-def _by_size(study: MastersStudy, store: ObservationStore) -> _Table:
-    """Test accuracies over starting points; empty until the whole grid was run."""
-    table: _Table = {}
-    for size, rate, network in study.grid():
-        value = _test(store, network)
-        if value is None:
-            return {}
-        table.setdefault(size, {}).setdefault(rate, []).append(value)
-    return table
-
-
-def _best_of(rows: dict[float, list[float]]) -> list[float]:
-    """Best accuracy over rates, by starting point."""
-    return [max(values) for values in zip(*rows.values(), strict=True)]
-
-
-def _best(study: MastersStudy, store: ObservationStore) -> list[Check]:
-    table = _by_size(study, store)
-    if not table:
-        return []
-    best = {size: fmean(_best_of(rows)) for size, rows in table.items()}
-    most = max(best.values())
-    winner = max(size for size in best if best[size] == most)
-    n = len(best) * len(study.rates) * study.num_seeds
-    sizes = [float(size) for size in best]
-    ours = f"best at {winner}: {listed(sizes, list(best.values()))}"
-    words = "the best batch size over all rates is 32 or less"
-    small = winner <= 32 and most > 3 * study.chance
-    checks = [holds(words, small, ours=ours, n=n, paper="2 to 32")]
-    large = {size: _best_of(rows) for size, rows in table.items() if size >= 16}
-    words = "from 16 on the best accuracy over rates falls with the batch size"
-    checks.append(
-        trend(words, list(large), list(zip(*large.values(), strict=True)), rising=False)
+    Empty until the whole grid was run.
+    """
+    found = pd.Series(
+        {
+            (size, rate, network.training.seed): read(store, accuracy(network), _TEST, 0.0)
+            for size, rate, network in study.grid()
+        }
     )
-    return checks
+    return found if found.notna().all() else found[:0]
 
 
-def _trains(study: MastersStudy, rows: dict[float, list[float]]) -> list[float]:
-    """Base rates at which the network learned something."""
-    return [rate for rate, values in rows.items() if fmean(values) > 3 * study.chance]
+def _best_of(found: pd.Series) -> pd.DataFrame:
+    """Best accuracy over rates: a row for each starting point, a column for each size."""
+    return found.groupby(level=[2, 0]).max().unstack()
 
 
-def _range(study: MastersStudy, store: ObservationStore) -> list[Check]:
-    table = _by_size(study, store)
-    if not table:
-        return []
-    trains = {size: _trains(study, rows) for size, rows in table.items()}
+def _best(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
+    found = _by_rate(study, store)
+    if found.empty:
+        return
+    best = _best_of(found)
+    means = best.mean()
+    winner = means[means == means.max()].index.max()
+    small = winner <= 32 and means.max() > 3 * study.chance
+    words = "the best batch size over all rates is 32 or less"
+    ours = f"best at {winner}: {listed(best)}"
+    yield holds(words, small, ours=ours, n=len(found), paper="2 to 32")
+    large = best[[size for size in best if size >= 16]]
+    words = "from 16 on the best accuracy over rates falls with the batch size"
+    yield trend(words, large.columns.tolist(), large.to_numpy(), rising=False)
+
+
+def _range(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
+    found = _by_rate(study, store)
+    if found.empty:
+        return
+    means = found.groupby(level=[0, 1]).mean().unstack()
     none = math.log2(min(study.rates)) - 1  # below all that were tried
-    largest = {
-        size: math.log2(max(rates)) if rates else none for size, rates in trains.items()
+    trains = {
+        size: [math.log2(rate) for rate in row.index[row > 3 * study.chance]]
+        for size, row in means.iterrows()
     }
     shown = ", ".join(
-        f"2^{largest[size]:g} ({size})" if rates else f"none ({size})"
+        f"2^{max(rates):g} ({size})" if rates else f"none ({size})"
         for size, rates in trains.items()
     )
     words = "the largest base rate that trains falls with the batch size"
-    sizes, exponents = list(largest), list(largest.values())
-    return [trend(words, sizes, [exponents], rising=False, ours=shown)]
+    exponents = [max(rates, default=none) for rates in trains.values()]
+    yield trend(words, list(trains), [exponents], rising=False, ours=shown)
 
 
 def _grid_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
-    table = _by_size(study, store)
-    if not table:
+    found = _by_rate(study, store)
+    if found.empty:
         return []
+    means, best = found.groupby(level=[0, 1]).mean().unstack(), _best_of(found).mean()
+    x = means.columns.tolist()
     by_rate = [
-        Curve(
-            label=f"batch {size}",
-            x=list(rows),
-            y=[fmean(values) for values in rows.values()],
-            colour=colour,
-        )
-        for colour, (size, rows) in enumerate(table.items())
+        Curve(label=f"batch {size}", x=x, y=row.tolist(), colour=colour)
+        for colour, (size, row) in enumerate(means.iterrows())
     ]
-    means = [fmean(_best_of(rows)) for rows in table.values()]
-    best = Curve(label="", x=list(table), y=means)
+    x_label, y_label = "base learning rate (per sample)", "test accuracy, %"
+    sizes, title = best.index.tolist(), "0 %: diverged"
+    of_best = [Curve(label="", x=sizes, y=best.tolist())]
+    named = "best test accuracy over rates, %"
     return [
-        Panel(
-            title="0 %: diverged",
-            x_label="base learning rate (per sample)",
-            y_label="test accuracy, %",
-            curves=by_rate,
-            log_x=True,
-        ),
-        Panel(
-            title="",
-            x_label="batch size",
-            y_label="best test accuracy over rates, %",
-            curves=[best],
-            log_x=True,
-            ticks=list(table),
-        ),
+        panel(x_label, y_label, by_rate, log_x=True, title=title),
+        panel("batch size", named, of_best, log_x=True, ticks=sizes),
     ]
 
 
-def _ghost_points(
-    study: MastersStudy, store: ObservationStore
-) -> dict[int, tuple[list[float], list[float]]]:
-    found: dict[int, tuple[list[float], list[float]]] = {}
-    for size, ghost, network in study.ghostly():
-        value = _test(store, network)
-        if value is not None:
-            x, y = found.setdefault(size, ([], []))
-            x.append(float(ghost))
-            y.append(value)
-    return found
+def _by_ghost(study: MastersStudy, store: ObservationStore) -> dict[int, pd.DataFrame]:
+    """For each batch size of SGD the accuracy by that of BatchNorm."""
+    return {
+        size: table(
+            store,
+            accuracy,
+            _TEST,
+            [(ghost, network) for of, ghost, network in study.ghostly() if of == size],
+            diverged=0.0,
+        )
+        for size in study.batch_sizes_ghost
+    }
 
 
-def _ghosts(study: MastersStudy, store: ObservationStore) -> list[Check]:
-    checks = []
-    for size, (x, y) in _ghost_points(study, store).items():
-        sizes, means, _, _ = means_by(x, y)
-        wanted = [ghost for ghost in study.ghosts if ghost <= size]
-        if len(x) < len(wanted) * study.num_seeds or max(sizes) <= 8:
+def _ghosts(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
+    for size, found in _by_ghost(study, store).items():
+        if found.isna().any(axis=None) or max(found.columns) <= 8:
             continue
-        best = max(zip(means, sizes, strict=True))[1]
+        means = found.mean()
+        best = means[means == means.max()].index.max()
         words = f"SGD batch {size}: the best BatchNorm batch is 8 or less"
-        ours = f"best at {best:g}: {listed(x, y)}"
-        checks.append(holds(words, best <= 8, ours=ours, n=len(x), paper="4 or 8"))
-    return checks
+        ours = f"best at {best:g}: {listed(found)}"
+        yield holds(words, best <= 8, ours=ours, n=found.size, paper="4 or 8")
 
 
 def _ghost_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
     curves = [
-        band(f"SGD batch {size}", x, y, colour=colour)
-        for colour, (size, (x, y)) in enumerate(_ghost_points(study, store).items())
+        band(f"SGD batch {size}", found, colour=colour)
+        for colour, (size, found) in enumerate(_by_ghost(study, store).items())
     ]
-    label = "samples of BatchNorm's statistics"
-    return [
-        Panel(
-            title="",
-            x_label=label,
-            y_label="test accuracy, %",
-            curves=curves,
-            log_x=True,
-            ticks=study.ghosts,
-        )
-    ]
+    x_label, y_label = "samples of BatchNorm's statistics", "test accuracy, %"
+    return [panel(x_label, y_label, curves, log_x=True, ticks=study.ghosts)]
 
 
-def _warm(study: MastersStudy, store: ObservationStore) -> list[Check]:
-    table = _by_size(study, store)
-    warm: dict[float, list[float]] = {}
-    for rate, network in study.warmed():
-        value = _test(store, network)
-        if value is None or not table:
-            return []
-        warm.setdefault(rate, []).append(value)
-    last = study.batch_sizes[-1]
-    best = max(
-        (fmean(_best_of(rows)) for size, rows in table.items() if size <= 32), default=0.0
-    )
-    with_it, without = fmean(_best_of(warm)), fmean(_best_of(table[last]))
+def _warm(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
+    found = _by_rate(study, store)
+    warm = table(store, accuracy, _TEST, study.warmed(), diverged=0.0)
+    if found.empty or warm.isna().any(axis=None):
+        return
+    best, last = _best_of(found).mean(), study.batch_sizes[-1]
+    small = best[best.index <= 32].max()
+    with_it, without = warm.max(axis="columns").mean(), best[last]
     words = f"with warm-up a batch of {last} stays below the best small batch"
-    ours = f"{with_it:.3g} % with, {without:.3g} % without; small batch {best:.3g} %"
-    n = len(study.rates) * study.num_seeds
-    return [holds(words, with_it < best, ours=ours, n=n)]
+    ours = f"{with_it:.3g} % with, {without:.3g} % without; small batch {small:.3g} %"
+    yield holds(words, bool(with_it < small), ours=ours, n=warm.size)
 
 
 ITEMS = (

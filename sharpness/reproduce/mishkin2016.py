@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Panel
 from sharpness.reproduce import paper
 from sharpness.reproduce.claims import Check, paired, within
-from sharpness.reproduce.columns import accuracy, band, metric, pairs, points
+from sharpness.reproduce.columns import (
+    accuracy,
+    band_panels,
+    metric,
+    observed,
+    pairs,
+)
 from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.paper import Item, Paper, paper_numbers
 from sharpness.reproduce.runner import ObservationStore
@@ -30,10 +37,6 @@ class MishkinStudy(paper.Study):
     times: tuple[float, ...]
     epochs: float
     learning_rate: float = 0.01
-
-    def with_seeds(self, num: int) -> MishkinStudy:
-        """The same with so many starting points."""
-        return replace(self, num_seeds=num)
 
     def network_at(self, times: float, scaled: bool, seed: int) -> ModelSpec:
         """A run with `times` the default batch size."""
@@ -60,46 +63,35 @@ class MishkinStudy(paper.Study):
         return [
             (self.default * times, self.network_at(times, scaled, seed))
             for times in sorted({1.0, *self.times})
-            for seed in range(self.num_seeds)
+            for seed in self.seeds
         ]
 
 
-def _checks(study: MishkinStudy, store: ObservationStore) -> list[Check]:
-    checks = []
-    published = paper_numbers("mishkin2016")
-    seeds = range(study.num_seeds)
+def _checks(study: MishkinStudy, store: ObservationStore) -> Iterator[Check]:
+    published = paper_numbers("mishkin2016")["accuracy"]
+    default = published["256"]["same"]
+
+    def values(times: float, scaled: bool) -> tuple[list[float], list[float]]:
+        networks = [
+            (study.network_at(1, False, seed), study.network_at(times, scaled, seed))
+            for seed in study.seeds
+        ]
+        return pairs(store, accuracy, _TEST, networks)
+
     for times in study.times:
-        theirs = {
-            scaled: published["accuracy"].get(f"{256 * times:g}", {}).get(name)
-            for scaled, name in ((False, "same"), (True, "scaled"))
-        }
-        default = published["accuracy"]["256"]["same"]
-
-        def networks(
-            a: tuple[float, bool], b: tuple[float, bool]
-        ) -> list[tuple[ModelSpec, ModelSpec]]:
-            return [
-                (study.network_at(*a, seed), study.network_at(*b, seed)) for seed in seeds
-            ]
-
+        theirs = published.get(f"{256 * times:g}", {})
         size = f"batch {study.default * times:g} ({times:g} times the default)"
-        values = pairs(store, accuracy, _TEST, networks((1, False), (times, False)))
-        if times > 1 and values[0]:
-            check = paired(
-                f"{size}, same rate, test accuracy, %: smaller than the default's",
-                *values,
-                larger=False,
-                ratio=False,
-            )
-            text = f"{default} → {theirs[False]} (single runs)" if theirs[False] else ""
-            checks.append(_told(check, text))
-        values = pairs(store, accuracy, _TEST, networks((1, False), (times, True)))
-        if values[0]:
-            gaps = [b - a for a, b in zip(*values, strict=True)]
-            words = f"{size}, scaled rate: within 1 point of the default"
-            text = f"{theirs[True] - default:+.1f} (single runs)" if theirs[True] else ""
-            checks.append(_told(within(words, gaps, -1, 1), text))
-    return checks
+        if times > 1:
+            same = theirs.get("same")
+            text = f"{default} → {same} (single runs)" if same else ""
+            words = f"{size}, same rate, test accuracy, %: smaller than the default's"
+            check = paired(words, *values(times, False), larger=False, ratio=False)
+            yield _told(check, text)
+        scaled, (first, second) = theirs.get("scaled"), values(times, True)
+        gaps = [b - a for a, b in zip(first, second, strict=True)]
+        words = f"{size}, scaled rate: within 1 point of the default"
+        text = f"{scaled - default:+.1f} (single runs)" if scaled else ""
+        yield _told(within(words, gaps, -1, 1), text)
 
 
 def _told(check: Check, paper: str) -> Check:
@@ -108,22 +100,10 @@ def _told(check: Check, paper: str) -> Check:
 
 
 def _panels(study: MishkinStudy, store: ObservationStore) -> list[Panel]:
-    curves = []
-    for colour, (scaled, label) in enumerate(((True, "scaled rate"), (False, "same rate"))):
-        x, y = points(store, accuracy, _TEST, study.runs(scaled))
-        if x:
-            curves.append(band(label, x, y, colour=colour))
-    sizes = sorted({float(x) for curve in curves for x in curve.x})
-    return [
-        Panel(
-            title="",
-            x_label="batch size",
-            y_label="test accuracy, %",
-            curves=curves,
-            log_x=True,
-            ticks=sizes,
-        )
-    ]
+    groups = [("scaled rate", 0, study.runs(True)), ("same rate", 1, study.runs(False))]
+    quantities = [("test accuracy, %", accuracy, _TEST, False)]
+    ticks = sorted({x for x, _ in study.runs(True)})
+    return band_panels(store, "batch size", quantities, groups, log_x=True, ticks=ticks)
 
 
 ITEMS = (
@@ -132,9 +112,10 @@ ITEMS = (
         title="Figure 8: batch size and learning rate at equal epochs",
         claim="Large batches lose accuracy at an unchanged rate; with the rate scaled in "
         "proportion there is little difference.",
-        observations=lambda study: [
-            accuracy(n) for scaled in (False, True) for _, n in study.runs(scaled)
-        ],
+        observations=lambda study: observed(
+            [network for scaled in (False, True) for _, network in study.runs(scaled)],
+            accuracy,
+        ),
         checks=_checks,
         panels=_panels,
     ),

@@ -104,22 +104,17 @@ def between(text: str, marker: str, content: str) -> str:
 
 
 def _picture(item: Item, study: Study, store: ObservationStore) -> str | None:
-    panels = item.panels(study, store) if item.panels else []
-    if not any(panel.curves for panel in panels):
-        return None
-    return f"{item.name}-{study.name}-{study.preset}.png"
+    drawn = item.drawn(study, store)
+    return f"{item.name}-{study.name}-{study.preset}.png" if drawn else None
 
 
 def _draw_pictures(folder: Path, store: ObservationStore) -> None:
     """Every item's picture; what was drawn for others goes."""
     stale = set(folder.glob("*.png"))
     for paper, item, study, _ in findings(store):
-        name = _picture(item, study, store)
-        if name is not None and item.panels is not None:
-            panels = [panel for panel in item.panels(study, store) if panel.curves]
+        if name := _picture(item, study, store):
             title = f"{paper.name}, {item.title} · {study.network} on {study.data}"
-            draw(folder / name, panels, title=title)
-            stale.discard(folder / name)
+            stale.discard(draw(folder / name, item.drawn(study, store), title=title))
     for path in stale:
         path.unlink()
 

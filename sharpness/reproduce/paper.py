@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from sharpness.report.panels import Panel
 from sharpness.reproduce.claims import Check, Finding
@@ -32,17 +32,22 @@ class Study:
 
     @property
     def about(self) -> str:
-        """How the networks were trained and looked at, in sentences."""
+        """How the networks were trained and measured, in sentences."""
         return ""
 
-    def with_seeds(self, num: int) -> Study:
+    @property
+    def seeds(self) -> range:
+        """Starting points."""
+        return range(self.num_seeds)
+
+    def with_seeds(self, num: int) -> Self:
         """The same with so many starting points, everywhere."""
         return replace(self, num_seeds=num)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A table or figure: what must be looked at, and what follows from it."""
+    """A table or figure: what must be observed, and what follows from it."""
 
     name: str
     title: str
@@ -52,6 +57,11 @@ class Item:
     panels: Callable[[Any, ObservationStore], Sequence[Panel]] | None = None
     applies: Callable[[Any], bool] = lambda study: True
     in_quick: bool = True  # done by the quick preset without being named
+
+    def drawn(self, study: Any, store: ObservationStore) -> list[Panel]:
+        """Its panels that show something."""
+        panels = self.panels(study, store) if self.panels else ()
+        return [panel for panel in panels if panel.curves]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +79,20 @@ class Paper:
         Raises:
             ValueError: there is none.
         """
-        for item in self.items:
-            if item.name == name:
-                return item
-        names = ", ".join(item.name for item in self.items)
-        raise ValueError(f"`ITEM` must be one of {names}; got {name!r}.")
+        by_name = {item.name: item for item in self.items}
+        if name not in by_name:
+            raise ValueError(f"`ITEM` must be one of {', '.join(by_name)}; got {name!r}.")
+        return by_name[name]
 
 
 def finding(paper: Paper, item: Item, study: Study, store: ObservationStore) -> Finding:
     """What has been found on an item so far."""
     wanted = list(dict.fromkeys(item.observations(study)))
-    notes = []
-    lost = sum(store.diverged(observation) for observation in wanted)
-    if lost:
-        notes.append(f"{lost} of {len(wanted)} observations: training diverged.")
-    original = next(
-        s for s in paper.studies if (s.name, s.preset) == (study.name, study.preset)
-    )
-    seeds = f" --seeds {study.num_seeds}" if study.num_seeds != original.num_seeds else ""
+    lost = sum(map(store.diverged, wanted))
+    notes = [f"{lost} of {len(wanted)} observations: training diverged."] if lost else []
+    usual = {(s.name, s.preset): s.num_seeds for s in paper.studies}
+    other = study.num_seeds != usual[study.name, study.preset]
+    seeds = f" --seeds {study.num_seeds}" if other else ""
     return Finding(
         paper=paper.name,
         item=item.name,
@@ -100,7 +106,7 @@ def finding(paper: Paper, item: Item, study: Study, store: ObservationStore) -> 
         stand_in=study.stand_in if wanted else None,
         made=sum(observation in store for observation in wanted),
         wanted=len(wanted),
-        checks=list(item.checks(study, store)),
+        checks=[check for check in item.checks(study, store) if check.n],
         notes=notes,
     )
 

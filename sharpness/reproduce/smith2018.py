@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from statistics import fmean, geometric_mean
+from statistics import fmean
+
+import numpy as np
 
 from sharpness.lab.regimes import REGIMES
 from sharpness.lab.training import StoppingCriteria, Training
@@ -13,13 +14,12 @@ from sharpness.report.panels import Panel
 from sharpness.reproduce import paper
 from sharpness.reproduce.claims import Check, holds, ratio_within, within
 from sharpness.reproduce.columns import (
-    Pick,
     accuracy,
-    band,
-    by_start,
+    band_panels,
     metric,
+    observed,
     pairs,
-    points,
+    table,
 )
 from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.paper import Item, Paper, paper_numbers
@@ -37,21 +37,17 @@ class SmithStudy(paper.Study):
         batch_size: at the start.
         most: batch size from which the rate is decayed instead, a tenth of the data.
         drops: epochs at which the noise scale falls fivefold.
-        looked_at: epochs; the last is the end.
+        observed_at: epochs; the last is the end.
         ghost: samples that BatchNorm takes its statistics from.
     """
 
     batch_size: int
     most: int
     drops: tuple[float, ...]
-    looked_at: tuple[float, ...]
+    observed_at: tuple[float, ...]
     ghost: int = 128
     learning_rate: float = 0.1
     augmentation: str = "none"
-
-    def with_seeds(self, num: int) -> SmithStudy:
-        """The same with so many starting points."""
-        return replace(self, num_seeds=num)
 
     def network_at(
         self, kind: str, seed: int, epochs: float, times: int = 1, momentum: float = 0.9
@@ -81,112 +77,72 @@ class SmithStudy(paper.Study):
         return [
             (epochs, self.network_at(kind, seed, epochs))
             for seed in range(self.num_seeds)
-            for epochs in self.looked_at
+            for epochs in self.observed_at
         ]
 
     def ends(self, kind: str, times: int = 1) -> list[ModelSpec]:
         """The networks at the end."""
-        last = self.looked_at[-1]
+        last = self.observed_at[-1]
         return [self.network_at(kind, seed, last, times) for seed in range(self.num_seeds)]
 
 
-def _accuracies(study: SmithStudy, store: ObservationStore) -> list[Check]:
-    checks = []
+def _schedules(study: SmithStudy, store: ObservationStore) -> Iterator[Check]:
+    """Do the curves coincide, where they might differ, and the accuracies at the end?"""
+    loss, late = metric("train_loss_running"), study.observed_at
+    late = tuple(epochs for epochs in late if epochs > study.drops[0])
+
+    def means(kind: str) -> list[float]:
+        """Geometric, over the epochs: of each starting point; before that NaN."""
+        runs = [run for run in study.moments(kind) if run[0] in late]
+        logs = table(store, accuracy, loss, runs).apply(np.log)
+        return np.exp(logs.mean(axis="columns", skipna=False)).dropna().tolist()
+
+    for kind in _KINDS[1:]:
+        decay, other = means("decay"), means(kind)
+        whole = len(decay) == len(other) == study.num_seeds
+        words = (
+            f"{kind} over decay: training loss after the first drop, mean over epochs: "
+            "0.9 to 1.1"
+        )
+        if whole:
+            yield ratio_within(words, decay, other, 0.9, 1.1)
     published = paper_numbers("smith2018")["accuracy"]
     for name, networks, theirs in (
         ("hybrid", study.ends("hybrid"), None),
         ("increasing batch", study.ends("increase"), "increase"),
         ("increasing batch, rate five times as high", study.ends("increase", 5), "rate"),
     ):
-        values = pairs(
-            store, accuracy, _TEST, list(zip(study.ends("decay"), networks, strict=True))
-        )
-        if values[0]:
-            gaps = [b - a for a, b in zip(*values, strict=True)]
+        found = zip(study.ends("decay"), networks, strict=True)
+        first, second = pairs(store, accuracy, _TEST, found)
+        if first:
+            gaps = [b - a for a, b in zip(first, second, strict=True)]
             words = f"{name}, test accuracy less that of decaying, points: within 1.5"
             text = f"{published[theirs] - published['decay']:+.1f}" if theirs else ""
             check = within(words, gaps, -1.5, 1.5, paper=text)
-            ends = f"{fmean(values[0]):.1f} → {fmean(values[1]):.1f} %; {check.ours}"
-            checks.append(replace(check, ours=ends))
-    return checks
-
-
-def _curves(study: SmithStudy, store: ObservationStore) -> list[Check]:
-    """Do the curves of the training loss by epochs coincide, where they might differ?"""
-    loss, checks = metric("train_loss_running"), []
-    late = [epochs for epochs in study.looked_at if epochs > study.drops[0]]
-    for kind in _KINDS[1:]:
-        decay, other = (
-            _geometric_means(store, study, name, late, loss) for name in ("decay", kind)
-        )
-        if decay and len(decay) == len(other):
-            words = (
-                f"{kind} over decay: training loss after the first drop, mean over epochs: "
-                "0.9 to 1.1"
-            )
-            checks.append(ratio_within(words, decay, other, 0.9, 1.1))
-    return checks
-
-
-def _geometric_means(
-    store: ObservationStore,
-    study: SmithStudy,
-    kind: str,
-    epochs: Sequence[float],
-    pick: Pick,
-) -> list[float]:
-    """Over the epochs, for each starting point; none before all were looked at."""
-    moments = [one for one in study.moments(kind) if one[0] in epochs]
-    _, runs = by_start(store, accuracy, pick, moments)
-    means = [0.0 if 0.0 in run else geometric_mean(run) for run in runs]
-    return means if all(map(math.isfinite, means)) else []
-
-
-def _schedules(study: SmithStudy, store: ObservationStore) -> list[Check]:
-    return [*_curves(study, store), *_accuracies(study, store)]
+            ends = f"{fmean(first):.1f} → {fmean(second):.1f} %; {check.ours}"
+            yield replace(check, ours=ends)
 
 
 def _panels(study: SmithStudy, store: ObservationStore) -> list[Panel]:
-    panels = []
-    for label, name, times, log in (
-        ("training loss", "train_loss_running", 1.0, True),
-        ("test accuracy, %", "test_accuracy_running", 100.0, False),
-    ):
-        curves = []
-        for colour, kind in enumerate(_KINDS):
-            x, y = points(store, accuracy, metric(name, times), study.moments(kind))
-            if x:
-                curves.append(band(kind, x, y, colour=colour))
-        panels.append(
-            Panel(
-                title="",
-                x_label="epoch",
-                y_label=label,
-                curves=curves,
-                log_y=log,
-                marks=study.drops,
-            )
-        )
-    return panels
+    quantities = (
+        ("training loss", accuracy, metric("train_loss_running"), True),
+        ("test accuracy, %", accuracy, _TEST, False),
+    )
+    groups = [(kind, colour, study.moments(kind)) for colour, kind in enumerate(_KINDS)]
+    return band_panels(store, "epoch", quantities, groups, marks=study.drops)
 
 
-def _updates(study: SmithStudy, store: ObservationStore) -> list[Check]:
+def _updates(study: SmithStudy, store: ObservationStore) -> Iterator[Check]:
     """Counted for the paper's own sizes; nothing is trained for it."""
-    checks = []
-    published = paper_numbers("smith2018")["updates"]
-    for name, theirs in published.items():
+    for name, theirs in paper_numbers("smith2018")["updates"].items():
         regime = REGIMES[f"smith2018-{name}"]
         training = Training(
             network="WRN-16-4", batch_size=regime.batch_size or 128, **regime.training
         )
         budget = StoppingCriteria(epochs=regime.epochs)
-        count = budget.num_updates(training.course(50_000))
-        low, high = theirs["range"]
-        words = f"{name}: updates in 200 epochs of CIFAR-10"
-        checks.append(
-            holds(words, low <= count <= high, ours=str(count), n=1, paper=theirs["text"])
-        )
-    return checks
+        count, (low, high) = budget.num_updates(training.course(50_000)), theirs["range"]
+        words, text = f"{name}: updates in 200 epochs of CIFAR-10", theirs["text"]
+        yield holds(words, low <= count <= high, ours=str(count), n=1, paper=text)
 
 
 ITEMS = (
@@ -195,13 +151,13 @@ ITEMS = (
         title="Three schedules, one curve",
         claim="Increasing the batch size instead of decaying the rate gives the same "
         "curves by epochs and the same accuracy.",
-        observations=lambda study: [
-            accuracy(n)
-            for n in (
-                *(n for kind in _KINDS for _, n in study.moments(kind)),
+        observations=lambda study: observed(
+            (
+                *(network for kind in _KINDS for _, network in study.moments(kind)),
                 *study.ends("increase", 5),
-            )
-        ],
+            ),
+            accuracy,
+        ),
         checks=_schedules,
         panels=_panels,
     ),
@@ -227,7 +183,7 @@ STUDIES = (
         batch_size=8,
         most=140,
         drops=(3, 6, 8),
-        looked_at=(2, 4, 7, 10),
+        observed_at=(2, 4, 7, 10),
         ghost=8,
         learning_rate=0.05,
     ),
@@ -242,7 +198,7 @@ STUDIES = (
         batch_size=16,
         most=200,
         drops=(4, 7, 10),
-        looked_at=(2, 4, 6, 8, 10, 12),
+        observed_at=(2, 4, 6, 8, 10, 12),
         ghost=16,
     ),
     SmithStudy(
@@ -253,7 +209,7 @@ STUDIES = (
         batch_size=128,
         most=5120,
         drops=(60, 120, 160),
-        looked_at=(20, 40, 60, 80, 100, 120, 140, 160, 180, 200),
+        observed_at=(20, 40, 60, 80, 100, 120, 140, 160, 180, 200),
         augmentation="crop-flip",
     ),
 )

@@ -7,18 +7,11 @@ others) unless they say otherwise.
 
 from __future__ import annotations
 
-from sharpness.reproduce.keskar2017 import (
-    along_training,
-    batch_sizes,
-    between_minima,
-    remedies,
-    tables,
-    warm_starts,
-)
+from sharpness.reproduce.keskar2017 import between_minima, by_training, remedies, tables
 from sharpness.reproduce.keskar2017.study import STUDIES
 from sharpness.reproduce.paper import Paper
 
-_MODULES = (tables, along_training, between_minima, batch_sizes, warm_starts, remedies)
+_MODULES = (tables, by_training, between_minima, remedies)
 
 _ORDER = (
     *("table2", "table3", "table4", "beyond", "distance"),

@@ -2,120 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sharpness.reproduce.claims import Check, by_both_solvers, paired, within
-from sharpness.reproduce.columns import accuracy, pairs, phi
-from sharpness.reproduce.keskar2017.study import (
-    ROLES,
-    TEST_ACCURACY,
-    KeskarStudy,
-    Role,
-    ends,
-)
+from sharpness.reproduce.claims import Check, paired, within
+from sharpness.reproduce.columns import accuracy, by_solvers, observed, pairs
+from sharpness.reproduce.keskar2017.study import TEST_ACCURACY, KeskarStudy, flat
 from sharpness.reproduce.model_spec import ModelSpec
-from sharpness.reproduce.observations import Accuracy
+from sharpness.reproduce.observations import Observation
 from sharpness.reproduce.paper import Item
 from sharpness.reproduce.runner import ObservationStore
 
 
-def _remedied(
-    study: KeskarStudy, settings: dict[str, Any], roles: Sequence[Role]
-) -> dict[Role, list[ModelSpec]]:
-    seeds = range(study.num_remedied)
-    return {role: [study.at(role, seed, **settings) for seed in seeds] for role in roles}
+@dataclass(frozen=True, kw_only=True)
+class _Remedy:
+    """What is done to the trainings of an item.
 
+    Args:
+        table: its name among the paper's numbers.
+        settings: of the trainings.
+        of_both: whether small-batch networks are trained with it as well.
+    """
 
-def _remedy_observations(
-    settings: dict[str, Any], roles: Sequence[Role], study: KeskarStudy
-) -> list[Any]:
-    treated = _remedied(study, settings, roles)
-    plain = [n for pair in ends(study)[: study.num_remedied] for n in pair]
-    networks = [*plain, *(n for networks in treated.values() for n in networks)]
-    looks: list[Any] = [Accuracy(of=network) for network in networks]
-    looks += [study.sharpness(network) for network in plain]
-    return looks + [study.phi(network) for network in treated["large"]]
+    table: str
+    settings: dict[str, Any]
+    of_both: bool = False
 
+    def observations(self, study: KeskarStudy) -> list[Observation]:
+        """Both networks without it, and those with it."""
+        plain, treated = flat(study.ends(study.num_remedied)), self._large(study)
+        small = [a for a, _ in study.ends(study.num_remedied, **self.settings)]
+        looked = [*plain, *(small if self.of_both else ()), *treated]
+        found = observed(looked, accuracy) + observed(plain, study.sharpness)
+        return found + observed(treated, study.phi)
 
-def _remedy(
-    settings: dict[str, Any],
-    roles: Sequence[Role],
-    table: str,
-    study: KeskarStudy,
-    store: ObservationStore,
-) -> list[Check]:
-    """Better than the large batch, and still sharper than the small one?"""
-    treated = _remedied(study, settings, roles)["large"]
-    published = study.published(table) or {}
-    plain = (study.published("table2") or {}).get("test")
-    small, large = zip(*ends(study)[: study.num_remedied], strict=True)
-    checks = []
-    values = pairs(store, accuracy, TEST_ACCURACY, list(zip(large, treated, strict=True)))
-    if values[0]:
+    def _large(self, study: KeskarStudy) -> list[ModelSpec]:
+        return [large for _, large in study.ends(study.num_remedied, **self.settings)]
+
+    def checks(self, study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
+        """Better than the large batch, and still sharper than the small one?"""
+        small, large = zip(*study.ends(study.num_remedied), strict=True)
+        treated, published = self._large(study), study.published(self.table) or {}
+        values = pairs(store, accuracy, TEST_ACCURACY, zip(large, treated, strict=True))
+        plain = (study.published("table2") or {}).get("test")
         theirs = published.get("test")
-        theirs = theirs[1] if table == "table6" and theirs else theirs
+        theirs = theirs[1] if self.of_both and theirs else theirs
         beside = (plain[1], theirs) if plain and theirs else None
         words = "test accuracy of the large batch, %, without → with: "
         gain = paired(f"{words}larger", *values, ratio=False, paper=beside)
-        if table == "adversarial":
+        if self.table == "adversarial":
             gains = [b - a for a, b in zip(*values, strict=True)]
             words += "at most half a point larger"
             verdict = within(words, gains, -100, 0.5).verdict
             gain = replace(gain, claim=words, p=None, flip_p=None, verdict=verdict)
-        checks.append(gain)
-    words = "phi(1e-3), %, small batch → large batch with it: still larger"
-    cells = (study.published("table3") or {}).get("0.001")
-    theirs = published.get("0.001")
-    networks = list(zip(small, treated, strict=True))
-    protocol, best = (
-        pairs(store, study.sharpness, phi(0, name), networks, study.phi)
-        for name in ("phi_protocol", "phi")
-    )
-    if protocol[0]:
-        beside = (cells[0], theirs) if cells and theirs else None
-        check, found = (paired(words, *v, paper=beside) for v in (protocol, best))
-        checks.append(by_both_solvers(check, found))
-    return checks
+        yield gain
+        cells = (study.published("table3") or {}).get("0.001")
+        theirs = published.get("0.001")
+        sharp = (cells[0], theirs) if cells and theirs else None
+        words = "phi(1e-3), %, small batch → large batch with it: still larger"
+        networks = list(zip(small, treated, strict=True))
+        yield by_solvers(
+            lambda pick: paired(
+                words,
+                *pairs(store, study.sharpness, pick, networks, study.phi),
+                paper=sharp,
+            )
+        )
 
 
-def _remedy_item(
-    name: str, title: str, claim: str, settings: dict[str, Any], roles: Sequence[Role]
-) -> Item:
+def _item(title: str, claim: str, remedy: _Remedy) -> Item:
     return Item(
-        name=name,
+        name=remedy.table,
         title=title,
         claim=claim,
-        observations=partial(_remedy_observations, settings, roles),
-        checks=partial(_remedy, settings, roles, name),
+        observations=remedy.observations,
+        checks=remedy.checks,
         in_quick=False,
     )
 
 
 ITEMS = (
-    _remedy_item(
-        "table6",
+    _item(
         "Table 6: data augmentation",
         "Augmentation makes large batches generalise better; their minima stay sharp.",
-        {"augmentation": "keskar"},
-        ROLES,
+        _Remedy(table="table6", settings={"augmentation": "keskar"}, of_both=True),
     ),
-    _remedy_item(
-        "table7",
+    _item(
         "Table 7: conservative training",
         "Conservative training makes large batches generalise better; their minima stay "
         "sharp.",
-        {"remedy": "conservative"},
-        ("large",),
+        _Remedy(table="table7", settings={"remedy": "conservative"}),
     ),
-    _remedy_item(
-        "adversarial",
+    _item(
         "Appendix E: adversarial training",
         "Adversarial training does not make large batches generalise better; their minima "
         "stay sharp.",
-        {"remedy": "adversarial"},
-        ("large",),
+        _Remedy(table="adversarial", settings={"remedy": "adversarial"}),
     ),
 )

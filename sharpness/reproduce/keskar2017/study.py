@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.reproduce import paper
-from sharpness.reproduce.columns import metric, phi
+from sharpness.reproduce.columns import metric
 from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Measured
 
 Role = Literal["small", "large"]
 ROLES: tuple[Role, Role] = ("small", "large")
+Pair = tuple[ModelSpec, ModelSpec]  # small batch, large batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +24,10 @@ class KeskarStudy(paper.Study):
     Args:
         small: batch size.
         large: batch size.
-        epochs_small: epochs at which small-batch networks are looked at; the last is
+        epochs_small: epochs at which small-batch networks are observed; the last is
             the end.
         epochs_large: of large-batch ones.
-        num_followed: of the starting points, looked at before the end as well.
+        num_followed: of the starting points, observed before the end as well.
         num_samples: training samples that sharpness is measured on.
         swept: batch sizes of figure 4.
         epochs_swept: for each of them.
@@ -36,7 +38,7 @@ class KeskarStudy(paper.Study):
         batchnorm: whether the network has BatchNorm.
         drawn_anew: whether each starting point has samples, a random subspace and starts
             of its own; else all share one draw.
-        looks_at_fit: whether networks are looked at where their training accuracy first
+        observed_at_fit: whether networks are observed where their training accuracy first
             reaches the paper's.
         also: measures taken at the end of training beside the usual ones.
     """
@@ -55,12 +57,12 @@ class KeskarStudy(paper.Study):
     num_remedied: int = 6
     batchnorm: bool = True
     drawn_anew: bool = False
-    looks_at_fit: bool = False
+    observed_at_fit: bool = False
     also: tuple[str, ...] = ()
 
     @property
     def about(self) -> str:
-        """How the networks were trained and looked at."""
+        """How the networks were trained and measured."""
         several = [
             f"figure 4: {self.epochs_swept:g} epochs" if self.swept else "",
             f"figure 5: {self.epochs_warm:g} after each start" if self.epochs_warm else "",
@@ -79,16 +81,11 @@ class KeskarStudy(paper.Study):
         numbers = paper.paper_numbers("keskar2017").get(table, {})
         return None if self.stand_in else numbers.get(self.network)
 
-    def with_seeds(self, num: int) -> KeskarStudy:
+    def with_seeds(self, num: int) -> Self:
         """The same with so many starting points, everywhere."""
-        names = ("num_seeds", "num_followed", "num_swept", "num_warm", "num_remedied")
-        few = {name: min(num, getattr(self, name)) for name in names}
-        return replace(self, **{**few, "num_seeds": num})
-
-    @property
-    def seeds(self) -> range:
-        """Starting points."""
-        return range(self.num_seeds)
+        names = ("num_followed", "num_swept", "num_warm", "num_remedied")
+        fewer = {name: min(num, getattr(self, name)) for name in names}
+        return replace(self, num_seeds=num, **fewer)
 
     def network_at(
         self,
@@ -111,7 +108,7 @@ class KeskarStudy(paper.Study):
         )
 
     def epochs(self, role: Role) -> tuple[float, ...]:
-        """When networks of a role are looked at."""
+        """When networks of a role are observed."""
         return self.epochs_small if role == "small" else self.epochs_large
 
     def at(
@@ -121,65 +118,65 @@ class KeskarStudy(paper.Study):
         batch_size = self.small if role == "small" else self.large
         return self.network_at(batch_size, seed, epochs or self.epochs(role)[-1], **more)
 
-    def followed(self, role: Role) -> list[list[ModelSpec]]:
-        """For each followed starting point its networks along training."""
+    def ends(self, num: int | None = None, **more: Any) -> list[Pair]:
+        """Small- and large-batch networks, by starting point; the first `num` of them."""
         return [
-            [self.at(role, seed, epochs) for epochs in self.epochs(role)]
-            for seed in range(self.num_followed)
+            (self.at("small", seed, **more), self.at("large", seed, **more))
+            for seed in self.seeds[:num]
         ]
 
-    def fitted(self, role: Role, seed: int) -> ModelSpec:
-        """As soon as its training accuracy is the paper's."""
-        train = self.published("table2")["train"][ROLES.index(role)][0]
-        ended = self.at(role, seed)
-        return replace(
-            ended, budget=replace(ended.budget, until_accuracy=round(train / 100, 6))
+    def followed(self, role: Role, num: int | None = None) -> list[tuple[float, ModelSpec]]:
+        """(epoch, network) along training, for each starting point that is followed."""
+        return [
+            (epochs, self.at(role, seed, epochs))
+            for seed in range(self.num_followed)[:num]
+            for epochs in self.epochs(role)
+        ]
+
+    def fitted(self) -> list[Pair]:
+        """Both networks as soon as their training accuracy is the paper's."""
+        train = self.published("table2")["train"]
+
+        def until(network: ModelSpec, percent: float) -> ModelSpec:
+            reached = round(percent / 100, 6)
+            return replace(network, budget=replace(network.budget, until_accuracy=reached))
+
+        return [(until(a, train[0][0]), until(b, train[1][0])) for a, b in self.ends()]
+
+    def matched(self) -> list[Pair]:
+        """The large batch is stopped at its small-batch twin's training loss."""
+        return [
+            (small, self.at("large", small.training.seed, until_loss_of=small))
+            for small, _ in self.ends()
+        ]
+
+    def measured(self, of: ModelSpec, *measures: str, **more: Any) -> Measured:
+        """On this study's samples, with draws of each starting point's own or one draw."""
+        seed = of.training.seed if self.drawn_anew else 0
+        return Measured(
+            of=of, measures=measures, num_samples=self.num_samples, seed=seed, **more
         )
 
     def sharpness(self, of: ModelSpec) -> Measured:
         """What the tables need, by the authors' way to run BatchNorm."""
         usual = ("lambda_max", "phi", "phi_normal", "phi_unit", "adaptive")
-        return Measured(
-            of=of,
-            measures=(*usual, *self.also),
-            num_samples=self.num_samples,
-            seed=self._draw(of),
-        )
+        return self.measured(of, *usual, *self.also)
 
     def phi(self, of: ModelSpec) -> Measured:
         """Phi alone."""
-        return Measured(
-            of=of, measures=("phi",), num_samples=self.num_samples, seed=self._draw(of)
-        )
+        return self.measured(of, "phi")
 
     def curvature_and_phi(self, of: ModelSpec, **more: Any) -> Measured:
         """lambda_max and phi."""
-        names = ("lambda_max", "phi")
-        return Measured(
-            of=of,
-            measures=names,
-            num_samples=self.num_samples,
-            seed=self._draw(of),
-            **more,
-        )
-
-    def _draw(self, of: ModelSpec) -> int:
-        """Seed of samples, subspaces and starts."""
-        return of.training.seed if self.drawn_anew else 0
+        return self.measured(of, "lambda_max", "phi", **more)
 
 
-def ends(study: KeskarStudy) -> list[tuple[ModelSpec, ModelSpec]]:
-    """Small- and large-batch networks, by starting point."""
-    return [(study.at("small", seed), study.at("large", seed)) for seed in study.seeds]
-
-
-def both(study: KeskarStudy) -> list[ModelSpec]:
-    """The same in one list."""
-    return [network for pair in ends(study) for network in pair]
+def flat(pairs: Iterable[Pair]) -> list[ModelSpec]:
+    """Both networks of every pair, in one list."""
+    return [network for pair in pairs for network in pair]
 
 
 TEST_ACCURACY = metric("test_accuracy_batch", 100)  # percent
-BEST_PHI = phi(0, "phi")  # at epsilon 1e-3, by whichever solver found more
 
 
 _TWO_CORES = "for two cores"
@@ -293,7 +290,7 @@ STUDIES = (
         epochs_swept=100,
         epochs_warm=100,
         drawn_anew=True,
-        looks_at_fit=True,
+        observed_at_fit=True,
         also=("phi_normal_zero", "phi_normal_best", "lanczos"),
     ),
     *(

@@ -1,0 +1,237 @@
+"""Figures 2, 4, 5 and 6: along training, by batch size, and after a warm start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from sharpness.report.panels import Curve, Panel
+from sharpness.reproduce.claims import Check, paired, ratio_within, within
+from sharpness.reproduce.columns import (
+    Pick,
+    Runs,
+    accuracy,
+    band,
+    band_panels,
+    by_solvers,
+    lambda_max,
+    metric,
+    observed,
+    pairs,
+    panel,
+    phi,
+    table,
+    trend_of,
+)
+from sharpness.reproduce.keskar2017.study import ROLES, TEST_ACCURACY, KeskarStudy, Role
+from sharpness.reproduce.model_spec import ModelSpec
+from sharpness.reproduce.observations import Observation
+from sharpness.reproduce.paper import Item
+from sharpness.reproduce.runner import ObservationStore
+
+
+def _followed(study: KeskarStudy) -> list[ModelSpec]:
+    return [network for role in ROLES for _, network in study.followed(role)]
+
+
+def _networks(runs: Runs) -> list[ModelSpec]:
+    return [network for _, network in runs]
+
+
+# -- figure 2 ----------------------------------------------------------------------------
+
+
+def _figure2(study: KeskarStudy, store: ObservationStore) -> list[Check]:
+    """Would stopping the large batch early have helped?"""
+    curves = table(store, accuracy, TEST_ACCURACY, study.followed("large")).dropna()
+    lost = curves.max(axis="columns") - curves.iloc[:, -1]
+    words = (
+        "large batch: best test accuracy along training less the last, points: 0.25 or less"
+    )
+    return [within(words, lost.tolist(), -math.inf, 0.25, paper="no peak is seen")]
+
+
+def _figure2_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
+    curves = []
+    for colour, role in enumerate(ROLES):
+        for split, style in (("test", "o-"), ("train", "o:")):
+            pick = metric(f"{split}_accuracy_batch", 100)
+            whole = table(store, accuracy, pick, study.followed(role)).dropna()
+            label = f"{role} batch, {split}"
+            curves.append(band(label, whole, colour=colour, style=style))
+    return [panel("epoch", "accuracy, %", curves, log_x=True)]
+
+
+# -- figure 6 ----------------------------------------------------------------------------
+
+
+def _first_and_last(study: KeskarStudy, role: Role) -> list[tuple[ModelSpec, ModelSpec]]:
+    first, *_, last = study.epochs(role)
+    seeds = range(study.num_followed)
+    return [(study.at(role, seed, first), study.at(role, seed, last)) for seed in seeds]
+
+
+def _figure6(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
+    """From the first observation to the last, by starting point."""
+
+    def grows(pick: Pick) -> Check:
+        values = pairs(store, study.phi, pick, _first_and_last(study, "large"))
+        return paired("large batch: phi(1e-3), %, first look → last: larger", *values)
+
+    def hardly_grows(pick: Pick) -> Check:
+        values = pairs(store, study.phi, pick, _first_and_last(study, "small"))
+        words = "small batch: phi(1e-3), %, first look → last: at most half as large again"
+        change = ratio_within(words, *values, high=1.5)
+        shown = paired(words, *values, judged=False)
+        return replace(change, ours=f"{shown.ours}; {change.ours}")
+
+    yield by_solvers(grows)
+    yield by_solvers(hardly_grows)
+
+
+def _figure6_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
+    curves = []
+    for colour, role in enumerate(ROLES):
+        facts = [store.get(study.phi(network)) for _, network in study.followed(role)]
+        points = sorted((found["value"], phi(0)(found)) for found in facts if found)
+        x, y = [loss for loss, _ in points], [value for _, value in points]
+        curves.append(Curve(label=f"{role} batch", x=x, y=y, colour=colour, style="o"))
+    x_label = "cross-entropy on the training set"
+    return [panel(x_label, "phi(1e-3), %", curves, log_x=True, log_y=True)]
+
+
+# -- figure 4 ----------------------------------------------------------------------------
+
+
+def _swept(study: KeskarStudy) -> list[tuple[int, ModelSpec]]:
+    return [
+        (batch_size, study.network_at(batch_size, seed, study.epochs_swept))
+        for batch_size in study.swept
+        for seed in range(study.num_swept)
+    ]
+
+
+def _figure4(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
+    """The paper's thresholds are 1 and 2 % of its data: here the larger half of sizes."""
+    runs, measured = _swept(study), study.curvature_and_phi
+    least = study.swept[len(study.swept) // 2]
+    large = [(size, network) for size, network in runs if size >= least]
+    words = f"test accuracy falls with batch size, from {least} on"
+    yield trend_of(words, store, accuracy, TEST_ACCURACY, large, rising=False)
+    words = "test accuracy over all batch sizes: falls"
+    yield trend_of(words, store, accuracy, TEST_ACCURACY, runs, rising=False, judged=False)
+    words = "phi(1e-3) rises with batch size"
+    yield by_solvers(lambda pick: trend_of(words, store, measured, pick, runs, rising=True))
+    words = "lambda_max with batch size (Yao et al. 2018: rises)"
+    yield trend_of(words, store, measured, lambda_max, runs, rising=True, judged=False)
+
+
+def _figure4_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
+    measured = study.curvature_and_phi
+    quantities = (
+        ("test accuracy, %", accuracy, TEST_ACCURACY, False),
+        ("phi(1e-3), %", measured, phi(0), True),
+        ("lambda_max", measured, lambda_max, True),
+    )
+    groups = [("", 0, _swept(study))]
+    ticks = study.swept
+    return band_panels(store, "batch size", quantities, groups, log_x=True, ticks=ticks)
+
+
+# -- figure 5 ----------------------------------------------------------------------------
+
+
+def _warm(study: KeskarStudy) -> list[tuple[float, ModelSpec]]:
+    """(epochs of small batch before, large-batch network); 0 is a cold start."""
+    found = []
+    for seed in range(study.num_warm):
+        found.append((0.0, study.at("large", seed, study.epochs_warm)))
+        for epochs in study.epochs_small:
+            start = study.at("small", seed, epochs)
+            found.append((epochs, study.at("large", seed, study.epochs_warm, start=start)))
+    return found
+
+
+def _before(study: KeskarStudy) -> list[tuple[float, ModelSpec]]:
+    """The small-batch networks that they start from."""
+    return [run for run in study.followed("small") if run[1].training.seed < study.num_warm]
+
+
+def _figure5_observations(study: KeskarStudy) -> list[Observation]:
+    warm, before = _networks(_warm(study)), _networks(_before(study))
+    return observed(warm, accuracy, study.phi) + observed(before, accuracy, study.phi)
+
+
+def _figure5(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
+    runs, last = _warm(study), study.epochs_small[-1]
+    starts = [(n.start, n) for epochs, n in runs if epochs == last and n.start]
+    words = "test accuracy rises with the epochs before"
+    yield trend_of(words, store, accuracy, TEST_ACCURACY, runs, rising=True)
+    words = "phi(1e-3) falls with the epochs before"
+    yield by_solvers(lambda p: trend_of(words, store, study.phi, p, runs, rising=False))
+    values = pairs(store, accuracy, TEST_ACCURACY, starts)
+    gains = [warm - small for small, warm in zip(*values, strict=True)]
+    words = f"after {last:g}: test accuracy less the small batch's, points: -0.5 or more"
+    yield within(words, gains, -0.5, math.inf)
+    words = f"after {last:g}: phi(1e-3) over the small batch's: 1 or less"
+    yield by_solvers(
+        lambda p: ratio_within(words, *pairs(store, study.phi, p, starts), high=1)
+    )
+
+
+def _figure5_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
+    quantities = (
+        ("test accuracy, %", accuracy, TEST_ACCURACY, False),
+        ("phi(1e-3), %", study.phi, phi(0), True),
+    )
+    groups = [
+        ("large batch, warm start", 1, _warm(study)),
+        ("small batch, before", 0, _before(study)),
+    ]
+    return band_panels(store, "epochs of small-batch training before", quantities, groups)
+
+
+ITEMS = (
+    Item(
+        name="figure2",
+        title="Figure 2: accuracy along training",
+        claim="Test accuracy rises and levels off: stopping early would not help.",
+        observations=lambda study: observed(_followed(study), accuracy),
+        checks=_figure2,
+        panels=_figure2_panels,
+    ),
+    Item(
+        name="figure4",
+        title="Figure 4: accuracy and phi by batch size",
+        claim="Beyond a threshold test accuracy falls with the batch size, and phi rises "
+        "up to about there.",
+        observations=lambda study: observed(
+            _networks(_swept(study)), accuracy, study.curvature_and_phi
+        ),
+        checks=_figure4,
+        panels=_figure4_panels,
+        applies=lambda study: bool(study.swept),
+        in_quick=False,
+    ),
+    Item(
+        name="figure5",
+        title="Figure 5: large batch after a warm start with small batches",
+        claim="After enough epochs of small batches the large batch reaches as good and as "
+        "flat minima.",
+        observations=_figure5_observations,
+        checks=_figure5,
+        panels=_figure5_panels,
+        applies=lambda study: study.epochs_warm > 0,
+        in_quick=False,
+    ),
+    Item(
+        name="figure6",
+        title="Figure 6: phi against the loss along training",
+        claim="As the loss falls phi grows in large-batch training and not in small-batch "
+        "training.",
+        observations=lambda study: observed(_followed(study), study.phi),
+        checks=_figure6,
+        panels=_figure6_panels,
+    ),
+)
