@@ -12,7 +12,6 @@ from sharpness.reproduce.claims import (
     by_both_solvers,
     by_test,
     holds,
-    means_by,
     paired,
     ratio_within,
     trend,
@@ -471,8 +470,3 @@ def test_a_stand_in_that_was_not_looked_at_was_not_run():
 )
 def test_the_verdict_says_how_many_claims_hold(verdicts, stand_in, text):
     assert finding(*verdicts, stand_in=stand_in).verdict_text == text
-
-
-def test_groups_are_told_by_mean_and_range_in_order():
-    x, y = [32, 8, 32, 8, 100], [1.0, 5.0, 3.0, 6.0, 7.0]
-    assert means_by(x, y) == ([8, 32, 100], [5.5, 2.0, 7.0], [5, 1, 7], [6, 3, 7])

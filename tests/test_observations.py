@@ -424,7 +424,7 @@ def test_more_samples_than_there_are_means_all_in_a_training_too(bench):
 
 def test_a_kept_tridiagonal_has_the_eigenvalues_and_the_start_that_it_says():
     risk = mlp_risk()
-    found = MEASURES["lanczos"][0](risk, 3)
+    found = MEASURES["lanczos"][0](risk, seed=3)
     alphas, betas = (np.array(found[name]) for name in ("alphas", "betas"))
     assert alphas.shape == betas.shape == (40,)
     matrix = np.diag(alphas) + np.diag(betas[:-1], 1) + np.diag(betas[:-1], -1)
@@ -446,7 +446,7 @@ def in_three_columns(risk, epsilons, *, subspace_dim, **options):
 def test_searches_in_a_subspace_differ_in_where_they_begin_alone(monkeypatch):
     monkeypatch.setattr(observations, "epsilon_sharpness", in_three_columns)
     zero, best, usual = (
-        MEASURES[name][0](mlp_risk(), 1)[0]
+        MEASURES[name][0](mlp_risk(), seed=1)[0]
         for name in ("phi_normal_zero", "phi_normal_best", "phi_normal")
     )
     assert (zero.start, zero.num_starts, zero.solver) == ("zero", 1, "lbfgsb")

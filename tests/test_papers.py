@@ -728,7 +728,7 @@ def test_a_descent_that_diverged_at_once_is_left_out_of_the_picture():
     study = study_of("cohen2021")
     item = PAPERS["cohen2021"].item("gradient-descent")
     seen = ObservationStore([record(x, empty_curve(x)) for x in item.observations(study)])
-    assert not any(curve.x for panel in item.panels(study, seen) for curve in panel.curves)
+    assert not any(curve.x for panel in item.drawn(study, seen) for curve in panel.curves)
 
 
 def with_a_phi_of_0(lost):
@@ -996,7 +996,7 @@ DRAWN = [(paper, name) for paper, name in ITEMS if PAPERS[paper].item(name).pane
 @pytest.mark.parametrize(("paper", "name"), DRAWN)
 def test_an_items_panels_are_curves(paper, name):
     item, study = PAPERS[paper].item(name), study_of(paper)
-    panels = item.panels(study, seen_in(paper, item, study))
+    panels = item.drawn(study, seen_in(paper, item, study))
     assert panels
     assert all(panel.curves for panel in panels)
     for panel in panels:
@@ -1009,7 +1009,7 @@ def test_an_items_panels_are_curves(paper, name):
 )
 def test_an_items_panels_can_be_drawn(paper, name, tmp_path):
     item, study = PAPERS[paper].item(name), study_of(paper)
-    panels = item.panels(study, seen_in(paper, item, study))
+    panels = item.drawn(study, seen_in(paper, item, study))
     path = draw(tmp_path / "drawn.png", panels, title=item.title)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -1020,7 +1020,7 @@ def test_panels_show_what_is_there_and_no_more(paper, name):
     looks = list(dict.fromkeys(item.observations(study)))
     missing = set(looks[::3])
     seen = seen_in(paper, item, study, keep=lambda look: look not in missing)
-    for panel in item.panels(study, seen):
+    for panel in item.drawn(study, seen):
         for curve in panel.curves:
             assert len(curve.x) == len(curve.y)
 
@@ -1028,13 +1028,13 @@ def test_panels_show_what_is_there_and_no_more(paper, name):
 @pytest.mark.parametrize(("paper", "name"), DRAWN)
 def test_nothing_observed_is_nothing_drawn(paper, name):
     item, study = PAPERS[paper].item(name), study_of(paper)
-    assert not any(panel.curves for panel in item.panels(study, ObservationStore([])))
+    assert not any(panel.curves for panel in item.drawn(study, ObservationStore([])))
 
 
 def test_figure_3_shows_the_papers_curve_behind_ours():
     study = study_of("keskar2017", "C1-cifar10")
     item = PAPERS["keskar2017"].item("figure3")
-    panels = item.panels(study, seen_in("keskar2017", item, study))
+    panels = item.drawn(study, seen_in("keskar2017", item, study))
     labels = [curve.label for curve in panels[0].curves]
     assert labels == ["ours, train", "paper, train", "ours, test", "paper, test"]
     assert [curve.faint for curve in panels[0].curves] == [False, True, False, True]

@@ -12,10 +12,11 @@ from sharpness import _command
 from sharpness.report import tables
 from sharpness.report.panels import draw
 from sharpness.reproduce.claims import Finding
+from sharpness.reproduce.observations import Observation
 from sharpness.reproduce.paper import PRESETS, Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
-from sharpness.reproduce.runner import Costs, Runner
-from sharpness.reproduce.terminal import print_finding, print_verdicts
+from sharpness.reproduce.runner import Costs, ObservationStore, Runner
+from sharpness.reproduce.shown import plain, print_finding, print_verdicts
 
 _ADVICE = (
     "p: one-sided paired t test over starting points, then sign flips, 2^-n at best; for "
@@ -74,17 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         findings = []
         for study in _studies(paper, options):
-            items = _items(paper, options.item, study)
-            if items:
+            if items := _items(paper, options.item, study):
                 findings += _reproduced(paper, items, study, runner, options.plan)
-        if not findings and not options.plan:
-            names = ", ".join(options.item)
-            raise ValueError(
-                f"`ITEM` must be part of this preset's studies; got {names}. See --list."
-            )
         if findings:
             print_verdicts(tables.console(), findings)
             tables.console().print(f"\n{_ADVICE}\nWritten to {runner.folder}.")
+        elif not options.plan:
+            raise ValueError(
+                "`ITEM` must be part of this preset's studies; got "
+                f"{', '.join(options.item)}. See --list."
+            )
         return _command.OK
 
     return _command.guarded("sharpness.reproduce", command)
@@ -93,35 +93,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _list(paper: Paper) -> int:
     out = tables.console()
     out.print(paper.citation)
-    table = tables.plain_table("", "item", "what", right=1)
-    for item in paper.items:
-        table.add_row(item.name, item.title)
-    out.print(table)
-    table = tables.plain_table("", "study", "preset", "network and data", right=2)
-    for study in paper.studies:
-        table.add_row(study.name, study.preset, f"{study.network} on {study.data}")
-    out.print(table)
+    items = [("", item.name, item.title) for item in paper.items]
+    out.print(plain(("", "item", "what"), items, right=1))
+    studies = [("", s.name, s.preset, f"{s.network} on {s.data}") for s in paper.studies]
+    out.print(plain(("", "study", "preset", "network and data"), studies, right=2))
     return _command.OK
 
 
 def _studies(paper: Paper, options: argparse.Namespace) -> list[Study]:
     """Those of the preset that were asked for, with as many starting points."""
     of_preset = [study for study in paper.studies if study.preset == options.preset]
+    names = [study.name for study in of_preset]
     if not of_preset:
         there = ", ".join(sorted({study.preset for study in paper.studies}))
         raise ValueError(
             f"`--preset` must be one of {there} for {paper.name}; got {options.preset}."
         )
-    unknown = set(options.study or ()) - {study.name for study in of_preset}
-    if unknown:
-        names = ", ".join(study.name for study in of_preset)
+    if unknown := set(options.study or ()) - set(names):
         raise ValueError(
-            f"`--study` must be of {names} (preset {options.preset}); got "
+            f"`--study` must be of {', '.join(names)} (preset {options.preset}); got "
             f"{', '.join(sorted(unknown))}."
         )
-    chosen = [
-        study for study in of_preset if not options.study or study.name in options.study
-    ]
+    chosen = [study for study in of_preset if study.name in (options.study or names)]
     if options.seeds is None:
         return chosen
     if options.seeds < 2:
@@ -141,14 +134,11 @@ def _items(paper: Paper, names: Sequence[str], study: Study) -> list[Item]:
 def _reproduced(
     paper: Paper, items: Sequence[Item], study: Study, runner: Runner, only_plan: bool
 ) -> list[Finding]:
-    out = tables.console()
+    out, findings = tables.console(), []
     wanted = [o for item in items for o in item.observations(study)]
-    _announce(study, items, runner, wanted)
-    if only_plan:
-        return []
-    store = runner.carry_out(wanted)
-    findings = []
-    for item in items:
+    out.print(_plan(study, items, runner, wanted))
+    store = ObservationStore(()) if only_plan else runner.carry_out(wanted)
+    for item in () if only_plan else items:
         found = finding(paper, item, study, store)
         print_finding(out, found)
         findings.append(found)
@@ -159,28 +149,25 @@ def _reproduced(
     return findings
 
 
-def _announce(
-    study: Study, items: Sequence[Item], runner: Runner, wanted: Sequence[object]
-) -> None:
-    stages, missing = runner.lacking(wanted)  # type: ignore[arg-type]
-    runs = sum(len(stage) for stage in stages)
+def _plan(
+    study: Study, items: Sequence[Item], runner: Runner, wanted: Sequence[Observation]
+) -> str:
+    """What is tried on what, what remains to be done, and how long it may take."""
+    stages, missing = runner.lacking(wanted)
     jobs = runner.jobs or (1 if runner.device != "cpu" else os.cpu_count() or 1)
     minutes = Costs(runner.bench).of_all(stages, missing) / jobs / 60
     time = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
-    time = time if runner.device == "cpu" else "less than on a CPU"
-    out = tables.console()
-    out.print(f"\n{study.name}, preset {study.preset}: {study.network} on {study.data}.")
-    if study.about:
-        out.print(study.about)
-    if study.stand_in:
-        out.print(f"Stand-in: {study.stand_in}.")
-    if study.reduced:
-        out.print(f"Reduced: {study.reduced}.")
-    out.print(f"Items: {', '.join(item.name for item in items)}.")
-    out.print(
-        f"To do: {runs} training runs, {len(missing)} of {len(set(wanted))} observations; "
-        f"{time}."
+    lines = (
+        f"\n{study.name}, preset {study.preset}: {study.network} on {study.data}.",
+        study.about,
+        f"Stand-in: {study.stand_in}." if study.stand_in else "",
+        f"Reduced: {study.reduced}." if study.reduced else "",
+        f"Items: {', '.join(item.name for item in items)}.",
+        f"To do: {sum(map(len, stages))} training runs, {len(missing)} of "
+        f"{len(set(wanted))} observations; "
+        f"{time if runner.device == 'cpu' else 'less than on a CPU'}.",
     )
+    return "\n".join(filter(None, lines))
 
 
 if __name__ == "__main__":

@@ -185,7 +185,7 @@ def trend(
 
     Args:
         claim: in words.
-        x: where y was looked at.
+        x: where y was observed.
         runs: for each starting point y at every x; one that lacks a number is left out.
         rising: the direction claimed.
         ours: what was found; the mean of Kendall's tau is added.

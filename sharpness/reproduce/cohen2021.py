@@ -91,15 +91,21 @@ def _checks(
             continue
         most, n = [share.max() for share in shares], len(shares)
         first = max(share.iloc[0] for share in shares)
-        words = f"eta {rate:g}: {name} starts below its threshold and reaches it"
-        ours = (
-            f"at first {first:.2g} of it or less, at most {min(most):.2g} to "
-            f"{max(most):.2g}; {sum(m >= 1 for m in most)} of {n} runs reach it"
+        yield holds(
+            f"eta {rate:g}: {name} starts below its threshold and reaches it",
+            bool(min(most) >= 1 > first),
+            ours=f"at first {first:.2g} of it or less, at most {min(most):.2g} to "
+            f"{max(most):.2g}; {sum(m >= 1 for m in most)} of {n} runs reach it",
+            n=n,
         )
-        yield holds(words, bool(min(most) >= 1 > first), ours=ours, n=n)
         after = [s[(s >= 1).cummax()].median() for s in shares if s.max() >= 1]
-        words = f"eta {rate:g}: median of {name} over threshold after that: 0.9 to 1.2"
-        yield within(words, after, 0.9, 1.2, paper="just above 1")
+        yield within(
+            f"eta {rate:g}: median of {name} over threshold after that: 0.9 to 1.2",
+            after,
+            0.9,
+            1.2,
+            paper="just above 1",
+        )
 
 
 def _panels(

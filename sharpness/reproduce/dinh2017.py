@@ -71,8 +71,13 @@ def _checks(study: DinhStudy, store: ObservationStore) -> Iterator[Check]:
         beyond = partial(Check, ours=ours, n=len(runs))
         if moves:
             grown = all(ratio > 10 for ratio in ratios)  # also not from 0
-            words = f"{name}: grows more than tenfold"
-            yield holds(words, grown, ours=ours, n=len(runs), paper="at will")
+            yield holds(
+                f"{name}: grows more than tenfold",
+                grown,
+                ours=ours,
+                n=len(runs),
+                paper="at will",
+            )
         elif moves is None:
             yield beyond(claim=f"{name}: moves", paper="could not be shown")
         else:

@@ -125,17 +125,13 @@ _TEST = metric("test_accuracy_running", 100)
 
 
 def _by_rate(study: MastersStudy, store: ObservationStore) -> pd.Series:
-    """Test accuracy by batch size, base rate and starting point; 0 where diverged.
-
-    Empty until the whole grid was run.
-    """
-    found = pd.Series(
+    """Test accuracy by batch size, base rate and starting point; 0 where diverged."""
+    return pd.Series(
         {
             (size, rate, network.training.seed): read(store, accuracy(network), _TEST, 0.0)
             for size, rate, network in study.grid()
         }
     )
-    return found if found.notna().all() else found[:0]
 
 
 def _best_of(found: pd.Series) -> pd.DataFrame:
@@ -145,24 +141,28 @@ def _best_of(found: pd.Series) -> pd.DataFrame:
 
 def _best(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
     found = _by_rate(study, store)
-    if found.empty:
-        return
     best = _best_of(found)
     means = best.mean()
     winner = means[means == means.max()].index.max()
     small = winner <= 32 and means.max() > 3 * study.chance
-    words = "the best batch size over all rates is 32 or less"
-    ours = f"best at {winner}: {listed(best)}"
-    yield holds(words, small, ours=ours, n=len(found), paper="2 to 32")
+    yield holds(
+        "the best batch size over all rates is 32 or less",
+        small,
+        ours=f"best at {winner}: {listed(best)}",
+        n=len(found),
+        paper="2 to 32",
+    )
     large = best[[size for size in best if size >= 16]]
-    words = "from 16 on the best accuracy over rates falls with the batch size"
-    yield trend(words, large.columns.tolist(), large.to_numpy(), rising=False)
+    yield trend(
+        "from 16 on the best accuracy over rates falls with the batch size",
+        large.columns.tolist(),
+        large.to_numpy(),
+        rising=False,
+    )
 
 
 def _range(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
     found = _by_rate(study, store)
-    if found.empty:
-        return
     means = found.groupby(level=[0, 1]).mean().unstack()
     none = math.log2(min(study.rates)) - 1  # below all that were tried
     trains = {
@@ -180,8 +180,6 @@ def _range(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
 
 def _grid_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
     found = _by_rate(study, store)
-    if found.empty:
-        return []
     means, best = found.groupby(level=[0, 1]).mean().unstack(), _best_of(found).mean()
     x = means.columns.tolist()
     by_rate = [
@@ -191,10 +189,15 @@ def _grid_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
     x_label, y_label = "base learning rate (per sample)", "test accuracy, %"
     sizes, title = best.index.tolist(), "0 %: diverged"
     of_best = [Curve(label="", x=sizes, y=best.tolist())]
-    named = "best test accuracy over rates, %"
     return [
         panel(x_label, y_label, by_rate, log_x=True, title=title),
-        panel("batch size", named, of_best, log_x=True, ticks=sizes),
+        panel(
+            "batch size",
+            "best test accuracy over rates, %",
+            of_best,
+            log_x=True,
+            ticks=sizes,
+        ),
     ]
 
 
@@ -218,9 +221,13 @@ def _ghosts(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
             continue
         means = found.mean()
         best = means[means == means.max()].index.max()
-        words = f"SGD batch {size}: the best BatchNorm batch is 8 or less"
-        ours = f"best at {best:g}: {listed(found)}"
-        yield holds(words, best <= 8, ours=ours, n=found.size, paper="4 or 8")
+        yield holds(
+            f"SGD batch {size}: the best BatchNorm batch is 8 or less",
+            best <= 8,
+            ours=f"best at {best:g}: {listed(found)}",
+            n=found.size,
+            paper="4 or 8",
+        )
 
 
 def _ghost_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
@@ -235,14 +242,15 @@ def _ghost_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
 def _warm(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
     found = _by_rate(study, store)
     warm = table(store, accuracy, _TEST, study.warmed(), diverged=0.0)
-    if found.empty or warm.isna().any(axis=None):
-        return
     best, last = _best_of(found).mean(), study.batch_sizes[-1]
     small = best[best.index <= 32].max()
     with_it, without = warm.max(axis="columns").mean(), best[last]
-    words = f"with warm-up a batch of {last} stays below the best small batch"
-    ours = f"{with_it:.3g} % with, {without:.3g} % without; small batch {small:.3g} %"
-    yield holds(words, bool(with_it < small), ours=ours, n=warm.size)
+    yield holds(
+        f"with warm-up a batch of {last} stays below the best small batch",
+        bool(with_it < small),
+        ours=f"{with_it:.3g} % with, {without:.3g} % without; small batch {small:.3g} %",
+        n=warm.size,
+    )
 
 
 ITEMS = (
@@ -252,6 +260,7 @@ ITEMS = (
         claim="At equal epochs the best accuracy is had with a batch of 2 to 32.",
         observations=lambda study: [accuracy(n) for _, _, n in study.grid()],
         checks=_best,
+        all_or_none=True,
         panels=_grid_panels,
     ),
     Item(
@@ -260,6 +269,7 @@ ITEMS = (
         claim="Smaller batches train over a wider range of base learning rates.",
         observations=lambda study: [accuracy(n) for _, _, n in study.grid()],
         checks=_range,
+        all_or_none=True,
     ),
     Item(
         name="bn-batch",
@@ -280,6 +290,7 @@ ITEMS = (
             for n in (*(n for _, n in study.warmed()), *(n for *_, n in study.grid()))
         ],
         checks=_warm,
+        all_or_none=True,
         in_quick=False,
     ),
 )

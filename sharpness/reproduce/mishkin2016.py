@@ -84,8 +84,12 @@ def _checks(study: MishkinStudy, store: ObservationStore) -> Iterator[Check]:
         if times > 1:
             same = theirs.get("same")
             text = f"{default} → {same} (single runs)" if same else ""
-            words = f"{size}, same rate, test accuracy, %: smaller than the default's"
-            check = paired(words, *values(times, False), larger=False, ratio=False)
+            check = paired(
+                f"{size}, same rate, test accuracy, %: smaller than the default's",
+                *values(times, False),
+                larger=False,
+                ratio=False,
+            )
             yield _told(check, text)
         scaled, (first, second) = theirs.get("scaled"), values(times, True)
         gaps = [b - a for a, b in zip(first, second, strict=True)]

@@ -1,9 +1,10 @@
-"""What is looked at: each observation says which networks it needs and what it finds."""
+"""Observations: each says which networks it needs, what it costs and what it finds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from sharpness import _tensors, checkpoint
 from sharpness.krylov.lanczos import Lanczos
 from sharpness.lab import networks
-from sharpness.lab.run import DivergedError, OnUpdate, criterion_for, train
+from sharpness.lab.run import DivergedError, criterion_for, train
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.loading import LoadedCheckpoint, load_checkpoint
 from sharpness.measurement import MeasurementSettings, data_facts, risk_of
@@ -34,25 +35,11 @@ EPSILONS = (1e-3, 5e-4)  # Keskar et al. (2017)
 Facts = dict[str, Any]
 
 
-def _phi(risk: EmpiricalRisk, seed: int) -> Any:
-    return epsilon_sharpness(risk, EPSILONS, seed=seed, progress=False)
+_phi = partial(epsilon_sharpness, epsilon=EPSILONS, progress=False)
+_subspace = partial(_phi, subspace_dim=100, columns="normal", solver="lbfgsb")
 
 
-def _subspace(risk: EmpiricalRisk, seed: int, columns: Any, **options: Any) -> Any:
-    # One A a network: the paper's deviation is over five trials, its draws not stated.
-    options = {"solver": "lbfgsb", **options}
-    return epsilon_sharpness(
-        risk,
-        EPSILONS,
-        subspace_dim=100,
-        columns=columns,
-        seed=seed,
-        progress=False,
-        **options,
-    )
-
-
-def _lanczos(risk: EmpiricalRisk, seed: int) -> Facts:
+def _lanczos(risk: EmpiricalRisk, *, seed: int) -> Facts:
     """T of 40 steps from a start s ~ N(0, I).
 
     With |s|^2 it decides, without the network, which eigenvalues it certifies.
@@ -70,39 +57,40 @@ def _lanczos(risk: EmpiricalRisk, seed: int) -> Facts:
     }
 
 
-# Name: what is called, and what it costs, in gradients.
-MEASURES: dict[str, tuple[Callable[[EmpiricalRisk, int], Any], float]] = {
-    "lambda_max": (lambda risk, s: eigenpairs(risk, seed=s, progress=False), 25),
+# Name: what is called with `seed`, and what it costs, in gradients.
+MEASURES: dict[str, tuple[Callable[..., Any], float]] = {
+    "lambda_max": (partial(eigenpairs, progress=False), 25),
     "phi": (_phi, 60),
-    "phi_normal": (lambda risk, s: _subspace(risk, s, "normal"), 22),
-    "phi_unit": (lambda risk, s: _subspace(risk, s, "unit"), 22),
-    "phi_normal_zero": (lambda risk, s: _subspace(risk, s, "normal", start="zero"), 22),
-    "phi_normal_best": (
-        lambda risk, s: _subspace(risk, s, "normal", solver=None, num_starts=2),
-        120,
-    ),
+    "phi_normal": (_subspace, 22),
+    "phi_unit": (partial(_subspace, columns="unit"), 22),
+    "phi_normal_zero": (partial(_subspace, start="zero"), 22),
+    "phi_normal_best": (partial(_subspace, solver=None, num_starts=2), 120),
     "lanczos": (_lanczos, 80),
     "adaptive": (
-        lambda risk, s: worst_case_sharpness(
-            risk, 0.5, adaptive="elementwise", seed=s, progress=False
-        ),
+        partial(worst_case_sharpness, rho=0.5, adaptive="elementwise", progress=False),
         21,
     ),
 }
 
 
-@kind("Accuracy")
 @dataclass(frozen=True, kw_only=True)
-class Accuracy:
-    """Loss and accuracy on the training and the test set, as training ended."""
+class _OfOneNetwork:
+    """What observes a single network."""
 
     of: ModelSpec
-    gradients: ClassVar[float] = 0.0
 
     @property
     def needs(self) -> tuple[ModelSpec, ...]:
         """The network."""
         return (self.of,)
+
+
+@kind("Accuracy")
+@dataclass(frozen=True, kw_only=True)
+class Accuracy(_OfOneNetwork):
+    """Loss and accuracy on the training and the test set, as training ended."""
+
+    gradients: ClassVar[float] = 0.0
 
     def found(self, bench: Bench) -> Facts:
         """What its checkpoint says."""
@@ -113,19 +101,13 @@ class Accuracy:
 
 @kind("Measured")
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(_OfOneNetwork):
     """Sharpness of a network, on class-balanced training samples drawn by the seed."""
 
-    of: ModelSpec
     measures: tuple[str, ...]  # of MEASURES
     num_samples: int | None = 1000
     batchnorm: Literal["batch", "running"] = "batch"
     seed: int = 0
-
-    @property
-    def needs(self) -> tuple[ModelSpec, ...]:
-        """The network."""
-        return (self.of,)
 
     @property
     def gradients(self) -> float:
@@ -153,7 +135,7 @@ class Measured:
             "value": risk.value(),
             "accuracy": risk.accuracy(),
             "distance_from_start": moved,
-            **{name: MEASURES[name][0](risk, self.seed) for name in self.measures},
+            **{name: MEASURES[name][0](risk, seed=self.seed) for name in self.measures},
         }
 
 
@@ -202,21 +184,15 @@ def _at_most(subject: LoadedCheckpoint, split: str, num: int | None) -> int | No
 
 @kind("Rescaled")
 @dataclass(frozen=True, kw_only=True)
-class Rescaled:
+class Rescaled(_OfOneNetwork):
     """A network's sharpness after every layer that can be was scaled by each factor.
 
     The function stays: what one layer gains, the next one loses (Dinh et al. 2017).
     """
 
-    of: ModelSpec
     factors: tuple[float, ...]
     measures: tuple[str, ...]
     num_samples: int = 500
-
-    @property
-    def needs(self) -> tuple[ModelSpec, ...]:
-        """The network."""
-        return (self.of,)
 
     @property
     def gradients(self) -> float:
@@ -236,7 +212,7 @@ class Rescaled:
             network, layers = scaled_by(subject.model, subject.train[0][:2], factor)
             other = risk_of(replace(subject, model=network), settings, bench.device)
             drift = float((other.outputs() - before).abs().max() / before.abs().max())
-            values = {name: MEASURES[name][0](other, 0) for name in self.measures}
+            values = {name: MEASURES[name][0](other, seed=0) for name in self.measures}
             points.append({"factor": factor, "drift": drift, "layers": layers, **values})
         return {"sha256": subject.facts["sha256"], "points": points}
 
@@ -261,16 +237,38 @@ class TrackingRun:
         return updates * (self.training.batch_size + 40 / self.every * self.num_samples)
 
     def found(self, bench: Bench) -> Facts:
-        """The points, and how the training ended."""
+        """The points, and how the training ended; nothing else of it is kept."""
+        dataset, reason = bench.dataset(self.data), None
         trackers: list[SharpnessTracker] = []
 
         def on_update(update: int, model: nn.Module, optimizer: Optimizer) -> None:
-            if not trackers:
-                trackers.append(self._tracker(bench, model, optimizer))
-            elif update:
+            if update:
                 trackers[0].step()
+                return
+            trackers.append(
+                SharpnessTracker(
+                    model,
+                    criterion_for(dataset),
+                    dataset.balanced_subset(self.num_samples),
+                    optimizer=optimizer,
+                    every=self.every,
+                    measures=(self.measure,),
+                    batchnorm="batch",
+                )
+            )
 
-        reason = self._trained(bench, on_update)
+        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            try:
+                train(
+                    self.training,
+                    self.budget,
+                    dataset,
+                    Path(folder) / "tracked.pt",
+                    device=bench.device,
+                    on_update=on_update,
+                )
+            except DivergedError as error:
+                reason = str(error)
         points = trackers[0].history
         return {
             "diverged_at": reason,
@@ -279,36 +277,6 @@ class TrackingRun:
             "values": [point.values().get(self.measure) for point in points],
             "thresholds": [point.thresholds.get(self.measure) for point in points],
         }
-
-    def _tracker(
-        self, bench: Bench, model: nn.Module, optimizer: Optimizer
-    ) -> SharpnessTracker:
-        dataset = bench.dataset(self.data)
-        return SharpnessTracker(
-            model,
-            criterion_for(dataset),
-            dataset.balanced_subset(self.num_samples),
-            optimizer=optimizer,
-            every=self.every,
-            measures=(self.measure,),
-            batchnorm="batch",
-        )
-
-    def _trained(self, bench: Bench, on_update: OnUpdate) -> str | None:
-        """Train and keep nothing; why it diverged, if it did."""
-        with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            try:
-                train(
-                    self.training,
-                    self.budget,
-                    bench.dataset(self.data),
-                    Path(folder) / "followed.pt",
-                    device=bench.device,
-                    on_update=on_update,
-                )
-            except DivergedError as error:
-                return str(error)
-        return None
 
 
 Observation = Accuracy | Measured | InterpolationRun | Rescaled | TrackingRun

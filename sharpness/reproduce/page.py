@@ -9,37 +9,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 from sharpness import _command
 from sharpness.record import append_record, read_records
 from sharpness.report.panels import draw
 from sharpness.reproduce.claims import Finding
-from sharpness.reproduce.markdown import by_study, finding_text, summary
 from sharpness.reproduce.paper import Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import ObservationStore
+from sharpness.reproduce.shown import by_study, finding_text, summary
 
 _BEGIN, _END = "<!-- {0}:begin -->", "<!-- {0}:end -->"
 MARKER = "reproductions"
 
 
 def findings(store: ObservationStore) -> Iterator[tuple[Paper, Item, Study, Finding]]:
-    """Of every item of every study that something was found on, in order."""
+    """Of every item of every study that something was found on, in order.
+
+    What is computed without observations is shown once, for the paper's own sizes.
+    """
     for paper in PAPERS.values():
-        for item in paper.items:
-            for study in paper.studies:
-                if item.applies(study) and _looked_at(paper, item, study, store):
-                    found = finding(paper, item, study, store)
-                    if found.checks:
-                        yield paper, item, study, found
-
-
-def _looked_at(paper: Paper, item: Item, study: Study, store: ObservationStore) -> bool:
-    """What is computed without looking is shown once, for the paper's own sizes."""
-    wanted = item.observations(study)
-    return any(o in store for o in wanted) if wanted else study is paper.studies[-1]
+        for item, study in product(paper.items, paper.studies):
+            wanted = item.observations(study) if item.applies(study) else [None]
+            counted = not wanted and study is paper.studies[-1]
+            if counted or any(one in store for one in wanted if one is not None):
+                found = finding(paper, item, study, store)
+                if found.checks:
+                    yield paper, item, study, found
 
 
 def recorded(folder: Path) -> ObservationStore:
@@ -53,12 +51,11 @@ def page_text(store: ObservationStore) -> str:
     """The generated part of the page: a summary, then every item."""
     found = list(findings(store))
     parts = [_verdicts([one for *_, one in found])]
-    for paper in PAPERS.values():
-        of_paper = [row for row in found if row[0] is paper]
-        if of_paper:
-            studies = dict.fromkeys(study for _, _, study, _ in of_paper)
-            parts.append(f"## {paper.name}\n\n{paper.citation}.")
-            parts.append("\n".join(map(_study_text, studies)))
+    for paper, rows in groupby(found, key=lambda row: row[0]):
+        of_paper = list(rows)
+        studies = dict.fromkeys(study for _, _, study, _ in of_paper)
+        parts.append(f"## {paper.name}\n\n{paper.citation}.")
+        parts.append("\n".join(map(_study_text, studies)))
         for _, item, study, one in of_paper:
             shown = _picture(item, study, store)
             parts.append(finding_text(one, f"reproductions/{shown}" if shown else None))
@@ -80,14 +77,9 @@ def readme_text(store: ObservationStore) -> str:
 def _verdicts(found: Sequence[Finding]) -> str:
     """A table of its own for each paper whose items were tried on several studies."""
     papers = [list(rows) for _, rows in groupby(found, key=lambda one: one.paper)]
-    wide = [rows for rows in papers if _repeats(rows)]
+    wide = [rows for rows in papers if len({one.title for one in rows}) < len(rows)]
     rest = [one for rows in papers if rows not in wide for one in rows]
     return "\n\n".join([*map(by_study, wide), *([summary(rest)] if rest else [])])
-
-
-def _repeats(found: Sequence[Finding]) -> bool:
-    """Whether an item was tried on several studies."""
-    return len({one.title for one in found}) < len(found)
 
 
 def between(text: str, marker: str, content: str) -> str:

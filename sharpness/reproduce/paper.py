@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -53,15 +53,25 @@ class Item:
     title: str
     claim: str
     observations: Callable[[Any], Sequence[Observation]]
-    checks: Callable[[Any, ObservationStore], Sequence[Check]]
+    checks: Callable[[Any, ObservationStore], Iterable[Check]]
     panels: Callable[[Any, ObservationStore], Sequence[Panel]] | None = None
     applies: Callable[[Any], bool] = lambda study: True
     in_quick: bool = True  # done by the quick preset without being named
+    all_or_none: bool = False  # nothing follows before everything has been observed
+
+    def checked(self, study: Any, store: ObservationStore) -> list[Check]:
+        """Its checks of which something has been observed."""
+        checks = self.checks(study, store) if self._ready(study, store) else ()
+        return [check for check in checks if check.n]
 
     def drawn(self, study: Any, store: ObservationStore) -> list[Panel]:
         """Its panels that show something."""
-        panels = self.panels(study, store) if self.panels else ()
+        ready = self._ready(study, store)
+        panels = self.panels(study, store) if self.panels and ready else ()
         return [panel for panel in panels if panel.curves]
+
+    def _ready(self, study: Any, store: ObservationStore) -> bool:
+        return not self.all_or_none or all(o in store for o in self.observations(study))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +116,7 @@ def finding(paper: Paper, item: Item, study: Study, store: ObservationStore) -> 
         stand_in=study.stand_in if wanted else None,
         made=sum(observation in store for observation in wanted),
         wanted=len(wanted),
-        checks=[check for check in item.checks(study, store) if check.n],
+        checks=item.checked(study, store),
         notes=notes,
     )
 

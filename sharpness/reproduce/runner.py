@@ -1,13 +1,14 @@
-"""Carries a plan out: trains what is lacking, looks at it, keeps every finding."""
+"""Carries a plan out: trains what is lacking, observes it, keeps every record."""
 
 from __future__ import annotations
 
 import os
 import time
+import timeit
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,13 @@ class ObservationStore:
         return len(self._found)
 
     def get(self, observation: Observation) -> dict[str, Any] | None:
-        """What was found; None where nobody looked, or the network diverged."""
-        record = self._found.get(digest(observation))
-        return None if record is None or record["diverged"] else record["found"]
+        """What was found; None where it was not observed, or the network diverged."""
+        record = self._found.get(digest(observation), {})
+        return None if record.get("diverged") else record.get("found")
 
     def diverged(self, observation: Observation) -> bool:
         """Whether there is no such network because its training diverged."""
-        record = self._found.get(digest(observation))
-        return record is not None and record["diverged"] is not None
+        return self._found.get(digest(observation), {}).get("diverged") is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,18 +73,17 @@ class Runner:
     data_dir: str | None = None
     device: str = "cpu"
     jobs: int | None = None
-    bench: Bench = field(init=False)
 
-    def __post_init__(self) -> None:
-        """The bench has a folder of its own."""
-        bench = Bench(
+    @property
+    def bench(self) -> Bench:
+        """Where the networks lie; the folder holds them apart from the records."""
+        return Bench(
             folder=self.folder / "networks", data_dir=self.data_dir, device=self.device
         )
-        object.__setattr__(self, "bench", bench)
 
     @property
     def records(self) -> Path:
-        """Where findings are kept."""
+        """Where records are kept."""
         return self.folder / "records.jsonl"
 
     def store(self) -> ObservationStore:
@@ -112,10 +111,10 @@ class Runner:
         self.bench.folder.mkdir(parents=True, exist_ok=True)
         layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} to go"
         costs = Costs(self.bench)
-        total = costs.of_all(stages, missing)
+        total = round(costs.of_all(stages, missing))
         with (
             warnings.catch_warnings(),
-            _progress.bar("reproduce", round(total), progress, bar_format=layout) as bar,
+            _progress.bar("reproduce", total, progress, bar_format=layout) as bar,
         ):
             # joblib replaces a process that has grown; nothing is lost, nothing to say.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
@@ -159,7 +158,7 @@ class Runner:
 def _train(bench: Bench, threads: int, run: list[ModelSpec]) -> list[ModelSpec]:
     with _threads(threads):
         bench.train_missing(run)
-    return run
+        return run
 
 
 def _observe(
@@ -182,14 +181,13 @@ def _threads(wanted: int) -> Iterator[None]:
 
 def _recorded(bench: Bench, observation: Observation) -> dict[str, Any]:
     began = time.monotonic()
-    reasons = [reason for one in observation.needs if (reason := bench.diverged(one))]
-    found = None if reasons else as_plain(observation.found(bench))
+    diverged = next(filter(None, map(bench.diverged, observation.needs)), None)
     return new_record(
         _KIND,
         digest=digest(observation),
         observation=described(observation),
-        found=found,
-        diverged=reasons[0] if reasons else None,
+        found=None if diverged else as_plain(observation.found(bench)),
+        diverged=diverged,
         device=bench.device,
         threads=torch.get_num_threads(),
         seconds=time.monotonic() - began,
@@ -218,18 +216,17 @@ class Costs:
     def of_run(self, run: Sequence[ModelSpec]) -> float:
         """Of training, to its last moment."""
         last = max(run, key=lambda one: one.budget.epochs or 0.0)
-        about = last.training
-        num_train, num_test = self._sizes(last.data)
+        num_train, num_test, _ = self._outline(last.data)
         try:
-            updates = last.budget.num_updates(about.course(num_train))
+            updates = last.budget.num_updates(last.training.course(num_train))
         except ValueError:  # it will fail, and say why
             return 0.0
         # An update costs about as much as a gradient of 8 samples, whatever the network.
-        samples = (last.budget.epochs or 0.0) * num_train or updates * about.batch_size
-        samples += 8 * updates
+        samples = (last.budget.epochs or 0.0) * num_train
+        samples = (samples or updates * last.training.batch_size) + 8 * updates
         # Every moment is evaluated on both parts, in both ways to run BatchNorm.
         samples += len(run) * 2 * (num_train + num_test) / 3
-        return samples / _PROBE * self._gradient(about.network, last.data)
+        return samples / _PROBE * self._gradient(last.training.network, last.data)
 
     def of(self, observation: Observation) -> float:
         """Of an observation."""
@@ -238,10 +235,11 @@ class Costs:
         return observation.gradients / _PROBE * max(probes)
 
     def _gradient(self, network: str, name: str) -> float:
+        """Seconds of one on `_PROBE` samples."""
         if (network, name) not in self._seconds:
             kind, arguments = networks.parsed(network)
             with torch.random.fork_rng(devices=[]), _threads(1):
-                dataset = self._few_of(name)
+                *_, dataset = self._outline(name)
                 x, y = dataset.train
                 fitting = networks.arguments_for(
                     kind, x.shape[1:], dataset.num_classes, y.shape[1:]
@@ -249,34 +247,31 @@ class Costs:
                 model = networks.build(
                     {"name": kind, "arguments": {**fitting, **arguments}}
                 )
-                times = []
-                for _ in range(3):
-                    began = time.monotonic()
-                    criterion_for(dataset)(model(x), y).backward()
-                    times.append(time.monotonic() - began)
-            self._seconds[network, name] = min(times)
+                criterion = criterion_for(dataset)
+                self._seconds[network, name] = min(
+                    timeit.repeat(
+                        lambda: criterion(model(x), y).backward(), number=1, repeat=3
+                    )
+                )
         return self._seconds[network, name]
 
-    def _sizes(self, name: str) -> tuple[int, int]:
-        """Samples to train and to test on."""
-        known = data.outline(name)
-        if known is not None:
-            return known.num_train, known.num_test
-        dataset = self._bench.dataset(name)
-        return len(dataset.train[1]), len(dataset.test[1])
+    def _outline(self, name: str) -> tuple[int, int, Dataset]:
+        """Numbers of training and test samples, and some of the training samples.
 
-    def _few_of(self, name: str) -> Dataset:
-        """Some samples; made up where the files may not be there: only time is taken."""
-        known = data.outline(name)
-        if known is None:
-            dataset = self._bench.dataset(name)
-            x, y = (part[:_PROBE] for part in dataset.train)
-            return replace(dataset, train=(x, y))
-        part = torch.rand(_PROBE, *known.shape), torch.arange(_PROBE) % known.num_classes
-        return Dataset(
-            name=name,
-            train=part,
-            test=part,
-            num_classes=known.num_classes,
-            source="made up",
-        )
+        They are made up where the files may not be there: only time is taken.
+        """
+        if known := data.outline(name):
+            x, y = torch.rand(_PROBE, *known.shape), torch.arange(_PROBE)
+            part = x, y % known.num_classes
+            made_up = Dataset(
+                name=name,
+                train=part,
+                test=part,
+                num_classes=known.num_classes,
+                source="made up",
+            )
+            return known.num_train, known.num_test, made_up
+        dataset = self._bench.dataset(name)
+        x, y = dataset.train
+        few = replace(dataset, train=(x[:_PROBE], y[:_PROBE]))
+        return len(y), len(dataset.test[1]), few

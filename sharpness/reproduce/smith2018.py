@@ -83,7 +83,7 @@ class SmithStudy(paper.Study):
     def ends(self, kind: str, times: int = 1) -> list[ModelSpec]:
         """The networks at the end."""
         last = self.observed_at[-1]
-        return [self.network_at(kind, seed, last, times) for seed in range(self.num_seeds)]
+        return [self.network_at(kind, seed, last, times) for seed in self.seeds]
 
 
 def _schedules(study: SmithStudy, store: ObservationStore) -> Iterator[Check]:
@@ -94,8 +94,10 @@ def _schedules(study: SmithStudy, store: ObservationStore) -> Iterator[Check]:
     def means(kind: str) -> list[float]:
         """Geometric, over the epochs: of each starting point; before that NaN."""
         runs = [run for run in study.moments(kind) if run[0] in late]
-        logs = table(store, accuracy, loss, runs).apply(np.log)
-        return np.exp(logs.mean(axis="columns", skipna=False)).dropna().tolist()
+        with np.errstate(divide="ignore"):  # the mean of what has a 0 is 0
+            logs = np.log(table(store, accuracy, loss, runs))
+        found = np.exp(logs.mean(axis="columns", skipna=False)).dropna()
+        return list(found)
 
     for kind in _KINDS[1:]:
         decay, other = means("decay"), means(kind)

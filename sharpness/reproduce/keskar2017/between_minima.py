@@ -53,8 +53,16 @@ def _between(arc: bool, study: KeskarStudy, store: ObservationStore) -> list[Che
         low, high = _rises(theirs["alphas"], theirs["train_xent"])
         published = f"{low:.2g} → {high:.2g} (one pair)"
     small, large = [a for a, _ in rises], [b for _, b in rises]
-    words = "rise of the training loss an eighth of the way off, small → large: larger"
-    return [replace(paired(words, small, large), paper=published)]
+    return [
+        replace(
+            paired(
+                "rise of the training loss an eighth of the way off, small → large: larger",
+                small,
+                large,
+            ),
+            paper=published,
+        )
+    ]
 
 
 def _between_panels(arc: bool, study: KeskarStudy, store: ObservationStore) -> list[Panel]:
@@ -82,8 +90,9 @@ def _between_panels(arc: bool, study: KeskarStudy, store: ObservationStore) -> l
                         faint=True,
                     )
                 )
-        where = "alpha: 0 small batch, 1 large batch"
-        panels.append(panel(where, label, curves, marks=(0, 1)))
+        panels.append(
+            panel("alpha: 0 small batch, 1 large batch", label, curves, marks=(0, 1))
+        )
     return panels
 
 

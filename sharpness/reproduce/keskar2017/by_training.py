@@ -46,10 +46,16 @@ def _figure2(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     """Would stopping the large batch early have helped?"""
     curves = table(store, accuracy, TEST_ACCURACY, study.followed("large")).dropna()
     lost = curves.max(axis="columns") - curves.iloc[:, -1]
-    words = (
-        "large batch: best test accuracy along training less the last, points: 0.25 or less"
-    )
-    return [within(words, lost.tolist(), -math.inf, 0.25, paper="no peak is seen")]
+    return [
+        within(
+            "large batch: best test accuracy along training less the last, points: "
+            "0.25 or less",
+            lost.tolist(),
+            -math.inf,
+            0.25,
+            paper="no peak is seen",
+        )
+    ]
 
 
 def _figure2_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
@@ -58,8 +64,7 @@ def _figure2_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
         for split, style in (("test", "o-"), ("train", "o:")):
             pick = metric(f"{split}_accuracy_batch", 100)
             whole = table(store, accuracy, pick, study.followed(role)).dropna()
-            label = f"{role} batch, {split}"
-            curves.append(band(label, whole, colour=colour, style=style))
+            curves.append(band(f"{role} batch, {split}", whole, colour=colour, style=style))
     return [panel("epoch", "accuracy, %", curves, log_x=True)]
 
 
@@ -97,8 +102,15 @@ def _figure6_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
         points = sorted((found["value"], phi(0)(found)) for found in facts if found)
         x, y = [loss for loss, _ in points], [value for _, value in points]
         curves.append(Curve(label=f"{role} batch", x=x, y=y, colour=colour, style="o"))
-    x_label = "cross-entropy on the training set"
-    return [panel(x_label, "phi(1e-3), %", curves, log_x=True, log_y=True)]
+    return [
+        panel(
+            "cross-entropy on the training set",
+            "phi(1e-3), %",
+            curves,
+            log_x=True,
+            log_y=True,
+        )
+    ]
 
 
 # -- figure 4 ----------------------------------------------------------------------------
@@ -117,14 +129,37 @@ def _figure4(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
     runs, measured = _swept(study), study.curvature_and_phi
     least = study.swept[len(study.swept) // 2]
     large = [(size, network) for size, network in runs if size >= least]
-    words = f"test accuracy falls with batch size, from {least} on"
-    yield trend_of(words, store, accuracy, TEST_ACCURACY, large, rising=False)
-    words = "test accuracy over all batch sizes: falls"
-    yield trend_of(words, store, accuracy, TEST_ACCURACY, runs, rising=False, judged=False)
-    words = "phi(1e-3) rises with batch size"
-    yield by_solvers(lambda pick: trend_of(words, store, measured, pick, runs, rising=True))
-    words = "lambda_max with batch size (Yao et al. 2018: rises)"
-    yield trend_of(words, store, measured, lambda_max, runs, rising=True, judged=False)
+    yield trend_of(
+        f"test accuracy falls with batch size, from {least} on",
+        store,
+        accuracy,
+        TEST_ACCURACY,
+        large,
+        rising=False,
+    )
+    yield trend_of(
+        "test accuracy over all batch sizes: falls",
+        store,
+        accuracy,
+        TEST_ACCURACY,
+        runs,
+        rising=False,
+        judged=False,
+    )
+    yield by_solvers(
+        lambda pick: trend_of(
+            "phi(1e-3) rises with batch size", store, measured, pick, runs, rising=True
+        )
+    )
+    yield trend_of(
+        "lambda_max with batch size (Yao et al. 2018: rises)",
+        store,
+        measured,
+        lambda_max,
+        runs,
+        rising=True,
+        judged=False,
+    )
 
 
 def _figure4_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
@@ -166,17 +201,38 @@ def _figure5_observations(study: KeskarStudy) -> list[Observation]:
 def _figure5(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
     runs, last = _warm(study), study.epochs_small[-1]
     starts = [(n.start, n) for epochs, n in runs if epochs == last and n.start]
-    words = "test accuracy rises with the epochs before"
-    yield trend_of(words, store, accuracy, TEST_ACCURACY, runs, rising=True)
-    words = "phi(1e-3) falls with the epochs before"
-    yield by_solvers(lambda p: trend_of(words, store, study.phi, p, runs, rising=False))
+    yield trend_of(
+        "test accuracy rises with the epochs before",
+        store,
+        accuracy,
+        TEST_ACCURACY,
+        runs,
+        rising=True,
+    )
+    yield by_solvers(
+        lambda p: trend_of(
+            "phi(1e-3) falls with the epochs before",
+            store,
+            study.phi,
+            p,
+            runs,
+            rising=False,
+        )
+    )
     values = pairs(store, accuracy, TEST_ACCURACY, starts)
     gains = [warm - small for small, warm in zip(*values, strict=True)]
-    words = f"after {last:g}: test accuracy less the small batch's, points: -0.5 or more"
-    yield within(words, gains, -0.5, math.inf)
-    words = f"after {last:g}: phi(1e-3) over the small batch's: 1 or less"
+    yield within(
+        f"after {last:g}: test accuracy less the small batch's, points: -0.5 or more",
+        gains,
+        -0.5,
+        math.inf,
+    )
     yield by_solvers(
-        lambda p: ratio_within(words, *pairs(store, study.phi, p, starts), high=1)
+        lambda p: ratio_within(
+            f"after {last:g}: phi(1e-3) over the small batch's: 1 or less",
+            *pairs(store, study.phi, p, starts),
+            high=1,
+        )
     )
 
 

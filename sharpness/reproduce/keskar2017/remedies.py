@@ -33,8 +33,8 @@ class _Remedy:
         """Both networks without it, and those with it."""
         plain, treated = flat(study.ends(study.num_remedied)), self._large(study)
         small = [a for a, _ in study.ends(study.num_remedied, **self.settings)]
-        looked = [*plain, *(small if self.of_both else ()), *treated]
-        found = observed(looked, accuracy) + observed(plain, study.sharpness)
+        networks = [*plain, *(small if self.of_both else ()), *treated]
+        found = observed(networks, accuracy) + observed(plain, study.sharpness)
         return found + observed(treated, study.phi)
 
     def _large(self, study: KeskarStudy) -> list[ModelSpec]:

@@ -46,8 +46,12 @@ def phi_checks(
             for which in ("phi_protocol", "phi")
         )
         theirs = (published or {}).get(f"{epsilon:g}")
-        words = f"phi({short(epsilon)}) %{space}: larger"
-        order = paired(words, *protocol, paper=theirs, judged=judged)
+        order = paired(
+            f"phi({short(epsilon)}) %{space}: larger",
+            *protocol,
+            paper=theirs,
+            judged=judged,
+        )
         found = paired("— best found", *best)
         text = f"{theirs[1][0] / theirs[0][0]:.3g}×" if theirs else ""
         size, most = (
@@ -72,8 +76,11 @@ def _table2(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
     words, theirs = "test accuracy, %: smaller", published.get("test")
     yield test(words, *numbers("test_accuracy_batch"), paper=theirs)
     if study.batchnorm:
-        words = "— BatchNorm on running statistics"
-        yield test(words, *numbers("test_accuracy_running"), judged=False)
+        yield test(
+            "— BatchNorm on running statistics",
+            *numbers("test_accuracy_running"),
+            judged=False,
+        )
     words, train = "train accuracy, %: within a point", numbers("train_accuracy_batch")
     shown = paired(words, *train, ratio=False, paper=published.get("train"), judged=False)
     gained = [large - small for small, large in zip(*train, strict=True)]
@@ -127,15 +134,17 @@ def _beyond(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
 
     ends, matched = study.ends(), study.matched()
     yield asked("lambda_max", lambda_max, ends, study.sharpness)
-    words = "worst rise in the adaptive l2 ball 0.5"
-    yield asked(words, adaptive_rise, ends, study.sharpness)
+    yield asked(
+        "worst rise in the adaptive l2 ball 0.5", adaptive_rise, ends, study.sharpness
+    )
     words = "large batch stopped at the small one's loss: "
     yield asked(f"{words}phi(1e-3), %", phi(0), matched, study.sharpness, measured)
     yield asked(f"{words}lambda_max", lambda_max, matched, study.sharpness, measured)
     if study.observed_at_fit:  # the paper's trainings may have stopped there
         words, fitted = "at the paper's training accuracy: ", study.fitted()
-        named = f"{words}test accuracy, %"
-        yield asked(named, TEST_ACCURACY, fitted, accuracy, ratio=False)
+        yield asked(
+            f"{words}test accuracy, %", TEST_ACCURACY, fitted, accuracy, ratio=False
+        )
         for i, epsilon in enumerate(EPSILONS):
             yield asked(f"{words}phi({short(epsilon)}), %", phi(i), fitted, measured)
     if study.batchnorm:
@@ -147,8 +156,15 @@ def _beyond(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
 def _distance(study: KeskarStudy, store: ObservationStore) -> list[Check]:
     values = pairs(store, study.sharpness, distance, study.ends())
     ratios = [small / large for small, large in zip(*values, strict=True)]
-    words = "distance from the start, small over large batch: 3 to 10"
-    return [within(words, ratios, 3, 10, paper="3 to 10")]
+    return [
+        within(
+            "distance from the start, small over large batch: 3 to 10",
+            ratios,
+            3,
+            10,
+            paper="3 to 10",
+        )
+    ]
 
 
 ITEMS = (
