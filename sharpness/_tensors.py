@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,11 +51,31 @@ def seeded(seed: Any) -> torch.Generator:
     return torch.Generator().manual_seed(whole_seed(seed))
 
 
-def random_unit(like: Tensor, generator: torch.Generator) -> Tensor:
-    """A uniformly random unit vector (n,) in the type and on the device of `like`.
+def mixed(seed: int, *parts: Tensor | int) -> int:
+    """A seed below 2^32 that is another for another `seed` or other bits in the parts.
+
+    32 bits, since PyTorch's CPU generator looks at no more.
+    """
+    digest = hashlib.blake2b(repr(seed).encode(), digest_size=4)
+    for part in parts:
+        if isinstance(part, Tensor):
+            flat = part.detach().cpu().contiguous().reshape(-1)
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        else:
+            digest.update(repr(part).encode())
+    return int.from_bytes(digest.digest(), "big")
+
+
+def random_normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal entries (n,) in the type and on the device of `like`.
 
     Drawn on the CPU in float32, so that a seed means the same vector on every device.
     """
     draw = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-    v = draw.to(device=like.device, dtype=like.dtype)
+    return draw.to(device=like.device, dtype=like.dtype)
+
+
+def random_unit(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A uniformly random unit vector (n,), drawn as in `random_normal`."""
+    v = random_normal(like, generator)
     return v / norm64(v).to(v.dtype)

@@ -15,18 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
+from sharpness import _tensors
 from sharpness._arguments import positive, whole
 from sharpness._results import NotAvailableError, Status
-from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
+from sharpness.measures.eigenvalues import (
+    HessianEigenpairs,
+    check_confidence,
+    eigenpairs,
+)
 from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
 from sharpness.measures.preconditioner import adam_preconditioner
 from sharpness.risk import batches
 from sharpness.risk.empirical import EmpiricalRisk
 
 MEASURES = ("lambda_max", "lambda_max_preconditioned", "phi")
-# At the edge of stability eigenvalues crowd and overtake each other. Over 40 points of
-# examples/track.py the first pair alone was off by more than 1 % in 5 (up to 4 %; in 13
-# when searched afresh), the first of two in none, for 12 products a point instead of 7.
+# At the edge of stability eigenvalues crowd and overtake each other. Without a confidence
+# the first pair alone was off by more than 1 % in 5 of 40 points of examples/track.py (up
+# to 4 %; in 13 when searched afresh), the first of two in none.
 _NUM_FOLLOWED = 2
 
 
@@ -128,6 +133,9 @@ class SharpnessTracker:
             always measured.
         epsilon: of phi, > 0.
         tol: error bound wanted of the eigenvalues, relative; > 0.
+        confidence: of each eigenvalue, as in `eigenpairs`: 95 % a point are not 95 % a
+            curve. None follows two pairs by the rule without a certificate, for about 8
+            products a point.
         seed: of every measure's random starts.
         at_start: whether update 0 is measured now. Pass False before `load_state_dict`,
             and for the callbacks, which measure it when the training begins.
@@ -137,15 +145,16 @@ class SharpnessTracker:
 
     Raises:
         ValueError: an unknown measure, `every` below 1, `epsilon` or `tol` <= 0,
-            preconditioned curvature of an optimizer that is no Adam, or what
-            `EmpiricalRisk` refuses (with `at_start=False`, at the first point).
+            `confidence` outside (0, 1), preconditioned curvature of an optimizer that is
+            no Adam, or what `EmpiricalRisk` refuses (with `at_start=False`, at the first
+            point).
         TypeError: `optimizer`, `on_point` or the data are of another kind.
 
     Cost of a point: building the risk (a few samples), one forward pass for the loss,
-    about 12 Hessian-vector products of two gradients each for a lambda_max, 11 gradients
-    for phi. Two eigenpairs are followed, from those of the last point on, so that one
-    that overtakes is seen; the first is reported. Between points the data are held, and
-    two vectors of n numbers for each lambda_max.
+    about 14 Hessian-vector products of two gradients each for a lambda_max, 11 gradients
+    for phi. Half of every search starts at the eigenvector of the last point, half afresh,
+    so that one that overtakes is seen. Between points the data are held, and a vector of n
+    numbers for each lambda_max.
     """
 
     def __init__(
@@ -159,6 +168,7 @@ class SharpnessTracker:
         measures: str | Sequence[str] = ("lambda_max",),
         epsilon: float = 1e-3,
         tol: float = 1e-2,
+        confidence: float | None = 0.95,
         seed: int = 0,
         at_start: bool = True,
         on_point: Callable[[TrackedPoint], object] | None = None,
@@ -168,6 +178,8 @@ class SharpnessTracker:
         self._measures = _selected(measures)
         self._epsilon = positive("epsilon", epsilon, "The paper used 1e-3 and 5e-4.")
         self._tol = positive("tol", tol, "The default is 1e-2.")
+        check_confidence(confidence)
+        self._confidence = confidence
         self._seed = whole("seed", seed, 0)
         if on_point is not None and not callable(on_point):
             raise TypeError(
@@ -182,7 +194,7 @@ class SharpnessTracker:
         )
         self.history: list[TrackedPoint] = []
         self.num_updates = 0
-        self._eigenvectors: dict[str, Tensor] = {}  # the last ones, (2, n) each
+        self._eigenvectors: dict[str, Tensor] = {}  # the last ones, (1 or 2, n) each
         if at_start:
             self.measure()
 
@@ -419,10 +431,12 @@ class SharpnessTracker:
         last = self._eigenvectors.get(name)
         pairs = eigenpairs(
             risk,
-            min(_NUM_FOLLOWED, risk.n),
+            1 if self._confidence else min(_NUM_FOLLOWED, risk.n),
             preconditioner=preconditioner,
             tol=self._tol,
-            seed=self._seed,
+            confidence=self._confidence,
+            # Another draw at each point, also where nothing has moved.
+            seed=_tensors.mixed(self._seed, self.num_updates),
             # Freezing or thawing a layer changes what theta is.
             v0=last if last is not None and last.shape[1] == risk.n else None,
             progress=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 from collections.abc import Callable
 from functools import cache
@@ -377,13 +378,168 @@ def test_the_upper_bound_holds_for_19_starts_in_20(max_hvps, useful):
     assert all(found.lambda_max_upper >= found.lambda_max for found in runs)
 
 
-def test_only_a_random_start_at_the_top_earns_an_upper_bound():
+def test_only_a_search_at_the_top_earns_an_upper_bound():
     risk = quadratic(SEPARATED["outliers"])
     assert sh.eigenpairs(risk).lambda_max_upper is not None
-    assert sh.eigenpairs(risk, v0=torch.ones(60)).lambda_max_upper is None
     assert sh.eigenpairs(risk, which="SA").lambda_max_upper is None
     for which in ("LM", "BE"):
         assert sh.eigenpairs(risk, which=which).lambda_max_upper is not None
+
+
+# -- the certificate ---------------------------------------------------------------
+
+
+def crowded(seed: int) -> np.ndarray:
+    """A bulk and a dozen outliers, largest first."""
+    draw = np.random.default_rng(seed)
+    outliers, bulk = 0.2 + 0.8 * draw.random(12), 0.05 * draw.random(500) ** 8 - 0.005
+    return np.sort(np.concatenate([outliers, bulk]))[::-1].copy()
+
+
+def none_is_left_out(found: sh.HessianEigenpairs, spectrum: np.ndarray) -> bool:
+    """Whether what exceeds the k-th by more than `tol` lies within `tol` of a value."""
+    values = found.eigenvalues.numpy()
+    above = spectrum[spectrum > 1.01 * values[-1]]
+    return bool(np.all(nearest(torch.from_numpy(above), values) <= 0.01 * above))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("num", [12, pytest.param(400, marks=SLOW)])
+def test_no_value_is_left_out_at_95_percent(num, k):
+    """The rule without a certificate leaves one out in 9 and 5 % of such spectra."""
+    right = 0
+    for seed in range(num):
+        spectrum = crowded(seed)
+        found = sh.eigenpairs(quadratic(spectrum), k, seed=seed)
+        assert found.status == "converged"
+        assert found.hidden == ()
+        right += none_is_left_out(found, spectrum)
+    assert right >= binom.ppf(1e-3, num, 0.95)
+    if num > 100:
+        assert right > 0.97 * num
+
+
+@pytest.mark.parametrize("which", ENDS)
+def test_a_hidden_value_lies_where_the_result_says(which):
+    """The start has too little of the top for a short run: the intervals hold it."""
+    inside = 0
+    for seed in range(40):
+        spectrum = crowded(seed) * (-1 if which == "SA" else 1)
+        found = sh.eigenpairs(quadratic(spectrum), which=which, seed=seed, max_hvps=4)
+        assert found.status == "max_hvps"
+        assert found.hidden
+        lead, allowed = float(found.eigenvalues[0]), 0.01 * abs(found.lambda_max)
+        extreme = spectrum[np.argmax(np.abs(spectrum))]
+        near = abs(extreme - lead) <= allowed
+        inside += near or any(low <= extreme <= high for low, high in found.hidden)
+    assert inside >= binom.ppf(1e-3, 40, 0.95)
+
+
+def test_the_line_says_where_a_value_may_hide():
+    spectrum = crowded(0)
+    short = sh.eigenpairs(quadratic(spectrum), 2, max_hvps=5)
+    (low, high), *rest = short.hidden
+    assert f"; others may hide in ({low:.4g}, {high:.4g})" in str(short)
+    assert str(short).endswith("(95 %)")
+    assert len(rest) <= 1
+    assert "hide" not in str(sh.eigenpairs(quadratic(spectrum), 2))
+    assert sh.eigenpairs(quadratic(spectrum), 2, max_hvps=1).hidden == (
+        (-math.inf, math.inf),
+    )
+
+
+def test_a_higher_confidence_costs_more_and_bounds_less():
+    risk = quadratic(crowded(1))
+    runs = [sh.eigenpairs(risk, 2, confidence=c, max_hvps=9) for c in (0.5, 0.95, 0.999)]
+    assert runs[0].lambda_max_upper < runs[1].lambda_max_upper < runs[2].lambda_max_upper
+    widths = [sum(high - low for low, high in each.hidden) for each in runs]
+    assert widths[0] <= widths[1] <= widths[2]
+    costs = [sh.eigenpairs(risk, 2, confidence=c).num_hvps for c in (0.5, 0.95, 1 - 1e-9)]
+    assert costs[0] <= costs[1] < costs[2]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_certificate_lasts_through_restarts(k):
+    right = restarted = 0
+    for seed in range(15):
+        spectrum = crowded(seed)
+        found = sh.eigenpairs(quadratic(spectrum), k, seed=seed, basis_size=k + 10)
+        right += found.status == "converged" and none_is_left_out(found, spectrum)
+        restarted += found.num_hvps > k + 11
+    assert right >= 14
+    assert restarted >= 8
+
+
+def test_a_start_at_the_second_does_not_hide_the_first():
+    """By the bounds alone 9.02 came back for 10, converged, in most of such runs."""
+    risk = quadratic(np.concatenate([[10.0, 9.02], np.linspace(0, 1, 998)]))
+    start = torch.zeros(1000, dtype=torch.float64)
+    start[1] = 1.0
+    found, right = {}, {}
+    for rule in (0.95, None):
+        found[rule] = [
+            sh.eigenpairs(risk, v0=start, seed=seed, confidence=rule) for seed in range(20)
+        ]
+        assert all(each.status == "converged" for each in found[rule])
+        right[rule] = sum(abs(each.lambda_max - 10) <= 0.1 for each in found[rule])
+    assert right[0.95] >= binom.ppf(1e-3, 20, 0.95)
+    assert right[None] < 10
+
+
+def test_the_random_half_of_a_warm_start_follows_seed_and_bits(monkeypatch):
+    starts = []
+    original = search.Lanczos
+
+    def noted(v0, *args, **kwargs):
+        starts.append(v0.clone())
+        return original(v0, *args, **kwargs)
+
+    monkeypatch.setattr(search, "Lanczos", noted)
+    v = torch.ones(60, dtype=torch.float64)
+    near = v.clone()
+    near[0] = np.nextafter(1.0, 2.0)
+    for seed, v0 in ((0, v), (0, v.clone()), (1, v), (0, near)):
+        sh.eigenpairs(quadratic(SEPARATED["outliers"]), v0=v0, seed=seed)
+    first, again, other_seed, other_bits = starts
+    assert torch.equal(first, again)
+    for other in (other_seed, other_bits):
+        g, h = first - v, other - v
+        assert abs(float(g @ h / g.norm() / h.norm())) < 0.5
+
+
+# -- the dense oracle --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("which", ENDS)
+def test_the_dense_method_gives_the_values_of_lapack(which, dtype):
+    spectrum = np.repeat([5.0, -7.0, 1.0, 0.5], [3, 1, 20, 6])
+    matrix = symmetric(spectrum)
+    found = sh.eigenpairs(
+        with_products(matrix.to(dtype)), 4, which=which, method="dense", progress=False
+    )
+    error = np.abs(found.eigenvalues.numpy() - end_of(spectrum, 4, which))
+    assert np.all(error <= found.error_bounds.numpy() + dense_rounding(spectrum))
+    assert np.all(found.error_bounds.numpy() <= 1e-4)
+    assert (found.status, found.num_hvps, found.hidden) == ("converged", 30, ())
+    assert found.num_converged == 4
+    v = found.eigenvectors.double()
+    residual = (v @ matrix - found.eigenvalues[:, None] * v).norm(dim=1)
+    assert torch.all(residual <= found.error_bounds + 1e-12)
+
+
+def test_the_dense_method_has_values_only_at_the_end():
+    risk = interrupted_at(quadratic(np.arange(9.0)), 5, KeyboardInterrupt())
+    found = sh.eigenpairs(risk, method="dense")
+    assert (found.status, found.num_hvps) == ("interrupted", 4)
+    assert len(found.eigenvalues) == 0
+    assert math.isnan(found.lambda_max)
+    assert str(found).startswith("lambda_max unknown (interrupted")
+
+
+def test_the_dense_method_is_for_small_networks():
+    with pytest.raises(ValueError, match=r"`method` must be 'lanczos'.*n=5001"):
+        sh.eigenpairs(quadratic(np.ones(5001)), method="dense")
 
 
 def test_asymmetric_products_show_in_the_noise_floor_and_in_the_bounds():
@@ -782,8 +938,8 @@ def test_the_same_seed_gives_the_same_bits_and_no_generator_moves_r22():
 
 def test_earlier_eigenvectors_as_start_save_products():
     risk = prescribed_hessian(symmetric(GAPPED))
-    cold = sh.eigenpairs(risk, 3, tol=1e-6)
-    warm = sh.eigenpairs(risk, 3, tol=1e-6, v0=cold.eigenvectors)
+    cold = sh.eigenpairs(risk, 3, tol=1e-6, confidence=None)
+    warm = sh.eigenpairs(risk, 3, tol=1e-6, v0=cold.eigenvectors, confidence=None)
     assert warm.num_hvps < cold.num_hvps
     error = (warm.eigenvalues - cold.eigenvalues).abs()
     assert torch.all(error <= warm.error_bounds + cold.error_bounds)
@@ -812,8 +968,8 @@ def test_following_slowly_changing_matrices_costs_fewer_products_than_cold_start
     for step in range(8):
         matrix = a + 2e-3 * step * b
         true = np.linalg.eigvalsh(matrix.numpy())
-        fresh = sh.eigenpairs(with_products(matrix), 3)
-        found = sh.eigenpairs(with_products(matrix), 3, v0=previous)
+        fresh = sh.eigenpairs(with_products(matrix), 3, confidence=None)
+        found = sh.eigenpairs(with_products(matrix), 3, v0=previous, confidence=None)
         error = np.abs(found.eigenvalues.numpy() - end_of(true, 3, "LA"))
         assert np.all(error <= found.error_bounds.numpy() + dense_rounding(true))
         previous = found.eigenvectors
@@ -834,6 +990,11 @@ def test_following_slowly_changing_matrices_costs_fewer_products_than_cold_start
         ({"tol": 0.0}, "got 0.0"),
         ({"tol": -1e-2}, "got -0.01"),
         ({"tol": float("nan")}, "got nan"),
+        ({"confidence": 0}, "got 0"),
+        ({"confidence": 1.0}, "got 1.0"),
+        ({"confidence": float("nan")}, "got nan"),
+        ({"method": "qr"}, "got 'qr'"),
+        ({"max_hvps": 44, "method": "dense"}, r"got 44 \(n=45\)"),
         ({"max_hvps": 0}, "got 0"),
         ({"max_hvps": -5}, "got -5"),
         ({"which": "LR"}, "got 'LR'"),
@@ -1014,7 +1175,7 @@ def test_progress_is_shown_on_stderr_only(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_measure_uses_the_stopping_rule_twice_in_a_row(monkeypatch):
+def test_without_a_confidence_the_rule_is_met_twice_in_a_row(monkeypatch):
     asked = []
     meets = search.meets
 
@@ -1023,8 +1184,9 @@ def test_the_measure_uses_the_stopping_rule_twice_in_a_row(monkeypatch):
         return asked[-1]
 
     monkeypatch.setattr(search, "meets", noted)
-    found = sh.eigenpairs(quadratic(GAPPED))
+    found = sh.eigenpairs(quadratic(GAPPED), confidence=None)
     assert found.status == "converged"
+    assert found.hidden is None
     assert asked[-2:] == [True, True]
     assert True not in asked[:-2]
     assert len(asked) == found.num_hvps - 1  # and one that verifies

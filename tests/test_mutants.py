@@ -18,6 +18,7 @@ import pytest
 import test_audit
 import test_augment
 import test_blocks
+import test_certificate
 import test_compare
 import test_compat
 import test_doctor
@@ -40,7 +41,7 @@ import torch
 from helpers.problems import second_minimum
 
 from sharpness import _tensors, compat, statistics, tracking
-from sharpness.krylov import basis, lanczos, search
+from sharpness.krylov import basis, certificate, lanczos, search
 from sharpness.lab import augment, ghost, remedies, run, schedules
 from sharpness.measures import (
     audit,
@@ -310,7 +311,7 @@ def both_ends_have_one_more_at_the_bottom(patch):
     patch.setattr(search, "wanted", mirrored)
 
 
-@seen_by(test_eigenpairs.test_the_measure_uses_the_stopping_rule_twice_in_a_row)
+@seen_by(test_eigenpairs.test_without_a_confidence_the_rule_is_met_twice_in_a_row)
 def the_rule_is_met_once(patch):
     met_once = property(lambda self: self._settled >= 1)
     patch.setattr(search.Search, "is_converged", met_once)
@@ -318,9 +319,51 @@ def the_rule_is_met_once(patch):
 
 @seen_by(test_eigenpairs.test_the_upper_bound_holds_for_19_starts_in_20, 5, 3.0)
 def the_upper_bound_holds_for_half_of_the_starts(patch):
-    original = lanczos.upper_bound
-    half = lambda first, n, noise: original(first, n, noise, 0.5)  # noqa: E731
-    patch.setattr(eigenvalues, "upper_bound", half)
+    original = search.Search.upper
+    patch.setattr(search.Search, "upper", lambda self, miss: original(self, 0.5))
+
+
+@seen_by(test_eigenpairs.test_a_start_at_the_second_does_not_hide_the_first)
+def nothing_is_ever_hidden(patch):
+    patch.setattr(search.Search, "hidden", lambda self: ())
+
+
+@seen_by(
+    test_certificate.test_small_overlaps_planted_in_float32_are_found_as_in_theory, 0.05, 12
+)
+def the_limit_forgets_how_long_the_start_is(patch):
+    original = certificate.log_limit
+    known = lambda squared_norm, miss: original(1.0, miss)  # noqa: E731
+    patch.setattr(certificate, "log_limit", known)
+
+
+@seen_by(test_eigenpairs.test_the_random_half_of_a_warm_start_follows_seed_and_bits)
+def a_warm_start_draws_what_a_cold_one_drew(patch):
+    patch.setattr(_tensors, "mixed", lambda seed, *parts: seed)
+
+
+@seen_by(
+    test_certificate.test_a_place_between_two_values_is_seen_though_both_its_ends_are_ruled_out
+)
+def only_the_ends_of_a_gap_are_looked_at(patch):
+    def between(kernel, limit, low, high):
+        ends = kernel.log(np.array([low, high]))
+        return [] if ends.min() > limit else [(low, high)]
+
+    patch.setattr(certificate, "_between", between)
+
+
+@seen_by(
+    test_certificate.test_k_is_the_sum_over_the_basis_at_every_eigenvalue, 22, 12, "LA"
+)
+def a_restart_forgets_what_it_dropped(patch):
+    original = lanczos.Lanczos.restart
+
+    def restart(self, kept):
+        original(self, kept)
+        self.state = replace(self.state, dropped=np.empty(0))
+
+    patch.setattr(lanczos.Lanczos, "restart", restart)
 
 
 @seen_by(test_eigenpairs.test_the_explicit_residual_is_that_of_the_leading_pair, "SA")
@@ -732,7 +775,9 @@ def the_batch_is_normalised_whole(patch):
     )
 
 
-@seen_by(test_tracking.test_an_eigenvalue_that_overtakes_the_one_that_was_followed_is_seen)
+@seen_by(
+    test_tracking.test_an_eigenvalue_that_overtakes_the_one_that_was_followed_is_seen, None
+)
 def only_one_eigenpair_is_followed(patch):
     patch.setattr(tracking, "_NUM_FOLLOWED", 1)
 

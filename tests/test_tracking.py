@@ -181,8 +181,9 @@ def test_the_next_search_starts_from_the_last_eigenvectors(monkeypatch):
     assert torch.equal(starts[1], vectors)
 
 
-def test_following_converged_eigenvectors_costs_fewer_products():
-    tracker = tracked(tiny_mlp(), tol=1e-3)
+def test_following_costs_fewer_products_where_no_confidence_is_asked_for():
+    tracker = tracked(tiny_mlp(), tol=1e-3, confidence=None)
+    assert len(tracker.state_dict()["eigenvectors"]["lambda_max"]) == 2
     again = tracker.measure()
     assert again.lambda_max.num_hvps < tracker.history[0].lambda_max.num_hvps
 
@@ -204,12 +205,16 @@ def test_preconditioned_curvature_divides_by_adams_moments_whatever_their_order(
     assert set(tracker.history[1].thresholds) == {"lambda_max_preconditioned"}
 
 
-def test_an_eigenvalue_that_overtakes_the_one_that_was_followed_is_seen():
+@pytest.mark.parametrize("confidence", [0.95, None])
+def test_an_eigenvalue_that_overtakes_the_one_that_was_followed_is_seen(confidence):
     h = torch.linspace(0.5, 1.0, 40, dtype=torch.float64)
     model, scale = Point(torch.zeros(40, dtype=torch.float64)), torch.ones(40).double()
     scale[3], scale[7] = 10.0, 9.0
     tracker = sh.SharpnessTracker(
-        model, closure=lambda m, _: 0.5 * (scale * h * m.theta**2).sum(), data=ONE_SAMPLE
+        model,
+        closure=lambda m, _: 0.5 * (scale * h * m.theta**2).sum(),
+        data=ONE_SAMPLE,
+        confidence=confidence,
     )
     for growth in torch.linspace(1.0, 1.5, 9).tolist():
         scale[7] = 9.0 * growth
@@ -249,7 +254,25 @@ def test_layers_may_be_thawed_on_the_way():
     tracker = tracked(problem)
     problem.model[0].requires_grad_(True)
     assert tracker.measure().status is Status.COMPLETED
-    assert tracker.state_dict()["eigenvectors"]["lambda_max"].shape == (2, 44)
+    assert tracker.state_dict()["eigenvectors"]["lambda_max"].shape == (1, 44)
+
+
+def test_every_point_draws_anew_also_where_nothing_has_moved(monkeypatch):
+    asked = []
+    original = tracking.eigenpairs
+
+    def eigenpairs(*arguments, seed, confidence, **rest):
+        asked.append((seed, confidence))
+        return original(*arguments, seed=seed, confidence=confidence, **rest)
+
+    monkeypatch.setattr(tracking, "eigenpairs", eigenpairs)
+    for seed in (0, 1):
+        tracker = tracked(tiny_mlp(), every=1, seed=seed, confidence=0.9)
+        tracker.step()
+        tracker.step()
+    seeds, confidences = zip(*asked, strict=True)
+    assert len(set(seeds)) == 6
+    assert set(confidences) == {0.9}
 
 
 def test_a_loss_below_minus_one_has_no_phi_and_does_not_end_the_training():

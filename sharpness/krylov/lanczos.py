@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -58,6 +59,8 @@ class LanczosState:
     num_random: int  # random starts after the first, each after an invariant space
     newest: int  # rows from here on came after the last restart of any kind
     first: Tridiagonal
+    dropped: np.ndarray  # Ritz values that thick restarts have dropped
+    log_betas: float  # sum of the logarithms of all remainders' norms
     store: Basis = field(repr=False, compare=False)
 
     @property
@@ -114,7 +117,9 @@ class Lanczos:
         none = np.empty(0)
         basis = Basis(v0, num_first, basis_size or self.n)
         first = Tridiagonal(none, none)
-        self.state = LanczosState(np.empty((0, 0)), none, 0.0, 0, 0, 0, first, basis)
+        self.state = LanczosState(
+            np.empty((0, 0)), none, 0.0, 0, 0, 0, first, none, 0.0, basis
+        )
 
     @property
     def is_whole(self) -> bool:
@@ -171,6 +176,7 @@ class Lanczos:
             num_random=s.num_random + (m > 0 and not s.coupling.any()),
             newest=m if m and not s.coupling.any() else s.newest,
             first=self._longer_first(alpha, beta),
+            log_betas=s.log_betas + (math.log(beta) if beta else -math.inf),
         )
 
     def restart(self, kept: np.ndarray) -> None:
@@ -191,6 +197,7 @@ class Lanczos:
                 projected=np.diag(theta[kept]),
                 coupling=s.coupling @ vectors[:, kept],
                 newest=len(kept),
+                dropped=np.append(s.dropped, np.delete(theta, kept)),
             )
 
     def _purge(self, w: Tensor, m: int) -> np.ndarray:
@@ -220,6 +227,27 @@ def wanted(theta: np.ndarray, k: int, which: str) -> np.ndarray:
 def thick(theta: np.ndarray, k: int, which: str) -> np.ndarray:
     """Positions of the Ritz values that a thick restart keeps: the k, and then some."""
     return wanted(theta, k + (len(theta) - k) // 2, which)
+
+
+def thresholds(values: np.ndarray, allowed: np.ndarray, which: str) -> tuple[float, float]:
+    """Beyond which no value is among those asked for: above the first, below the second.
+
+    Args:
+        values: (k,) those asked for, largest first.
+        allowed: (k,) what each may be off by.
+        which: as in `wanted`.
+
+    Returns:
+        Infinite where that end was not asked for.
+    """
+    if which == "LM":
+        least = int(np.abs(values).argmin())
+        reach = float(abs(values[least]) + allowed[least])
+        return reach, -reach
+    at_top = _at_top(len(values), which)
+    low, high = values + allowed, values - allowed
+    above = float(low[at_top - 1]) if at_top else np.inf
+    return above, float(high[at_top]) if at_top < len(values) else -np.inf
 
 
 def _ends(k: int, which: str) -> list[tuple[Score, int]]:
@@ -317,38 +345,6 @@ def _end_meets(
         return False
     reach = scores[rest[0]] + pairs.residuals[rest[0]] if len(rest) else -np.inf
     return bool(reach <= scores[best[-1]] + allowed[-1])
-
-
-def upper_bound(
-    first: Tridiagonal, n: int, noise: float, confidence: float = 0.95
-) -> float:
-    r"""A bound that lambda_max exceeds with probability at most 1 - confidence.
-
-    For a start drawn uniformly from the unit sphere. The Lanczos vectors are
-    $q_{j+1} = p_j(A) q_1$ with polynomials orthonormal for the start's spectral measure,
-    so the projection of the top eigenvector u on the space has squared length
-    $(u^T q_1)^2 \sum_j p_j(\lambda_{max})^2 \le 1$, and $(u^T q_1)^2$ falls below its
-    5 % quantile, about 0.0039 / n, only once in twenty starts.
-
-    References:
-        van Dorsselaer, Hochstenbach, van der Vorst (2000), SIAM J. Matrix Anal. Appl.
-        22(3), section 3: the same idea with the last polynomial alone. Only the steps
-        before the first restart are used, since later ones do not start at random.
-    """
-    from scipy.special import ndtri
-
-    limit = n / ndtri(0.5 + (1 - confidence) / 2) ** 2  # chi^2 with 1 d.o.f., by n
-    low = float(first.nodes_and_weights()[0][-1])
-    if first.invariant:
-        return low + noise
-    high = low + float(first.betas.max())
-    while christoffel(high, first) < limit:
-        high += high - low
-    for _ in range(60):
-        middle = (low + high) / 2
-        inside = christoffel(middle, first) < limit
-        low, high = (middle, high) if inside else (low, middle)
-    return high + noise
 
 
 def christoffel(x: float, first: Tridiagonal) -> float:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sharpness.krylov.lanczos import Lanczos, meets, ritz_pairs, thick, wanted
+from sharpness import _tensors
+from sharpness.krylov import certificate
+from sharpness.krylov.certificate import Intervals, Kernel
+from sharpness.krylov.lanczos import Lanczos, meets, ritz_pairs, thick, thresholds, wanted
 
 
 @dataclass(frozen=True)
@@ -19,21 +23,25 @@ class Found:
     residuals: np.ndarray  # (k,)
     bounds: np.ndarray  # (k,)
     vectors: Tensor  # (k, n), rows orthonormal
+    hidden: Intervals | None  # where a value may hide; None without a certificate
 
 
 class Search:
     """The k eigenpairs at one end (or both) of a symmetric matrix, product by product.
 
-    It ends when the stopping rule (`lanczos.meets`) holds twice in a row. On trained
-    networks stopping at the first time left a value out in one run of four, stopping at
-    the second in one of fifteen.
+    It ends when the values meet `lanczos.meets` and none can hide beyond them
+    (`krylov.certificate`), each with probability `miss` at most. Without a certificate it
+    ends when `meets` holds twice in a row: on trained networks that left a value out in
+    one run of fifteen.
 
     Args:
-        v0: start (n,).
+        v0: start (n,), c + g with g standard normal and c independent of g.
         generator: of further random starts.
         k: pairs wanted.
         which: "LA", "SA", "LM" or "BE", as in SciPy.
         tol: error wanted, relative to each value.
+        miss: probability, for each of the k, that it is overlooked; None for no
+            certificate.
         basis_size: most vectors held; a full basis is shrunk by a thick restart.
     """
 
@@ -45,10 +53,12 @@ class Search:
         k: int,
         which: str,
         tol: float,
+        miss: float | None,
         basis_size: int,
     ) -> None:
+        self._squared_norm = float(_tensors.dot64(v0, v0))
         self.run = Lanczos(v0, generator, num_first=k, basis_size=basis_size)
-        self._k, self._which, self._tol = k, which, tol
+        self._k, self._which, self._tol, self._miss = k, which, tol, miss
         self._basis_size = basis_size
         self._settled = 0
 
@@ -65,8 +75,18 @@ class Search:
     @property
     def is_converged(self) -> bool:
         """Whether the stopping rule has been met."""
-        needed = 1 if self.num_products and self.run.state.invariant else 2
-        return self._settled >= needed
+        once = self._miss is not None or (self.num_products and self.run.state.invariant)
+        return self._settled >= (1 if once else 2)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether there is anything to report."""
+        return self.num_products > 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every eigenvalue is among the Ritz values."""
+        return self.run.is_whole
 
     def direction(self) -> Tensor:
         """The unit vector (n,) to multiply next; shrinks the basis when it is full."""
@@ -83,8 +103,34 @@ class Search:
             NonFiniteProductError: it is not finite.
         """
         self.run.absorb(product)
-        met = meets(self.run.state, self._k, self._tol, self._which)
+        met = meets(self.run.state, self._k, self._tol, self._which) and not self.hidden()
         self._settled = self._settled + 1 if met else 0
+
+    def hidden(self) -> Intervals | None:
+        """Where one of the wanted may hide, further than `tol` from all that are found.
+
+        Each of the k escapes with probability `miss` at most; None without a certificate.
+        """
+        state = self.run.state
+        if self._miss is None:
+            return None
+        if state.m < self._k and not self.is_whole:
+            return ((-math.inf, math.inf),)
+        values = (theta := ritz_pairs(state).values)[wanted(theta, self._k, self._which)]
+        allowed = self._tol * np.maximum(np.abs(values), state.noise)
+        beyond = thresholds(values, allowed, self._which)
+        limit = certificate.log_limit(self._squared_norm, self._miss)
+        return certificate.hiding(self._kernel(), limit, beyond, values, allowed)
+
+    def upper(self, miss: float) -> float:
+        """What the largest eigenvalue exceeds with probability `miss` at most."""
+        limit = certificate.log_limit(self._squared_norm, miss)
+        return certificate.largest(self._kernel(), limit) + self.noise
+
+    def _kernel(self) -> Kernel:
+        state = self.run.state
+        pairs = ritz_pairs(state)
+        return Kernel(pairs.values, pairs.residuals, state.dropped, state.log_betas)
 
     def found(self, product_error: float = 0.0) -> Found:
         """What has been earned. Ends the search: the vectors take the basis' place.
@@ -96,7 +142,7 @@ class Search:
         Args:
             product_error: of the products, relative to the largest value.
         """
-        state = self.run.state
+        state, hidden = self.run.state, self.hidden()
         pairs = ritz_pairs(state)
         positions = wanted(pairs.values, self._k, self._which)
         pairs = pairs.at(positions)
@@ -107,4 +153,4 @@ class Search:
             bounds = np.minimum(bounds, np.maximum(pairs.bounds + inexact, trusted))
         self.run.restart(positions)
         vectors = self.run.state.basis
-        return Found(pairs.values, pairs.residuals, bounds, vectors)
+        return Found(pairs.values, pairs.residuals, bounds, vectors, hidden)

@@ -6,16 +6,19 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole
+from sharpness._arguments import is_whole, whole_seed
 from sharpness._results import Reading, Result, Status
 from sharpness._run import Run
-from sharpness.krylov.lanczos import WHICH, Which, upper_bound
+from sharpness.krylov.certificate import Intervals
+from sharpness.krylov.dense import Dense
+from sharpness.krylov.lanczos import WHICH, Which
 from sharpness.krylov.search import Found, Search
 from sharpness.risk import memory
 from sharpness.risk.curvature import Matrix
@@ -23,6 +26,9 @@ from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.plan import Plan
 
 _USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted
+_USUAL_CONFIDENCE = 0.95  # of `lambda_max_upper` where none was asked for
+Method = Literal["lanczos", "dense"]
+_LARGEST_DENSE = 5000  # n; the matrix then takes 200 MB, its eigenvectors as much
 _SPARE = 10  # least basis vectors beside the k wanted, of use in a thick restart
 PRODUCTS = {
     "hessian": "Hessian-vector products",
@@ -53,10 +59,13 @@ class HessianEigenpairs(Result):
 
     An eigenvalue of the Hessian lies within `error_bounds[i]` of `eigenvalues[i]`: the
     smaller of the residual (plus noise), which is proven, and of `tol` times the value,
-    which a converged run has reason to claim from the gaps it has seen. That it is the
-    i-th is not proven: a single start can miss a value (a second copy of a repeated
-    one, above all). `lambda_max_upper` bounds what a random start may have missed at
-    the top, and a second seed tells more than a smaller `tol`.
+    which a converged run has reason to claim from the gaps it has seen.
+
+    With the probability `confidence` over the random start, and for all k at once, each
+    of the k largest lies within `tol` of a reported value, or above the last of them by
+    at most `tol`, or in `hidden`: intervals, none where the run has converged (theorem in
+    docs/concepts/spectra.md). Eigenvalues within 2 `tol` of each other, and copies of a
+    repeated one, may count as one.
     """
 
     eigenvalues: Tensor  # (k,) float64, descending; unit: loss per parameter^2
@@ -64,7 +73,9 @@ class HessianEigenpairs(Result):
     residuals: Tensor  # (k,) float64, ||H v - lambda v||
     eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n), rows orthonormal
     explicit_residual: float | None  # of the leading pair, by a product of its own
-    lambda_max_upper: float | None  # 95 %; None with `v0=` or `which="SA"`
+    lambda_max_upper: float | None  # at `confidence` (or .95); None with `which="SA"`
+    confidence: float | None
+    hidden: Intervals | None  # where a wanted value may hide; None without a confidence
     noise_floor: float  # rounding and asymmetry of the products, same unit
     status: Status
     num_hvps: int
@@ -108,13 +119,14 @@ class HessianEigenpairs(Result):
             f"{text}{of_adam}   "
             f"({self.num_converged} of {len(self.eigenvalues)} converged, "
             f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
+            f"{hiding_place(self.hidden, self.confidence)}"
         )
 
     def readings(self) -> list[Reading]:
         """Every eigenvalue: `lambda_max`, `lambda_2`, ..., `lambda_min`."""
         upper = ""
         if self.lambda_max_upper is not None:
-            upper = f"; below {self.lambda_max_upper:.4g} (95 %)"
+            upper = f"; below {self.lambda_max_upper:.4g} ({_percent(self.confidence)})"
         cost = f"{self.num_hvps} {_BRIEF[self.matrix]}, {self.seconds:.1f} s"
         if not len(self.eigenvalues):
             evidence = f"unknown, {self.status}"
@@ -152,6 +164,19 @@ class HessianEigenpairs(Result):
         return value if asked or beyond_doubt or complete else math.nan
 
 
+def hiding_place(hidden: Intervals | None, confidence: float | None) -> str:
+    """Where a value may hide, as the end of a line; empty where none can."""
+    if not hidden:
+        return ""
+    places = ", ".join(f"({a:.4g}, {b:.4g})" for a, b in hidden[:3])
+    more = f" and {len(hidden) - 3} more" if len(hidden) > 3 else ""
+    return f"; others may hide in {places}{more} ({_percent(confidence)})"
+
+
+def _percent(confidence: float | None) -> str:
+    return f"{100 * (confidence or _USUAL_CONFIDENCE):.4g} %"
+
+
 _NAMES = {
     "LA": "lambda_max",
     "SA": "lambda_min",
@@ -179,6 +204,8 @@ def eigenpairs(
     matrix: Matrix = "hessian",
     preconditioner: Tensor | None = None,
     tol: float = 1e-2,
+    confidence: float | None = 0.95,
+    method: Method = "lanczos",
     seed: int = 0,
     v0: Tensor | None = None,
     basis_size: int | None = None,
@@ -189,10 +216,11 @@ def eigenpairs(
 ) -> HessianEigenpairs:
     r"""The k largest (or smallest) eigenvalues of the Hessian of f, and eigenvectors.
 
-    Thick-restart Lanczos with full reorthogonalisation, stopped when, twice in a row,
-    the error bound of every wanted value is at most `tol` times the value (or times the
-    noise floor, if that is larger). One more product then gives the residual of the
-    leading pair explicitly, independent of the recurrence.
+    Thick-restart Lanczos with full reorthogonalisation, stopped when the error bound of
+    every wanted value is at most `tol` times the value (or times the noise floor, if that
+    is larger) and no other that ought to be among them can hide, with the probability
+    `confidence`. One more product then gives the residual of the leading pair explicitly,
+    independent of the recurrence.
     It is the largest *algebraic* value that the literature calls sharpness, so a large
     negative eigenvalue is never returned in its place.
 
@@ -208,15 +236,22 @@ def eigenpairs(
         preconditioner: P > 0, (n,): eigenpairs of $P^{-1/2} H P^{-1/2}$ instead, as
             `adam_preconditioner` gives it (Cohen et al. 2022).
         tol: error bound wanted, relative to each value; > 0.
+        confidence: in (0, 1), that the values are the k wanted ones, up to `tol`: over
+            the random start, for exact arithmetic (and counted in float32). None stops
+            when the error bounds are met twice in a row, which now and then leaves a
+            value out.
+        method: `"lanczos"`, or `"dense"` to check it by: all n columns of the matrix and
+            LAPACK, for n <= 5000. There `v0`, `basis_size` and `confidence` mean nothing.
         seed: of the random start vector.
         v0: start vector (n,), or eigenvectors (j, n) of an earlier result: following a
-            training run then costs a few products a time.
+            training run then costs a few products a time. Half of the start stays
+            random, drawn anew for other bits of `v0`, so that the confidence holds.
         basis_size: most Lanczos vectors held at once, at least k + 10 (or n). By default
             as many as half the free memory holds; the basis is shrunk when it is full,
             which costs products, not accuracy.
         basis_device: where they are held, such as "cpu" beside a full GPU; by default
             where the risk is.
-        max_hvps: most products; by default 100 + 10 k.
+        max_hvps: most products; by default 100 + 10 k (n where dense).
         max_seconds: stop after the product that passes this time.
         progress: show a bar; by default on a terminal.
 
@@ -226,26 +261,31 @@ def eigenpairs(
 
     Raises:
         ValueError: `k` outside [1, n], `tol` <= 0, `max_hvps` < 1, an unknown `which`,
-            a `v0` or `preconditioner` of the wrong shape, a `basis_size` too small.
+            `confidence` outside (0, 1), a `v0` or `preconditioner` of the wrong shape, a
+            `basis_size` too small, `method="dense"` with n > 5000 or `max_hvps` < n.
         MemoryError: not even the smallest basis fits.
 
-    Cost: about 5 to 30 products for k <= 5 at `tol=1e-2`, each about two gradients;
+    Cost: about 8 to 35 products for k <= 5 at `tol=1e-2`, each about two gradients;
     memory (basis_size + 4) n beside the products' own. Where products are differences of
     gradients, their estimated error is part of every bound.
 
     References:
         Lanczos (1950); Wu and Simon (2000), SIAM J. Matrix Anal. Appl. 22(2), for the
-        restart; Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
+        restart; Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13; van
+        Dorsselaer, Hochstenbach, van der Vorst (2000), SIAM J. Matrix Anal. Appl. 22(3),
+        section 3, for bounds from a random start.
     """
     _check(risk, k, which, tol, max_hvps)
-    k = int(k)
-    most = max_hvps or 100 + 10 * k
+    check_confidence(confidence)
+    k, dense = int(k), _is_dense(method, risk.n, max_hvps)
+    most = max_hvps or (risk.n if dense else 100 + 10 * k)
     held_on = torch.device(basis_device) if basis_device is not None else risk.device
-    generator = _tensors.seeded(seed)
-    start = _start_vector(risk, v0, generator).to(held_on)
+    start, generator = _start(risk, v0, seed)
+    start = start.to(held_on)
     multiply = _multiplication(risk, matrix, preconditioner, held_on)
     _check_basis_size(basis_size, k, risk.n)
-    search, plan = None, None
+    search: Search | Dense | None = None
+    plan = None
     run = Run(
         product_name(matrix),
         max_seconds=max_seconds,
@@ -254,9 +294,19 @@ def eigenpairs(
         progress=progress,
     )
     with run:
-        plan = risk.prepare(_USUAL_PRODUCTS + 4 * k, matrix)
-        size = basis_size or _affordable(risk, plan, k, most, held_on)
-        search = Search(start, generator, k=k, which=which, tol=tol, basis_size=size)
+        plan = risk.prepare(most if dense else _USUAL_PRODUCTS + 4 * k, matrix)
+        if dense:
+            search = Dense(start, k=k, which=which)
+        else:
+            search = Search(
+                start,
+                generator,
+                k=k,
+                which=which,
+                tol=tol,
+                miss=None if confidence is None else (1 - confidence) / k,
+                basis_size=basis_size or _affordable(risk, plan, k, most, held_on),
+            )
         del start
         while not search.is_converged:
             run.step()
@@ -269,7 +319,7 @@ def eigenpairs(
         run,
         multiply=multiply,
         most=most,
-        random_start=v0 is None,
+        confidence=confidence,
         which=which,
         tol=tol,
         seed=seed,
@@ -280,26 +330,25 @@ def eigenpairs(
 
 def _result(
     risk: EmpiricalRisk,
-    search: Search | None,
+    search: Search | Dense | None,
     plan: Plan | None,
     run: Run,
     *,
     multiply: Callable[[Tensor], Tensor],
     most: int,
-    random_start: bool,
+    confidence: float | None,
     **settings: object,
 ) -> HessianEigenpairs:
     """What a search has earned; with its leading residual verified by one product."""
     which, inexact = str(settings["which"]), (plan and plan.relative_error) or 0.0
     upper, explicit, status, began = None, None, run.status, time.monotonic()
-    if search is None or not search.num_products:
-        none = np.empty(0)
-        found = Found(none, none, none, risk.theta.new_empty((0, risk.n)))
+    if search is None or not search.has_values:
+        found = nothing(risk.theta, confidence)
     else:
-        first, noise = search.run.state.first, search.noise
-        if random_start and which != "SA":
-            upper = upper_bound(first, risk.n, noise)
-        to_verify = status is Status.CONVERGED and not search.run.is_whole
+        noise = search.noise
+        if which != "SA":
+            upper = search.upper(1 - (confidence or _USUAL_CONFIDENCE))
+        to_verify = status is Status.CONVERGED and not search.is_whole
         found = search.found(inexact)
         if to_verify and search.num_products < most:
             explicit = _verified(found, leading(found.values, which), noise, multiply)
@@ -313,6 +362,8 @@ def _result(
         eigenvectors=found.vectors,
         explicit_residual=explicit,
         lambda_max_upper=upper,
+        confidence=confidence,
+        hidden=found.hidden,
         noise_floor=search.noise if search else math.nan,
         num_hvps=products + (explicit is not None),
         seconds=run.seconds + time.monotonic() - began,
@@ -390,19 +441,60 @@ def _check_basis_size(basis_size: int | None, k: int, n: int) -> None:
         )
 
 
-def _start_vector(
-    risk: EmpiricalRisk, v0: Tensor | None, generator: torch.Generator
-) -> Tensor:
+def nothing(like: Tensor, confidence: float | None) -> Found:
+    """What a run has found that was interrupted before its first product."""
+    none = np.empty(0)
+    anywhere = None if confidence is None else ((-math.inf, math.inf),)
+    return Found(none, none, none, like.new_empty((0, like.numel())), anywhere)
+
+
+def _start(
+    risk: EmpiricalRisk, v0: Tensor | None, seed: int
+) -> tuple[Tensor, torch.Generator]:
+    """A start c + g as `Search` wants it, and the generator that drew g."""
     if v0 is None:
-        return _tensors.random_unit(risk.theta, generator)
+        generator = _tensors.seeded(seed)
+        return _tensors.random_normal(risk.theta, generator), generator
     v = (v0.sum(0) if v0.ndim == 2 else v0).to(risk.theta)
     if v.shape != risk.theta.shape or not float(_tensors.norm64(v)) > 0:
         raise ValueError(
             f"`v0` must be a nonzero vector (n,) or (j, n) with n={risk.n}; "
             f"got shape {tuple(v0.shape)}. Leave it out for a random start."
         )
+    # The g that led to v0 is not independent of it, so another one is drawn.
+    generator = _tensors.seeded(_tensors.mixed(whole_seed(seed), v0))
     # Half of it random: an old eigenvector alone is blind to a new one.
-    return v / _tensors.norm64(v).to(v.dtype) + _tensors.random_unit(v, generator)
+    c = v * (math.sqrt(risk.n) / _tensors.norm64(v)).to(v.dtype)
+    return c + _tensors.random_normal(v, generator), generator
+
+
+def _is_dense(method: str, n: int, max_hvps: int | None) -> bool:
+    if method not in get_args(Method):
+        raise ValueError(f"`method` must be 'lanczos' or 'dense'; got {method!r}.")
+    if method == "dense" and n > _LARGEST_DENSE:
+        raise ValueError(
+            f"`method` must be 'lanczos' for more than {_LARGEST_DENSE} parameters; got "
+            f"'dense' (n={n}). Ask for a higher `confidence` or another `seed` instead."
+        )
+    if method == "dense" and max_hvps is not None and max_hvps < n:
+        raise ValueError(
+            f"`max_hvps` must be at least n for method='dense'; got {max_hvps} (n={n}). "
+            "Leave it out, or use 'lanczos'."
+        )
+    return method == "dense"
+
+
+def check_confidence(confidence: float | None) -> None:
+    """That it is None or lies in (0, 1).
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not (confidence is None or 0 < confidence < 1):
+        raise ValueError(
+            f"`confidence` must lie in (0, 1) or be None; got {confidence}. "
+            "The default is 0.95."
+        )
 
 
 def _check(
