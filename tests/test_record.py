@@ -19,6 +19,8 @@ def result() -> HessianEigenpairs:
         eigenvectors=torch.zeros(1, 1000),
         explicit_residual=None,
         lambda_max_upper=None,
+        confidence=0.95,
+        hidden=((2.1, math.inf),),
         noise_floor=1e-7,
         status=Status.CONVERGED,
         num_hvps=7,
@@ -38,6 +40,7 @@ def test_a_result_becomes_plain_values_with_its_evidence_and_without_vectors():
     assert plain["error_bounds"] == [pytest.approx(0.1)]
     assert plain["status"] == "converged"
     assert plain["residuals"] == [None]  # NaN is not JSON
+    assert plain["hidden"] == [[2.1, None]]
     assert "eigenvectors" not in plain
 
 
