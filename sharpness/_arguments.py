@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import field
+from difflib import get_close_matches
+from importlib import import_module
 from numbers import Integral, Real
 from typing import Any
 
@@ -69,8 +72,45 @@ def require(sound: bool, name: str, contract: str, value: Any, advice: str = "")
     Raises:
         ValueError: it is not.
     """
+    ensure(sound, name, contract, repr(value), advice)
+
+
+def ensure(sound: bool, name: object, contract: str, got: str, advice: str = "") -> None:
+    """As `require`, where words say what was got.
+
+    Raises:
+        ValueError: it is not sound.
+    """
     if not sound:
-        raise ValueError(f"`{name}` must {contract}; got {value!r}. {advice}".rstrip())
+        raise ValueError(f"`{name}` must {contract}; got {got}. {advice}".rstrip())
+
+
+def known(argument: str, name: Any, names: Iterable[str], contract: str = "") -> None:
+    """Refuse a name that is none of `names`, and say which of them is close to it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    lower = {each.lower(): each for each in names}
+    close = get_close_matches(str(name).lower(), lower, 1, 0.5)
+    advice = f"Did you mean {lower[close[0]]}?" if close else ""
+    contract = contract or f"be one of {', '.join(lower.values())}"
+    require(name in list(lower.values()), argument, contract, name, advice)
+
+
+def package(name: str, install: str = "'sharpness[lab]'") -> Any:
+    """A package that measuring does not need, imported.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; what to install is said in one line.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"`{name}` must be installed for this; got no such package. "
+            f"Install it: pip install {install}."
+        ) from None
 
 
 def at_least(name: str, value: Any, least: float, advice: str = "") -> float:
@@ -83,3 +123,8 @@ def at_least(name: str, value: Any, least: float, advice: str = "") -> float:
     sound = is_number and least <= value < math.inf
     require(sound, name, f"be a number of at least {least:g}", value, advice)
     return float(value)
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field of a dataclass that a command has as a flag, with this help text."""
+    return field(default=default, metadata={"help": text})

@@ -1,15 +1,21 @@
-"""What the commands share: one line for every mistake, and the exit codes."""
+"""What the commands share: flags from dataclasses, one line for a mistake, exit codes.
+
+Nothing here loads PyTorch before a device is asked for, so `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-import torch
+from sharpness._arguments import ensure
 
+_DEVICES = "Use 'auto' or 'cpu'."
 OK, NOT_CONVERGED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -21,18 +27,67 @@ class Parser(argparse.ArgumentParser):
         self.exit(WRONG_CALL, f"{self.prog}: {message} (--help lists the options)\n")
 
 
+def add_flags(group: Any, settings: type, as_text: Sequence[str] | None = None) -> None:
+    """A flag for each field of a dataclass that has a help text, with its default.
+
+    Args:
+        group: the parser, or a group of it.
+        settings: the dataclass; its fields' types say what a value is read as.
+        as_text: fields whose values are taken as they are typed. Where this is given, a
+            flag that was not used is None instead of the field's default.
+    """
+    hints = get_type_hints(settings)
+    for field in fields(settings):
+        if "help" in field.metadata:
+            read = {} if field.name in (as_text or ()) else _read_as(hints[field.name])
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                default=field.default if as_text is None else None,
+                help=field.metadata["help"] + _usual(field.default, field.metadata["help"]),
+                **read,
+            )
+
+
+def _read_as(kind: Any) -> dict[str, Any]:
+    """How argparse reads a value of this type."""
+    if NoneType in get_args(kind):
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is tuple:
+        return {"type": floats if float in get_args(kind) else names}
+    return {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+
+
+def _usual(default: Any, text: str) -> str:
+    if default is None or default is False or "(default" in text:
+        return ""
+    values = default if isinstance(default, tuple) else [default]
+    return f" (default: {','.join(map(str, values))})"
+
+
+def run(
+    parser: Parser, arguments: Sequence[str] | None, command: Callable[[Any], int]
+) -> int:
+    """Run a command with the options of its parser; its exit code."""
+    options = parser.parse_args(arguments)
+    return guarded(parser.prog.removeprefix("python -m "), lambda: command(options))
+
+
 def guarded(name: str, command: Callable[[], int]) -> int:
     """Run a command; what a person can cause becomes one line on stderr."""
     try:
         return command()
     except KeyboardInterrupt:
-        _say(name, "interrupted; the same command carries on where it stopped.")
+        say(name, "interrupted; the same command carries on where it stopped.")
         return INTERRUPTED
-    except (ValueError, TypeError, OSError, RuntimeError, IndexError, KeyError) as error:
-        # The last three are what a network raises on data that do not fit it.
-        plain = isinstance(error, ValueError | TypeError | OSError)
+    except (
+        *(ValueError, TypeError, OSError, ImportError),
+        *(RuntimeError, IndexError, KeyError),  # of a network, on data that do not fit it
+    ) as error:
+        plain = isinstance(error, ValueError | TypeError | OSError | ImportError)
         kind = "" if plain else f"{type(error).__name__}: "
-        _say(name, kind + " ".join(str(error).split()))
+        say(name, kind + " ".join(str(error).split()))
         return WRONG_CALL
 
 
@@ -42,26 +97,27 @@ def check_writable(flag: str, path: Path) -> None:
     Raises:
         ValueError: it is a folder, or lies below something that is none.
     """
-    parents = [p for p in path.absolute().parents if p.exists()]
-    if path.is_dir() or not parents[0].is_dir():
-        raise ValueError(f"`{flag}` must be a file that can be written; got {path}.")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    sound = not path.is_dir() and parent.is_dir()
+    ensure(sound, flag, "be a file that can be written", str(path))
 
 
-def _say(name: str, text: str) -> None:
+def say(name: str, text: str) -> None:
+    """One line on stderr from a command."""
     print(f"{name}: {text}", file=sys.stderr)
 
 
 def chosen_device(name: str) -> str:
     """The device of `--device`: "auto" is the GPU where there is one."""
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.empty(0, device=name).is_meta:
-            raise RuntimeError("holds no numbers")
+        there = not torch.empty(0, device=name).is_meta  # that one holds no numbers
     except (RuntimeError, AssertionError):
-        raise ValueError(
-            f"`--device` must be a device that is there; got {name!r}. Use 'auto' or 'cpu'."
-        ) from None
+        there = False
+    ensure(there, "--device", "be a device that is there", repr(name), _DEVICES)
     return name
 
 
@@ -77,11 +133,8 @@ def names(text: str) -> tuple[str, ...]:
 
 def announce(seconds: float) -> None:
     """Say on stderr how long a measurement will take."""
-    print(f"measuring: about {_rounded(seconds)} s", file=sys.stderr)
-
-
-def _rounded(seconds: float) -> str:
-    return f"{seconds:.1g}" if seconds < 10 else f"{seconds:.2g}"
+    digits = 1 if seconds < 10 else 2
+    say("measuring", f"about {seconds:.{digits}g} s")
 
 
 def samples_or_all(text: str) -> int | None:

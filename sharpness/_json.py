@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 
 def to_line(record: Mapping[str, Any]) -> str:
     """One line of strict JSON (no NaN)."""
@@ -23,14 +20,12 @@ def as_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [f.name for f in dataclasses.fields(value) if f.repr]
         return {name: as_plain(getattr(value, name)) for name in fields}
-    if isinstance(value, Tensor):
-        return as_plain(value.tolist())
+    if hasattr(value, "tolist"):  # tensors, and NumPy's arrays and numbers
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): as_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [as_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, str | Path) else value

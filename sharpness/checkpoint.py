@@ -130,6 +130,19 @@ def sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def check_file(path: str | Path) -> None:
+    """Refuse a path where no file is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"`{path}` must be a checkpoint file; got no such file. Train one with "
+            "`python -m sharpness.train`."
+        )
+
+
 def _checkpoint(path: Path, facts: Any, digest: str) -> Checkpoint:
     _check_facts(path, facts)
     names = Checkpoint.__dataclass_fields__.keys() - {"sha256"}
@@ -139,11 +152,7 @@ def _checkpoint(path: Path, facts: Any, digest: str) -> Checkpoint:
 
 def _read(path: Path) -> tuple[Any, str]:
     """What a file holds, and its digest."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`{path}` must be a checkpoint file; got no such file. Train one with "
-            "`python -m sharpness.train`."
-        )
+    check_file(path)
     read = _read_safetensors if path.suffix == ".safetensors" else _read_pt
     content = path.read_bytes()
     return read(path, content), hashlib.sha256(content).hexdigest()

@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sharpness import _command, measure, measurement
+from sharpness import _command, measure
+from sharpness._arguments import ensure
 from sharpness._json import as_plain, to_line
 from sharpness.record import Records, append_record, read_records
-from sharpness.report import figures, tables
-from sharpness.statistics import compare_readings
 
 _COMPLETE = ("completed", "converged")
+Record = dict[str, Any]
 
 
 def _parser() -> _command.Parser:
@@ -35,64 +35,68 @@ def _parser() -> _command.Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    return _command.run(_parser(), arguments, _compare)
 
-    def command() -> int:
-        device = _command.chosen_device(options.device)
-        groups = [_paths(options.first), _paths(options.second)]
-        if len(groups[0]) != len(groups[1]):
-            raise ValueError(
-                "`first` and `second` must be groups of one size, to be compared in "
-                f"pairs; got {len(groups[0])} and {len(groups[1])} checkpoints."
-            )
-        measure.check_options(options, [*groups[0], *groups[1]])
-        if options.figure:
-            _check_figure(Path(options.figure))
-        records = [[_record(p, options, device) for p in group] for group in groups]
-        first, second = _paired(*records)
-        gaps = [_gap(record) for record in (*first, *second)]
-        rows = compare_readings(
-            [record["readings"] for record in first],
-            [record["readings"] for record in second],
-            gaps,
-        )
-        if options.figure:
-            names = (options.first, options.second)
-            figures.comparison_plot(rows, names, options.figure)
-        if options.json:
-            checkpoints = [[r["checkpoint"]["path"] for r in g] for g in (first, second)]
-            plain = [
-                {**as_plain(row), "ratio": row.ratio, "verdict": row.verdict}
-                for row in rows
-            ]
-            print(to_line({"checkpoints": checkpoints, "comparisons": plain}))
-        else:
-            out = tables.console()
-            out.print(tables.comparison_title(first, second))
-            out.print(tables.comparison_table(rows))
-            for line in tables.comparison_notes(rows, gaps):
-                out.print(line)
-        complete = all(record["status"] in _COMPLETE for r in records for record in r)
-        return _command.OK if complete else _command.NOT_CONVERGED
 
-    return _command.guarded("sharpness.compare", command)
+def _compare(options: Any) -> int:
+    from sharpness.report import figures
+    from sharpness.statistics import compare_readings
+
+    device = _command.chosen_device(options.device)
+    groups = [_paths(options.first), _paths(options.second)]
+    ensure(
+        len(groups[0]) == len(groups[1]),
+        "first` and `second",
+        "be groups of one size, to be compared in pairs",
+        f"{len(groups[0])} and {len(groups[1])} checkpoints",
+    )
+    measure.check_options(options, [*groups[0], *groups[1]])
+    if options.figure:
+        _check_figure(Path(options.figure))
+    records = [[_record(p, options, device) for p in group] for group in groups]
+    first, second = _paired(*records)
+    gaps = [_gap(record) for record in (*first, *second)]
+    ours, theirs = ([record["readings"] for record in g] for g in (first, second))
+    rows = compare_readings(ours, theirs, gaps)
+    if options.figure:
+        figures.comparison_plot(rows, (options.first, options.second), options.figure)
+    if options.json:
+        checkpoints = [[r["checkpoint"]["path"] for r in g] for g in (first, second)]
+        derived = [{"ratio": row.ratio, "verdict": row.verdict} for row in rows]
+        plain = [as_plain(row) | more for row, more in zip(rows, derived, strict=True)]
+        print(to_line({"checkpoints": checkpoints, "comparisons": plain}))
+    else:
+        _print(first, second, rows, gaps)
+    complete = all(record["status"] in _COMPLETE for record in (*first, *second))
+    return _command.OK if complete else _command.NOT_CONVERGED
+
+
+def _print(
+    first: list[Record], second: list[Record], rows: Any, gaps: list[float | None]
+) -> None:
+    from sharpness.report import tables
+
+    title, table = tables.comparison_title(first, second), tables.comparison_table(rows)
+    notes = tables.comparison_notes(rows, gaps)
+    tables.console().print(title, table, *notes, sep="\n")
 
 
 def _check_figure(path: Path) -> None:
-    if path.suffix not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"`--figure` must end in .png, .pdf or .svg; got {path}.")
+    drawn = path.suffix in (".png", ".pdf", ".svg")
+    ensure(drawn, "--figure", "end in .png, .pdf or .svg", str(path))
     _command.check_writable("--figure", path)
 
 
 def _paths(text: str) -> list[str]:
     found = measure.expanded([part for part in text.split(",") if part])
-    if not found:
-        raise ValueError(f"`first` and `second` must name checkpoints; got {text!r}.")
+    ensure(bool(found), "first` and `second", "name checkpoints", repr(text))
     return found
 
 
-def _record(path: str, options: Any, device: str) -> dict[str, Any]:
+def _record(path: str, options: Any, device: str) -> Record:
     """This checkpoint's measurement: from its record file, or made now and kept."""
+    from sharpness import measurement
+
     subject = measure.loaded(path, options)
     settings = measure.settings_of(options, subject)
     output = measure.output_of(options, path)
@@ -116,36 +120,33 @@ def _record(path: str, options: Any, device: str) -> dict[str, Any]:
     return found.record
 
 
-def _question(record: dict[str, Any]) -> dict[str, Any] | None:
+def _question(record: Record) -> Record | None:
     """What a record answers; None for one of another kind."""
-    checkpoint, settings = record.get("checkpoint"), record.get("settings")
-    known = isinstance(checkpoint, dict) and isinstance(settings, dict)
-    if not known or "readings" not in record or "status" not in record:
+    try:
+        checkpoint, settings = record["checkpoint"], dict(record["settings"])
+        _ = settings.pop("risk", None), record["readings"], record["status"]
+        return {
+            "sha256": checkpoint["sha256"],
+            "network": checkpoint["network"],
+            "data": record["data"],
+            "settings": settings,
+        }
+    except (KeyError, TypeError, ValueError):
         return None
-    return {
-        "sha256": checkpoint.get("sha256"),  # type: ignore[union-attr]
-        "network": checkpoint.get("network"),  # type: ignore[union-attr]
-        "data": record.get("data"),
-        "settings": {k: v for k, v in settings.items() if k != "risk"},  # type: ignore[union-attr]
-    }
 
 
-def _paired(
-    first: list[dict[str, Any]], second: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _paired(first: list[Record], second: list[Record]) -> tuple[list[Record], list[Record]]:
     """Both groups in an order in which they pair: by seed, or as they are."""
-    seeds = [[r["checkpoint"]["training"].get("seed") for r in g] for g in (first, second)]
-    if (
-        None in seeds[0]
-        or len(set(seeds[0])) < len(first)
-        or set(seeds[0]) != set(seeds[1])
-    ):
+    ours, theirs = (
+        {record["checkpoint"]["training"].get("seed"): record for record in group}
+        for group in (first, second)
+    )
+    if None in ours or len(ours) < len(first) or ours.keys() != theirs.keys():
         return first, second
-    by_seed = dict(zip(seeds[1], second, strict=True))
-    return first, [by_seed[seed] for seed in seeds[0]]
+    return first, [theirs[seed] for seed in ours]
 
 
-def _gap(record: dict[str, Any]) -> float | None:
+def _gap(record: Record) -> float | None:
     """Accuracy on the samples measured less that on test samples, or the losses'."""
     test = record.get("generalisation") or {}
     found: float | None = test.get("accuracy_gap", test.get("loss_gap"))

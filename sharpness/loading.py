@@ -23,6 +23,7 @@ from sharpness.checkpoint import Checkpoint
 from sharpness.lab import data as lab_data
 from sharpness.lab import networks
 from sharpness.lab.data import Dataset, class_balanced, has_classes
+from sharpness.lab.named import DATA, parsed
 
 Pair = tuple[Any, Tensor]
 USUAL_SAMPLES = 1000
@@ -114,7 +115,7 @@ def load_checkpoint(
         network: `package.module:factory` or `file.py:factory`, with arguments as in
             `?depth=20&width=16`; `timm:resnet18?num_classes=10`; or
             `transformers:FOLDER`, a folder with a configuration of a classifier.
-        data: a set of `lab.data.NAMES`; an `.npz` file with x and y (or x_train,
+        data: a set of `lab.named.DATA`; an `.npz` file with x and y (or x_train,
             y_train, x_test, y_test); or a factory that returns a pair (inputs, targets),
             a list of such batches or a loader, or a dict of these by split.
         loss: `cross-entropy`, `mse`, or a factory; None goes by the targets' type.
@@ -143,7 +144,7 @@ def load_checkpoint(
     if source is None:
         raise ValueError(
             f"`--data` must say what `{path}` is measured on; got none. Give a named set "
-            f"({', '.join(lab_data.NAMES)}), an .npz file, or {_SPEC}."
+            f"({', '.join(DATA)}), an .npz file, or {_SPEC}."
         )
     splits, about = _made_data(source, data_dir, as_trained=not data)
     for pair in splits.values():
@@ -211,7 +212,7 @@ def made_network(spec: str) -> nn.Module:
     """A module from `package.module:factory?args`, `timm:...` or `transformers:...`."""
     kind, _, rest = spec.partition(":")
     if kind == "timm":
-        name, arguments = networks.parsed(rest)
+        name, arguments = parsed(rest)
         create = _package("timm", spec).create_model
         model = _called("--network", spec, create, {"model_name": name, **arguments})
     elif kind == "transformers":
@@ -420,7 +421,7 @@ def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
 
 def _factory(flag: str, spec: str) -> tuple[Any, dict[str, Any]]:
     where, colon, rest = spec.rpartition(":") if "?" not in spec else _split(spec)
-    name, arguments = networks.parsed(rest)
+    name, arguments = parsed(rest)
     if not colon or not where or not name:
         raise ValueError(f"`{flag}` must be {_SPEC}; got {spec!r}.")
     module = _module(flag, where)

@@ -7,34 +7,35 @@ from collections.abc import Sequence
 from dataclasses import fields
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sharpness import _command, loading, measurement
+from sharpness import _command
+from sharpness._arguments import ensure
 from sharpness._json import to_line
-from sharpness._results import Reading
-from sharpness.measures.audit import audit
-from sharpness.measures.summary import (
+from sharpness.measures.settings import (
     DEFAULT_FAMILIES,
     FAMILIES,
-    MEASURES,
+    MeasurementSettings,
     MeasureSettings,
-    selected,
 )
 from sharpness.record import append_record
-from sharpness.report import tables
-from sharpness.risk.plan import ENGINES
+
+if TYPE_CHECKING:
+    from sharpness._results import Reading
+    from sharpness.loading import LoadedCheckpoint
+    from sharpness.measurement import Measurement
 
 _USUAL = object()  # the number of samples, where none is given
 
 
 def _parser() -> _command.Parser:
+    families = (f"{family}: {', '.join(names)}" for family, names in FAMILIES.items())
     parser = _command.Parser(
         prog="python -m sharpness.measure",
         description="Measure checkpoints by every measure of sharpness, on the same data, "
         "each with its evidence and cost.",
-        epilog="Families of measures: "
-        + "; ".join(f"{family}: {', '.join(_members(family))}" for family in FAMILIES)
-        + f". By default: {', '.join(DEFAULT_FAMILIES)}.",
+        epilog=f"Families of measures: {'; '.join(families)}. "
+        f"By default: {', '.join(DEFAULT_FAMILIES)}.",
     )
     add = parser.add_argument
     add(
@@ -62,65 +63,8 @@ def _parser() -> _command.Parser:
     return parser
 
 
-def _members(family: str) -> list[str]:
-    return [name for name, measure in MEASURES.items() if measure.family == family]
-
-
 def add_options(parser: _command.Parser) -> None:
     """What is measured and how: shared with `compare`."""
-    _add_subject(parser)
-    _add_measures(parser)
-    add = parser.add_argument
-    add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
-    add("--dtype", choices=("float32", "float64"), help="(default: as in the checkpoint)")
-    add(
-        "--engine",
-        choices=("auto", *ENGINES),
-        default="auto",
-        help="how Hessian-vector products are computed (default: auto, by a rule)",
-    )
-    add("--json", action="store_true", help="print JSON, one line a record")
-    add("--output", help="record file to append to (default: beside the checkpoint)")
-
-
-def _add_measures(parser: _command.Parser) -> None:
-    add = parser.add_argument
-    add(
-        "--measures",
-        type=_command.names,
-        help="families or single measures, with commas (`measure --help` lists them)",
-    )
-    add("--k", type=int, default=1, help="eigenvalues wanted (default: 1)")
-    add("--tol", type=float, default=1e-2, help="their relative error (default: 1e-2)")
-    add(
-        "--epsilon",
-        type=_command.floats,
-        default=(1e-3, 5e-4),
-        help="box sizes of phi, with commas (default: 1e-3,5e-4)",
-    )
-    add(
-        "--subspace-dim",
-        type=int,
-        help="columns of A for the measure phi_subspace (default: 100)",
-    )
-    add("--num-starts", type=int, default=1, help="starts of phi (default: 1)")
-    add(
-        "--rho",
-        type=_command.floats,
-        help="radii of all perturbation measures, with commas (default: each its own)",
-    )
-    add("--shard-size", type=int, help="samples of a shard in m-sharpness (default: 128)")
-    add(
-        "--accuracy-drop",
-        type=float,
-        default=0.1,
-        help="that sigma and alpha are measured by (default: 0.1)",
-    )
-    add("--max-seconds", type=float, help="time limit of each measure")
-    add("--seed", type=int, default=0, help="of samples and draws (default: 0)")
-
-
-def _add_subject(parser: _command.Parser) -> None:
     add = parser.add_argument
     add(
         "--network",
@@ -140,41 +84,38 @@ def _add_subject(parser: _command.Parser) -> None:
         default=_USUAL,
         help="class-balanced samples, or 'all' (default: 1000, or all if fewer)",
     )
-    add("--split", choices=("train", "test"), default="train")
-    add(
-        "--batchnorm",
-        choices=("running", "batch", "recalibrated"),
-        default="running",
-        help="'running' statistics (evaluation mode), 'batch' statistics as in Keskar et "
-        "al., or running ones 'recalibrated' at the point measured (default: running)",
-    )
+    _command.add_flags(parser, MeasurementSettings)
+    _command.add_flags(parser, MeasureSettings)
+    add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    add("--json", action="store_true", help="print JSON, one line a record")
+    add("--output", help="record file to append to (default: beside the checkpoint)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    return _command.run(_parser(), arguments, _measure)
 
-    def command() -> int:
-        device = _command.chosen_device(options.device)
-        paths = expanded(options.checkpoint)
-        check_options(options, paths)
-        if options.cross_check:
-            measurement.check_possible(options.batchnorm)
-        return max([_one(path, options, device) for path in paths])
 
-    return _command.guarded("sharpness.measure", command)
+def _measure(options: Any) -> int:
+    from sharpness.measurement import check_possible
+
+    device = _command.chosen_device(options.device)
+    paths = expanded(options.checkpoint)
+    check_options(options, paths)
+    if options.cross_check:
+        check_possible(options.batchnorm)
+    return max([_one(path, options, device) for path in paths])
 
 
 def check_options(options: Any, paths: Sequence[str]) -> None:
     """Refuse before any work what can be seen to be wrong before it."""
+    from sharpness.checkpoint import check_file
+    from sharpness.measures.summary import selected
+
     selected(options.measures)
     measure_settings(options)
     for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"`{path}` must be a checkpoint file; got no such file. Train one with "
-                "`python -m sharpness.train`."
-            )
+        check_file(path)
         _command.check_writable("--output", output_of(options, path))
 
 
@@ -189,42 +130,30 @@ def expanded(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         is_glob = any(c in pattern for c in "*?[") and not Path(pattern).exists()
         matches = sorted(glob(pattern, recursive=True)) if is_glob else [pattern]
-        if not matches:
-            raise FileNotFoundError(
-                f"`checkpoint` must match a file; got {pattern!r}, which matches none."
-            )
+        got = f"{pattern!r}, which matches none"
+        ensure(bool(matches), "checkpoint", "match a file", got)
         found |= dict.fromkeys(matches)
     return list(found)
 
 
-def loaded(path: str, options: Any) -> loading.LoadedCheckpoint:
+def loaded(path: str, options: Any) -> LoadedCheckpoint:
     """The checkpoint with the network and data that the options name."""
-    return loading.load_checkpoint(
-        path,
-        network=options.network,
-        data=options.data,
-        loss=options.loss,
-        data_dir=options.data_dir,
-    )
+    from sharpness.loading import load_checkpoint
+
+    names = ("network", "data", "loss", "data_dir")
+    return load_checkpoint(path, **{name: getattr(options, name) for name in names})
 
 
-def settings_of(
-    options: Any, subject: loading.LoadedCheckpoint
-) -> measurement.MeasurementSettings:
+def settings_of(options: Any, subject: LoadedCheckpoint) -> MeasurementSettings:
     """The settings from a command's options."""
-    num = options.num_samples
-    if num is _USUAL:
-        num = subject.usual_number(options.split)
-    return measurement.MeasurementSettings(
-        num_samples=num,
-        split=options.split,
-        batchnorm=options.batchnorm,
-        measures=options.measures,
-        of_measures=measure_settings(options),
-        engine=options.engine,
-        dtype=options.dtype,
-        doctor=getattr(options, "doctor", False),
-    )
+    usual = options.num_samples is _USUAL
+    given = {name: value for name, value in vars(options).items() if name in _SETTINGS}
+    num = subject.usual_number(options.split) if usual else options.num_samples
+    given |= {"num_samples": num, "of_measures": measure_settings(options)}
+    return MeasurementSettings(**given)
+
+
+_SETTINGS = {field.name for field in fields(MeasurementSettings)}
 
 
 def measure_settings(options: Any) -> MeasureSettings:
@@ -234,6 +163,9 @@ def measure_settings(options: Any) -> MeasureSettings:
 
 
 def _one(path: str, options: Any, device: str) -> int:
+    from sharpness import measurement
+    from sharpness.measures.audit import audit
+
     subject = loaded(path, options)
     settings = settings_of(options, subject)
     extra: list[Reading] = []
@@ -263,24 +195,23 @@ def _one(path: str, options: Any, device: str) -> int:
     return _command.OK if found.ok else _command.NOT_CONVERGED
 
 
-def _print(
-    found: measurement.Measurement, extra: list[Any], audited: str, output: Path
-) -> None:
-    out = tables.console()
+def _print(found: Measurement, extra: list[Reading], audited: str, output: Path) -> None:
+    from sharpness.report import tables
+
     summary = found.summary
-    out.print(tables.headline(found.record))
-    out.print(tables.loss_line(found.record))
-    if found.checkup:
-        out.print(f"doctor: {found.checkup}")
-    out.print(tables.readings_table([*summary.readings(), *extra]))
-    if audited:
-        out.print(audited)
-    for note in summary.notes:
-        out.print(note)
     results = [r for results in summary.results.values() for r in results]
-    for status in dict.fromkeys(r.status for r in results if not r.status.ok):
-        out.print(f"{status}: {status.advice}")
-    out.print(f"Appended to {output} · what these mean: docs/concepts/measures.md")
+    bad = dict.fromkeys(r.status for r in results if not r.status.ok)
+    parts = (
+        tables.headline(found.record),
+        tables.loss_line(found.record),
+        f"doctor: {found.checkup}" if found.checkup else "",
+        tables.readings_table([*summary.readings(), *extra]),
+        audited,
+        *summary.notes,
+        *(f"{status}: {status.advice}" for status in bad),
+        f"Appended to {output} · what these mean: docs/concepts/measures.md",
+    )
+    tables.console().print(*filter(None, parts), sep="\n")
 
 
 if __name__ == "__main__":

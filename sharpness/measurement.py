@@ -9,40 +9,22 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from sharpness._results import Reading, Status
 from sharpness.loading import LoadedCheckpoint, as_type
-from sharpness.measures.summary import MeasureSettings, Summary, selected, summary
+from sharpness.measures.settings import MeasurementSettings
+from sharpness.measures.summary import Summary, selected, summary
 from sharpness.record import new_record
 from sharpness.risk.checks import Checkup, doctor
-from sharpness.risk.empirical import BatchNorm, EmpiricalRisk
+from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.model_state import random_generators_kept
 
 _MOST_TEST_SAMPLES = 10_000  # for the generalisation gap
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasurementSettings:
-    """What is measured, on which samples, and how."""
-
-    num_samples: int | None = 1000  # class-balanced, by the seed; None means all
-    split: Literal["train", "test"] = "train"
-    batchnorm: BatchNorm = "running"
-    measures: tuple[str, ...] | None = None  # names or families; None means default
-    of_measures: MeasureSettings = field(default_factory=MeasureSettings)
-    engine: str = "auto"
-    dtype: Literal["float32", "float64"] | None = None  # None: as in the checkpoint
-    doctor: bool = False  # check the risk first
-
-    @property
-    def seed(self) -> int:
-        """Of samples and measures."""
-        return self.of_measures.seed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
+from sharpness._arguments import package
 from sharpness._json import as_plain, to_line
 
 SCHEMA = 1
@@ -24,9 +24,7 @@ class Records(list[dict[str, Any]]):
 
     def to_frame(self) -> Any:
         """A pandas data frame with nested names joined by dots."""
-        import pandas as pd
-
-        return pd.json_normalize(list(self))
+        return package("pandas").json_normalize(list(self))
 
 
 def new_record(kind: str, **facts: Any) -> dict[str, Any]:
@@ -67,6 +65,8 @@ def read_records(path: str | Path) -> Records:
 @cache
 def environment() -> dict[str, Any]:
     """Versions, machine and revision that a number was computed with."""
+    import torch  # here, since a command's --help does not need it
+
     names = ("sharpness", "numpy", "scipy")
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from sharpness import _tensors
-from sharpness._arguments import positive, whole
+from sharpness._arguments import known, positive, whole
 from sharpness._results import NotAvailableError, Status
 from sharpness.measures.eigenvalues import (
     HessianEigenpairs,
@@ -25,10 +24,10 @@ from sharpness.measures.eigenvalues import (
 )
 from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
 from sharpness.measures.preconditioner import adam_preconditioner
+from sharpness.measures.settings import TRACKED
 from sharpness.risk import batches
 from sharpness.risk.empirical import EmpiricalRisk
 
-MEASURES = ("lambda_max", "lambda_max_preconditioned", "phi")
 # At the edge of stability eigenvalues crowd and overtake each other. Without a confidence
 # the first pair alone was off by more than 1 % in 5 of 40 points of examples/track.py (up
 # to 4 %; in 13 when searched afresh), the first of two in none.
@@ -77,7 +76,7 @@ class TrackedPoint:
 
     def values(self) -> dict[str, TrackedValue]:
         """The measures that were taken, by name."""
-        found = {name: getattr(self, name) for name in MEASURES}
+        found = {name: getattr(self, name) for name in TRACKED}
         return {name: value for name, value in found.items() if value is not None}
 
     def __str__(self) -> str:
@@ -257,7 +256,7 @@ class SharpnessTracker:
 
     def table(self) -> str:
         """A line for each point: every number with its evidence, threshold and cost."""
-        shown = [name for name in MEASURES if any(name in p.values() for p in self.history)]
+        shown = [name for name in TRACKED if any(name in p.values() for p in self.history)]
         rows = [["update", "loss", *shown, "threshold", "products", "gradients", "s"]]
         rows += [_cells(point, shown) for point in self.history]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -276,7 +275,7 @@ class SharpnessTracker:
         from sharpness.report.figures import tracking_plot
 
         shown = {name for point in self.history for name in point.values()}
-        return tracking_plot(self.history, [n for n in MEASURES if n in shown], path)
+        return tracking_plot(self.history, [n for n in TRACKED if n in shown], path)
 
     # -- across an interruption --------------------------------------------------------
 
@@ -559,7 +558,7 @@ def _plain(point: TrackedPoint) -> dict[str, Any]:
 def _point(plain: Mapping[str, Any]) -> TrackedPoint:
     values = {
         name: TrackedValue(**{**plain[name], "status": Status(plain[name]["status"])})
-        for name in MEASURES
+        for name in TRACKED
         if plain[name] is not None
     }
     return TrackedPoint(**{**plain, **values})
@@ -568,13 +567,8 @@ def _point(plain: Mapping[str, Any]) -> TrackedPoint:
 def _selected(measures: str | Sequence[str]) -> list[str]:
     asked = [measures] if isinstance(measures, str) else list(measures)
     for name in asked:
-        if name not in MEASURES:
-            close = get_close_matches(str(name), MEASURES, 1)
-            raise ValueError(
-                f"`measures` must be of {', '.join(MEASURES)}; got {name!r}."
-                + (f" Did you mean {close[0]}?" if close else "")
-            )
-    return [name for name in MEASURES if name in asked]
+        known("measures", name, TRACKED, f"be of {', '.join(TRACKED)}")
+    return [name for name in TRACKED if name in asked]
 
 
 def _imported(name: str, *modules: str) -> Any:

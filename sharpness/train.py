@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sharpness import _command
-from sharpness.lab import data, networks
-from sharpness.lab.augment import AUGMENTATIONS
-from sharpness.lab.following import Following
+from sharpness._arguments import ensure
+from sharpness.lab import named
 from sharpness.lab.regimes import REGIMES, Regime
-from sharpness.lab.remedies import REMEDIES
-from sharpness.lab.schedules import SCHEDULES
-from sharpness.lab.sweep import ExecutionSettings, Outcome, Run, sweep
 from sharpness.lab.training import (
     OPTIMIZERS,
     StoppingCriteria,
     Training,
     default_batch_sizes,
 )
+from sharpness.measures.settings import TRACKED
 from sharpness.record import append_record, new_record, read_records
-from sharpness.tracking import MEASURES
+
+if TYPE_CHECKING:
+    from sharpness.lab.sweep import Outcome, Run
 
 EPOCHS = {"small": 20, "large": 40}
-# Settings of `Training` that are flags of their own; these may be several, with commas.
+# Flags that may have several values, with commas; each is a setting of `Training`.
 _SEVERAL = {"learning_rate": float, "optimizer": str, "remedy": str, "start_from": str}
-_SINGLE = (
-    "momentum",
-    "weight_decay",
-    "scaling",
-    "base_batch_size",
-    "schedule",
-    "regime_adaptation",
-    "clip_norm",
-    "ghost_batch_size",
-    "augmentation",
-)
 
 
 def _parser() -> _command.Parser:
@@ -54,11 +42,11 @@ def _parser() -> _command.Parser:
         "'augment?flip=True&crop=4'.",
     )
     add = parser.add_argument
-    add("network", help=f"one of {', '.join(sorted(networks.NETWORKS))}")
+    add("network", help=f"one of {', '.join(named.NETWORKS)}")
     add(
         "--data",
         default="mnist5k",
-        help=f"{', '.join(data.NAMES)}, an .npz file, or a class-balanced part as in "
+        help=f"{', '.join(named.DATA)}, an .npz file, or a class-balanced part as in "
         "'cifar10[5000]' (default: mnist5k)",
     )
     add("--data-dir", help="folder of the data set's files (also $SHARPNESS_DATA)")
@@ -69,78 +57,33 @@ def _parser() -> _command.Parser:
         "10 %% of the training set (default: the regime's, or small,large)",
     )
     add("--seeds", type=int, default=1, help="number of starting points (default: 1)")
-    _add_budget(parser.add_argument_group("how long"))
-    _add_regime(parser.add_argument_group("how"))
-    _add_place(parser.add_argument_group("where"))
-    return parser
-
-
-def _add_budget(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--epochs",
-        type=float,
-        help="(default: the regime's; else 40 from 10 %% of the training set on, and 20)",
-    )
-    add("--updates", type=int, help="stop after so many updates, whatever the batch size")
-    add("--until-loss", type=float, help="stop earlier, at this training loss")
-    add("--patience", type=int, help="stop earlier, after so many epochs no better")
-
-
-def _add_regime(group: Any) -> None:
-    add = group.add_argument
-    rates = ", ".join(f"{rate:g} for {name}" for name, (*_, rate) in OPTIMIZERS.items())
-    add("--optimizer", help=f"with commas: {', '.join(OPTIMIZERS)} (default: adam)")
-    add("--learning-rate", help=f"with commas (default: {rates})")
-    add("--momentum", type=float, help="of momentum and nesterov (default: 0.9)")
-    add("--weight-decay", type=float, help="(default: 0)")
-    add("--scaling", help="of the rate with the batch size: none, linear, sqrt")
-    add(
-        "--base-batch-size",
-        type=int,
-        help="that the learning rate is meant for; 1: a rate per sample (default: 256)",
-    )
-    add(
-        "--schedule", help=f"{', '.join(SCHEDULES)}, with ?drops=(epochs,...)&warmup=epochs"
-    )
-    add(
-        "--regime-adaptation",
-        action=argparse.BooleanOptionalAction,
-        help="as many updates for every batch size: epochs and schedule grow with it",
-    )
-    add("--clip-norm", type=float, help="longest gradient (default, 0: any)")
-    add(
-        "--ghost-batch-size",
-        type=int,
-        help="samples of BatchNorm's statistics (0: the whole batch)",
-    )
-    add("--augmentation", help=f"{', '.join(AUGMENTATIONS)} (default: none)")
-    add("--remedy", help=f"with commas: {', '.join(REMEDIES)} (default: none)")
-    add("--start-from", help="with commas: checkpoints whose parameters to start from")
-
-
-def _add_place(group: Any) -> None:
-    add = group.add_argument
+    group = parser.add_argument_group
+    _command.add_flags(group("how long"), StoppingCriteria, as_text=())
+    _command.add_flags(group("how"), Training, as_text=(*_SEVERAL, "scaling"))
+    add = group("where").add_argument
     add("--output", help="folder for the checkpoints (default: runs/NETWORK-DATA)")
     add("--keep-every", type=int, help="also keep the checkpoint of every so many epochs")
     add(
         "--track",
         type=_command.names,
-        help=f"measure on the way, with commas: {', '.join(MEASURES)}; points go to "
+        help=f"measure on the way, with commas: {', '.join(TRACKED)}; points go to "
         "records.jsonl",
     )
     add("--track-every", type=int, default=50, help="updates between (default: 50)")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     add("--jobs", type=int, help="runs at once (default: one a core; on a GPU one)")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
-    return _command.guarded("sharpness.train", lambda: _train(options))
+    return _command.run(_parser(), arguments, _train)
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: Any) -> int:
+    from sharpness.lab.following import Following
+    from sharpness.lab.sweep import ExecutionSettings, sweep
+
     place = ExecutionSettings(
         data=options.data,
         data_dir=options.data_dir,
@@ -148,90 +91,81 @@ def _train(options: argparse.Namespace) -> int:
         jobs=options.jobs,
     )
     folder = Path(options.output or _default_folder(options))
-    for start in (options.start_from or "").split(","):
-        if start and not Path(start).is_file():
-            raise ValueError(
-                f"`--start-from` must be a checkpoint file; got {start}, no such file. A "
-                "run keeps some on its way with --keep-every."
-            )
+    for start in filter(None, (options.start_from or "").split(",")):
+        got, advice = f"{start}, no such file", "A run keeps some with --keep-every."
+        ensure(Path(start).is_file(), "--start-from", "be a checkpoint file", got, advice)
     following = None
     if options.track is not None:
         following = Following(measures=options.track, every=options.track_every)
-    runs = list(_runs(options, folder, len(_dataset(place).train[0])))
+    try:
+        num_train = len(place.dataset().train[0])
+    except ValueError as error:
+        raise ValueError(str(error).replace("`name`", "`--data`")) from None
+    runs = list(_runs(options, folder, num_train))
     _check_folder(folder)
-    failed = 0
-    outcomes = sweep(runs, place, keep_every=options.keep_every, following=following)
-    for outcome in outcomes:
+    outcomes = []
+    for outcome in sweep(runs, place, keep_every=options.keep_every, following=following):
+        outcomes.append(outcome)
         _note(outcome, folder / "records.jsonl", options.regime)
-        failed += outcome.failure is not None
         _say(outcome)
+    failed = sum(outcome.failure is not None for outcome in outcomes)
     if failed == len(runs):
         return _command.WRONG_CALL
     return _command.NOT_CONVERGED if failed else _command.OK
 
 
-def _dataset(place: ExecutionSettings) -> data.Dataset:
-    try:
-        return place.dataset()
-    except ValueError as error:
-        raise ValueError(str(error).replace("`name`", "`--data`")) from None
-
-
-def _default_folder(options: argparse.Namespace) -> str:
+def _default_folder(options: Any) -> str:
     parts = [options.network, Path(options.data).name, options.regime]
-    return f"runs/{_slug('-'.join(part for part in parts if part)).lower()}"
+    return f"runs/{_slug('-'.join(filter(None, parts))).lower()}"
 
 
-def _runs(options: argparse.Namespace, folder: Path, num_train: int) -> Iterator[Run]:
+def _runs(options: Any, folder: Path, num_train: int) -> Iterator[Run]:
     """Every combination of what was given with commas, seed by seed."""
-    if options.seeds < 1:
-        raise ValueError(f"`--seeds` must be at least 1; got {options.seeds}.")
+    from sharpness.lab.sweep import Run
+
+    ensure(options.seeds >= 1, "--seeds", "be at least 1", str(options.seeds))
     regime = REGIMES[options.regime] if options.regime else Regime(source="")
     sizes = _batch_sizes(options.batch_size, regime, num_train)
-    single = {k: v for k in _SINGLE if (v := getattr(options, k)) is not None}
+    settings, limits = _given(options, Training), _given(options, StoppingCriteria)
+    single = {name: value for name, value in settings.items() if name not in _SEVERAL}
     single |= {k: None for k in ("clip_norm", "ghost_batch_size") if single.get(k) == 0}
-    choices = [_parts(options, name, kind) for name, kind in _SEVERAL.items()]
+    choices = [_parts(settings, name, kind) for name, kind in _SEVERAL.items()]
     large = default_batch_sizes(num_train)[1]
     for seed in range(options.seeds):
         for (label, size), *several in itertools.product(sizes.items(), *choices):
             given = {k: v for k, v in zip(_SEVERAL, several, strict=True) if v is not None}
             training = _training(options, regime, {**single, **given}, size, seed)
             default = regime.epochs or EPOCHS["large" if size >= large else "small"]
-            epochs = default if options.epochs is None else options.epochs
-            limited = options.updates is not None and options.epochs is None
-            budget = StoppingCriteria(
-                epochs=None if limited else epochs * training.stretch,
-                updates=options.updates,
-                until_loss=options.until_loss,
-                patience=options.patience,
-            )
+            epochs = limits.get("epochs", None if "updates" in limits else default)
+            stretched = None if epochs is None else epochs * training.stretch
+            budget = StoppingCriteria(**{**limits, "epochs": stretched})
             name = "-".join([label, *_differences(given), f"seed{seed}.pt"])
             yield Run(training=training, budget=budget, path=folder / name)
 
 
+def _given(options: Any, settings: type) -> dict[str, Any]:
+    """The flags of a dataclass that were used."""
+    values = {f.name: getattr(options, f.name) for f in fields(settings) if f.metadata}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _training(
-    options: argparse.Namespace,
-    regime: Regime,
-    given: Mapping[str, Any],
-    batch_size: int,
-    seed: int,
+    options: Any, regime: Regime, given: Mapping[str, Any], batch_size: int, seed: int
 ) -> Training:
-    settings = {**regime.training, **given}
-    optimizer = settings.get("optimizer", "adam")
-    if optimizer != regime.training.get("optimizer", optimizer):  # a rate of another
-        settings["learning_rate"] = given.get("learning_rate", OPTIMIZERS[optimizer][2])
-    if optimizer in OPTIMIZERS:
-        settings.setdefault("learning_rate", OPTIMIZERS[optimizer][2])
+    own = regime.training.get("optimizer", "adam")
+    optimizer = given.get("optimizer", own)
+    usual = {"learning_rate": OPTIMIZERS[optimizer][2]} if optimizer in OPTIMIZERS else {}
+    # The rate of a regime is meant for its own optimizer.
+    layers = (usual, regime.training) if optimizer == own else (regime.training, usual)
+    settings = {**layers[0], **layers[1], **given}
     return Training(network=options.network, batch_size=batch_size, seed=seed, **settings)
 
 
-def _parts(options: argparse.Namespace, name: str, kind: Any) -> list[Any]:
+def _parts(settings: Mapping[str, Any], name: str, kind: Any) -> list[Any]:
     """The values of a flag with commas; [None] where it was not given."""
-    text = getattr(options, name)
-    if text is None:
-        return [None]
+    text = settings.get(name)
     try:
-        return [kind(part) for part in text.split(",")]
+        return [None] if text is None else [kind(part) for part in text.split(",")]
     except ValueError:
         flag = f"--{name.replace('_', '-')}"
         raise ValueError(f"`{flag}` must be numbers with commas; got {text!r}.") from None
@@ -239,48 +173,37 @@ def _parts(options: argparse.Namespace, name: str, kind: Any) -> list[Any]:
 
 def _batch_sizes(text: str | None, regime: Regime, num_train: int) -> dict[str, int]:
     """Label of each run and its batch size: {"small": 32, "batch512": 512}."""
-    small, large = default_batch_sizes(num_train)
-    named = {"small": small, "large": large}
-    text = text or (str(regime.batch_size) if regime.batch_size else "small,large")
-    sizes = {}
+    sizes = dict(zip(("small", "large"), default_batch_sizes(num_train), strict=True))
+    text = text or str(regime.batch_size or "small,large")
+    contract = f"be 'small', 'large' or a whole number from 1 to {num_train}"
     for part in text.split(","):
-        if part in named:
-            sizes[part] = named[part]
-        elif part.isdecimal() and 1 <= int(part) <= num_train:
-            sizes[f"batch{part}"] = int(part)
-        else:
-            raise ValueError(
-                "`--batch-size` must be 'small', 'large' or a whole number from 1 to "
-                f"{num_train} (the training set); got {part!r}."
-            )
-    return sizes
+        sound = part in sizes or (part.isdecimal() and 1 <= int(part) <= num_train)
+        ensure(sound, "--batch-size", f"{contract} (the training set)", repr(part))
+    parts = text.split(",")
+    return {p if p in sizes else f"batch{p}": sizes.get(p) or int(p) for p in parts}
 
 
 def _differences(given: Mapping[str, Any]) -> list[str]:
     """What a file's name says of settings that were given: 'sgd', 'lr0.01'."""
-    names = []
-    for name, value in given.items():
-        if name == "learning_rate":
-            names.append(f"lr{value:g}")
-        elif name == "start_from":
-            names.append(f"from-{Path(value).stem}")
-        elif value not in ("adam", "none"):
-            names.append(_slug(str(value)))
-    return names
+    said = {
+        "learning_rate": lambda value: f"lr{value:g}",
+        "start_from": lambda value: f"from-{Path(value).stem}",
+    }
+    usual = ("adam", "none")
+    return [said.get(k, _slug)(v) for k, v in given.items() if v not in usual]
 
 
 def _slug(text: str) -> str:
     """A text as part of a file's name."""
     kept = "".join(c if c.isalnum() or c in "._" else "-" for c in text.replace("=", ""))
-    return "-".join(part for part in kept.split("-") if part)
+    return "-".join(filter(None, kept.split("-")))
 
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written before anything is trained."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
             f"`--output` must be a folder that can be written; got {folder} "
@@ -308,20 +231,20 @@ def _note(outcome: Outcome, path: Path, regime: str | None) -> None:
     try:
         append_record(path, record)
     except OSError as error:  # the checkpoints are what counts
-        print(f"sharpness.train: {path}: {error.strerror}", file=sys.stderr)
+        _command.say("sharpness.train", f"{path}: {error.strerror}")
 
 
 def _say(outcome: Outcome) -> None:
+    path, facts = outcome.run.path, outcome.facts
     if outcome.failure is not None:
-        print(f"sharpness.train: {outcome.run.path}: {outcome.failure}", file=sys.stderr)
+        _command.say("sharpness.train", f"{path}: {outcome.failure}")
         return
-    facts, metrics = outcome.facts, outcome.facts["metrics"]
-    accuracy = metrics.get("test_accuracy_batch")
+    metrics = facts["metrics"]
     tested = f"loss {metrics['test_loss_batch']:.2g}"
-    if accuracy is not None:
-        tested = f"accuracy {accuracy:.2%}"
+    if "test_accuracy_batch" in metrics:
+        tested = f"accuracy {metrics['test_accuracy_batch']:.2%}"
     print(
-        f"{outcome.run.path}: {facts['epoch']} epochs, {facts['updates']} updates, "
+        f"{path}: {facts['epoch']} epochs, {facts['updates']} updates, "
         f"training loss {metrics['train_loss_batch']:.2g}, test {tested}, "
         f"{facts['seconds']:.0f} s"
     )

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import sharpness
+from sharpness.lab.named import parsed
 from sharpness.lab.networks import (
     NETWORKS,
     _PaddedShortcut,
@@ -20,7 +21,6 @@ from sharpness.lab.networks import (
     f1,
     initialisation_of,
     initialise,
-    parsed,
     resnet,
     wide_resnet,
 )

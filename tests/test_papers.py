@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from sharpness.lab import data, networks
+from sharpness.lab import data, named, networks
 from sharpness.report.panels import draw
 from sharpness.reproduce import runner, serialisation
 from sharpness.reproduce.claims import Verdict
@@ -299,8 +299,8 @@ def test_every_observation_belongs_to_its_study_and_fits_its_training_set(paper,
 @pytest.mark.parametrize(("paper", "study"), STUDIES)
 def test_every_study_names_data_and_a_network_that_exist(paper, study):
     whole, _ = data._asked(study.data, data._Subset(None, None, 0))
-    assert whole in data.NAMES
-    name, arguments = networks.parsed(study.network)
+    assert whole in named.DATA
+    name, arguments = named.parsed(study.network)
     with torch.device("meta"):
         model = networks.build({"name": name, "arguments": arguments})
     assert sum(weights.numel() for weights in model.parameters()) > 100

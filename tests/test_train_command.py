@@ -58,7 +58,8 @@ def planned(monkeypatch):
         runs = []
         with monkeypatch.context() as patch:
             patch.setattr(
-                command, "sweep", lambda asked, *_, **__: runs.extend(asked) or []
+                "sharpness.lab.sweep.sweep",
+                lambda asked, *_, **__: runs.extend(asked) or [],
             )
             assert command.main([*options, *FIXED[:4]]) == 0
         return runs

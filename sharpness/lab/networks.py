@@ -7,16 +7,13 @@ MLP stand for language models and for regression, at a size that a CPU trains.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from inspect import signature
 from itertools import pairwise
 from typing import Any, Literal
-from urllib.parse import parse_qsl
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpness import _tensors
+from sharpness._arguments import ensure, known, require
 
 # -- the networks of Keskar et al. -------------------------------------------------------
 
@@ -33,7 +31,7 @@ def f1(in_features: int = 784, num_classes: int = 10) -> nn.Module:
 
     1 462 794 parameters on 28x28 images and 10 classes (Keskar et al. 2017, App. B.1).
     """
-    return _fully_connected(5, in_features, num_classes)
+    return _fully_connected([in_features, *[512] * 5, num_classes], _activated)
 
 
 def f2(in_features: int = 360, num_classes: int = 1973) -> nn.Module:
@@ -42,7 +40,7 @@ def f2(in_features: int = 360, num_classes: int = 1973) -> nn.Module:
     2 780 085 parameters on TIMIT's 360 features and 1973 classes (Keskar et al. 2017,
     App. B.2).
     """
-    return _fully_connected(7, in_features, num_classes)
+    return _fully_connected([in_features, *[512] * 7, num_classes], _activated)
 
 
 def c1(in_channels: int = 3, image_size: int = 32, num_classes: int = 10) -> nn.Module:
@@ -234,8 +232,7 @@ def gpt(
     Raises:
         ValueError: `heads` does not divide `width`.
     """
-    if width % heads:
-        raise ValueError(f"`heads` must divide width={width}; got {heads}.")
+    ensure(width % heads == 0, "heads", f"divide width={width}", str(heads))
     return _GPT(vocabulary, length, width, depth, heads)
 
 
@@ -243,26 +240,20 @@ def mlp(
     in_features: int = 4, out_features: int = 1, width: int = 32, depth: int = 2
 ) -> nn.Module:
     """A tanh network for regression: `depth` hidden layers of `width`."""
-    sizes = [in_features] + [width] * depth
-    hidden = [
-        layer
-        for wide, narrow in pairwise(sizes)
-        for layer in (nn.Linear(wide, narrow), nn.Tanh())
-    ]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, out_features))
+    sizes = [in_features, *[width] * depth, out_features]
+    return _fully_connected(sizes, lambda layer: [layer, nn.Tanh()])
 
 
 # -- what they are made of ---------------------------------------------------------------
 
 
-def _fully_connected(depth: int, in_features: int, num_classes: int) -> nn.Module:
-    sizes = [in_features] + [512] * depth
-    hidden = [
-        layer
-        for wide, narrow in pairwise(sizes)
-        for layer in _activated(nn.Linear(wide, narrow))
-    ]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(512, num_classes))
+def _fully_connected(
+    sizes: list[int], activated: Callable[[nn.Linear], list[nn.Module]]
+) -> nn.Module:
+    """Dense layers between these sizes, all but the last of them activated."""
+    *hidden, last = (nn.Linear(wide, narrow) for wide, narrow in pairwise(sizes))
+    layers = [part for layer in hidden for part in activated(layer)]
+    return nn.Sequential(nn.Flatten(), *layers, last)
 
 
 def _convolution(
@@ -281,14 +272,12 @@ def _activated(layer: nn.Linear | nn.Conv2d, batchnorm: bool = True) -> list[nn.
 
 
 def _pooled_classes(channels: int, num_classes: int) -> list[nn.Module]:
-    linear = nn.Linear(channels, num_classes)
-    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear]
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
 
 
 def _check_batchnorm(batchnorm: object, choices: tuple[object, ...]) -> None:
-    if batchnorm not in choices:
-        named = ", ".join(map(repr, choices))
-        raise ValueError(f"`batchnorm` must be one of {named}; got {batchnorm!r}.")
+    contract = f"be one of {', '.join(map(repr, choices))}"
+    require(batchnorm in choices, "batchnorm", contract, batchnorm)
 
 
 class _SamePool(nn.Module):
@@ -298,8 +287,7 @@ class _SamePool(nn.Module):
         pads = [max((-(-size // 2) - 1) * 2 + 3 - size, 0) for size in x.shape[-2:]]
         right, bottom = pads[1] - pads[1] // 2, pads[0] - pads[0] // 2
         padding = (pads[1] // 2, right, pads[0] // 2, bottom)
-        x = F.pad(x, padding, value=float("-inf"))
-        return F.max_pool2d(x, 3, 2)
+        return F.max_pool2d(F.pad(x, padding, value=float("-inf")), 3, 2)
 
 
 class _Sum(nn.Module):
@@ -310,8 +298,7 @@ class _Sum(nn.Module):
         self.shortcut, self.body = shortcut, body
 
     def forward(self, x: Tensor) -> Tensor:
-        total: Tensor = self.shortcut(x) + self.body(x)
-        return total
+        return torch.add(self.shortcut(x), self.body(x))
 
 
 class _PaddedShortcut(nn.Module):
@@ -364,8 +351,7 @@ class _GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.arange(tokens.shape[-1], device=tokens.device)
         x = self.blocks(self.tokens(tokens) + self.positions(places))
-        scores: Tensor = self.head(x)
-        return scores.transpose(1, 2)
+        return torch.transpose(self.head(x), 1, 2)
 
 
 # -- by name -----------------------------------------------------------------------------
@@ -387,10 +373,8 @@ class Network:
             ValueError: a number that is not whole or below 1.
         """
         for name, value in arguments.items():
-            if isinstance(value, float) or (type(value) is int and value < 1):
-                raise ValueError(
-                    f"`{name}` must be a whole number of at least 1; got {value}."
-                )
+            wrong = isinstance(value, float) or (type(value) is int and value < 1)
+            ensure(not wrong, name, "be a whole number of at least 1", str(value))
         model = self.make(*sizes, **arguments)
         model.initialisation = self.initialisation  # type: ignore[assignment]
         return model
@@ -411,32 +395,6 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "GPT": Network(gpt, "normal_0.02"),
     "MLP": Network(mlp),
 }
-
-
-def parsed(text: str) -> tuple[str, dict[str, Any]]:
-    """`ResNet-8?batchnorm=False` as ("ResNet-8", {"batchnorm": False}).
-
-    Arguments are joined by `&`; their values are Python literals, and whatever is none
-    is a string. The name is taken as it is.
-
-    Raises:
-        ValueError: an argument without a value.
-    """
-    name, _, query = text.partition("?")
-    try:
-        pairs = parse_qsl(query.replace("+", "%2B"), True, bool(query))
-    except ValueError:
-        raise ValueError(
-            f"arguments must be written NAME?argument=value&...; got {text!r}."
-        ) from None
-    return name, {key: _literal(value) for key, value in pairs}
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def build(network: dict[str, Any]) -> nn.Module:
@@ -464,14 +422,8 @@ def _arguments(make: Callable[..., nn.Module]) -> list[str]:
 
 
 def _named(name: Any) -> Callable[..., nn.Module]:
-    if isinstance(name, str) and name in NETWORKS:
-        return NETWORKS[name]
-    lower = {known.lower(): known for known in NETWORKS}
-    close = get_close_matches(str(name).lower(), lower, 1, 0.5)
-    raise ValueError(
-        f"`network` must be one of {', '.join(NETWORKS)}; got {name!r}."
-        + (f" Did you mean {lower[close[0]]}?" if close else "")
-    )
+    known("network", name, NETWORKS)
+    return NETWORKS[name]
 
 
 # -- fitted to data ----------------------------------------------------------------------
@@ -594,9 +546,8 @@ def initialise(model: nn.Module, seed: int, how: str | None = None) -> None:
         ValueError: an unknown `how`.
     """
     if how is None:
-        how = getattr(model, "initialisation", _USUAL_START)
-    if how not in _DRAWS:
-        raise ValueError(f"`how` must be one of {', '.join(_DRAWS)}; got {how!r}.")
+        how = str(getattr(model, "initialisation", _USUAL_START))
+    known("how", how, _DRAWS)
     generator = _tensors.seeded(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -604,14 +555,11 @@ def initialise(model: nn.Module, seed: int, how: str | None = None) -> None:
                 module.reset_parameters()  # 1, 0 and fresh running averages
             if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
                 _DRAWS[how](module.weight, generator=generator)
-                bias = getattr(module, "bias", None)
-                if bias is not None:
+                if isinstance(bias := getattr(module, "bias", None), Tensor):
                     nn.init.zeros_(bias)
 
 
 def digest(model: nn.Module) -> str:
     """sha256 of the parameters, in order."""
-    found = hashlib.sha256()
-    for parameter in model.parameters():
-        found.update(parameter.detach().cpu().numpy().tobytes())
-    return found.hexdigest()
+    values = (parameter.detach().cpu().numpy() for parameter in model.parameters())
+    return hashlib.sha256(b"".join(value.tobytes() for value in values)).hexdigest()

@@ -23,6 +23,7 @@ from sharpness.checkpoint import Checkpoint
 from sharpness.lab import networks
 from sharpness.lab.data import Dataset
 from sharpness.lab.ghost import use_ghost_batches
+from sharpness.lab.named import parsed
 from sharpness.lab.remedies import Loss, Step
 from sharpness.lab.training import OPTIMIZERS, StoppingCriteria, Training
 from sharpness.risk.empirical import EmpiricalRisk
@@ -141,7 +142,7 @@ class TrainingRun:
 
     def _start(self) -> None:
         """Network, starting point and optimizer."""
-        name, arguments = networks.parsed(self.training.network)
+        name, arguments = parsed(self.training.network)
         x, y = self.dataset.train
         fitting = networks.arguments_for(
             name, x.shape[1:], self.dataset.num_classes, y.shape[1:]
@@ -453,7 +454,10 @@ def optimizer_for(
     if training.optimizer in ("momentum", "nesterov"):
         arguments = {**arguments, "momentum": training.momentum}
     settings = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    return kind(parameters, **settings, **arguments)  # type: ignore[arg-type]
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(
+        parameters, **settings, **arguments
+    )
+    return optimizer
 
 
 @contextmanager

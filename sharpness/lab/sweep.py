@@ -13,13 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sharpness import _progress
-from sharpness._arguments import whole
+from sharpness._arguments import package, whole
 from sharpness.lab import data
 from sharpness.lab.data import Dataset
 from sharpness.lab.following import Following
@@ -139,6 +138,7 @@ def sweep(
             following=following,
             levels=levels,
         )
+        joblib = package("joblib")
         for outcomes in pool(jobs)(joblib.delayed(worker)(unit) for unit in units):
             yield from outcomes
 
@@ -246,10 +246,9 @@ def _loaded(name: str, data_dir: str | None, device: str) -> Dataset:
 
 def pool(jobs: int) -> Any:
     """Processes that yield what they return as it comes, and end with this one."""
-    options: dict[str, Any] = {}
-    if jobs > 1:
-        options = {"initializer": _end_with, "initargs": (os.getpid(),)}
-    return joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", **options)
+    several = {"initializer": _end_with, "initargs": (os.getpid(),)} if jobs > 1 else {}
+    parallel = package("joblib").Parallel
+    return parallel(n_jobs=jobs, return_as="generator_unordered", **several)
 
 
 def _end_with(parent: int) -> None:

@@ -1,4 +1,7 @@
-"""What is trained, and for how long: plain values, checked when they are made."""
+"""What is trained, and for how long: plain values, checked when they are made.
+
+Readable without PyTorch; a field's help text is that of the flag `train` has for it.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,30 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from sharpness._arguments import at_least, positive, require, whole
-from sharpness.lab import networks
-from sharpness.lab.augment import AUGMENTATIONS, Augmentation
+from sharpness._arguments import at_least, flag, known, positive, require, whole
+from sharpness.lab import named
 from sharpness.lab.named import from_spec
-from sharpness.lab.remedies import REMEDIES, Step
 from sharpness.lab.schedules import SCHEDULES, Course, Scaling, Schedule, scaled_rate
 
-# Name: PyTorch's class, what it is called with, and a usual learning rate (Keras').
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], float]] = {
-    "adam": (torch.optim.Adam, {"fused": True}, 1e-3),
-    "sgd": (torch.optim.SGD, {"fused": True}, 1e-2),
-    "momentum": (torch.optim.SGD, {"fused": True}, 1e-2),
-    "nesterov": (torch.optim.SGD, {"fused": True, "nesterov": True}, 1e-2),
-    "adagrad": (torch.optim.Adagrad, {}, 1e-2),
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sharpness.lab.augment import Augmentation
+    from sharpness.lab.remedies import Step
+
+# Name: class in `torch.optim`, what it is called with, and a usual learning rate (Keras').
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "adam": ("Adam", {"fused": True}, 1e-3),
+    "sgd": ("SGD", {"fused": True}, 1e-2),
+    "momentum": ("SGD", {"fused": True}, 1e-2),
+    "nesterov": ("SGD", {"fused": True, "nesterov": True}, 1e-2),
+    "adagrad": ("Adagrad", {}, 1e-2),
 }
+_RATES = ", ".join(f"{rate:g} for {name}" for name, (*_, rate) in OPTIMIZERS.items())
 _IMPROVED = 1e-3  # a smaller relative fall of the loss is no improvement
 
 
@@ -68,40 +74,51 @@ class Training:
     network: str
     batch_size: int
     seed: int = 0
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    scaling: Scaling = "none"
-    base_batch_size: int = 256
-    schedule: str = "constant"
-    regime_adaptation: bool = False
-    clip_norm: float | None = None
-    ghost_batch_size: int | None = None
-    augmentation: str = "none"
-    remedy: str = "none"
-    start_from: str | None = None
+    optimizer: str = flag("adam", f"with commas: {', '.join(OPTIMIZERS)}")
+    learning_rate: float = flag(1e-3, f"with commas (default: {_RATES})")
+    momentum: float = flag(0.9, "of momentum and nesterov")
+    weight_decay: float = flag(0.0, "added to gradients, times the parameters")
+    scaling: Literal["none", "linear", "sqrt"] = flag(
+        "none", "of the rate with the batch size: none, linear, sqrt"
+    )
+    base_batch_size: int = flag(
+        256, "that the learning rate is meant for; 1: a rate per sample"
+    )
+    schedule: str = flag(
+        "constant", f"{', '.join(SCHEDULES)}; ?drops=(epochs,...)&warmup=epochs"
+    )
+    regime_adaptation: bool = flag(
+        False, "as many updates for every batch size: epochs and schedule grow with it"
+    )
+    clip_norm: float | None = flag(None, "longest gradient (default, 0: any)")
+    ghost_batch_size: int | None = flag(
+        None, "samples of BatchNorm's statistics (default, 0: the whole batch)"
+    )
+    augmentation: str = flag("none", ", ".join(named.AUGMENTATIONS))
+    remedy: str = flag("none", f"with commas: {', '.join(named.REMEDIES)}")
+    start_from: str | None = flag(
+        None, "with commas: checkpoints whose parameters to start from"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
+        from sharpness.lab.networks import initialisation_of
+
         for name, value in vars(self).items():
             if isinstance(value, np.generic):  # as a grid in NumPy gives them
                 object.__setattr__(self, name, value.item())
         require(isinstance(self.network, str), "network", "be a name", self.network)
-        networks.initialisation_of(networks.parsed(self.network)[0])  # a known name
+        initialisation_of(named.parsed(self.network)[0])  # a known name
         whole("batch_size", self.batch_size, 1)
         require(whole("seed", self.seed, 0) < 2**63, "seed", "be below 2^63", self.seed)
-        kinds = ", ".join(OPTIMIZERS)
-        known = self.optimizer in list(OPTIMIZERS)
-        require(known, "optimizer", f"be one of {kinds}", self.optimizer)
+        known("optimizer", self.optimizer, OPTIMIZERS)
         positive("learning_rate", self.learning_rate)
         momentum = at_least("momentum", self.momentum, 0)
         require(momentum < 1, "momentum", "be below 1", momentum)
         some = momentum > 0 or self.optimizer != "nesterov"
         require(some, "momentum", "be above 0 for nesterov", momentum)
         at_least("weight_decay", self.weight_decay, 0)
-        known = self.scaling in ("none", "linear", "sqrt")
-        require(known, "scaling", "be none, linear or sqrt", self.scaling)
+        known("scaling", self.scaling, get_args(Scaling), "be none, linear or sqrt")
         whole("base_batch_size", self.base_batch_size, 1)
         if self.clip_norm is not None:
             positive("clip_norm", self.clip_norm)
@@ -117,22 +134,21 @@ class Training:
     @cached_property
     def laid_out(self) -> Schedule:
         """The schedule by its name, stretched."""
-        schedule: Schedule = from_spec("schedule", self.schedule, SCHEDULES)
-        return schedule.stretched(self.stretch)
+        return from_spec("schedule", self.schedule, SCHEDULES).stretched(self.stretch)
 
     @cached_property
     def augmented(self) -> Augmentation | None:
         """The augmentation by its name; None for none."""
-        augmentation: Augmentation | None = from_spec(
-            "augmentation", self.augmentation, AUGMENTATIONS
-        )
-        return augmentation
+        from sharpness.lab.augment import AUGMENTATIONS
+
+        return from_spec("augmentation", self.augmentation, AUGMENTATIONS)
 
     @cached_property
     def update_with(self) -> Callable[[Step], Tensor]:
         """The remedy by its name."""
-        remedy: Callable[[Step], Tensor] = from_spec("remedy", self.remedy, REMEDIES)
-        return remedy
+        from sharpness.lab.remedies import REMEDIES
+
+        return from_spec("remedy", self.remedy, REMEDIES)
 
     def course(self, num_train: int) -> Course:
         """Batch size and learning rate of every update.
@@ -140,13 +156,12 @@ class Training:
         Raises:
             ValueError: a batch larger than the training set.
         """
-        rate = scaled_rate(
-            self.learning_rate, self.batch_size, self.base_batch_size, self.scaling
-        )
         return Course(
             self.laid_out,
             batch_size=self.batch_size,
-            learning_rate=rate,
+            learning_rate=scaled_rate(
+                self.learning_rate, self.batch_size, self.base_batch_size, self.scaling
+            ),
             num_train=num_train,
         )
 
@@ -170,11 +185,14 @@ class StoppingCriteria:
         ValueError: neither epochs nor updates, or a number out of range.
     """
 
-    epochs: float | None = None
-    updates: int | None = None
-    until_loss: float | None = None
-    patience: int | None = None
-    until_accuracy: float | None = None
+    epochs: float | None = flag(
+        None,
+        "(default: the regime's; else 40 from 10 %% of the training set on, and 20)",
+    )
+    updates: int | None = flag(None, "stop after so many updates, whatever the batch size")
+    until_loss: float | None = flag(None, "stop earlier, at this training loss")
+    patience: int | None = flag(None, "stop earlier, after so many epochs no better")
+    until_accuracy: float | None = flag(None, "stop earlier, at this training accuracy")
 
     def __post_init__(self) -> None:
         """Refuse a budget of nothing."""

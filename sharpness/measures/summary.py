@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
 from sharpness import _progress
-from sharpness._arguments import positive, positive_list, whole
+from sharpness._arguments import known, positive_list
 from sharpness._results import NotAvailableError, Reading, Result, Status
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness, subspace_sharpness
@@ -30,45 +29,10 @@ from sharpness.measures.perturbation import (
     worst_case_sharpness,
 )
 from sharpness.measures.sampling import lambda_max_sampling
+from sharpness.measures.settings import DEFAULT_FAMILIES, FAMILIES, MeasureSettings
 from sharpness.measures.spectrum import spectral_density
 from sharpness.measures.traces import frobenius_norm, trace
 from sharpness.risk.empirical import EmpiricalRisk
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureSettings:
-    """What the measures of a summary share. See `summary`."""
-
-    k: int = 1
-    tol: float = 1e-2
-    epsilon: tuple[float, ...] = (1e-3, 5e-4)
-    subspace_dim: int | None = None
-    num_starts: int = 1
-    rho: tuple[float, ...] | None = None
-    shard_size: int | None = None
-    accuracy_drop: float = 0.1
-    seed: int = 0
-    max_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse a value before any work is done."""
-        positive("tol", self.tol, "The default is 1e-2.")
-        positive_list("epsilon", self.epsilon, "The paper used 1e-3 and 5e-4.")
-        if self.rho is not None:
-            positive_list("rho", self.rho, "SAM's default is 0.05.")
-        if not 0 < self.accuracy_drop < 1:
-            raise ValueError(
-                f"`accuracy_drop` must lie in (0, 1); got {self.accuracy_drop}. 0.1 is "
-                "usual."
-            )
-        if self.max_seconds is not None and not self.max_seconds >= 0:
-            raise ValueError(f"`max_seconds` must be at least 0; got {self.max_seconds}.")
-        whole("num_starts", self.num_starts, 1)
-        for name in ("subspace_dim", "shard_size"):
-            if getattr(self, name) is not None:
-                whole(name, getattr(self, name), 1)
-        if whole("seed", self.seed, 0) >= 1 << 62:
-            raise ValueError(f"`seed` must be below 2^62; got {self.seed}.")
 
 
 class Keywords(TypedDict, total=False):
@@ -284,15 +248,10 @@ def selected(measures: str | Sequence[str] | None) -> list[str]:
     asked = [measures] if isinstance(measures, str) else measures
     if asked is None:
         asked = DEFAULT_FAMILIES
-    unknown = [name for name in asked if name not in MEASURES and name not in FAMILIES]
-    if unknown or not asked:
-        wrong = unknown[0] if unknown else "none"
-        close = get_close_matches(wrong, [*MEASURES, *FAMILIES], 1)
-        raise ValueError(
-            f"`measures` must be of {', '.join(FAMILIES)} or single ones such as "
-            f"{', '.join(list(MEASURES)[:4])}; got {wrong!r}."
-            + (f" Did you mean {close[0]}?" if close else "")
-        )
+    some = ", ".join(list(MEASURES)[:4])
+    contract = f"be of {', '.join(FAMILIES)} or single ones such as {some}"
+    for name in asked or ["none"]:
+        known("measures", name, [*MEASURES, *FAMILIES], contract)
     return [n for n, m in MEASURES.items() if n in asked or m.family in asked]
 
 
@@ -641,5 +600,3 @@ MEASURES: dict[str, Measure] = {
         lambda risk, s: Cost(products=60),
     ),
 }
-FAMILIES = tuple(dict.fromkeys(measure.family for measure in MEASURES.values()))
-DEFAULT_FAMILIES = ("curvature", "epsilon", "perturbation", "flatness", "norms")

@@ -19,13 +19,13 @@ from sharpness.lab import networks
 from sharpness.lab.run import DivergedError, criterion_for, train
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.loading import LoadedCheckpoint, load_checkpoint
-from sharpness.measurement import MeasurementSettings, data_facts, risk_of
+from sharpness.measurement import data_facts, risk_of
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness
 from sharpness.measures.landscape import interpolation
 from sharpness.measures.perturbation import worst_case_sharpness
 from sharpness.measures.reparametrise import scaled_by
-from sharpness.measures.summary import MeasureSettings
+from sharpness.measures.settings import MeasurementSettings, MeasureSettings
 from sharpness.reproduce.model_spec import Bench, ModelSpec
 from sharpness.reproduce.serialisation import kind
 from sharpness.risk.empirical import EmpiricalRisk

@@ -19,6 +19,7 @@ from sharpness import _progress
 from sharpness._json import as_plain
 from sharpness.lab import data, networks
 from sharpness.lab.data import Dataset
+from sharpness.lab.named import parsed
 from sharpness.lab.run import criterion_for
 from sharpness.lab.sweep import pool
 from sharpness.record import append_record, new_record, read_records
@@ -237,7 +238,7 @@ class Costs:
     def _gradient(self, network: str, name: str) -> float:
         """Seconds of one on `_PROBE` samples."""
         if (network, name) not in self._seconds:
-            kind, arguments = networks.parsed(network)
+            kind, arguments = parsed(network)
             with torch.random.fork_rng(devices=[]), _threads(1):
                 *_, dataset = self._outline(name)
                 x, y = dataset.train

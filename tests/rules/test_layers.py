@@ -142,7 +142,7 @@ def test_the_mathematics_knows_no_file_clock_flag_or_print(name):
 
 
 def loaded_by(code: str) -> set[str]:
-    command = [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"]
+    command = [sys.executable, "-c", f"import sys; {code}\nprint(*sys.modules)"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     return set(run.stdout.split())
 
@@ -159,6 +159,22 @@ def test_importing_sharpness_alone_loads_not_even_torch():
     loaded = loaded_by("import sharpness; assert sharpness.__version__")
     assert "sharpness" in loaded
     assert not loaded & {"torch", "numpy", "scipy"}
+
+
+@pytest.mark.parametrize("name", ["measure", "compare", "train"])
+def test_the_help_of_a_command_loads_not_even_torch(name):
+    code = f"""pass
+from sharpness import {name} as command
+try:
+    command.main(["--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+"""
+    assert not loaded_by(code) & {"torch", "scipy", "rich", "matplotlib", "joblib"}
+
+
+def test_the_list_of_commands_loads_not_even_torch():
+    assert not loaded_by("import sharpness.__main__") & {"torch", "numpy", "scipy"}
 
 
 @pytest.mark.parametrize("name", sharpness.__all__)
