@@ -101,6 +101,12 @@ class ChunkedMean:
         other._set([part for b in other.given for part in batches.cut(b, size)])
         return other
 
+    def of(self, objective: Objective) -> ChunkedMean:
+        """The mean of another function over the same data, in the same chunks."""
+        other = copy.copy(self)
+        other._objective = objective
+        return other
+
     def statistics_parts(self, most: int) -> list[Any]:
         """The data in near-equal parts of at most `most` rows, however they are cut."""
         if self._closed:
@@ -193,14 +199,16 @@ class ChunkedMean:
         self, first: Any, terms: Callable[[Any], float] | None, most: int
     ) -> LossTerms:
         objective, loss = self._objective, self._objective.loss
-        if terms is not None:
-            return LossTerms(asked_reduction(loss) or "mean", terms, num_rows)
         if loss is None:
-            return LossTerms("mean", num_rows, num_rows)
+            return LossTerms("mean", terms or num_rows, num_rows)
         batch = batches.rows(first, 0, min(_PROBE, most))
         with evaluation(objective.model, self._batchnorm), torch.no_grad():
-            outputs = objective.outputs(objective.pieces(objective.theta), batch)
-        return loss_terms(loss, outputs, batch[1])
+            leaves = objective.pieces(objective.theta)
+            outputs = objective.outputs(leaves, batch)
+            objective.widen_loss(leaves, batch, outputs)
+        if terms is not None:
+            return LossTerms(asked_reduction(loss) or "mean", terms, num_rows)
+        return loss_terms(loss, *objective.as_compared(outputs, batch[1]))
 
     def _chosen_chunk_size(self, first: Any, asked: int | str) -> int:
         if not isinstance(asked, str):

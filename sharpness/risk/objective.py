@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,43 @@ class Objective:
         self._whole = _Whole(model, loss, closure)
         self.fixed = self._copied_state()
         self._written: set[str] | None = None  # what a forward pass writes into
+        self._batches_in_float64 = False
+
+    @property
+    def loss_dtype(self) -> torch.dtype:
+        """Type that the loss is computed in; the outputs' own unless it was widened."""
+        return torch.float64 if self._whole.widens else self.theta.dtype
+
+    def widen_loss(self, leaves: Sequence[Tensor], batch: Any, outputs: Any) -> None:
+        """Compute the loss in float64 from the outputs on, where it takes them.
+
+        A softmax in float32 knows 1 - p to 6e-8 only. At a cross-entropy of 1e-7 a tenth
+        of f and some percent of gradients and products are then rounding.
+        """
+        is_narrow = isinstance(outputs, Tensor) and outputs.is_floating_point()
+        if not is_narrow or outputs.dtype == torch.float64 or self.device.type == "mps":
+            return
+        narrow = self.fixed
+        self.fixed = {
+            name: _in_float64(value) if name.startswith("loss.") else value
+            for name, value in narrow.items()
+        }
+        self._whole.widens = True
+        try:
+            with torch.enable_grad():
+                at = outputs.detach().requires_grad_()
+                gradients(self.loss_of(leaves, batch, at).sum(), [at])
+        except Exception:  # a kernel or a tensor of its own that has no float64
+            self._whole.widens, self.fixed = False, narrow
+
+    def double(self) -> Objective:
+        """The same function at the same theta, in float64 throughout."""
+        other = copy.copy(self)
+        other.theta, other._batches_in_float64 = self.theta.double(), True
+        other.dtypes = [torch.float64 for _ in self.dtypes]
+        other.fixed = {name: _in_float64(value) for name, value in self.fixed.items()}
+        other._autocast = None
+        return other
 
     def pieces(self, theta: Tensor) -> list[Tensor]:
         """A flat vector (n,) as new tensors in the parameters' shapes and types."""
@@ -84,8 +122,12 @@ class Objective:
         """The loss, or another one, of outputs that are already there."""
         if loss is None or loss is self.loss:
             return self._call(leaves, batch, outputs=outputs)
-        value: Tensor = loss(outputs, batch[1])
+        value: Tensor = loss(*self.as_compared(outputs, batch[1]))
         return value
+
+    def as_compared(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
+        """Outputs and targets in the type that the loss is computed in."""
+        return self._whole.as_compared(outputs, targets)
 
     def estimated_statistics(
         self, leaves: Sequence[Tensor], parts: Sequence[Any]
@@ -119,19 +161,21 @@ class Objective:
     def _call(self, leaves: Sequence[Tensor], batch: Any, **kwargs: Any) -> Tensor:
         seed_generators()  # what a batch draws does not depend on the batches before
         moving = {"model." + k: v for k, v in zip(self.names, leaves, strict=True)}
+        if self._batches_in_float64:
+            batch = tree_map(_in_float64, batch)
         state, batch = self._safe_to_write(batch)
         with self._precision(), _compiled_parts_run_eagerly():
             result: Tensor = functional_call(
                 self._whole, {**state, **moving}, (batch,), kwargs
             )
-        if self._written is None:
+        if self._written is None and not kwargs:  # model and loss have both been run
             self._written = _changed({**state, "batch": batch})
         return result
 
     def _safe_to_write(self, batch: Any) -> tuple[dict[str, Tensor], Any]:
         """The fixed state and the batch; copies of what the forward pass writes into.
 
-        The first call gets copies of all and shows what that is. A batch's containers
+        The first whole call gets copies of all and shows what that is. A batch's containers
         are always new: a closure may take them apart.
         """
         written = self._written
@@ -169,6 +213,7 @@ class _Whole(nn.Module):
         super().__init__()
         self.model, self.loss, self.closure = model, loss, closure
         self._elementwise = loss_terms.is_elementwise(loss)
+        self.widens = False
 
     def forward(self, batch: Any, outputs: Any = None, outputs_only: bool = False) -> Any:
         if self.closure is not None:
@@ -179,7 +224,17 @@ class _Whole(nn.Module):
             return outputs
         if self._elementwise:
             loss_terms.refuse_broadcast(outputs, batch[1])
-        return self.loss(outputs, batch[1])
+        return self.loss(*self.as_compared(outputs, batch[1]))
+
+    def as_compared(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
+        if not self.widens:
+            return outputs, targets
+        return _in_float64(outputs), tree_map(_in_float64, targets)
+
+
+def _in_float64(value: Any) -> Any:
+    is_floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_floating else value
 
 
 def _changed(state: Mapping[str, Any]) -> set[str]:
