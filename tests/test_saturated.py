@@ -146,14 +146,14 @@ def test_targets_and_the_loss_itself_are_left_as_they_were():
 
 
 @pytest.mark.parametrize("name", CLASS_LOSSES)
-@pytest.mark.parametrize("batchnorm", [False, True])
+@pytest.mark.parametrize("batchnorm", [None, "running", "batch", "recalibrated"])
 def test_double_is_the_risk_of_the_model_in_float64(name, batchnorm):
     model, (x, y) = saturated(1e-3)
     if batchnorm:
         model = nn.Sequential(nn.BatchNorm1d(6), *model)
     loss = CLASS_LOSSES[name]
     exact = copy.deepcopy(loss).double() if isinstance(loss, nn.Module) else loss
-    mode = "batch" if batchnorm else "running"
+    mode = batchnorm or "running"
     found = sh.EmpiricalRisk(model, loss, (x, y), batchnorm=mode).double()
     wide = copy.deepcopy(model).double()
     true = sh.EmpiricalRisk(wide, exact, (x.double(), y), batchnorm=mode)
@@ -161,6 +161,8 @@ def test_double_is_the_risk_of_the_model_in_float64(name, batchnorm):
     assert found.dtype == torch.float64
     assert torch.equal(found.theta, true.theta)
     assert found.value() == pytest.approx(true.value(), rel=1e-14)
+    there = found.theta + 0.1 * v
+    assert found.value(there) == pytest.approx(true.value(there), rel=1e-13)
     assert torch.allclose(found.gradient(), true.gradient(), rtol=1e-12, atol=1e-18)
     assert torch.allclose(found.hvp(v), true.hvp(v), rtol=1e-12, atol=1e-18)
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -54,7 +54,8 @@ class Objective:
         self._autocast = autocast
         self._whole = _Whole(model, loss, closure)
         self.fixed = self._copied_state()
-        self._written: set[str] | None = None  # what a forward pass writes into
+        # What each kind of call (outputs, loss, both) writes into.
+        self._written: dict[tuple[str, ...], set[str]] = {}
         self._batches_in_float64 = False
 
     @property
@@ -139,9 +140,10 @@ class Objective:
         "estimating".
         """
         found = {
-            f"model.{name}.{buffer}": torch.zeros_like(value)
+            key: torch.zeros_like(self.fixed[key])
             for name in batchnorm_layers(self.model)
-            for buffer, value in self.model.get_submodule(name).named_buffers()
+            for buffer, _ in self.model.get_submodule(name).named_buffers()
+            for key in [f"model.{name}.{buffer}"]
         }
         with self.holding(found), torch.no_grad():
             for part in parts:
@@ -163,22 +165,24 @@ class Objective:
         moving = {"model." + k: v for k, v in zip(self.names, leaves, strict=True)}
         if self._batches_in_float64:
             batch = tree_map(_in_float64, batch)
-        state, batch = self._safe_to_write(batch)
+        kind = tuple(kwargs) if self.closure is None else ()
+        state, batch = self._safe_to_write(batch, self._written.get(kind))
         with self._precision(), _compiled_parts_run_eagerly():
             result: Tensor = functional_call(
                 self._whole, {**state, **moving}, (batch,), kwargs
             )
-        if self._written is None and not kwargs:  # model and loss have both been run
-            self._written = _changed({**state, "batch": batch})
+        if kind not in self._written:
+            self._written[kind] = _changed({**state, "batch": batch})
         return result
 
-    def _safe_to_write(self, batch: Any) -> tuple[dict[str, Tensor], Any]:
+    def _safe_to_write(
+        self, batch: Any, written: set[str] | None
+    ) -> tuple[dict[str, Tensor], Any]:
         """The fixed state and the batch; copies of what the forward pass writes into.
 
-        The first whole call gets copies of all and shows what that is. A batch's containers
-        are always new: a closure may take them apart.
+        The first call of a kind gets copies of all and shows what that is. A batch's
+        containers are always new: a closure may take them apart.
         """
-        written = self._written
 
         def copied(tensor: Any) -> Any:
             return tensor.clone() if isinstance(tensor, Tensor) else tensor
