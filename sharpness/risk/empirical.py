@@ -472,6 +472,8 @@ class EmpiricalRisk:
         other.theta = other._objective.theta
         other._mean = self._mean.of(other._objective)
         other._products, other._gradient = {}, None
+        if other.batchnorm == "recalibrated":
+            other._objective.fixed |= other._statistics(other._pieces(None))
         return other
 
     def network(self) -> nn.Module:
