@@ -24,6 +24,7 @@ from helpers.problems import (
 from torch import Tensor, nn
 
 from sharpness import EmpiricalRisk, NotConvergedError
+from sharpness.measures import layers
 from sharpness.measures.layers import LayerwiseEigenpairs, layerwise_eigenpairs
 from sharpness.measures.preconditioner import adam_preconditioner
 
@@ -237,6 +238,31 @@ def test_a_parameter_without_a_module_is_a_block_by_its_own_name():
     assert found["theta"].eigenvalues.tolist() == pytest.approx([3, 1, -2], rel=1e-14)
 
 
+def test_all_blocks_share_what_the_confidence_leaves(monkeypatch):
+    asked = []
+    original = layers.Search
+
+    def noted(*arguments, miss, **rest):
+        asked.append(miss)
+        return original(*arguments, miss=miss, **rest)
+
+    monkeypatch.setattr(layers, "Search", noted)
+    risk = tiny_mlp().risk()
+    found = layerwise_eigenpairs(risk, k=3, confidence=0.9)
+    assert asked == [pytest.approx(0.1 / 6)] * 2
+    assert found.confidence == 0.9
+    assert all(block.hidden == () for block in found.blocks)
+    bare = layerwise_eigenpairs(risk, confidence=None)
+    assert asked[2:] == [None] * 2
+    assert all(block.hidden is None for block in bare.blocks)
+
+
+def test_a_block_says_where_a_value_may_hide():
+    found = layerwise_eigenpairs(tiny_mlp().risk(), max_sweeps=3)
+    low, high = found.blocks[0].hidden[-1]
+    assert f"others may hide in ({low:.4g}, {high:.4g}) (95 %)" in str(found)
+
+
 def test_the_same_seed_gives_the_same_bits():
     first, again, other = (
         layerwise_eigenpairs(tiny_mlp().risk(), k=2, seed=seed) for seed in (1, 1, 2)
@@ -329,6 +355,7 @@ def test_a_block_that_is_not_finite_says_so_and_the_others_go_on():
         ({"k": 0}, "`k` must be at least 1; got 0"),
         ({"k": 1.5}, "`k` must be at least 1; got 1.5"),
         ({"which": "LR"}, "`which` must be .* got 'LR'"),
+        ({"confidence": 1}, "`confidence` must lie in"),
         ({"tol": 0.0}, "`tol` must be positive; got 0.0"),
         ({"tol": float("nan")}, "`tol` must be positive; got nan"),
         ({"blocks": {}}, "`blocks` must give at least one block"),

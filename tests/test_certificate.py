@@ -207,3 +207,43 @@ def test_small_overlaps_planted_in_float32_are_found_as_in_theory(miss, num):
     quantile = chi2.ppf(miss, 1) ** 0.5
     assert all(planted(1.02 * quantile, miss, seed) for seed in range(num))
     assert not any(planted(0.03 * quantile, miss, seed) for seed in range(num))
+
+
+def distinct(spectrum: np.ndarray, k: int, tol: float) -> list[float]:
+    """c_1, ..., c_k of the theorem, for positive values."""
+    chosen: list[float] = []
+    for x in np.sort(spectrum)[::-1].tolist():
+        if len(chosen) < k and not (chosen and x >= chosen[-1] * (1 - tol) / (1 + tol)):
+            chosen.append(x)
+    return chosen
+
+
+@pytest.mark.parametrize("num", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_only_a_start_with_a_part_below_the_quantile_can_miss(num):
+    """At a confidence of 1/2 there are many such; the others never do."""
+    k, tol, miss, small = 3, 1e-2, 0.5 / 3, 0
+    for seed in range(num):
+        draw = np.random.default_rng(seed)
+        spectrum = np.append(0.2 + 0.8 * draw.random(12), 0.05 * draw.random(500) ** 8)
+        start, values = normal(512, seed), torch.from_numpy(spectrum)
+        search = Search(
+            start,
+            torch.Generator().manual_seed(seed),
+            k=k,
+            which="LA",
+            tol=tol,
+            miss=miss,
+            basis_size=13 if seed % 2 else 150,
+        )
+        while not search.is_converged:
+            search.absorb(values * search.direction())
+        found = search.found().values
+        c = distinct(spectrum, k, tol)
+        parts = [abs(float(start[np.flatnonzero(spectrum == x)[0]])) for x in c]
+        if min(parts) >= chi2.ppf(miss, 1) ** 0.5:
+            above = [x for x in c if x > (1 + tol) * found[-1] * (1 + 1e-9)]
+            assert len(above) < k
+            assert all(np.any(np.abs(found - x) <= tol * found) for x in above)
+        else:
+            small += 1
+    assert small > num / 4
