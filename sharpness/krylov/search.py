@@ -116,11 +116,12 @@ class Search:
             return None
         if state.m < self._k and not self.is_whole:
             return ((-math.inf, math.inf),)
-        values = (theta := ritz_pairs(state).values)[wanted(theta, self._k, self._which)]
+        kernel = self._kernel()
+        values = kernel.values[wanted(kernel.values, self._k, self._which)]
         allowed = self._tol * np.maximum(np.abs(values), state.noise)
         beyond = thresholds(values, allowed, self._which)
         limit = certificate.log_limit(self._squared_norm, self._miss)
-        return certificate.hiding(self._kernel(), limit, beyond, values, allowed)
+        return certificate.hiding(kernel, limit, beyond, values, allowed)
 
     def upper(self, miss: float) -> float:
         """What the largest eigenvalue exceeds with probability `miss` at most."""
