@@ -579,3 +579,17 @@ def test_a_record_is_strict_json_and_a_text_one_line(measure, build):
     assert plain["status"] == found.status
     assert "\n" not in str(found) + repr(found)
     assert all(isinstance(reading.value, float) for reading in found.readings())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_relative_flatness_by_differences_is_that_of_exact_products(dtype):
+    """Its error over the probes holds what the differences themselves are off by."""
+    problem = tiny_mlp(dtype=dtype)
+    found, exact = (
+        sh.relative_flatness(problem.risk(engine=engine), num_probes=3)
+        for engine in ("differences", "kept_graph")
+    )
+    for layer in range(2):
+        apart = abs(found.values[layer] - exact.values[layer])
+        of_products = found.standard_errors[layer] ** 2 - exact.standard_errors[layer] ** 2
+        assert apart**2 <= of_products + 1e-3 * exact.standard_errors[layer] ** 2

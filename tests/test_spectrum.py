@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.problems import (
     directions,
+    mlp_data,
     mlp_hessian,
     mlp_risk,
     quadratic,
@@ -873,3 +874,61 @@ def test_a_figure_of_a_flat_risk_can_be_drawn(tmp_path):
     found = sh.spectral_density(quadratic([0.0] * 40), num_starts=3)
     found.plot(str(tmp_path / "flat.png"))
     assert (tmp_path / "flat.png").stat().st_size > 5000
+
+
+# -- inexact products --------------------------------------------------------------
+
+
+def inexact(values: np.ndarray, share: float) -> sh.EmpiricalRisk:
+    """Products of a matrix whose eigenvalues have all moved, by so much of the largest."""
+    shift = share * float(np.abs(values).max())
+    risk = fast(symmetric(values))
+    product = risk.product
+
+    def product_and_error(v: Tensor, matrix: str = "hessian") -> tuple[Tensor, Tensor]:
+        return product(v, matrix) + shift * v, shift * v.norm(dim=1)
+
+    risk.product_and_error = product_and_error
+    return risk
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_band_and_integrals_hold_what_inexact_products_have_moved(name):
+    points, true, sigma = grid_of(name)
+    values = SPECTRA[name]
+    found = sh.spectral_density(
+        inexact(values, 5e-4), num_starts=5, num_steps=40, grid=points, sigma=sigma
+    )
+    low, high = found.band
+    assert np.mean((low <= true) & (true <= high)) > 0.95
+    assert 5e-4 * np.abs(values).max() <= found.product_error
+    truths = {
+        found.negative_mass: np.maximum(-values, 0).mean(),
+        lambda: found.count_above(0.3): np.sum(values > 0.3),
+        lambda: found.integral(np.square): np.sum(values**2),
+    }
+    for integral, truth in truths.items():
+        assert integral().interval[0] <= truth <= integral().interval[1]
+        assert integral().product_error > 0
+
+
+def test_a_density_finer_than_the_products_is_not_claimed():
+    risk = inexact(SPECTRA["bulk"], 0.01)
+    found = sh.spectral_density(risk, num_starts=2, num_steps=20, sigma=0.01)
+    assert found.status == "inexact"
+    assert found.product_error > found.sigma
+    with pytest.raises(sh.NotConvergedError, match="less exact"):
+        found.raise_for_status()
+
+
+def test_a_density_by_differences_holds_that_of_the_dense_matrix():
+    values = np.linalg.eigvalsh(mlp_hessian(mlp_risk().theta).numpy())
+    exact = mlp_risk()
+    risk = sh.EmpiricalRisk(
+        exact.model, torch.nn.CrossEntropyLoss(), mlp_data(), engine="differences"
+    )
+    found = sh.spectral_density(risk, num_starts=3, num_steps=30, grid=200, sigma=0.01)
+    low, high = found.band
+    true = gaussians(values, found.grid, found.sigma)
+    assert np.mean((low <= true) & (true <= high)) > 0.9
+    assert 0 < found.product_error < 1e-3 * np.abs(values).max()

@@ -592,7 +592,7 @@ def test_a_flat_risk_has_trace_zero_and_has_converged_r9(method, n):
     found = sh.trace(quadratic([0.0] * n), method=method)
     assert (found.value, found.standard_error, found.interval) == (0.0, 0.0, (0.0, 0.0))
     assert found.status == "converged"
-    assert found.num_probes == 10
+    assert found.num_probes == 16
 
 
 def test_a_flat_risk_has_norm_and_diagonal_zero_r9():
@@ -945,7 +945,7 @@ def test_products_that_are_less_exact_than_rtol_end_the_measure_at_once(name, mo
     found = MEASURES[name](rough, rtol=1e-3)
     assert found.status == "inexact"
     assert not found.status.ok
-    assert found.num_hvps <= 40
+    assert found.num_hvps <= 48  # the first look at a trace
     if name != "diagonal":
         truth = truth_of(name, symmetric(SPECTRA["outliers"]).numpy())
         assert covered(found, truth, 0)

@@ -337,7 +337,7 @@ class RelativeFlatness(Result):
 
     layers: tuple[str, ...]  # names of the weights
     values: tuple[float, ...]
-    standard_errors: tuple[float, ...]  # over the probes
+    standard_errors: tuple[float, ...]  # over the probes, with the products' own
     status: Status
     num_probes: int
     num_hvps: int  # products of single blocks, each at most a Hessian-vector product
@@ -436,6 +436,7 @@ def relative_flatness(
     rows = [weights[name].flatten(1) for name in chosen]
     roots = [_root_of_rows(weight) for weight in rows] if is_finite else []
     samples: list[list[float]] = []
+    inexact: list[list[float]] = []
     generator = _tensors.seeded(seed)
     run = Run("sweeps", max_seconds=max_seconds, total=num_probes, progress=progress)
     with run:
@@ -445,22 +446,20 @@ def relative_flatness(
                 root @ _signs(weight, generator)
                 for weight, root in zip(rows, roots, strict=True)
             ]
-            products = risk.block_products(
-                [[name] for name in chosen], [probe.flatten() for probe in probes]
-            )
-            samples.append(
-                [
-                    float(_tensors.dot64(probe.flatten(), product))
-                    for probe, product in zip(probes, products, strict=True)
-                ]
-            )
+            forms, errors = _quadratic_forms(risk, chosen, probes)
+            samples.append(forms)
+            inexact.append(errors)
     columns = list(zip(*samples, strict=True)) or [()] * len(chosen)
     found = [mean_and_error(column) for column in columns]
+    of_products = np.mean(inexact, 0) if inexact else np.zeros(len(chosen))
     is_finite = is_finite and all(math.isfinite(value) for value, _ in found)
     return RelativeFlatness(
         layers=tuple(chosen),
         values=tuple(value for value, _ in found),
-        standard_errors=tuple(error for _, error in found),
+        standard_errors=tuple(
+            math.hypot(error, of_product)
+            for (_, error), of_product in zip(found, of_products, strict=True)
+        ),
         status=run.status if is_finite or not run.status.ok else Status.NON_FINITE,
         num_probes=len(samples),
         num_hvps=len(samples) * len(chosen),
@@ -470,6 +469,28 @@ def relative_flatness(
 
 
 # -- inside ----------------------------------------------------------------------------
+
+
+def _quadratic_forms(
+    risk: EmpiricalRisk, names: Sequence[str], probes: Sequence[Tensor]
+) -> tuple[list[float], list[float]]:
+    """z^T H_l z for every layer, and what inexact products may have moved it by.
+
+    Differences of gradients know the error of a whole product, not of a block.
+    """
+    if risk.prepare().relative_error is None:
+        z = [probe.flatten() for probe in probes]
+        products = risk.block_products([[name] for name in names], z)
+        forms = [float(_tensors.dot64(*pair)) for pair in zip(z, products, strict=True)]
+        return forms, [0.0] * len(forms)
+    rows = risk.theta.new_zeros(len(names), risk.n)
+    for row, name, probe in zip(rows, names, probes, strict=True):
+        pieces = _tensors.split(row, risk.shapes)
+        place = pieces[risk.names.index(name)]
+        place.copy_(probe.view_as(place))
+    whole, errors = risk.product_and_error(rows)
+    forms = [float(_tensors.dot64(*pair)) for pair in zip(rows, whole, strict=True)]
+    return forms, (errors * rows.norm(dim=1)).tolist()
 
 
 def _root_of_rows(weight: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class Multiplication:
     def _product(self, rows: Tensor) -> Tensor:
         self._run.step(len(rows))
         products, errors = self._risk.product_and_error(rows, self._matrix)
-        lengths = rows.double().norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
-        square = float((errors.double() / lengths).square().sum())
+        lengths = rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
+        square = float((errors / lengths).square().sum())
         if math.isfinite(square):  # what is not finite stops the measure by itself
             self._square += square
             self._num += len(rows)

@@ -36,7 +36,8 @@ _METHODS: dict[str, Callable[[Tensor, int], Estimator]] = {
     "hutchinson": Hutchinson,
     "xtrace": XTrace,
 }
-_FEWEST = 10  # probes before the first look
+_FEWEST = 10  # probes that a budget must allow
+_FIRST_LOOK = 16  # probes: a rule that may stop at ten stops at what is narrow by luck
 _SKETCH = 10  # directions that Frobenius norm and diagonal treat exactly
 
 
@@ -134,7 +135,7 @@ def trace(
     r"""The trace of the Hessian: the sum of its eigenvalues.
 
     Stopped when half the width of the Student t interval, corrected for skewness, is at
-    most `rtol` times the value. It is looked at after 10 probes; their spread foretells
+    most `rtol` times the value. It is looked at after 16 probes; their spread foretells
     how many are needed, and the next look is there, or at twice as many probes if that
     is sooner. So a small spread by luck in the first few stops nothing. What inexact
     products (rounding, differences of gradients) may have moved the value by is part of
@@ -342,13 +343,14 @@ def _estimated(
         max_seconds=max_seconds,
         max_steps=max_hvps,
         progress=progress,
-        status=Status.MAX_HVPS,
     )
     multiply = Multiplication(run, risk, matrix)
     most = (max_hvps - estimator.fixed_products) // estimator.products_a_probe
-    num = _FEWEST
+    num = min(_FIRST_LOOK, most)
     with run:
-        while num > len(estimator.estimates):
+        if num > _FEWEST:  # something for an interrupt before the first look
+            estimator.grow(multiply, _FEWEST)
+        while True:
             estimator.grow(multiply, num)
             value, _, (low, high) = _student(estimator.estimates, confidence)
             inexact = effect(value, multiply.error)
@@ -360,6 +362,8 @@ def _estimated(
             if inexact > rtol * max(abs(low), abs(high)):
                 run.stop(Status.INEXACT)
             num = _next_look(num, (high - low) / allowed if allowed > 0 else math.inf)
+            if len(estimator.estimates) == most:
+                run.stop(Status.MAX_HVPS)
             num = min(num, most)
     value, error, (low, high) = _student(estimator.estimates, confidence)
     inexact = effect(value, multiply.error)
@@ -386,7 +390,8 @@ def _student(estimates: np.ndarray, confidence: float) -> tuple[float, float, In
 
     Quadratic forms are sums of few squares where few eigenvalues rule, and the plain
     interval then covers 89 % instead of 95. Hall (1992), J. R. Stat. Soc. B 54(1): a
-    monotone cubic of t takes the skewness out.
+    monotone cubic of t takes the skewness out. Where the skewness is large it is itself
+    uncertain: t grows by half its square over the number (docs/decisions.md).
     """
     num = len(estimates)
     if not np.isfinite(estimates).all():
@@ -399,6 +404,7 @@ def _student(estimates: np.ndarray, confidence: float) -> tuple[float, float, In
     # By hand: SciPy warns where estimates agree to rounding.
     steps = (estimates - value) / spread if spread > 1e-12 * abs(value) else np.zeros(num)
     skew = float((steps**3).sum()) * num / max(1, (num - 1) * (num - 2))
+    t *= 1 + skew**2 / (2 * num)
     low, high = (value - error * _without_skew(end, skew, num) for end in (t, -t))
     return value, error, (low, high)
 
