@@ -52,8 +52,11 @@ SPECTRA = {
     "both signs": np.append(np.linspace(-1, 1, N - 1), 1.0),
     "normal": stats.norm.ppf((INDEX - 0.5) / N),
     "trained": np.concatenate(
-        [1e-3 * stats.norm.ppf(INDEX[:170] / 171), stats.expon.ppf(INDEX[:25] / 26) / 3]
-        + [[3.0, 4, 5, 7, 10]]
+        [
+            1e-3 * stats.norm.ppf(INDEX[:170] / 171),
+            stats.expon.ppf(INDEX[:25] / 26) / 3,
+            [3.0, 4, 5, 7, 10],
+        ]
     ),
 }
 
@@ -395,10 +398,12 @@ CASES = (
 
 INTRODUCTION = """# Do the intervals cover?
 
-Every interval the library prints, counted on problems whose right value is known: how often it holds the truth. Written by
-`python benchmarks/coverage.py --page` from `benchmarks/coverage.json`; matrices of 200 eigenvalues named by their
-spectrum. The error of a share is its standard error. Bands and diagonals are counted point by point, with the tenth of
-points that is covered least beside them. A slow test counts fewer runs of the same cases.
+Every interval the library prints, counted on problems whose right value is known: how often
+it holds the truth. Written by `python benchmarks/coverage.py --page` from
+`benchmarks/coverage.json`; matrices have 200 eigenvalues and are named by their spectrum.
+Behind ± is the standard error of a share. Bands and diagonals are counted point by point,
+with the tenth of the points that is covered least beside them. A slow test counts fewer
+runs of the same cases.
 """
 
 
@@ -413,7 +418,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
             continue
         worst = "" if found["worst_tenth"] is None else f"{found['worst_tenth']:.1%}"
         lines.append(
-            f"| {case.interval} | {case.problem} | {found['runs']} | {found['claimed']:.0%} | "
+            f"| {case.interval} | {case.problem} | {found['runs']} "
+            f"| {found['claimed']:.0%} | "
             f"{found['covered']:.1%} ± {found['standard_error']:.1%} | {worst} |"
         )
     return INTRODUCTION + "\n" + "\n".join(lines) + "\n"
