@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import field, fields
 from difflib import get_close_matches
 from importlib import import_module
 from numbers import Integral, Real
@@ -98,6 +99,28 @@ def known(argument: str, name: Any, names: Iterable[str], contract: str = "") ->
     require(name in list(lower.values()), argument, contract, name, advice)
 
 
+@contextmanager
+def explained(
+    name: object,
+    contract: str,
+    got: str,
+    advice: str = "",
+    kinds: tuple[type[BaseException], ...] = (Exception, SystemExit),
+) -> Iterator[None]:
+    """Make one line, as `ensure`, of whatever somebody else's code raises.
+
+    Raises:
+        ValueError: it raised one of `kinds`.
+    """
+    try:
+        yield
+    except kinds as error:
+        kind = type(error).__name__
+        first = (str(error).strip().splitlines() or [kind])[0].rstrip(".")
+        text = f"`{name}` must {contract}; got {got} ({kind}: {first}). {advice}"
+        raise ValueError(text.rstrip()) from None
+
+
 def package(name: str, install: str = "'sharpness[lab]'") -> Any:
     """A package that measuring does not need, imported.
 
@@ -125,6 +148,29 @@ def at_least(name: str, value: Any, least: float, advice: str = "") -> float:
     return float(value)
 
 
-def flag(default: Any, text: str) -> Any:
-    """A field of a dataclass that a command has as a flag, with this help text."""
-    return field(default=default, metadata={"help": text})
+def setting(
+    default: Any, text: str = "", check: Callable[[str, Any], Any] | None = None
+) -> Any:
+    """A field of a `Checked` dataclass.
+
+    Args:
+        default: None means that None may be given.
+        text: help for the flag that a command has for it; no text, no flag.
+        check: called with name and value, to refuse it.
+    """
+    return field(default=default, metadata={"help": text, "check": check})
+
+
+class Checked:
+    """A dataclass whose fields are checked when it is made: see `setting`."""
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their range.
+
+        Raises:
+            ValueError: one is.
+        """
+        for each in fields(self):  # type: ignore[arg-type]
+            value, check = getattr(self, each.name), each.metadata.get("check")
+            if check and (value is not None or each.default is not None):
+                check(each.name, value)

@@ -38,12 +38,12 @@ def add_flags(group: Any, settings: type, as_text: Sequence[str] | None = None) 
     """
     hints = get_type_hints(settings)
     for field in fields(settings):
-        if "help" in field.metadata:
+        if text := field.metadata.get("help"):
             read = {} if field.name in (as_text or ()) else _read_as(hints[field.name])
             group.add_argument(
                 f"--{field.name.replace('_', '-')}",
                 default=field.default if as_text is None else None,
-                help=field.metadata["help"] + _usual(field.default, field.metadata["help"]),
+                help=text + _usual(field.default, text),
                 **read,
             )
 

@@ -13,7 +13,8 @@ import os
 import pickletools
 import re
 import warnings
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from sharpness._arguments import ensure
 
 FORMAT, SCHEMA = "sharpness-checkpoint", 1
 
@@ -47,11 +50,10 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write to a temporary name in the same folder, then rename: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = asdict(checkpoint)
-    facts.pop("sha256")
-    facts = {"format": FORMAT, "schema": SCHEMA, **facts}
-    is_pt = path.suffix != ".safetensors"
-    content = _pt_content(path, facts) if is_pt else _safetensors_content(facts)
+    facts = {"format": FORMAT, "schema": SCHEMA, **asdict(checkpoint)}
+    del facts["sha256"]
+    written = _safetensors_content if path.suffix == ".safetensors" else _pt_content
+    content = written(path, facts)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
@@ -85,8 +87,7 @@ def load(path: str | Path) -> Checkpoint:
         ValueError: it is not a checkpoint, is damaged, would run code, or was written
             by something else. One line each, saying what to do.
     """
-    facts, digest = _read(Path(path))
-    return _checkpoint(Path(path), facts, digest)
+    return _checkpoint(Path(path), *_read(Path(path)))
 
 
 def load_if_native(path: str | Path) -> Checkpoint | None:
@@ -109,19 +110,12 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         ValueError: it is damaged, would run code, or holds no tensors by name.
     """
     facts, _ = _read(Path(path))
-    found = facts
-    for name in _STATE_NAMES:
-        if isinstance(facts, dict) and isinstance(facts.get(name), dict):
-            found = facts[name]
-            break
-    tensors = isinstance(found, dict) and {
-        str(key): value for key, value in found.items() if isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise ValueError(
-            f"`{path}` must hold a state_dict; got {_described(facts)}. Save "
-            "`model.state_dict()`, alone or under the name 'state_dict'."
-        )
+    there = facts if isinstance(facts, dict) else {}
+    nested = (there[name] for name in _STATE_NAMES if isinstance(there.get(name), dict))
+    found = next(nested, there).items()
+    tensors = {str(key): value for key, value in found if isinstance(value, Tensor)}
+    advice = "Save `model.state_dict()`, alone or under the name 'state_dict'."
+    ensure(bool(tensors), path, "hold a state_dict", _described(facts), advice)
     return tensors
 
 
@@ -145,9 +139,8 @@ def check_file(path: str | Path) -> None:
 
 def _checkpoint(path: Path, facts: Any, digest: str) -> Checkpoint:
     _check_facts(path, facts)
-    names = Checkpoint.__dataclass_fields__.keys() - {"sha256"}
-    known = {name: facts[name] for name in names if name in facts}
-    return Checkpoint(**known, sha256=digest)
+    known = {f.name: facts[f.name] for f in fields(Checkpoint) if f.name in facts}
+    return Checkpoint(**{**known, "sha256": digest})
 
 
 def _read(path: Path) -> tuple[Any, str]:
@@ -167,18 +160,13 @@ def _read_pt(path: Path, content: bytes) -> Any:
     except Exception as error:  # PyTorch's reader raises a dozen kinds on damaged bytes
         named = re.search(r"(?:Unsupported global: |unsupported )GLOBAL (\S+)", str(error))
         blocked = named[1] if named else _first_global(content)
-        if blocked:
-            raise ValueError(
-                f"`{path}` must hold plain tensors and values; got a pickle that needs "
-                f"`{blocked}`, which was not executed. Save the `state_dict` alone."
-            ) from None
-        raise _damaged(path, content) from None
+        raise _unreadable(path, content, blocked) from None
 
 
 def _first_global(content: bytes) -> str | None:
     """The first name a bare pickle would import; nothing is executed."""
     texts: list[str] = []
-    try:
+    with suppress(Exception):  # no pickle
         for code, argument, _ in pickletools.genops(content):
             if code.name == "GLOBAL":
                 return str(argument).replace(" ", ".")
@@ -186,12 +174,15 @@ def _first_global(content: bytes) -> str | None:
                 return ".".join(texts[-2:])
             if isinstance(argument, str):
                 texts.append(argument)
-    except Exception:  # no pickle
-        pass
     return None
 
 
-def _damaged(path: Path, content: bytes) -> ValueError:
+def _unreadable(path: Path, content: bytes, blocked: str | None) -> ValueError:
+    if blocked:
+        return ValueError(
+            f"`{path}` must hold plain tensors and values; got a pickle that needs "
+            f"`{blocked}`, which was not executed. Save the `state_dict` alone."
+        )
     kind = "a damaged or truncated file" if content[:2] == b"PK" else "another file"
     return ValueError(
         f"`{path}` must be a checkpoint written by torch.save; got {kind} "
@@ -200,23 +191,18 @@ def _damaged(path: Path, content: bytes) -> ValueError:
 
 
 def _check_facts(path: Path, facts: Any) -> None:
-    if isinstance(facts, dict) and facts.get("format") == FORMAT:
-        if facts.get("schema") != SCHEMA:
-            raise ValueError(
-                f"`{path}` must have schema {SCHEMA}; got {facts.get('schema')}. "
-                "Read it with the version of sharpness that wrote it."
-            )
-        missing = [n for n in FIELDS if n not in facts]
-        if not missing:
-            return
-        found = f"one without {', '.join(missing)}"
-    else:
-        found = _described(facts)
-    raise ValueError(
-        f"`{path}` must be a checkpoint written by sharpness; got {found}. For your own "
-        "model, load it in Python and pass it to `sharpness.EmpiricalRisk(model, loss, "
-        "data)`."
+    advice = (
+        "For your own model, load it in Python and pass it to "
+        "`sharpness.EmpiricalRisk(model, loss, data)`."
     )
+    ours = "be a checkpoint written by sharpness"
+    native = isinstance(facts, dict) and facts.get("format") == FORMAT
+    ensure(native, path, ours, _described(facts), advice)
+    reader = "Read it with the version of sharpness that wrote it."
+    schema = facts.get("schema")
+    ensure(schema == SCHEMA, path, f"have schema {SCHEMA}", str(schema), reader)
+    missing = [name for name in FIELDS if name not in facts]
+    ensure(not missing, path, ours, f"one without {', '.join(missing)}", advice)
 
 
 def _described(facts: Any) -> str:
@@ -224,7 +210,7 @@ def _described(facts: Any) -> str:
     return f"{type(facts).__name__} ({names}, …)" if names else "something else"
 
 
-def _safetensors_content(facts: dict[str, Any]) -> bytes:
+def _safetensors_content(path: Path, facts: dict[str, Any]) -> bytes:
     tensors: dict[str, Tensor] = {}
     header = {FORMAT: json.dumps(_without_tensors(facts, tensors))}
     return safetensors.torch.save(tensors, metadata=header)
@@ -245,13 +231,13 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(value, dict) and "__tensor__" in value:
-        return tensors[value["__tensor__"]]
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, tensors) for key, item in value["__dict__"]}
     if isinstance(value, list):
         return [_with_tensors(item, tensors) for item in value]
-    return value
+    if not isinstance(value, dict):
+        return value
+    if "__tensor__" in value:
+        return tensors[value["__tensor__"]]
+    return {key: _with_tensors(item, tensors) for key, item in value["__dict__"]}
 
 
 def _read_safetensors(path: Path, content: bytes) -> Any:

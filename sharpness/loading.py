@@ -6,24 +6,27 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from sharpness import _tensors, checkpoint
+from sharpness._arguments import ensure, explained
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import data as lab_data
 from sharpness.lab import networks
-from sharpness.lab.data import Dataset, class_balanced, has_classes
+from sharpness.lab.data import at_random, class_balanced, has_classes
 from sharpness.lab.named import DATA, parsed
+from sharpness.risk.batches import taken
+from sharpness.risk.objective import call_model
 
 Pair = tuple[Any, Tensor]
 USUAL_SAMPLES = 1000
@@ -71,20 +74,12 @@ class LoadedCheckpoint:
     ) -> Pair:
         """Some samples of a split: class-balanced, or at random without classes."""
         pair = self.part(split)
-        total = len(pair[1])
-        if num_samples is None or num_samples == total:
+        targets = pair[1]
+        if num_samples is None or num_samples == len(targets):
             return pair
-        if balanced and has_classes(pair[1]):
-            index = class_balanced(pair[1], num_samples, seed)
-        elif 1 <= num_samples <= total:
-            generator = _tensors.seeded(seed)
-            index = torch.randperm(total, generator=generator)[:num_samples].sort().values
-        else:
-            raise ValueError(
-                f"`num_samples` must lie in [1, {total}]; got {num_samples}. "
-                "'all' takes every sample."
-            )
-        return _indexed(pair[0], index), pair[1][index]
+        if balanced and has_classes(targets):
+            return taken(pair, class_balanced(targets, num_samples, seed))
+        return taken(pair, at_random(len(targets), num_samples, seed))
 
     def usual_number(self, split: str) -> int | None:
         """1000 samples, or as many balanced ones as there are; None for all."""
@@ -127,20 +122,16 @@ def load_checkpoint(
             there or does not fit, parameters of another network, missing data.
     """
     native = checkpoint.load_if_native(path)
-    if native is None and network is None:
+    name = network or (str(native.network["name"]) if native else None)
+    source = data or (str(native.data["name"]) if native else None)
+    if name is None:
         raise ValueError(
             f"`--network` must say what `{path}` is a checkpoint of; got none, and the "
             f"file was not written by sharpness. Give {_SPEC}."
         )
-    if native is not None and network is None:
-        model, name = build(native), str(native.network["name"])
-        _load_parameters(model, native.state_dict, path, name)
-    else:
-        assert network is not None
-        model, name = made_network(network), network
-        state = native.state_dict if native else checkpoint.load_state_dict(path)
-        _load_parameters(model, state, path, name)
-    source = data or (native.data["name"] if native else None)
+    model = made_network(name) if network or not native else build(native)
+    state = native.state_dict if native else checkpoint.load_state_dict(path)
+    _load_parameters(model, state, path, name)
     if source is None:
         raise ValueError(
             f"`--data` must say what `{path}` is measured on; got none. Give a named set "
@@ -149,12 +140,14 @@ def load_checkpoint(
     splits, about = _made_data(source, data_dir, as_trained=not data)
     for pair in splits.values():
         _check_lengths(pair, source)
-    if native and not data and native.data.get("sha256") not in (None, about.get("sha256")):
-        raise ValueError(
-            f"`{path}` must have been trained on this {source}; got a checkpoint of other "
-            "data with that name (sha256 differs). Point --data-dir at it."
-        )
-    start = _start(native) if native is not None and network is None else None
+    trained_on = native.data.get("sha256") if native and not data else None
+    ensure(
+        trained_on in (None, about.get("sha256")),
+        path,
+        f"have been trained on this {source}",
+        "a checkpoint of other data with that name (sha256 differs)",
+        "Point --data-dir at it.",
+    )
     subject = LoadedCheckpoint(
         path=str(path),
         network_name=name,
@@ -163,7 +156,7 @@ def load_checkpoint(
         test=splits.get("test"),
         loss=_made_loss(loss, splits["train"][1]),
         data={**about, "loss": loss},
-        start=start,
+        start=None if network or not native else _start(native),
         facts=_facts(native, path, name),
     )
     _check_fit(subject, source)
@@ -172,32 +165,28 @@ def load_checkpoint(
 
 def _check_fit(subject: LoadedCheckpoint, source: str) -> None:
     """Try two samples: what does not fit should fail here, in one line."""
-    inputs, targets = subject.train
-    few = as_type(_indexed(inputs, torch.arange(min(2, len(targets)))), subject.dtype)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("error")  # a squared error of shapes that broadcast
-            called = subject.model(**few) if isinstance(few, Mapping) else None
-            if called is None:
-                several = isinstance(few, tuple | list)
-                called = subject.model(*few) if several else subject.model(few)
-            subject.loss(called, as_type(targets[:2], subject.dtype))
-    except Exception as error:  # whatever a network and a loss can raise
-        raise ValueError(
-            f"`--data` must fit the network and the loss; got {source}, "
-            f"{subject.network_name} and {subject.data['loss'] or 'the usual loss'} "
-            f"({type(error).__name__}: {_first_line(error)}). Check shapes and types, "
-            "--network and --loss."
-        ) from None
+    first = torch.arange(min(2, len(subject.train[1])))
+    inputs, targets = as_type(taken(subject.train, first), subject.dtype)
+    loss = subject.data["loss"] or "the usual loss"
+    with (
+        explained(
+            "--data",
+            "fit the network and the loss",
+            f"{source}, {subject.network_name} and {loss}",
+            "Check shapes and types, --network and --loss.",
+        ),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error")  # a squared error of shapes that broadcast
+        subject.loss(call_model(subject.model, inputs), targets)
 
 
 def as_type(value: Any, dtype: torch.dtype) -> Any:
     """Floating-point tensors in another precision."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Mapping):
-        return {key: as_type(item, dtype) for key, item in value.items()}
-    return tuple(as_type(item, dtype) for item in value)
+    return tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, value
+    )
 
 
 # -- networks --------------------------------------------------------------------------
@@ -214,18 +203,15 @@ def made_network(spec: str) -> nn.Module:
     if kind == "timm":
         name, arguments = parsed(rest)
         create = _package("timm", spec).create_model
-        model = _called("--network", spec, create, {"model_name": name, **arguments})
+        model = _called("--network", spec, partial(create, name, **arguments))
     elif kind == "transformers":
         model = _classifier(spec, rest)
     else:
-        factory, arguments = _factory("--network", spec)
-        model = _called("--network", spec, factory, arguments)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"`--network` must make a torch.nn.Module; got {type(model).__name__} from "
-            f"{spec}. Return the module."
-        )
-    return model
+        model = _called("--network", spec, _factory("--network", spec))
+    got = f"{type(model).__name__} from {spec}"
+    sound = isinstance(model, nn.Module)
+    ensure(sound, "--network", "make a torch.nn.Module", got, "Return the module.")
+    return cast(nn.Module, model)
 
 
 class _Logits(nn.Module):
@@ -242,50 +228,42 @@ class _Logits(nn.Module):
 
 def _classifier(spec: str, folder: str) -> nn.Module:
     transformers = _package("transformers", spec)
-    if not Path(folder, "config.json").is_file():
-        raise ValueError(
-            "`--network` must name a folder with the config.json of a classifier; got "
-            f"{folder!r}. Save it with `save_pretrained`."
-        )
+    contract, advice = "name a folder with the config.json of a classifier", "Save it with "
+    there = Path(folder, "config.json").is_file()
+    ensure(there, "--network", contract, repr(folder), f"{advice}`save_pretrained`.")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
+    with explained("--network", contract, repr(folder)):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         name = (config.architectures or [""])[0]
         if name and not name.endswith(("Classification", "LMHeadModel", "ForCausalLM")):
             raise TypeError(f"{name} is no classifier")
         if hasattr(transformers, name):
-            model = getattr(transformers, name)(config)
-        else:
-            automatic = transformers.AutoModelForSequenceClassification
-            model = automatic.from_config(config, trust_remote_code=False)
-    except Exception as error:  # whatever a damaged configuration makes it raise
-        raise ValueError(
-            f"`--network` must name a folder with the configuration of a classifier; got "
-            f"{folder!r} ({type(error).__name__}: {_first_line(error)})."
-        ) from None
-    return _Logits(model)
+            return _Logits(getattr(transformers, name)(config))
+        automatic = transformers.AutoModelForSequenceClassification
+        return _Logits(automatic.from_config(config, trust_remote_code=False))
 
 
 def _load_parameters(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, name: str
 ) -> None:
-    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise ValueError(
-            f"`--network` must make a network with all its parameters; got {name}, which "
-            "waits for a first batch (lazy layers). Run it on one in the factory."
-        )
+    ensure(
+        not any(isinstance(p, UninitializedParameter) for p in model.parameters()),
+        "--network",
+        "make a network with all its parameters",
+        f"{name}, which waits for a first batch (lazy layers)",
+        "Run it on one in the factory.",
+    )
     ours = model.state_dict()
     theirs = _matching(state, ours)
-    wrong = [
-        key
-        for key in {**ours, **theirs}
-        if key not in ours or key not in theirs or ours[key].shape != theirs[key].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"`{path}` must hold the parameters of {name}; got others: {len(wrong)} "
-            f"tensors differ, first {wrong[0]}. Name the network it was trained with."
-        )
+    shapes = [{k: v.shape for k, v in some.items()} for some in (ours, theirs)]
+    wrong = [key for key in {**ours, **theirs} if shapes[0].get(key) != shapes[1].get(key)]
+    ensure(
+        not wrong,
+        path,
+        f"hold the parameters of {name}",
+        f"others: {len(wrong)} tensors differ, first {wrong[0] if wrong else None}",
+        "Name the network it was trained with.",
+    )
     kinds = {value.dtype for value in theirs.values() if value.is_floating_point()}
     if kinds == {torch.float64}:
         model.double()  # a factory makes float32; loading would round
@@ -324,20 +302,17 @@ def _made_data(
         return _from_npz(source), {"name": source}
     if ":" not in source or as_trained:
         try:
-            dataset = _named_set(source, data_dir)
+            dataset = _named_set(source, data_dir=data_dir)
         except ValueError as error:
             raise ValueError(str(error).replace("`name`", "`--data`")) from None
         about = {"name": dataset.name, "sha256": dataset.sha256}
         return {"train": dataset.train, "test": dataset.test}, about
-    factory, arguments = _factory("--data", source)
-    made = _called("--data", source, factory, arguments)
+    made = _called("--data", source, _factory("--data", source))
     splits = made if isinstance(made, Mapping) and "train" in made else {"train": made}
     return {k: _as_pair(v, source) for k, v in splits.items()}, {"name": source}
 
 
-@lru_cache(maxsize=1)  # many checkpoints of one set are usual
-def _named_set(name: str, data_dir: str | Path | None) -> Dataset:
-    return lab_data.load(name, data_dir=data_dir)
+_named_set = lru_cache(maxsize=1)(lab_data.load)  # many checkpoints of one set are usual
 
 
 def _from_npz(source: str) -> dict[str, Pair]:
@@ -355,49 +330,33 @@ def _targets(y: Tensor) -> Tensor:
 def _as_pair(made: Any, source: str) -> Pair:
     """A pair as it is; batches and loaders joined into one."""
     if isinstance(made, tuple | list) and len(made) == 2 and isinstance(made[1], Tensor):
-        return made[0], made[1]
+        return _plain(made[0]), made[1]
     parts = list(made) if hasattr(made, "__iter__") else []
-    if not parts or not all(isinstance(b, tuple | list) and len(b) == 2 for b in parts):
-        raise ValueError(
-            "`--data` must give a pair (inputs, targets), a list of such batches, or a "
-            f"loader; got {type(made).__name__} from {source}."
-        )
-    for part in parts:
-        _check_lengths((part[0], part[1]), source)
-    inputs = _joined([part[0] for part in parts])
-    return inputs, torch.cat([part[1] for part in parts])
+    paired = all(isinstance(part, tuple | list) and len(part) == 2 for part in parts)
+    contract = "give a pair (inputs, targets), a list of such batches, or a loader"
+    got = f"{type(made).__name__} from {source}"
+    ensure(bool(parts) and paired, "--data", contract, got)
+    pairs = [(_plain(inputs), targets) for inputs, targets in parts]
+    for pair in pairs:
+        _check_lengths(pair, source)
+    joined: Pair = tree_map(lambda *several: torch.cat(several), *pairs)
+    return joined
+
+
+def _plain(inputs: Any) -> Any:
+    """Several inputs as PyTorch's trees know them: a dict, or a tuple."""
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    return tuple(inputs) if isinstance(inputs, list) else inputs
 
 
 def _check_lengths(pair: Pair, source: str) -> None:
     """One row of every input for each target."""
-    leaves = [leaf for leaf in tree_leaves(_plain(pair[0])) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in tree_leaves(pair[0]) if isinstance(leaf, Tensor)]
     lengths = [len(leaf) if leaf.ndim else 0 for leaf in (*leaves, pair[1])]
-    if not leaves or len(set(lengths)) > 1 or 0 in lengths:
-        raise ValueError(
-            "`--data` must give as many inputs as targets, and at least one; got "
-            f"{' and '.join(map(str, lengths))} from {source}."
-        )
-
-
-def _plain(inputs: Any) -> Any:
-    return dict(inputs) if isinstance(inputs, Mapping) else inputs
-
-
-def _joined(inputs: Sequence[Any]) -> Any:
-    first = inputs[0]
-    if isinstance(first, Mapping):
-        return {k: torch.cat([each[k] for each in inputs]) for k in first}
-    if isinstance(first, tuple | list):
-        return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
-    return torch.cat(list(inputs))
-
-
-def _indexed(inputs: Any, index: Tensor) -> Any:
-    if isinstance(inputs, Mapping):
-        return {k: v[index] for k, v in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return tuple(v[index] for v in inputs)
-    return inputs[index]
+    sound = bool(leaves) and len(set(lengths)) == 1 and 0 not in lengths
+    contract = "give as many inputs as targets, and at least one"
+    ensure(sound, "--data", contract, f"{' and '.join(map(str, lengths))} from {source}")
 
 
 def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
@@ -405,43 +364,30 @@ def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
         spec = "mse" if targets.is_floating_point() else "cross-entropy"
     if spec in ("cross-entropy", "mse"):
         return nn.CrossEntropyLoss() if spec == "cross-entropy" else nn.MSELoss()
-    factory, arguments = _factory("--loss", spec)
-    made = _called("--loss", spec, factory, arguments)
-    if not callable(made):
-        raise ValueError(
-            f"`--loss` must make a loss to be called; got {type(made).__name__} from "
-            f"{spec}."
-        )
-    loss: nn.Module = made
-    return loss
+    made: nn.Module = _called("--loss", spec, _factory("--loss", spec))
+    got = f"{type(made).__name__} from {spec}"
+    ensure(callable(made), "--loss", "make a loss to be called", got)
+    return made
 
 
 # -- factories -------------------------------------------------------------------------
 
 
-def _factory(flag: str, spec: str) -> tuple[Any, dict[str, Any]]:
-    where, colon, rest = spec.rpartition(":") if "?" not in spec else _split(spec)
-    name, arguments = parsed(rest)
-    if not colon or not where or not name:
-        raise ValueError(f"`{flag}` must be {_SPEC}; got {spec!r}.")
-    module = _module(flag, where)
-    if not callable(getattr(module, name, None)):
-        raise ValueError(
-            f"`{flag}` must name a function or class of {where}; got {name!r}, which is "
-            "not there."
-        )
-    return getattr(module, name), arguments
-
-
-def _split(spec: str) -> tuple[str, str, str]:
-    head, _, query = spec.partition("?")
+def _factory(flag: str, spec: str) -> Callable[[], Any]:
+    """What `package.module:factory?arguments` means, with its arguments."""
+    head, mark, query = spec.partition("?")
     where, colon, name = head.rpartition(":")
-    return where, colon, f"{name}?{query}"
+    arguments = parsed(f"{name}{mark}{query}")[1]
+    ensure(bool(where and colon and name), flag, f"be {_SPEC}", repr(spec))
+    factory: Any = getattr(_module(flag, where), name, None)
+    contract = f"name a function or class of {where}"
+    ensure(callable(factory), flag, contract, f"{name!r}, which is not there")
+    return partial(factory, **arguments)
 
 
 def _module(flag: str, where: str) -> ModuleType:
     """A module by its dotted name or its file; the current folder comes first."""
-    try:
+    with explained(flag, "name a module that can be imported", repr(where)):
         if where.endswith(".py"):
             found = importlib.util.spec_from_file_location(Path(where).stem, where)
             if found is None or found.loader is None or not Path(where).is_file():
@@ -453,21 +399,11 @@ def _module(flag: str, where: str) -> ModuleType:
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         return importlib.import_module(where)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises
-        raise ValueError(
-            f"`{flag}` must name a module that can be imported; got {where!r} "
-            f"({type(error).__name__}: {_first_line(error)})."
-        ) from None
 
 
-def _called(flag: str, spec: str, factory: Any, arguments: dict[str, Any]) -> Any:
-    try:
-        return factory(**arguments)
-    except (Exception, SystemExit) as error:  # whatever the user's factory raises
-        raise ValueError(
-            f"`{flag}` must work when called; got {type(error).__name__} from {spec}: "
-            f"{_first_line(error)}"
-        ) from None
+def _called(flag: str, spec: str, factory: Callable[[], Any]) -> Any:
+    with explained(flag, "work when called", spec):
+        return factory()
 
 
 def _package(name: str, spec: str) -> ModuleType:
@@ -478,10 +414,6 @@ def _package(name: str, spec: str) -> ModuleType:
             f"`--network` must name an installed package; got {spec!r}, and {name} is not "
             f"there. Install it: pip install {name}."
         ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _facts(native: Checkpoint | None, path: str | Path, name: str) -> dict[str, Any]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from sharpness._arguments import ensure, explained, package
 from sharpness._results import Reading, Status
 from sharpness.loading import LoadedCheckpoint, as_type
 from sharpness.measures.settings import MeasurementSettings
@@ -67,27 +67,24 @@ def measured(
         ValueError: f(theta) is not finite, or a setting is out of range.
     """
     selected(settings.measures)  # before any work
-    try:
+    got = f"{subject.data['name']} and {subject.path}"
+    kinds = (RuntimeError, IndexError)  # a class number out of range, say
+    with explained("--data", "fit the network and the loss", got, kinds=kinds):
         risk = risk_of(subject, settings, device)
         value = risk.value()
-    except (RuntimeError, IndexError) as error:  # a class number out of range, say
-        raise ValueError(
-            f"`--data` must fit the network and the loss; got {subject.data['name']} and "
-            f"{subject.path} ({type(error).__name__}: {error})."
-        ) from None
-    if not math.isfinite(value):
-        raise ValueError(
-            f"`{subject.path}` must give a finite loss; got f(theta) = {value}. Its "
-            "parameters or the data hold NaN or infinite values."
-        )
+    ensure(
+        math.isfinite(value),
+        subject.path,
+        "give a finite loss",
+        f"f(theta) = {value}",
+        "Its parameters or the data hold NaN or infinite values.",
+    )
     checkup = doctor(risk) if settings.doctor else None
-    start = subject.start
-    if start is not None and start.shape != risk.theta.shape:
-        start = None
+    fits = subject.start is not None and subject.start.shape == risk.theta.shape
     found = summary(
         risk,
         settings.measures,
-        start=start,
+        start=subject.start if fits else None,
         progress=progress,
         on_estimate=on_estimate,
         **vars(settings.of_measures),
@@ -115,9 +112,7 @@ def data_facts(subject: LoadedCheckpoint, settings: MeasurementSettings) -> dict
     """What a record says of the data: name, split, loss, and a digest of the samples."""
     pair = subject.samples(settings.split, settings.num_samples, settings.seed)
     digest = hashlib.sha256()
-    for leaf in tree_leaves(
-        (dict(pair[0]) if isinstance(pair[0], Mapping) else pair[0], pair[1])
-    ):
+    for leaf in tree_leaves(pair):
         digest.update(repr((tuple(leaf.shape), leaf.dtype)).encode())
         digest.update(leaf.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {**subject.data, "split": settings.split, "samples": digest.hexdigest()}
@@ -155,7 +150,7 @@ def _risk(
     return EmpiricalRisk(
         model,
         subject.loss,
-        (as_type(pair[0], dtype), as_type(pair[1], dtype)),
+        as_type(pair, dtype),
         batchnorm=settings.batchnorm,
         device=device,
         engine=settings.engine,
@@ -171,16 +166,9 @@ def check_possible(batchnorm: str) -> None:
     Raises:
         ValueError: it is not installed, or BatchNorm is not on running statistics.
     """
-    if batchnorm != "running":
-        raise ValueError(
-            "`--cross-check` must go with --batchnorm running; got "
-            f"{batchnorm!r}, which PyHessian cannot do."
-        )
-    if importlib.util.find_spec("pyhessian") is None:
-        raise ValueError(
-            "`--cross-check` must have PyHessian installed; got none. "
-            "pip install pyhessian."
-        )
+    sound, got = batchnorm == "running", f"{batchnorm!r}, which PyHessian cannot do"
+    ensure(sound, "--cross-check", "go with --batchnorm running", got)
+    package("pyhessian", "pyhessian")
 
 
 def pyhessian_readings(
@@ -195,28 +183,23 @@ def pyhessian_readings(
         ValueError: it fails on this network or data, or the loss is no plain mean.
     """
     began = time.monotonic()
-    if getattr(risk.loss, "reduction", None) != "mean":
-        raise ValueError(
-            "`--cross-check` must have a loss that averages; got "
-            f"{type(risk.loss).__name__}, which PyHessian would scale otherwise."
-        )
+    averages = getattr(risk.loss, "reduction", None) == "mean"
+    got = f"{type(risk.loss).__name__}, which PyHessian would scale otherwise"
+    ensure(averages, "--cross-check", "have a loss that averages", got)
     network = risk.network()
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in set(risk.names))
-    try:
-        with warnings.catch_warnings(), random_generators_kept(seed):
-            warnings.simplefilter("ignore")  # it backpropagates with create_graph=True
-            from pyhessian import hessian
-
-            on_gpu = risk.device.type == "cuda"
-            peer = hessian(network, risk.loss, data=risk.full_batch(), cuda=on_gpu)
-            values, _ = peer.eigenvalues(maxIter=max_iter, tol=1e-4, top_n=1)
-    except Exception as error:  # it was written for plain classifiers
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ValueError(
-            f"`--cross-check` must run PyHessian; got {type(error).__name__} from it "
-            f"({first}). Leave it out for this network."
-        ) from None
+    advice = "It was written for plain classifiers: leave it out for this network."
+    with (
+        explained("--cross-check", "run PyHessian", "an error from it", advice),
+        warnings.catch_warnings(),
+        random_generators_kept(seed),
+    ):
+        warnings.simplefilter("ignore")  # it backpropagates with create_graph=True
+        on_gpu = risk.device.type == "cuda"
+        hessian = package("pyhessian", "pyhessian").hessian
+        peer = hessian(network, risk.loss, data=risk.full_batch(), cuda=on_gpu)
+        values, _ = peer.eigenvalues(maxIter=max_iter, tol=1e-4, top_n=1)
     return [
         Reading(
             name="lambda_max (PyHessian)",

@@ -30,19 +30,19 @@ class Records(list[dict[str, Any]]):
 def new_record(kind: str, **facts: Any) -> dict[str, Any]:
     """A record of `kind` with its facts and the environment, ready for JSON."""
     record = {"schema": SCHEMA, "kind": kind, **facts, "environment": environment()}
-    plain: dict[str, Any] = as_plain(record)
-    return plain
+    return {key: as_plain(value) for key, value in record.items()}
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Add one line to a record file, under a lock, after mending a torn last line."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = to_line(record)
+    line = f"{to_line(record)}\n".encode()
     with FileLock(path.with_name(path.name + ".lock")), path.open("ab+") as file:
-        if file.tell() and not _ends_line(file):
-            line = "\n" + line
-        file.write((line + "\n").encode())
+        if file.tell():
+            file.seek(-1, 2)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
 
 
 def read_records(path: str | Path) -> Records:
@@ -67,10 +67,9 @@ def environment() -> dict[str, Any]:
     """Versions, machine and revision that a number was computed with."""
     import torch  # here, since a command's --help does not need it
 
-    names = ("sharpness", "numpy", "scipy")
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        **{name: _version(name) for name in names},
+        **{name: _version(name) for name in ("sharpness", "numpy", "scipy")},
         "torch": str(torch.__version__),  # with what it was built for
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -102,8 +101,3 @@ def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     return run.stdout.strip()
-
-
-def _ends_line(file: Any) -> bool:
-    file.seek(-1, 2)
-    return bool(file.read(1) == b"\n")

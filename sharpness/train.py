@@ -145,8 +145,8 @@ def _runs(options: Any, folder: Path, num_train: int) -> Iterator[Run]:
 
 def _given(options: Any, settings: type) -> dict[str, Any]:
     """The flags of a dataclass that were used."""
-    values = {f.name: getattr(options, f.name) for f in fields(settings) if f.metadata}
-    return {name: value for name, value in values.items() if value is not None}
+    flags = [field.name for field in fields(settings) if field.metadata.get("help")]
+    return {name: value for name in flags if (value := getattr(options, name)) is not None}
 
 
 def _training(

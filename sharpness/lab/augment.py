@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sharpness._arguments import ensure, require
+
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
@@ -45,23 +47,28 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
-        if not isinstance(self.flip, bool):
-            raise ValueError(f"`flip` must be True or False; got {self.flip!r}.")
-        if not (isinstance(self.crop, int) and self.crop >= 0):
-            raise ValueError(
-                f"`crop` must be a whole number of pixels, at least 0; got {self.crop!r}. "
-                "4 is usual for 32x32 images."
-            )
-        if not 0 <= self.rotation <= 180:
-            raise ValueError(
-                f"`rotation` must lie in [0, 180] degrees; got {self.rotation}. It is the "
-                "largest angle, to either side."
-            )
-        if not 0 <= self.translation < 1:
-            raise ValueError(
-                f"`translation` must lie in [0, 1), a share of the image; got "
-                f"{self.translation}. Divide pixels by the image's size."
-            )
+        require(isinstance(self.flip, bool), "flip", "be True or False", self.flip)
+        require(
+            isinstance(self.crop, int) and self.crop >= 0,
+            "crop",
+            "be a whole number of pixels, at least 0",
+            self.crop,
+            "4 is usual for 32x32 images.",
+        )
+        require(
+            0 <= self.rotation <= 180,
+            "rotation",
+            "lie in [0, 180] degrees",
+            self.rotation,
+            "It is the largest angle, to either side.",
+        )
+        require(
+            0 <= self.translation < 1,
+            "translation",
+            "lie in [0, 1), a share of the image",
+            self.translation,
+            "Divide pixels by the image's size.",
+        )
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images (B, C, H, W) changed at random; `x` itself where all is switched off.
@@ -72,21 +79,23 @@ class Augmentation:
         Raises:
             ValueError: `x` is not a batch of floating-point images.
         """
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(
-                "`x` must be images (B, C, H, W) of floating point; got shape "
-                f"{tuple(x.shape)} of {x.dtype}. Other data are trained on unchanged."
-            )
+        ensure(
+            x.ndim == 4 and x.is_floating_point(),
+            "x",
+            "be images (B, C, H, W) of floating point",
+            f"shape {tuple(x.shape)} of {x.dtype}",
+            "Other data are trained on unchanged.",
+        )
         if self == Augmentation() or not len(x):
             return x
         place = x.device if generator is None else generator.device
 
         def uniform(*shape: int) -> Tensor:
             shape = (len(x), *shape)
-            draws = torch.rand(
-                shape, generator=generator, dtype=torch.float32, device=place
+            kind = torch.float32
+            return torch.rand(shape, generator=generator, dtype=kind, device=place).to(
+                x.device
             )
-            return draws.to(x.device)
 
         images = x
         if self.flip:
@@ -110,9 +119,9 @@ def _moved(images: Tensor, angles: Tensor, shifts: Tensor) -> Tensor:
     cos, sin = angles.cos(), angles.sin()
     # Where each pixel comes from. Lengths are in half widths and half heights, so that a
     # turn of an image that is not square takes their ratio, and a whole width is 2.
-    across = torch.stack([cos, -sin * height / width, 2 * shifts[:, 0]], dim=1)
-    down = torch.stack([sin * width / height, cos, 2 * shifts[:, 1]], dim=1)
-    maps = torch.stack([across, down], dim=1)  # (B, 2, 3)
+    across = [cos, -sin * height / width, 2 * shifts[:, 0]]
+    down = [sin * width / height, cos, 2 * shifts[:, 1]]
+    maps = torch.stack([*across, *down], dim=1).unflatten(1, (2, 3))
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images.to(dtype), grid, align_corners=False).to(images.dtype)
 
@@ -126,9 +135,9 @@ def _cropped(images: Tensor, pad: int, corners: Tensor) -> Tensor:
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
-    plain = x.is_contiguous() or not channels_last
-    return torch.contiguous_format if plain else torch.channels_last
+    last = torch.channels_last
+    plain = x.is_contiguous() or not x.is_contiguous(memory_format=last)
+    return torch.contiguous_format if plain else last
 
 
 KESKAR = Augmentation(flip=True, rotation=10.0, translation=0.2)

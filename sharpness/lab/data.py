@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import ensure, is_whole, known, package
+from sharpness._arguments import ensure, is_whole, known, package, require
 from sharpness.lab.named import DATA
 
 Part = tuple[Tensor, Tensor]  # inputs (N, ...), targets (N, ...)
@@ -56,6 +56,7 @@ class _Published(NamedTuple):
 
 _TABLE = json.loads((files("sharpness.lab") / "published.json").read_text())
 _PUBLISHED = {name: _Published(**facts) for name, facts in _TABLE.items()}
+_FEWER = "Ask for fewer, or take all samples."
 _SYSTEM = Path("/usr/share/datasets")  # Debian's dataset-fashion-mnist
 
 
@@ -161,8 +162,7 @@ def load(
         >>> load("digits", num_train=100).train[0].shape
         torch.Size([100, 1, 8, 8])
     """
-    wanted = _Subset(num_train, num_test, subset_seed)
-    whole, wanted = _asked(str(name), wanted)
+    whole, wanted = _asked(str(name), _Subset(num_train, num_test, subset_seed))
     dataset = _taken(_whole(whole, data_dir), wanted)
     train, test = ((x.to(device), y.to(device)) for x, y in (dataset.train, dataset.test))
     return replace(dataset, train=train, test=test)
@@ -171,12 +171,10 @@ def load(
 def outline(name: str) -> Outline | None:
     """What a set whose files lie elsewhere holds, without them; None for any other."""
     whole, wanted = _asked(name, _Subset(None, None, 0))
-    if whole not in _OUTLINES:
-        return None
-    known = _OUTLINES[whole]
-    return known._replace(
-        num_train=wanted.num_train or known.num_train,
-        num_test=wanted.num_test or known.num_test,
+    found = _OUTLINES.get(whole)
+    return found and found._replace(
+        num_train=wanted.num_train or found.num_train,
+        num_test=wanted.num_test or found.num_test,
     )
 
 
@@ -193,12 +191,9 @@ def class_balanced(labels: Tensor, num_samples: int, seed: int) -> Tensor:
     classes = sizes.nonzero().flatten()
     rarest = int(sizes[classes].min()) if len(classes) else 0
     most = rarest * len(classes) + int((sizes > rarest).sum())
-    if not 1 <= num_samples <= most:
-        raise ValueError(
-            f"`num_samples` must lie in [1, {most}] for balanced classes; got "
-            f"{num_samples} ({len(labels)} samples, the rarest class has {rarest}). "
-            "Ask for fewer, or take all samples."
-        )
+    contract = f"lie in [1, {most}] for balanced classes"
+    got = f"{num_samples} ({len(labels)} samples, the rarest class has {rarest})"
+    ensure(1 <= num_samples <= most, "num_samples", contract, got, _FEWER)
     generator = _tensors.seeded(seed)
     quota, extra = divmod(num_samples, len(classes))
     order = classes[torch.randperm(len(classes), generator=generator)]
@@ -218,11 +213,8 @@ def at_random(total: int, num_samples: int, seed: int) -> Tensor:
     Raises:
         ValueError: `num_samples` outside [1, total].
     """
-    if not 1 <= num_samples <= total:
-        raise ValueError(
-            f"`num_samples` must lie in [1, {total}]; got {num_samples}. Ask for fewer, or "
-            "take all samples."
-        )
+    contract = f"lie in [1, {total}]"
+    require(1 <= num_samples <= total, "num_samples", contract, num_samples, _FEWER)
     generator = _tensors.seeded(seed)
     return torch.randperm(total, generator=generator)[:num_samples].sort().values
 
@@ -297,11 +289,9 @@ def _asked(name: str, wanted: _Subset) -> tuple[str, _Subset]:
     numbers = {kind: int(number) for kind, _, number in parts}
     if found is None or len(numbers) < len(parts):  # one said twice is no name
         return name, wanted
-    if str(wanted):
-        raise ValueError(
-            "`num_train`, `num_test` and `subset_seed` must be left out where the name has "
-            f"them; got {wanted} beside {name!r}. Say it once."
-        )
+    names, got = "num_train`, `num_test` and `subset_seed", f"{wanted} beside {name!r}"
+    contract = "be left out where the name has them"
+    ensure(not str(wanted), names, contract, got, "Say it once.")
     return found[1], _Subset(numbers.get(""), numbers.get("test"), numbers.get("seed", 0))
 
 
@@ -332,11 +322,9 @@ def _taken(dataset: Dataset, wanted: _Subset) -> Dataset:
 def _some(name: str, part: Part, argument: str, num: int, seed: int) -> Part:
     x, y = part
     classes = len(y.unique()) if has_classes(y) else 0
-    if not (is_whole(num) and num >= classes):
-        raise ValueError(
-            f"`{argument}` must be a whole number, at least one of each class; got "
-            f"{num} ({name} has {classes} classes). Ask for more."
-        )
+    contract = "be a whole number, at least one of each class"
+    got = f"{num} ({name} has {classes} classes)"
+    ensure(is_whole(num) and num >= classes, argument, contract, got, "Ask for more.")
     try:
         chosen = class_balanced(y, num, seed) if classes else at_random(len(y), num, seed)
     except ValueError as error:
@@ -477,10 +465,11 @@ def _num_classes(train: Part, test: Part) -> int | None:
 
 def _spoken_digits(data_dir: str | Path | None) -> Path:
     places, _ = _places(data_dir)
-    for place in places:
-        for folder in (place, place / "spoken-digits"):
-            if (folder / "spoken-digits.npz").is_file():
-                return folder / "spoken-digits.npz"
+    folders = [folder for place in places for folder in (place, place / "spoken-digits")]
+    files = [folder / "spoken-digits.npz" for folder in folders]
+    found = next((file for file in files if file.is_file()), None)
+    if found:
+        return found
     raise FileNotFoundError(
         "`spoken-digits` needs spoken-digits.npz (looked under "
         f"{', '.join(map(str, places))}): the Free Spoken Digit Dataset (Jackson et al., "
@@ -495,18 +484,14 @@ def _spoken_digits(data_dir: str | Path | None) -> Path:
 
 
 def _published(name: str, data_dir: str | Path | None) -> Dataset:
-    folder, num_classes = _folder(name, data_dir), _PUBLISHED[name].num_classes
-    train, test = _read(name, folder, num_classes)
-    return Dataset(
-        name=name, train=train, test=test, num_classes=num_classes, source=str(folder)
-    )
-
-
-def _read(name: str, folder: Path, num_classes: int) -> tuple[Part, Part]:
+    folder, num = _folder(name, data_dir), _PUBLISHED[name].num_classes
     paths = [_path(folder, file) for file in _PUBLISHED[name].files]
     if name in ("mnist", "fashion-mnist"):
-        return _idx_part(paths[0], paths[1]), _idx_part(paths[2], paths[3])
-    return _cifar_part(paths[:-1], num_classes), _cifar_part(paths[-1:], num_classes)
+        train, test = _idx_part(*paths[:2]), _idx_part(*paths[2:])
+    else:
+        train, test = _cifar_part(paths[:-1], num), _cifar_part(paths[-1:], num)
+    source = str(folder)
+    return Dataset(name=name, train=train, test=test, num_classes=num, source=source)
 
 
 def _path(folder: Path, file: str) -> Path:
@@ -515,14 +500,13 @@ def _path(folder: Path, file: str) -> Path:
 
 
 def _content(path: Path) -> bytes:
-    raw, problem = path.read_bytes(), ""
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (EOFError, OSError, zlib.error) as error:
-            problem = str(error)
-    _require(not problem, path, "be a whole gzip file", f"{len(raw)} bytes ({problem})")
-    return raw
+    raw = path.read_bytes()
+    try:
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (EOFError, OSError, zlib.error) as error:
+        got = f"{len(raw)} bytes ({error})"
+        wrong = f"`{path}` must be a whole gzip file; got {got}. {_REPLACE}"
+        raise ValueError(wrong) from None
 
 
 def _idx(path: Path, item: tuple[int, ...]) -> _Bytes:
@@ -536,8 +520,8 @@ def _idx(path: Path, item: tuple[int, ...]) -> _Bytes:
     _require(count > 0, path, "hold at least one item", "none")
     size = start + count * math.prod(item)
     _require(len(raw) == size, path, f"unpack to {size} bytes", str(len(raw)))
-    items = np.frombuffer(raw, np.uint8, offset=start).reshape(count, *item)
-    return items.copy()  # torch wants memory that may be written to
+    items = np.frombuffer(bytearray(raw), np.uint8, offset=start)  # torch may write on it
+    return items.reshape(count, *item)
 
 
 def _idx_part(images_path: Path, labels_path: Path) -> Part:

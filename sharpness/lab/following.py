@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
 
-from sharpness._arguments import known, require, whole
+from sharpness._arguments import Checked, known, require, setting, whole
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnUpdate, criterion_for
 from sharpness.measures.settings import TRACKED
@@ -17,7 +18,7 @@ from sharpness.tracking import SharpnessTracker
 
 
 @dataclass(frozen=True, kw_only=True)
-class Following:
+class Following(Checked):
     """What is measured on the way, and how often.
 
     Args:
@@ -30,16 +31,17 @@ class Following:
     """
 
     measures: tuple[str, ...] = ("lambda_max",)
-    every: int = 50
-    num_samples: int = 1000
+    every: int = setting(
+        50, check=partial(whole, least=1, advice="1 measures after each update.")
+    )
+    num_samples: int = setting(1000, check=partial(whole, least=1))
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured, before anything is trained."""
+        super().__post_init__()
         require(bool(self.measures), "measures", "be at least one", self.measures)
         for name in self.measures:
             known("measures", name, TRACKED, f"be of {', '.join(TRACKED)}")
-        whole("every", self.every, 1, "1 measures after each update.")
-        whole("num_samples", self.num_samples, 1)
 
     def of(self, dataset: Dataset, path: Path) -> OnUpdate:
         """What `run.train` calls: each point goes to `records.jsonl` beside `path`.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sharpness._arguments import whole
+from sharpness._arguments import require, whole
 
 
 def use_ghost_batches(model: nn.Module, size: int) -> None:
@@ -29,18 +29,15 @@ def use_ghost_batches(model: nn.Module, size: int) -> None:
     """
     whole("ghost_batch_size", size, 2, "One sample has no variance.")
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if not layers:
-        raise ValueError(
-            f"`ghost_batch_size` must be None for a network without BatchNorm; got {size}."
-        )
+    contract = "be None for a network without BatchNorm"
+    require(bool(layers), "ghost_batch_size", contract, size)
     for layer in layers:
         layer.forward = partial(_in_parts, model, layer, size)  # type: ignore[method-assign]
 
 
 def _in_parts(model: nn.Module, layer: nn.Module, size: int, input: Tensor) -> Tensor:
-    forward, num = type(layer).forward, len(input)
-    if not (model.training and layer.training) or num <= size:
-        whole_batch: Tensor = forward(layer, input)
-        return whole_batch
-    count = max(1, min(-(-num // size), num // 2))
-    return torch.cat([forward(layer, part) for part in input.tensor_split(count)])
+    count = max(1, min(-(-len(input) // size), len(input) // 2))
+    if not (model.training and layer.training):
+        count = 1
+    parts = [type(layer).forward(layer, part) for part in input.tensor_split(count)]
+    return parts[0] if count == 1 else torch.cat(parts)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpness import _tensors
-from sharpness._arguments import ensure, known, require
+from sharpness._arguments import ensure, explained, known, require
 
 # -- the networks of Keskar et al. -------------------------------------------------------
 
@@ -407,14 +407,9 @@ def build(network: dict[str, Any]) -> nn.Module:
     """
     name, arguments = network.get("name"), network.get("arguments", {})
     make = _named(name)
-    try:
+    contract, takes = f"have arguments that {name} takes", ", ".join(_arguments(make))
+    with explained("network", contract, repr(arguments), f"It takes {takes}."):
         return make(**dict(arguments))
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(
-            f"`network` must have arguments that {name} takes; got {arguments!r} "
-            f"({reason}). It takes {', '.join(_arguments(make))}."
-        ) from None
 
 
 def _arguments(make: Callable[..., nn.Module]) -> list[str]:

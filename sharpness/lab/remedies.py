@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sharpness._arguments import at_least, positive, require, whole
+from sharpness._arguments import (
+    Checked,
+    at_least,
+    ensure,
+    positive,
+    require,
+    setting,
+    whole,
+)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,7 +68,7 @@ class Plain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conservative:
+class Conservative(Checked):
     r"""Conservative training: a proximal step on each batch (Li et al. 2014).
 
     $$x_{k+1} \approx \arg\min_x f_B(x) + \frac{\lambda}{2} \|x - x_k\|^2$$
@@ -70,13 +79,8 @@ class Conservative:
     BatchNorm move with the first iteration alone. `inner_steps` gradients an update.
     """
 
-    strength: float = 1e-3  # lambda
-    inner_steps: int = 3
-
-    def __post_init__(self) -> None:
-        """Refuse what is no proximal step."""
-        at_least("strength", self.strength, 0)
-        whole("inner_steps", self.inner_steps, 1)
+    strength: float = setting(1e-3, check=partial(at_least, least=0))  # lambda
+    inner_steps: int = setting(3, check=partial(whole, least=1))
 
     def __call__(self, step: Step) -> Tensor:
         """Make one proximal step; the loss of the batch before it, ()."""
@@ -94,7 +98,7 @@ class Conservative:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adversarial:
+class Adversarial(Checked):
     r"""Adversarial training by the fast gradient sign method (Goodfellow et al. 2014).
 
     $$(1 - s) f(x) + s f(x + \epsilon\, \mathrm{sign} \nabla_x f(x))$$
@@ -104,21 +108,19 @@ class Adversarial:
     of BatchNorm see the clean batch alone. Two gradients an update.
     """
 
-    epsilon: float = 0.25
-    share: float = 0.5
+    epsilon: float = setting(0.25, check=positive)
+    share: float = setting(0.5, check=positive)
 
     def __post_init__(self) -> None:
         """Refuse what is no adversary."""
-        positive("epsilon", self.epsilon)
-        require(positive("share", self.share) < 1, "share", "be below 1", self.share)
+        super().__post_init__()
+        require(self.share < 1, "share", "be below 1", self.share)
 
     def __call__(self, step: Step) -> Tensor:
         """Make one update; the loss of the clean batch before it, ()."""
-        if not step.inputs.is_floating_point():
-            raise ValueError(
-                "`remedy` must fit the data: 'adversarial' moves inputs that are real "
-                f"numbers; got {step.inputs.dtype}."
-            )
+        contract = "fit the data: 'adversarial' moves inputs that are real numbers"
+        real = step.inputs.is_floating_point()
+        ensure(real, "remedy", contract, str(step.inputs.dtype))
         step.optimizer.zero_grad()
         clean = step.inputs.detach().requires_grad_()
         loss = step.gradient(clean, 1 - self.share)
@@ -132,7 +134,7 @@ class Adversarial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAM:
+class SAM(Checked):
     r"""Sharpness-aware minimisation (Foret et al. 2021, arXiv:2010.01412).
 
     The gradient is taken at $w + \rho g / \|g\|_2$, with g the batch's gradient over all
@@ -141,22 +143,18 @@ class SAM:
     an update.
     """
 
-    rho: float = 0.05
-
-    def __post_init__(self) -> None:
-        """Refuse a ball without a radius."""
-        positive("rho", self.rho)
+    rho: float = setting(0.05, check=positive)
 
     def __call__(self, step: Step) -> Tensor:
         """Make one update; the loss of the batch before it, ()."""
         step.optimizer.zero_grad()
         loss = step.gradient()
-        moving = [(n, p) for n, p in step.parameters if p.grad is not None]
-        here = [p.detach().clone() for _, p in moving]
+        moving = [(n, p, p.grad) for n, p in step.parameters if p.grad is not None]
+        here = [(p, p.detach().clone()) for _, p, _ in moving]
         with torch.no_grad():
-            scales = [self.scale(name, p) for name, p in moving]
-            scaled = [s * _grad(p) for s, (_, p) in zip(scales, moving, strict=True)]
-            for (_, p), s, direction in zip(moving, scales, _unit(scaled), strict=True):
+            scales = [self.scale(name, p) for name, p, _ in moving]
+            scaled = [s * g for s, (*_, g) in zip(scales, moving, strict=True)]
+            for (p, _), s, direction in zip(here, scales, _unit(scaled), strict=True):
                 p.add_(s * direction, alpha=self.rho)
         try:
             step.optimizer.zero_grad()
@@ -164,7 +162,7 @@ class SAM:
                 step.gradient()
         finally:
             with torch.no_grad():
-                for (_, p), before in zip(moving, here, strict=True):
+                for p, before in here:
                     p.copy_(before)
         step.update()
         return loss
@@ -183,13 +181,8 @@ class ASAM(SAM):
     1 for the others; rho = 0.5 is theirs for CIFAR-10, 1.0 for CIFAR-100.
     """
 
-    rho: float = 0.5
-    eta: float = 0.01
-
-    def __post_init__(self) -> None:
-        """Refuse a ball without a radius."""
-        super().__post_init__()
-        at_least("eta", self.eta, 0)
+    rho: float = setting(0.5, check=positive)
+    eta: float = setting(0.01, check=partial(at_least, least=0))
 
     def scale(self, name: str, parameter: Tensor) -> Tensor | float:
         """|w| + eta for weights, 1 for everything else."""
@@ -230,8 +223,3 @@ def _unit(vectors: list[Tensor]) -> list[Tensor]:
     norms = [torch.linalg.vector_norm(shape) for shape in shapes]
     norm = torch.linalg.vector_norm(torch.stack(norms)).clamp_min(1)  # one entry is 1
     return [shape / norm for shape in shapes]
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad

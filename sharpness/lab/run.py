@@ -15,9 +15,10 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from sharpness import checkpoint
-from sharpness._arguments import require, whole
+from sharpness._arguments import ensure, require, whole
 from sharpness._json import as_plain
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import networks
@@ -75,32 +76,45 @@ def train(
         DivergedError: the loss or the parameters are no longer finite; what was saved
             before stays.
     """
-    if keep_every is not None:
-        whole("keep_every", keep_every, 1, "None keeps the last one alone.")
-    with at_work_on([Path(path)]):
+    with at_work_on([Path(path)], keep_every):
         run = TrainingRun(training, dataset, Path(path), torch.device(device))
+
+        def one_update() -> None:
+            run.one_update()
+            run.set_rate()
+            on_update(run.update, run.model, run.optimizer)
+
         with run.own_generators():
             run.set_rate()
             if not run.update:
                 on_update(0, run.model, run.optimizer)
-
-            def one_update() -> None:
-                run.one_update()
-                run.set_rate()
-                on_update(run.update, run.model, run.optimizer)
-
-            run.check_kept(keep_every)
-            while not run.is_over(budget):
-                one_epoch([run], one_update, budget.num_updates(run.course))
-                if keep_every and run.epoch_ended and run.epoch % keep_every == 0:
-                    run.save(finished=True, epoch=run.epoch)
-                on_epoch(run.epoch, run.mean_loss())
-            if not run.finished:
-                run.save(finished=True)
+            carry_out([run], one_update, budget, keep_every, on_epoch)
     return checkpoint.load(path)
 
 
-def one_epoch(
+def carry_out(
+    runs: Sequence[TrainingRun],
+    one_update: Callable[[], None],
+    budget: StoppingCriteria,
+    keep_every: int | None,
+    on_epoch: OnEpoch,
+) -> None:
+    """Train runs that keep step until the budget is spent, and save each of them."""
+    first = runs[0]
+    for run in runs:
+        run.check_kept(keep_every)
+    while not first.is_over(budget):
+        _one_epoch(runs, one_update, budget.num_updates(first.course))
+        if keep_every and first.epoch_ended and first.epoch % keep_every == 0:
+            for run in runs:
+                run.save(finished=True, epoch=first.epoch)
+        on_epoch(first.epoch, sum(run.mean_loss() for run in runs) / len(runs))
+    for run in runs:
+        if not run.finished:
+            run.save(finished=True)
+
+
+def _one_epoch(
     runs: Sequence[TrainingRun], one_update: Callable[[], None], last: int
 ) -> None:
     """Updates of runs that keep step, to the end of the epoch or update number `last`."""
@@ -133,7 +147,6 @@ class TrainingRun:
         self.losses: list[Tensor] = []  # of this run's updates, () or (several,) each
         self.epoch_begins = [0]  # number of each epoch's first update
         self.finished = False
-        self.loss: float | None = None
         self.random = self._seeded()
         self.order = _Order(len(x), training.seed, device)
         self.saved_at = self.counted_at = time.monotonic()
@@ -191,12 +204,14 @@ class TrainingRun:
     def check_kept(self, keep_every: int | None) -> None:
         """Refuse to keep what is past: a finished run is not trained again."""
         first = self._kept(keep_every) if keep_every else self.path
-        if keep_every and self.epoch >= keep_every and not first.exists():
-            raise ValueError(
-                f"`keep_every` must be given from the beginning of a run; got {keep_every} "
-                f"for {self.path}, which has made {self.epoch} epochs and kept none. "
-                "Choose another output folder."
-            )
+        ensure(
+            not keep_every or self.epoch < keep_every or first.exists(),
+            "keep_every",
+            "be given from the beginning of a run",
+            f"{keep_every} for {self.path}, which has made {self.epoch} epochs and kept "
+            "none",
+            "Choose another output folder.",
+        )
 
     def _kept(self, epoch: int) -> Path:
         return self.path.with_stem(f"{self.path.stem}-epoch{epoch}")
@@ -215,40 +230,31 @@ class TrainingRun:
             return False
         if budget.patience is not None and budget.out_of_patience(self.history):
             return True
-        if budget.until_accuracy is not None and self._fits(budget.until_accuracy):
-            return True
-        if budget.until_loss is None:
+        accuracy, loss = budget.until_accuracy, budget.until_loss
+        if accuracy is None and loss is None:
             return False
-        if self.loss is None:
-            self.loss = self._risk(self.dataset.train, "batch").value()
-        return self.loss <= budget.until_loss
-
-    def _fits(self, accuracy: float) -> bool:
-        """Whether so much of the training set is classified right."""
         risk = self._risk(self.dataset.train, "batch")
-        right = risk.outputs().argmax(1) == risk.targets
-        return float(right.double().mean()) >= accuracy
+        enough = accuracy is not None and risk.accuracy() >= accuracy
+        return enough or (loss is not None and risk.value() <= loss)
 
     # -- training ------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before updates: whatever was known of the parameters is not so any more."""
+        """Before updates: the run is not finished any more."""
         self.model.train()
-        self.loss, self.finished = None, False
+        self.finished = False
         self.counted_at = time.monotonic()
 
     def one_update(self) -> None:
         """The next batch, and what the remedy makes of it."""
         batch_size = self.set_rate()
         index = self.order.take(self.seen, batch_size)
-        x = self.x[index]
-        if self.training.augmented is not None:
-            x = self.training.augmented(x)
+        augmented = self.training.augmented or nn.Identity()
         step = Step(
             model=self.model,
             loss=self.criterion,
             optimizer=self.optimizer,
-            inputs=x,
+            inputs=augmented(self.x[index]),
             targets=self.y[index],
             clip_norm=self.training.clip_norm,
         )
@@ -283,12 +289,10 @@ class TrainingRun:
             return torch.zeros(0)
         losses = torch.cat([loss.reshape(-1) for loss in self.losses])
         self.losses = [losses]
-        finite = losses.isfinite()
-        if not bool(finite.all()):
-            first = int(finite.logical_not().nonzero()[0])
-            raise self._diverged(
-                "the loss", f"{float(losses[first])} in update {first + 1}"
-            )
+        bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
+        if bad:
+            got = f"{float(losses[bad[0]])} in update {bad[0] + 1}"
+            raise self._diverged("the loss", got)
         return losses
 
     def _check_parameters(self) -> None:
@@ -342,9 +346,14 @@ class TrainingRun:
             "generators": self._states_of_generators(),
         }
         saved = Checkpoint(
-            state_dict=_on_cpu(self.model.state_dict()),
+            state_dict=_on_cpu(dict(self.model.state_dict())),
             network=self.network,
-            data=self._data_facts(),
+            data={
+                "name": self.dataset.name,
+                "num_train": len(self.x),
+                "num_test": len(self.dataset.test[0]),
+                "sha256": self.dataset.sha256,
+            },
             training=self._facts(finished),
             start=self.start,
             optimizer=_on_cpu(self.optimizer.state_dict()),
@@ -370,14 +379,6 @@ class TrainingRun:
             "torch": str(torch.__version__),
         }
 
-    def _data_facts(self) -> dict[str, Any]:
-        return {
-            "name": self.dataset.name,
-            "num_train": len(self.x),
-            "num_test": len(self.dataset.test[0]),
-            "sha256": self.dataset.sha256,
-        }
-
     def _metrics(self) -> dict[str, float]:
         """Loss and accuracies of the trained network, for both ways to run BatchNorm."""
         metrics = {}
@@ -385,11 +386,13 @@ class TrainingRun:
         for mode, (split, data) in itertools.product(("batch", "running"), splits.items()):
             risk = self._risk(data, mode)
             outputs, targets = risk.outputs(), risk.targets
-            loss = self.criterion(outputs.double(), _as_double(targets))
-            metrics[f"{split}_loss_{mode}"] = float(loss)
-            if self.dataset.num_classes is not None:
+            if self.dataset.num_classes is None:
+                targets = targets.double()
+            else:
                 right = outputs.argmax(1) == targets
                 metrics[f"{split}_accuracy_{mode}"] = float(right.double().mean())
+            loss = self.criterion(outputs.double(), targets)
+            metrics[f"{split}_loss_{mode}"] = float(loss)
         return metrics
 
     def _risk(self, data: tuple[Tensor, Tensor], mode: Any) -> EmpiricalRisk:
@@ -397,20 +400,28 @@ class TrainingRun:
         return EmpiricalRisk(self.model, loss, data, batchnorm=mode, device=self.device)
 
     def _carry_on(self, saved: Checkpoint) -> None:
-        ours = as_plain(asdict(self.training))
-        del ours["start_from"]  # wherever it lies now, its digest is the start's
-        theirs = {name: as_plain(saved.training.get(name)) for name in ours}
-        ours |= {"start": self.start["sha256"], "data": self.dataset.sha256}
-        theirs |= {"start": saved.start.get("sha256"), "data": saved.data.get("sha256")}
-        ours |= {"device": str(self.device), "progress": True}
-        theirs |= {"device": saved.training.get("device"), "progress": bool(saved.progress)}
-        different = [name for name in ours if ours[name] != theirs[name]]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"`{self.path}` must hold a checkpoint of the same training to be "
-                f"carried on; got {name}={theirs[name]!r} (asked for {ours[name]!r}). "
-                "Choose another output folder, or delete the file."
+        ours = {
+            **as_plain(asdict(self.training)),
+            "start_from": None,  # wherever it lies now, its digest is the start's
+            "start": self.start["sha256"],
+            "data": self.dataset.sha256,
+            "device": str(self.device),
+            "progress": True,
+        }
+        theirs = {
+            **as_plain(saved.training),
+            "start_from": None,
+            "start": saved.start.get("sha256"),
+            "data": saved.data.get("sha256"),
+            "progress": bool(saved.progress),
+        }
+        for name, asked in ours.items():
+            ensure(
+                asked == theirs.get(name),
+                self.path,
+                "hold a checkpoint of the same training to be carried on",
+                f"{name}={theirs.get(name)!r} (asked for {asked!r})",
+                "Choose another output folder, or delete the file.",
             )
         self.model.load_state_dict(saved.state_dict)
         self.optimizer.load_state_dict(saved.optimizer)
@@ -450,19 +461,19 @@ def optimizer_for(
     training: Training, parameters: Iterable[Tensor]
 ) -> torch.optim.Optimizer:
     """PyTorch's optimizer; the learning rate is set anew for each update."""
-    kind, arguments, _ = OPTIMIZERS[training.optimizer]
+    name, arguments, _ = OPTIMIZERS[training.optimizer]
     if training.optimizer in ("momentum", "nesterov"):
         arguments = {**arguments, "momentum": training.momentum}
-    settings = {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(
-        parameters, **settings, **arguments
-    )
-    return optimizer
+    kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
+    rate, decay = training.learning_rate, training.weight_decay
+    return kind(parameters, lr=rate, weight_decay=decay, **arguments)
 
 
 @contextmanager
-def at_work_on(paths: Sequence[Path]) -> Iterator[None]:
+def at_work_on(paths: Sequence[Path], keep_every: int | None) -> Iterator[None]:
     """Hold the locks of checkpoints; one process at a time writes each."""
+    if keep_every is not None:
+        whole("keep_every", keep_every, 1, "None keeps the last one alone.")
     with ExitStack() as locks:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -487,10 +498,6 @@ def _take_over(model: nn.Module, path: str) -> None:
         ) from None
 
 
-def _as_double(targets: Tensor) -> Tensor:
-    return targets.double() if targets.is_floating_point() else targets
-
-
 def _seed_of(*parts: object) -> int:
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:4], "little")
@@ -498,10 +505,4 @@ def _seed_of(*parts: object) -> int:
 
 def _on_cpu(value: Any) -> Any:
     """A copy of nested dicts and lists with every tensor on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_on_cpu(item) for item in value]
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), value)

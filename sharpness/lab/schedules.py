@@ -11,11 +11,19 @@ from functools import partial
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, get_args
 
-from sharpness._arguments import at_least, positive, require, whole
+from sharpness._arguments import (
+    Checked,
+    at_least,
+    ensure,
+    known,
+    positive,
+    require,
+    setting,
+    whole,
+)
 
 Kind = Literal["constant", "decay", "hybrid", "increase"]
 Scaling = Literal["none", "linear", "sqrt"]
-_KINDS = ", ".join(get_args(Kind))
 _POWER = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
@@ -28,7 +36,7 @@ class Phase(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class Schedule(Checked):
     r"""What happens to batch size B and learning rate eta as training goes on.
 
     At each of the `drops` the noise scale $\eta N / B$ falls by `factor`, in one of the
@@ -53,29 +61,28 @@ class Schedule:
         ValueError: an unknown kind, drops that do not rise, a number out of range.
     """
 
-    kind: Kind = "constant"
+    kind: Literal["constant", "decay", "hybrid", "increase"] = setting(
+        "constant", check=partial(known, names=get_args(Kind))
+    )
     drops: tuple[float, ...] = ()
-    factor: float = 5.0
-    max_batch_size: int | None = None
-    warmup: float = 0.0
-    warmup_start: float = 1 / 32
+    factor: float = setting(5.0, check=partial(at_least, least=1))
+    max_batch_size: int | None = setting(None, check=partial(whole, least=1))
+    warmup: float = setting(0.0, check=partial(at_least, least=0))
+    warmup_start: float = setting(1 / 32, check=partial(at_least, least=0))
 
     def __post_init__(self) -> None:
         """Refuse what is no schedule."""
         several = isinstance(self.drops, Iterable)
         drops = tuple(self.drops) if several else (self.drops,)
         object.__setattr__(self, "drops", drops)
-        require(self.kind in get_args(Kind), "kind", f"be one of {_KINDS}", self.kind)
+        super().__post_init__()
         times = [positive("drops", epoch) for epoch in drops]
         require(times == sorted(set(times)), "drops", "be rising epochs", drops)
         some = "no epochs" if self.kind == "constant" else "at least one epoch"
         wanted = bool(drops) == (self.kind != "constant")
         require(wanted, "drops", f"be {some} for {self.kind}", drops)
-        require(at_least("factor", self.factor, 1) > 1, "factor", "be above 1", self.factor)
-        if self.max_batch_size is not None:
-            whole("max_batch_size", self.max_batch_size, 1)
-        at_least("warmup", self.warmup, 0)
-        start = at_least("warmup_start", self.warmup_start, 0)
+        require(self.factor > 1, "factor", "be above 1", self.factor)
+        start = self.warmup_start
         require(start <= 1, "warmup_start", "be at most 1", start)
 
     def stretched(self, times: float) -> Schedule:
@@ -90,11 +97,9 @@ class Schedule:
             ValueError: `batch_size` is above `max_batch_size` from the beginning.
         """
         most = math.inf if self.max_batch_size is None else self.max_batch_size
-        if batch_size > most:
-            raise ValueError(
-                f"`max_batch_size` must be at least the first batch size; got {most} "
-                f"(batch_size={batch_size}). Raise it."
-            )
+        got = f"{most} (batch_size={batch_size})"
+        contract = "be at least the first batch size"
+        ensure(batch_size <= most, "max_batch_size", contract, got, "Raise it.")
         found = [Phase(0.0, batch_size, learning_rate)]
         for i, epoch in enumerate(self.drops):
             _, batch, rate = found[-1]
@@ -136,13 +141,14 @@ class Course:
         self.schedule, self.num_train = schedule, num_train
         self.phases = schedule.phases(batch_size, learning_rate)
         largest = max(phase.batch_size for phase in self.phases)
-        if largest > num_train:
-            grown = "" if largest == batch_size else f", grown from {batch_size}"
-            raise ValueError(
-                f"`batch_size` must be at most the {num_train} training samples; got "
-                f"{largest}{grown}. Take a smaller one"
-                + (" or a `max_batch_size`." if grown else ".")
-            )
+        grown = "" if largest == batch_size else f", grown from {batch_size}"
+        ensure(
+            largest <= num_train,
+            "batch_size",
+            f"be at most the {num_train} training samples",
+            f"{largest}{grown}",
+            f"Take a smaller one{' or a `max_batch_size`' if grown else ''}.",
+        )
         self._begins = _updates_before(self.phases, num_train)
 
     def num_updates(self, epochs: float) -> int:

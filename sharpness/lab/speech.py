@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from scipy.io import wavfile
 from scipy.signal import lfilter
 
+from sharpness._arguments import ensure
+
 RATE = 8000  # samples a second
 _HOP, _WINDOW, _FFT = 80, 200, 512  # samples: a frame every 10 ms sees 25 ms
 _BANDS, _LOWEST, _HIGHEST = 40, 60.0, 3900.0  # Hz
@@ -40,13 +42,14 @@ def log_mel_features(signal: NDArray[np.int16]) -> Features:
     Raises:
         ValueError: `signal` is something else.
     """
-    sound = isinstance(signal, np.ndarray) and signal.dtype == np.int16
-    if not sound or signal.ndim != 1 or len(signal) < _HOP:
-        raise ValueError(
-            f"`signal` must be one channel of {_HOP} or more 16-bit samples; got shape "
-            f"{np.shape(signal)} of {getattr(signal, 'dtype', type(signal).__name__)}. "
-            f"Mix channels down, and resample to {RATE} Hz."
-        )
+    kind = getattr(signal, "dtype", type(signal).__name__)
+    ensure(
+        kind == np.int16 and signal.ndim == 1 and len(signal) >= _HOP,
+        "signal",
+        f"be one channel of {_HOP} or more 16-bit samples",
+        f"shape {np.shape(signal)} of {kind}",
+        f"Mix channels down, and resample to {RATE} Hz.",
+    )
     emphasised = lfilter([1, -0.97], 1, signal / 2**15)
     margin = (_WINDOW - _HOP) // 2
     padded = np.pad(emphasised, (margin, _WINDOW))
@@ -56,8 +59,7 @@ def log_mel_features(signal: NDArray[np.int16]) -> Features:
     bands = np.log(power @ _mel_triangles().T + 1e-7)  # (frames, 40)
     around = np.arange(len(bands))[:, None] + np.arange(-_CONTEXT, _CONTEXT + 1)
     spliced = bands[around.clip(0, len(bands) - 1)]  # (frames, 9, 40)
-    features: Features = spliced.reshape(len(bands), -1).astype(np.float32)
-    return features
+    return np.asarray(spliced.reshape(len(bands), -1), np.float32)
 
 
 def _mel_triangles() -> NDArray[np.float64]:
@@ -111,19 +113,18 @@ def _takes(folder: Path) -> list[tuple[str, int, int, Path]]:
     named = re.compile(r"(\d)_(\w+)_(\d+)\.wav")
     found = [(named.fullmatch(file.name), file) for file in folder.glob("*")]
     takes = sorted((m[2], int(m[1]), int(m[3]), file) for m, file in found if m)
-    if len({number < _TEST_TAKES for _, _, number, _ in takes}) < 2:
-        raise ValueError(
-            "`recordings` must be a folder with files such as 3_jackson_0.wav, of takes "
-            f"below and from {_TEST_TAKES}; got {folder} ({len(takes)} such files). "
-            "The Free Spoken Digit Dataset has one of that name."
-        )
+    ensure(
+        len({number < _TEST_TAKES for _, _, number, _ in takes}) == 2,
+        "recordings",
+        "be a folder with files such as 3_jackson_0.wav, of takes below and from "
+        f"{_TEST_TAKES}",
+        f"{folder} ({len(takes)} such files)",
+        "The Free Spoken Digit Dataset has one of that name.",
+    )
     return takes
 
 
 def _signal(file: Path) -> NDArray[np.int16]:
     rate, signal = wavfile.read(file)
-    if rate != RATE:
-        raise ValueError(
-            f"`{file}` must be recorded at {RATE} Hz; got {rate}. Resample it first."
-        )
+    ensure(rate == RATE, file, f"be recorded at {RATE} Hz", str(rate), "Resample it first.")
     return np.asarray(signal)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from sharpness import checkpoint
-from sharpness._arguments import whole
+from sharpness._arguments import ensure
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab.data import Dataset
-from sharpness.lab.run import OnEpoch, TrainingRun, at_work_on, one_epoch, optimizer_for
+from sharpness.lab.run import OnEpoch, TrainingRun, at_work_on, carry_out, optimizer_for
 from sharpness.lab.training import StoppingCriteria, Training
+
+_APART = "Train them one by one."
 
 
 def train_together(
@@ -55,15 +57,15 @@ def train_together(
         ValueError: trainings or a budget that cannot be stacked, checkpoints that stand
             at different updates, or what `run.train` refuses.
     """
-    if keep_every is not None:
-        whole("keep_every", keep_every, 1, "None keeps the last one alone.")
-    if not can_be_stacked(trainings, budget):
-        raise ValueError(
-            "`trainings` must differ in their seed alone, without remedy, augmentation, "
-            "clipping, ghost batches or a budget by loss, to be stacked; got others. Train "
-            "them one by one."
-        )
-    with at_work_on(paths):
+    ensure(
+        can_be_stacked(trainings, budget),
+        "trainings",
+        "differ in their seed alone, without remedy, augmentation, clipping, ghost batches "
+        "or a budget by loss, to be stacked",
+        "others",
+        _APART,
+    )
+    with at_work_on(paths, keep_every):
         runs = [
             TrainingRun(training, dataset, path, torch.device(device))
             for training, path in zip(trainings, paths, strict=True)
@@ -71,16 +73,7 @@ def train_together(
         _check(runs)
         stack = Stack(runs)
         with runs[0].own_generators():
-            while not runs[0].is_over(budget):
-                one_epoch(runs, stack.one_update, budget.num_updates(runs[0].course))
-                epoch = runs[0].epoch
-                if keep_every and runs[0].epoch_ended and epoch % keep_every == 0:
-                    for run in runs:
-                        run.save(finished=True, epoch=epoch)
-                on_epoch(epoch, sum(run.mean_loss() for run in runs) / len(runs))
-            for run in runs:
-                if not run.finished:
-                    run.save(finished=True)
+            carry_out(runs, stack.one_update, budget, keep_every, on_epoch)
     return [checkpoint.load(path) for path in paths]
 
 
@@ -93,24 +86,21 @@ def can_be_stacked(trainings: Sequence[Training], budget: StoppingCriteria) -> b
     """
     first = replace(trainings[0], seed=0)
     alike = all(replace(training, seed=0) == first for training in trainings)
-    plain = first.remedy == "none" and first.augmentation == "none"
-    plain = plain and first.clip_norm is None and first.ghost_batch_size is None
+    plain = first.remedy == "none" == first.augmentation
     asked = (budget.until_loss, budget.until_accuracy, budget.patience)
-    return alike and plain and not any(one is not None for one in asked)
+    others = (first.clip_norm, first.ghost_batch_size, *asked)
+    return alike and plain and all(other is None for other in others)
 
 
 def _check(runs: Sequence[TrainingRun]) -> None:
-    if any(isinstance(m, nn.modules.dropout._DropoutNd) for m in runs[0].model.modules()):
-        raise ValueError(
-            "`trainings` must be of a network without dropout to be stacked; got "
-            f"{runs[0].network['name']}. Train them one by one."
-        )
-    updates = sorted({run.update for run in runs})
-    if len(updates) > 1:
-        raise ValueError(
-            "`paths` must hold checkpoints of the same update to be stacked; got updates "
-            f"{updates[0]} to {updates[-1]}. Train them one by one."
-        )
+    kind, updates = nn.modules.dropout._DropoutNd, sorted({run.update for run in runs})
+    plain = not any(isinstance(module, kind) for module in runs[0].model.modules())
+    contract = "be of a network without dropout to be stacked"
+    got = str(runs[0].network["name"])
+    ensure(plain, "trainings", contract, got, _APART)
+    contract = "hold checkpoints of the same update to be stacked"
+    got = f"updates {updates[0]} to {updates[-1]}"
+    ensure(len(updates) == 1, "paths", contract, got, _APART)
 
 
 class Stack:
@@ -132,9 +122,10 @@ class Stack:
         """The next update of every run."""
         first = self.runs[0]
         batch_size, rate = first.course.at(first.update)
-        for optimizer in (self.optimizer, *(run.optimizer for run in self.runs)):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for run in self.runs:
+            run.set_rate()
         index = torch.stack([run.order.take(run.seen, batch_size) for run in self.runs])
         losses = self.losses(first.x[index], first.y[index])
         self.optimizer.zero_grad()
@@ -147,15 +138,11 @@ class Stack:
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean losses (S,) of batches (S, B, ...)."""
-        criterion = self.runs[0].criterion
 
-        def of_one(
-            parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor
-        ) -> Tensor:
-            outputs = functional_call(self.model, (parameters, buffers), (x,))
-            return criterion(outputs, y)
+        def of_one(state: tuple[dict[str, Tensor], ...], x: Tensor, y: Tensor) -> Tensor:
+            return self.runs[0].criterion(functional_call(self.model, state, (x,)), y)
 
-        found: Tensor = vmap(of_one)(self.parameters, self.buffers, x, y)
+        found: Tensor = vmap(of_one)((self.parameters, self.buffers), x, y)
         return found
 
     def _share_states(self) -> None:
@@ -182,11 +169,9 @@ class Stack:
 
 def _stacked(values: Sequence[Any], parameter: Tensor) -> Any:
     """Moments are stacked; the count of steps is one for all."""
-    first = values[0]
-    moments = (
-        isinstance(first, Tensor) and first.shape == parameter.shape[1:] and first.ndim
-    )
-    return torch.stack(list(values)) if moments else first
+    shape = getattr(values[0], "shape", ())
+    moments = len(shape) and shape == parameter.shape[1:]
+    return torch.stack(list(values)) if moments else values[0]
 
 
 def _at(model: nn.Module, name: str) -> Any:

@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from sharpness import _progress
-from sharpness._arguments import package, whole
+from sharpness._arguments import Checked, ensure, package, setting, whole
 from sharpness.lab import data
 from sharpness.lab.data import Dataset
 from sharpness.lab.following import Following
@@ -59,7 +59,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExecutionSettings:
+class ExecutionSettings(Checked):
     """Where a sweep runs, and on what.
 
     Args:
@@ -77,13 +77,10 @@ class ExecutionSettings:
     data: str
     data_dir: str | None = None
     device: str = "cpu"
-    jobs: int | None = None
+    jobs: int | None = setting(
+        None, check=partial(whole, least=1, advice="None means one a core.")
+    )
     stacked: bool | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot run."""
-        if self.jobs is not None:
-            whole("jobs", self.jobs, 1, "None means one a core.")
 
     def dataset(self) -> Dataset:
         """The samples; the last set asked for is kept."""
@@ -121,11 +118,10 @@ def sweep(
         ValueError: two runs with one path, or a set that cannot be loaded.
     """
     paths = [run.path for run in runs]
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise ValueError(
-            f"`runs` must each have a path of their own; got {twice} twice. Leave one out."
-        )
+    contract = "each have a path of their own"
+    for path in paths:
+        got = f"{path} twice"
+        ensure(paths.count(path) == 1, "runs", contract, got, "Leave one out.")
     num_train = len(place.dataset().train[0])
     numbered = list(enumerate(runs))
     units = [[run] for run in numbered] if following else _units(numbered, place)
@@ -148,19 +144,13 @@ _Unit = list[tuple[int, Run]]  # what one worker does at a time, numbered
 
 def _units(runs: _Unit, place: ExecutionSettings) -> list[_Unit]:
     """Runs that can be stacked, together; each other one by itself."""
-    if not (place.device != "cpu" if place.stacked is None else place.stacked):
-        return [[run] for run in runs]
-    units: list[_Unit] = []
+    stacked = place.device != "cpu" if place.stacked is None else place.stacked
+    units: dict[Any, _Unit] = {}
     for number, run in runs:
-        for unit in units:
-            together = [run.training, *(other.training for _, other in unit)]
-            same = run.budget == unit[0][1].budget
-            if same and can_be_stacked(together, run.budget):
-                unit.append((number, run))
-                break
-        else:
-            units.append([(number, run)])
-    return units
+        together = stacked and can_be_stacked([run.training], run.budget)
+        key = (replace(run.training, seed=0), run.budget) if together else number
+        units.setdefault(key, []).append((number, run))
+    return list(units.values())
 
 
 def _cost(run: Run, num_train: int) -> float:
@@ -207,12 +197,12 @@ class _Worker:
 
     def _alone(self, number: int, run: Run) -> Outcome:
         began, facts, failure = time.monotonic(), {}, None
+        options: dict[str, Any] = {}
         try:
             dataset = self.place.dataset()
-            options: dict[str, Any] = {}
             if self.following is not None:
                 options["on_update"] = self.following.of(dataset, run.path)
-            done = train(
+            facts = train(
                 run.training,
                 run.budget,
                 dataset,
@@ -221,14 +211,13 @@ class _Worker:
                 keep_every=self.keep_every,
                 on_epoch=lambda epoch, loss: self._show([(number, run)], epoch),
                 **options,
-            )
-            facts = done.training
+            ).training
         except Exception as error:  # the others go on
             kind = "" if isinstance(error, ValueError | OSError) else type(error).__name__
             failure = " ".join(f"{kind}: {error}".removeprefix(": ").split())
         self._show([(number, run)])
-        seconds = time.monotonic() - began
-        return Outcome(run=run, seconds=seconds, failure=failure, facts=facts)
+        spent = time.monotonic() - began
+        return Outcome(run=run, seconds=spent, failure=failure, facts=facts)
 
     def _show(self, unit: _Unit, epoch: int | None = None) -> None:
         """Note how far the runs are; None: at their end."""

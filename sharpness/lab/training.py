@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from sharpness._arguments import at_least, flag, known, positive, require, whole
+from sharpness._arguments import (
+    Checked,
+    at_least,
+    known,
+    positive,
+    require,
+    setting,
+    whole,
+)
 from sharpness.lab import named
 from sharpness.lab.named import from_spec
 from sharpness.lab.schedules import SCHEDULES, Course, Scaling, Schedule, scaled_rate
@@ -33,11 +41,13 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "adagrad": ("Adagrad", {}, 1e-2),
 }
 _RATES = ", ".join(f"{rate:g} for {name}" for name, (*_, rate) in OPTIMIZERS.items())
+_COUNT, _SOME = partial(whole, least=1), partial(at_least, least=0)
+_SCALING = partial(known, names=get_args(Scaling), contract="be none, linear or sqrt")
 _IMPROVED = 1e-3  # a smaller relative fall of the loss is no improvement
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Checked):
     """What a training run is, apart from how long it goes on.
 
     The seed decides the starting point and the order of the samples. The start does not
@@ -72,31 +82,35 @@ class Training:
     """
 
     network: str
-    batch_size: int
+    batch_size: int = field(metadata={"check": _COUNT})
     seed: int = 0
-    optimizer: str = flag("adam", f"with commas: {', '.join(OPTIMIZERS)}")
-    learning_rate: float = flag(1e-3, f"with commas (default: {_RATES})")
-    momentum: float = flag(0.9, "of momentum and nesterov")
-    weight_decay: float = flag(0.0, "added to gradients, times the parameters")
-    scaling: Literal["none", "linear", "sqrt"] = flag(
-        "none", "of the rate with the batch size: none, linear, sqrt"
+    optimizer: str = setting(
+        "adam", f"with commas: {', '.join(OPTIMIZERS)}", partial(known, names=OPTIMIZERS)
     )
-    base_batch_size: int = flag(
-        256, "that the learning rate is meant for; 1: a rate per sample"
+    learning_rate: float = setting(1e-3, f"with commas (default: {_RATES})", positive)
+    momentum: float = setting(0.9, "of momentum and nesterov", _SOME)
+    weight_decay: float = setting(0.0, "added to gradients, times the parameters", _SOME)
+    scaling: Literal["none", "linear", "sqrt"] = setting(
+        "none", "of the rate with the batch size: none, linear, sqrt", _SCALING
     )
-    schedule: str = flag(
+    base_batch_size: int = setting(
+        256, "that the learning rate is meant for; 1: a rate per sample", _COUNT
+    )
+    schedule: str = setting(
         "constant", f"{', '.join(SCHEDULES)}; ?drops=(epochs,...)&warmup=epochs"
     )
-    regime_adaptation: bool = flag(
+    regime_adaptation: bool = setting(
         False, "as many updates for every batch size: epochs and schedule grow with it"
     )
-    clip_norm: float | None = flag(None, "longest gradient (default, 0: any)")
-    ghost_batch_size: int | None = flag(
-        None, "samples of BatchNorm's statistics (default, 0: the whole batch)"
+    clip_norm: float | None = setting(None, "longest gradient (default, 0: any)", positive)
+    ghost_batch_size: int | None = setting(
+        None,
+        "samples of BatchNorm's statistics (default, 0: the whole batch)",
+        partial(whole, least=2),
     )
-    augmentation: str = flag("none", ", ".join(named.AUGMENTATIONS))
-    remedy: str = flag("none", f"with commas: {', '.join(named.REMEDIES)}")
-    start_from: str | None = flag(
+    augmentation: str = setting("none", ", ".join(named.AUGMENTATIONS))
+    remedy: str = setting("none", f"with commas: {', '.join(named.REMEDIES)}")
+    start_from: str | None = setting(
         None, "with commas: checkpoints whose parameters to start from"
     )
 
@@ -109,21 +123,11 @@ class Training:
                 object.__setattr__(self, name, value.item())
         require(isinstance(self.network, str), "network", "be a name", self.network)
         initialisation_of(named.parsed(self.network)[0])  # a known name
-        whole("batch_size", self.batch_size, 1)
+        super().__post_init__()
         require(whole("seed", self.seed, 0) < 2**63, "seed", "be below 2^63", self.seed)
-        known("optimizer", self.optimizer, OPTIMIZERS)
-        positive("learning_rate", self.learning_rate)
-        momentum = at_least("momentum", self.momentum, 0)
-        require(momentum < 1, "momentum", "be below 1", momentum)
-        some = momentum > 0 or self.optimizer != "nesterov"
-        require(some, "momentum", "be above 0 for nesterov", momentum)
-        at_least("weight_decay", self.weight_decay, 0)
-        known("scaling", self.scaling, get_args(Scaling), "be none, linear or sqrt")
-        whole("base_batch_size", self.base_batch_size, 1)
-        if self.clip_norm is not None:
-            positive("clip_norm", self.clip_norm)
-        if self.ghost_batch_size is not None:
-            whole("ghost_batch_size", self.ghost_batch_size, 2)
+        require(self.momentum < 1, "momentum", "be below 1", self.momentum)
+        some = self.momentum > 0 or self.optimizer != "nesterov"
+        require(some, "momentum", "be above 0 for nesterov", self.momentum)
         _ = self.laid_out, self.augmented, self.update_with
 
     @property
@@ -167,7 +171,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoppingCriteria:
+class StoppingCriteria(Checked):
     """When to stop: whatever comes first.
 
     Args:
@@ -185,37 +189,34 @@ class StoppingCriteria:
         ValueError: neither epochs nor updates, or a number out of range.
     """
 
-    epochs: float | None = flag(
+    epochs: float | None = setting(
         None,
         "(default: the regime's; else 40 from 10 %% of the training set on, and 20)",
+        positive,
     )
-    updates: int | None = flag(None, "stop after so many updates, whatever the batch size")
-    until_loss: float | None = flag(None, "stop earlier, at this training loss")
-    patience: int | None = flag(None, "stop earlier, after so many epochs no better")
-    until_accuracy: float | None = flag(None, "stop earlier, at this training accuracy")
+    updates: int | None = setting(
+        None, "stop after so many updates, whatever the batch size", _COUNT
+    )
+    until_loss: float | None = setting(None, "stop earlier, at this training loss", _SOME)
+    patience: int | None = setting(
+        None, "stop earlier, after so many epochs no better", _COUNT
+    )
+    until_accuracy: float | None = setting(
+        None, "stop earlier, at this training accuracy", positive
+    )
 
     def __post_init__(self) -> None:
         """Refuse a budget of nothing."""
         limited = self.epochs is not None or self.updates is not None
         require(limited, "epochs", "be given, or `updates`", self.epochs)
-        if self.epochs is not None:
-            positive("epochs", self.epochs)
-        if self.updates is not None:
-            whole("updates", self.updates, 1)
-        if self.until_loss is not None:
-            at_least("until_loss", self.until_loss, 0)
-        if self.until_accuracy is not None:
-            accuracy = positive("until_accuracy", self.until_accuracy)
-            require(accuracy <= 1, "until_accuracy", "be at most 1", accuracy)
-        if self.patience is not None:
-            whole("patience", self.patience, 1)
+        super().__post_init__()
+        sound = self.until_accuracy is None or self.until_accuracy <= 1
+        require(sound, "until_accuracy", "be at most 1", self.until_accuracy)
 
     def num_updates(self, course: Course) -> int:
         """The most updates it allows, at least one."""
         in_epochs = math.inf if self.epochs is None else course.num_updates(self.epochs)
-        return int(
-            max(1, min(in_epochs, math.inf if self.updates is None else self.updates))
-        )
+        return int(max(1, min(in_epochs, self.updates or math.inf)))
 
     def out_of_patience(self, history: list[float]) -> bool:
         """Whether the last epochs brought no improvement."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness._arguments import positive
+from sharpness.risk.objective import call_model
 
 # Powers of two: scaling by them is exact in floating point, so that what moves is moved
 # by the map and not by rounding.
@@ -351,11 +352,7 @@ def _drift(network: nn.Module, other: nn.Module, inputs: Any) -> float:
 
 def _call(network: nn.Module, inputs: Any) -> Tensor:
     inputs = tree_map(lambda part: part.clone(), inputs)  # the model may write on them
-    if isinstance(inputs, Mapping):
-        result = network(**inputs)
-    else:
-        several = isinstance(inputs, tuple | list)
-        result = network(*inputs) if several else network(inputs)
+    result = call_model(network, inputs)
     if not isinstance(result, Tensor):
         raise TypeError(
             f"`model` must return one tensor for an audit; got {type(result).__name__}."

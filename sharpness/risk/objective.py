@@ -223,7 +223,7 @@ class _Whole(nn.Module):
         if self.closure is not None:
             return self.closure(self.model, batch)
         if outputs is None:
-            outputs = _applied(self.model, batch[0])
+            outputs = call_model(self.model, batch[0])
         if outputs_only:
             return outputs
         if self._elementwise:
@@ -269,7 +269,8 @@ def gradients(value: Tensor, leaves: Sequence[Tensor], **how: Any) -> Sequence[T
     )
 
 
-def _applied(model: nn.Module, inputs: Any) -> Any:
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """What a model makes of one input, of several in order, or of several by name."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
