@@ -91,11 +91,10 @@ class Augmentation:
         place = x.device if generator is None else generator.device
 
         def uniform(*shape: int) -> Tensor:
-            shape = (len(x), *shape)
-            kind = torch.float32
-            return torch.rand(shape, generator=generator, dtype=kind, device=place).to(
-                x.device
+            draws = torch.rand(
+                (len(x), *shape), generator=generator, dtype=torch.float32, device=place
             )
+            return draws.to(x.device)
 
         images = x
         if self.flip:
