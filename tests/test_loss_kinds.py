@@ -144,6 +144,5 @@ def test_a_subclass_that_only_sets_its_base_is_its_base(chunk_size):
 @pytest.mark.parametrize("terms", [None, len])
 def test_a_later_batch_is_not_broadcast_either(terms):
     data = [(X[:4].float(), torch.zeros(4, 1)), (X[4:].float(), torch.zeros(8))]
-    risk = EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data, terms=terms)
     with pytest.raises(ValueError, match="which would be broadcast"):
-        risk.value()
+        EmpiricalRisk(nn.Linear(3, 1), nn.MSELoss(), data, terms=terms).value()

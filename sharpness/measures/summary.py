@@ -297,6 +297,7 @@ def _notes(
     results: dict[str, list[Result]],
 ) -> Iterator[str]:
     """What a reader should know before believing the numbers."""
+    yield from risk.notes
     if risk.num_samples == 1:
         yield "One sample only: nothing here says how sharp the loss is on others."
     if accuracy is not None and risk.num_samples > 1:

@@ -43,7 +43,8 @@ def materialised(
     ):  # a loader draws a seed as it starts
         batches = [_moved(batch, device) for batch in data]
     if pairs:
-        batches = joined([_checked_pair(batch) for batch in batches])
+        checked = [_checked_pair(batch) for batch in batches]
+        batches = [pair for pair in checked if len(pair[1])]
     if not batches:
         raise ValueError(
             "`data` must hold at least one sample; got none. Pass (inputs, targets), "
@@ -65,14 +66,11 @@ def _own_generators_kept(data: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
-def cut(pair: Pair, size: int) -> list[Pair]:
-    """A pair in chunks of `size` samples, the last one shorter."""
-    total = len(pair[1])
-    return [rows(pair, i, min(i + size, total)) for i in range(0, total, size)]
+def cut(pair: Pair, most: int) -> list[Pair]:
+    """A pair in ceil(N / most) parts whose sizes differ by at most one.
 
-
-def cut_evenly(pair: Pair, most: int) -> list[Pair]:
-    """A pair in ceil(N / most) parts whose sizes differ by at most one."""
+    So a part of one row is there only where `most` is 1, or 2 and N odd.
+    """
     total = len(pair[1])
     parts = -(-total // most)
     sizes = [total // parts + (i < total % parts) for i in range(parts)]
@@ -94,7 +92,7 @@ def taken(pair: Pair, index: Tensor) -> Pair:
 def joined(pairs: Sequence[Pair]) -> list[Pair]:
     """One pair where the shapes allow it (all but sequences of uneven length)."""
     pairs = [pair for pair in pairs if len(pair[1])]
-    kinds = {_row_kind(pair) for pair in pairs}
+    kinds = {row_kind(pair) for pair in pairs}
     if len(kinds) != 1 or len(pairs) == 1:
         return list(pairs)
     return [tree_map(lambda *parts: torch.cat(parts), *pairs)]
@@ -137,11 +135,13 @@ def _checked_pair(batch: Batch) -> Pair:
         if len(part) != len(targets):
             raise ValueError(
                 "`data` must have as many targets as inputs; got "
-                f"{len(part)} inputs and {len(targets)} targets."
+                f"{len(part)} inputs and {len(targets)} targets. Pass `closure=` for "
+                "batches whose first dimension is not that of samples."
             )
     return inputs, targets
 
 
-def _row_kind(pair: Pair) -> tuple[Any, ...]:
+def row_kind(pair: Pair) -> tuple[Any, ...]:
+    """Structure, shapes and types of a row: pairs of one kind can be joined."""
     parts, structure = tree_flatten(pair)
     return (str(structure), *((part.shape[1:], part.dtype) for part in parts))

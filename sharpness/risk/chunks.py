@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 from sharpness._results import NotAvailableError
-from sharpness.risk import batches, curvature, memory
+from sharpness.risk import batches, batching, curvature, memory
+from sharpness.risk.batching import FEW, Count
 from sharpness.risk.curvature import Linearise
 from sharpness.risk.fisher_terms import FisherTerms, loss_of_sampled, sampled_targets
 from sharpness.risk.kept_graph import ChunkedSum
-from sharpness.risk.loss_terms import LossTerms, asked_reduction, loss_terms, num_rows
+from sharpness.risk.loss_terms import (
+    LossTerms,
+    asked_reduction,
+    evaluated,
+    known_terms,
+    num_rows,
+    refuse_broadcast,
+    weighs_places,
+)
 from sharpness.risk.memory import Footprint
 from sharpness.risk.model_state import (
     batchnorm_layers,
@@ -72,21 +81,30 @@ class ChunkedMean:
     ) -> None:
         self._objective, self._batchnorm = objective, batchnorm
         self._closed = objective.closure is not None
-        self.num_samples = int(sum(num_rows(batch) for batch in given))
-        self.given = given
-        by_parts = batchnorm == "batch" and not self._closed
-        if by_parts:
-            given = self._batchnorm_parts(given, batchnorm_batch)
-        most = _PROBE if isinstance(chunk_size, str) else chunk_size
-        self._terms = self._find_terms(given[0], terms, most)
+        self.given, self.num_samples = given, int(sum(num_rows(batch) for batch in given))
         self.budget = memory.budget_bytes(objective.device)
         self.chunk_size: int | None = None
-        if by_parts:
-            self._check_fits(given, batchnorm_batch)
-        elif not self._closed:
-            self.chunk_size = self._chosen_chunk_size(given[0], chunk_size)
-            given = [part for b in given for part in batches.cut(b, self.chunk_size)]
-        self._set(given)
+        self.whole = ""  # why f depends on how the data are batched, where it does
+        if self._closed:
+            self._set(self._of_closure(terms))
+        elif batchnorm == "batch":
+            self._set(self._of_batchnorm_parts(terms, batchnorm_batch))
+        else:
+            self._set(self._of_pairs(terms, chunk_size))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know of how f is defined."""
+        if not self.whole:
+            return []
+        how = f"{len(self.all)} {'batch' if len(self.all) == 1 else 'batches'} as given"
+        if self._batchnorm == "batch" and not self._closed:
+            how = f"{len(self.all)} parts for BatchNorm"
+        return [f"f depends on how the data are batched: {how} ({self.whole})"]
+
+    def first(self, most: int) -> Any:
+        """A few rows of a pair, or all of a batch that has to be whole."""
+        return self.given[0] if self.whole else batches.rows(self.given[0], 0, most)
 
     def subset(self, index: Tensor) -> ChunkedMean:
         """The mean over some samples, which may repeat, in chunks of the same size."""
@@ -111,7 +129,8 @@ class ChunkedMean:
         """The data in near-equal parts of at most `most` rows, however they are cut."""
         if self._closed:
             return [chunk.batch for chunk in self.all]
-        return [part for pair in self.given for part in batches.cut_evenly(pair, most)]
+        pairs = batches.joined(self.given)
+        return [part for pair in pairs for part in batches.cut(pair, most)]
 
     def shares(self, leaves: Sequence[Tensor]) -> Iterator[Tensor]:
         """What each chunk adds to f, one at a time."""
@@ -137,21 +156,11 @@ class ChunkedMean:
     def footprint(self, linearise: Linearise, batch: Any) -> Footprint:
         """Memory of one chunk's product, predicted from a few of its samples.
 
-        A closure's batch cannot be cut, so its own graph is built and measured.
+        For a batch that is not to be cut its own graph is built and measured.
         """
-        rows = int(num_rows(batch))
-        if self._closed or rows <= _PROBE:
+        if self._closed or self.whole:
             return self._measured(linearise, batch)
-        probed = min(max(_PROBE, rows // 4), _MOST_PROBED)
-        first = self._measured(linearise, batches.rows(batch, 0, _PROBE))
-        if first.held > 4 * self._objective.theta.nbytes:  # the rows' part rules already
-            probed = _PROBE
-        sizes = (probed // 2, probed)
-        few, many = (
-            first if n == _PROBE else self._measured(linearise, batches.rows(batch, 0, n))
-            for n in sizes
-        )
-        return many.at(rows, few, sizes)
+        return self._predicted(linearise, batch)
 
     def halve(self, trouble: str) -> None:
         """Chunks of half the size; the mean stays what it is.
@@ -178,14 +187,17 @@ class ChunkedMean:
     def _set(self, parts: Sequence[Any]) -> None:
         counts = [float(self._terms.count(self._counted_in(part))) for part in parts]
         self.all = [Chunk(part, n) for part, n in zip(parts, counts, strict=True)]
-        # A mean over no terms at all would be NaN.
-        self.counted = [chunk for chunk in self.all if chunk.count]
-        self.num_terms = sum(chunk.count for chunk in self.counted)
-        if not self.counted:
+        self.counted = [chunk for chunk in self.all if self._counts(chunk)]
+        self.num_terms = sum(chunk.count for chunk in self.all)
+        if not self.num_terms:
             raise NoLossTermsError(
                 "`data` must hold at least one loss term; got none that counts (every "
                 "target equals `ignore_index`, or every weight is 0)."
             )
+
+    def _counts(self, chunk: Chunk) -> bool:
+        """A mean over no terms at all would be NaN, and a sum is one of zeros."""
+        return bool(chunk.count) or self._terms.reduction != "mean"
 
     def _weight(self, chunk: Chunk) -> float:
         size = self._terms.size(self._counted_in(chunk.batch))
@@ -195,20 +207,97 @@ class ChunkedMean:
         """What terms are counted in: the targets, or all that a closure gets."""
         return batch if self._closed else batch[1]
 
-    def _find_terms(
-        self, first: Any, terms: Callable[[Any], float] | None, most: int
-    ) -> LossTerms:
-        objective, loss = self._objective, self._objective.loss
-        if loss is None:
-            return LossTerms("mean", terms or num_rows, num_rows)
-        batch = batches.rows(first, 0, min(_PROBE, most))
+    def _of_closure(self, terms: Count | None) -> Sequence[Any]:
+        """Batches as they are, weighted by their samples."""
+        with evaluation(self._objective.model, self._batchnorm), torch.enable_grad():
+            largest = max(self.given, key=num_rows)
+            dim = batching.closure_dim(self._objective, largest, terms)
+        if dim is None and len(self.given) > 1:
+            self.whole = "the closure was not seen to be a mean over rows"
+        size = partial(batching.length, dim=dim or 0)
+        self._terms = LossTerms("mean", terms or size, size)
+        self.num_samples = sum(size(batch) for batch in self.given)
+        return self.given
+
+    def _of_batchnorm_parts(self, terms: Count | None, most: int) -> Sequence[Any]:
+        """Near-equal parts, each with batch statistics of its own."""
+        self.given = batches.joined(self.given)
+        parts = self._batchnorm_parts(self.given, most)
+        known = None if terms is not None else known_terms(self._objective.loss)
+        self._terms = known or LossTerms("mean", terms or num_rows, num_rows)
+        with evaluation(self._objective.model, "batch"), torch.no_grad():
+            self._widen_loss(batches.rows(parts[0], 0, FEW))
+        self._check_fits(parts, "batchnorm_batch", int(self.budget / memory.SHARE))
+        if known is None:
+            with evaluation(self._objective.model, "batch"), torch.no_grad():
+                self._see_reduction(parts, None, 0)
+        return parts
+
+    def _of_pairs(self, terms: Count | None, chunk_size: int | str) -> Sequence[Any]:
+        """Chunks where f does not depend on them; else the batches that were given."""
+        objective, given = self._objective, self.given
+        known = None if terms is not None else known_terms(objective.loss)
         with evaluation(objective.model, self._batchnorm), torch.no_grad():
+            most = FEW if isinstance(chunk_size, str) else min(FEW, max(2, chunk_size))
+            few = batching.few_rows(given, most)
+            self.whole = batching.why_whole(objective, few, given[0])
+            self._widen_loss(given[0] if self.whole == batching.UNCUT else few)
+            count = terms or num_rows
+            if self.whole == batching.COUPLED:
+                dim = batching.sample_dim(objective, given[0][0])
+                self.num_samples = sum(batching.length(b[0], dim) for b in given)
+                count = terms or torch.numel  # the first dimension may be time
+            self._terms = known or LossTerms("mean", count, num_rows)
+            if known is None:
+                self._see_loss(few, batches.joined(given)[0], chunk_size)
+            elif weighs_places(objective.loss, given[0][1]):
+                self.whole = self.whole or "the loss weighs rows by their places"
+        if self.whole:
+            self.chunk_size = None
+            self._check_fits(given, "data", memory.free_bytes(objective.device))
+            return given
+        self.given = batches.joined(given)
+        if self.chunk_size is None:
+            self.chunk_size = self._chosen_chunk_size(self.given[0], chunk_size)
+        return [part for b in self.given for part in batches.cut(b, self.chunk_size)]
+
+    def _widen_loss(self, pair: Any) -> None:
+        leaves = self._objective.pieces(self._objective.theta)
+        outputs = self._objective.outputs(leaves, pair)
+        self._objective.widen_loss(leaves, pair, outputs)
+
+    def _see_loss(self, few: Any, first: Any, chunk_size: int | str) -> None:
+        """Whether a loss that is not PyTorch's own is a mean or a sum over rows."""
+        if self.whole:
+            self._check_fits(self.given, "data", memory.free_bytes(self._objective.device))
+            self._see_reduction(self.given, None, 0)
+            return
+        objective = self._objective
+        outputs = objective.outputs(objective.pieces(objective.theta), few)
+        if batching.reductions(objective, outputs, few[1], self._terms.count):
+            self.chunk_size = self._chosen_chunk_size(first, chunk_size)
+            most = batching.most_rows(outputs, len(few[1]), self.budget)
+            self._see_reduction(self.given, self.chunk_size, most)
+        else:
+            self._set_reduction(None, few)
+
+    def _see_reduction(self, parts: Sequence[Any], rows: int | None, most: int) -> None:
+        seen = batching.wholes(self._objective, parts, rows, most)
+        reduction = batching.observed(self._objective, seen, self._terms.count)
+        self._set_reduction(reduction, parts[0])
+
+    def _set_reduction(self, reduction: str | None, pair: Any) -> None:
+        objective = self._objective
+        if reduction is None:
+            self.whole = self.whole or batching.LOSS_COUPLED
             leaves = objective.pieces(objective.theta)
-            outputs = objective.outputs(leaves, batch)
-            objective.widen_loss(leaves, batch, outputs)
-        if terms is not None:
-            return LossTerms(asked_reduction(loss) or "mean", terms, num_rows)
-        return loss_terms(loss, *objective.as_compared(outputs, batch[1]))
+            outputs = objective.outputs(leaves, pair)
+            if two := batching.broadcast(objective, outputs, pair[1]):
+                refuse_broadcast(*two)
+            value = objective.loss_of(leaves, pair, outputs)
+            values = "sum" if value.numel() > 1 else "mean"
+            reduction = asked_reduction(objective.loss) or values
+        self._terms = replace(self._terms, reduction=reduction)
 
     def _chosen_chunk_size(self, first: Any, asked: int | str) -> int:
         if not isinstance(asked, str):
@@ -221,7 +310,7 @@ class ChunkedMean:
         return max(1, min(most, _CPU_CHUNK, rows * _CPU_TENSOR // max(1, chunk.largest)))
 
     def _batchnorm_parts(self, given: Sequence[Any], most: int) -> list[Any]:
-        parts = [part for pair in given for part in batches.cut_evenly(pair, most)]
+        parts = [part for pair in given for part in batches.cut(pair, most)]
         smallest = min(len(part[1]) for part in parts)
         if smallest < 2 and batchnorm_layers(self._objective.model):
             raise ValueError(
@@ -230,28 +319,49 @@ class ChunkedMean:
             )
         return parts
 
-    def _check_fits(self, parts: Sequence[Any], most: int) -> None:
-        largest = max(parts, key=lambda part: len(part[1]))
-        rows, need = len(largest[1]), self._bytes_of(largest).peak
-        free = int(self.budget / memory.SHARE)
+    def _check_fits(self, parts: Sequence[Any], what: str, free: int) -> None:
+        """Refuse parts that must be whole and do not fit the memory, by a few rows."""
+        largest = max(parts, key=num_rows)
+        try:
+            need = self._bytes_of(largest).peak
+        except Exception:
+            if what == "data":  # a few rows cannot be evaluated
+                return
+            raise
+        rows = int(num_rows(largest))
         if need > free:
             raise ValueError(
-                f"`batchnorm_batch` must fit the memory; got {most} (a part of {rows} "
-                f"samples takes {need / 1e9:.1f} of {free / 1e9:.1f} GB). Pass at most "
-                f"{max(2, int(rows * free / need))}."
+                f"`{what}` must come in parts that fit the memory; got {rows} samples that "
+                f"are evaluated at once and take {need / 1e9:.1f} of {free / 1e9:.1f} GB. "
+                f"Pass at most {max(2, int(rows * free / need))}."
             )
 
     def _bytes_of(self, batch: Any) -> Footprint:
         """Memory of the Hessian's product; of the gradient, where there is no second."""
         try:
-            return self.footprint(self._linearise("hessian"), batch)
+            return self._predicted(self._linearise("hessian"), batch)
         except (RuntimeError, NotImplementedError):
-            return self.footprint(self._gradient_only, batch)
+            return self._predicted(self._gradient_only, batch)
 
     def _gradient_only(self, leaves: Sequence[Tensor], batch: Any) -> curvature.Matvec:
         with torch.enable_grad():
             value = self.mean(self._objective.reduced(leaves, batch), batch)
         return lambda _: gradients(value, leaves, retain_graph=True)
+
+    def _predicted(self, linearise: Linearise, batch: Any) -> Footprint:
+        rows = int(num_rows(batch))
+        if rows <= _PROBE:
+            return self._measured(linearise, batch)
+        probed = min(max(_PROBE, rows // 4), _MOST_PROBED)
+        first = self._measured(linearise, batches.rows(batch, 0, _PROBE))
+        if first.held > 4 * self._objective.theta.nbytes:  # the rows' part rules already
+            probed = _PROBE
+        sizes = (probed // 2, probed)
+        few, many = (
+            first if n == _PROBE else self._measured(linearise, batches.rows(batch, 0, n))
+            for n in sizes
+        )
+        return many.at(rows, few, sizes)
 
     def _measured(self, linearise: Linearise, batch: Any) -> Footprint:
         objective = self._objective
@@ -288,6 +398,11 @@ class ChunkedMean:
             )
         if matrix == "gauss_newton":
             return curvature.gauss_newton(objective, self.mean)
+        if self.whole == batching.LOSS_COUPLED:
+            raise NotAvailableError(
+                f"`loss` must be a mean or a sum over rows for matrix={matrix!r}; got one "
+                "that couples them (not available: a sample has no gradient of its own)."
+            )
         if self._batchnorm == "batch" and batchnorm_layers(objective.model):
             raise ValueError(
                 f"`batchnorm` must be 'running' for matrix={matrix!r}; got 'batch' (a "
@@ -296,7 +411,7 @@ class ChunkedMean:
         if matrix == "sampled_fisher":
             terms = FisherTerms(loss_of_sampled(objective.loss), elementwise=True)
         else:
-            terms = FisherTerms(objective.loss)
+            terms = FisherTerms(evaluated(objective.loss))
         return curvature.fisher(objective, self.mean, terms)
 
     def _with_sampled_targets(self, leaves: Sequence[Tensor], seed: int) -> list[Any]:
@@ -306,4 +421,4 @@ class ChunkedMean:
             pairs = ((objective.outputs(leaves, part), part[1]) for part in parts)
             drawn = list(sampled_targets(objective.loss, pairs, seed))
         sampled = zip(self.all, parts, drawn, strict=True)
-        return [(part[0], y) for chunk, part, y in sampled if chunk.count]
+        return [(part[0], y) for chunk, part, y in sampled if self._counts(chunk)]

@@ -54,6 +54,14 @@ class EmpiricalRisk:
     `reduction="sum"` and every chunk size give the same number to rounding. Weight decay
     and augmentation are not part of it.
 
+    f is defined by the batches that are given. They are cut and joined where it was seen,
+    on the data, that the number does not depend on it: where a row's outputs do not
+    depend on other rows, and the loss, its gradient and its curvature by the outputs are
+    those of its parts, as a mean or as a sum. Else (a root of a mean, a mask or class
+    weights inside a function of your own, a contrastive loss, layers that mix rows,
+    random draws in the forward pass) every batch is evaluated whole, f is the mean over
+    the batches weighted by their rows, or by `terms`, and `notes` say so.
+
     The parameters and buffers are copied here: theta stays where it was when the risk
     was built. The model itself is left bit for bit as it was (mode, buffers, `.grad`,
     `requires_grad`), and so is every random generator, also after an exception.
@@ -66,13 +74,15 @@ class EmpiricalRisk:
     Args:
         model: the network; its parameters are the point that is measured.
         loss: `loss(outputs, targets)` as in PyTorch. PyTorch's own losses are asked for
-            `reduction`, `ignore_index` and `weight`; any other callable is taken to have
-            one term for each target row.
+            `reduction`, `ignore_index` and `weight`; any other callable has one term for
+            each target row, and whether it averages or adds them is seen on the data.
         data: a pair (inputs, targets), a list of batches, or a loader, which is run
             through once. Several inputs: a tuple, called as `model(*inputs)`, or a dict,
             called as `model(**inputs)`. Kept on `device`.
         closure: `closure(model, batch)` -> loss, instead of `loss`, for dict batches
-            or losses that differentiate the model. Each batch is then evaluated whole.
+            or losses that differentiate the model. Each batch is then evaluated whole
+            and weighs by its samples: along its first dimension, or the second (time
+            first) where the closure was seen to be a mean over that one.
         params: names or globs of the parameters that form theta; None means all that
             require a gradient.
         batchnorm: `"running"` (evaluation mode), `"batch"` (batch statistics, as in
@@ -87,7 +97,8 @@ class EmpiricalRisk:
             number beyond rounding. Halved where a GPU runs out of memory.
         device: where to compute; None means where the parameters are.
         terms: number of loss terms behind a set of targets (with `closure`: behind a
-            batch), for a loss that averages over something else than rows.
+            batch), for a loss that averages over something else than rows, such as
+            `lambda targets: (targets >= 0).sum()`.
         engine: how products are carried out: `"kept_graph"`, `"compiled"` (both exact),
             `"differences"` (of gradients), or `"auto"`, a rule without a clock: the kept
             graph; compiled where `prepare` announces products enough to repay it;
@@ -103,10 +114,14 @@ class EmpiricalRisk:
     Raises:
         TypeError: both or neither of `loss` and `closure`, or data of another kind.
         ValueError: empty data, no parameters, an unknown `batchnorm` or `engine`, a
-            `chunk_size` with `batchnorm="batch"`, a BatchNorm part beyond the memory.
+            `chunk_size` with `batchnorm="batch"`, a BatchNorm part or a batch that has to
+            be whole beyond the memory, outputs and targets that would be broadcast.
+        NondeterministicRiskError: the same samples twice give two values.
 
-    Cost: building runs the model on a few samples. A gradient is one pass over the data,
-    a Hessian-vector product about two passes' worth of arithmetic.
+    Cost: building runs the model on a few samples; with a loss that is not PyTorch's own,
+    or with `terms`, also once forwards over the data, unless a few samples show that
+    batches must be whole. A gradient is one pass over the data, a Hessian-vector product
+    about two passes' worth of arithmetic.
     """
 
     @torch.inference_mode(False)
@@ -146,18 +161,22 @@ class EmpiricalRisk:
             params=params,
             device=torch.device(device) if device is not None else None,
             autocast=autocast,
+            tf32=tf32,
         )
         self.device, self.theta = self._objective.device, self._objective.theta
         _check_batchnorm(self.model, batchnorm)
         self._source = data
-        self._mean = ChunkedMean(
-            self._objective,
-            batches.materialised(data, self.device, pairs=closure is None),
-            terms=terms,
-            batchnorm=batchnorm,
-            batchnorm_batch=batchnorm_batch,
-            chunk_size=chunk_size,
-        )
+        given = batches.materialised(data, self.device, pairs=closure is None)
+        with self._exact_arithmetic():
+            self._mean = ChunkedMean(
+                self._objective,
+                given,
+                terms=terms,
+                batchnorm=batchnorm,
+                batchnorm_batch=batchnorm_batch,
+                chunk_size=chunk_size,
+            )
+        self.notes += self._mean.notes
         self._again: dict[str, Any] = {  # what another risk like this one is built with
             "loss": loss,
             "closure": closure,
@@ -233,7 +252,7 @@ class EmpiricalRisk:
         if not self.has_outputs:
             return False
         if self._classifies is None:
-            inputs, targets = batches.rows(self._mean.given[0], 0, 2)
+            inputs, targets = self._mean.first(2)
             with self._evaluating(None), torch.no_grad():
                 outputs = self._objective.outputs(self._pieces(None), (inputs, targets))
             self._classifies = _are_classes(outputs, targets) and bool(
@@ -243,9 +262,9 @@ class EmpiricalRisk:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether `subset` works: no closure, no BatchNorm that depends on the batch."""
+        """Whether `subset` works: no closure, and f does not depend on the batches."""
         plain = self.batchnorm == "running" or not batchnorm_layers(self.model)
-        return self.has_outputs and plain
+        return self.has_outputs and plain and not self._mean.whole
 
     def num_classes_seen(self) -> int:
         """How many classes the targets that count are of."""
@@ -435,14 +454,20 @@ class EmpiricalRisk:
 
         Raises:
             TypeError: a risk from a closure, whose batches cannot be cut.
-            ValueError: BatchNorm depends on the data, so a subset is another function;
-                no positions, or one outside of [0, num_samples).
+            ValueError: BatchNorm, or the loss, depends on how the data are batched, so a
+                subset is another function; no positions, or one outside of
+                [0, num_samples).
         """
         self._refuse_closure("data")
         if self.batchnorm != "running" and batchnorm_layers(self.model):
             raise ValueError(
                 "`batchnorm` must be 'running' for a subset of the data; got "
                 f"{self.batchnorm!r} (its statistics would change with the samples)."
+            )
+        if self._mean.whole:
+            raise ValueError(
+                "`loss` must be a mean or a sum over rows for a subset of the data; got "
+                f"one that depends on how they are batched ({self._mean.whole})."
             )
         places = torch.as_tensor(index, device=self.device)
         inside = (places >= 0) & (places < self.num_samples)
@@ -511,7 +536,7 @@ class EmpiricalRisk:
     def probe_inputs(self, most: int = 16) -> Any:
         """A copy of the inputs of the first few samples, as the model is called."""
         self._refuse_closure("inputs")
-        inputs = batches.rows(self._mean.given[0], 0, most)[0]
+        inputs = self._mean.first(most)[0]
         return tree_map(lambda part: part.clone(), inputs)  # the model may write on them
 
     def with_model(
@@ -670,11 +695,7 @@ class EmpiricalRisk:
         """Evaluate; where the device runs out of memory, again in smaller chunks."""
         while True:
             try:
-                with ExitStack() as stack:
-                    # An autocast around the call would reach into backward passes.
-                    stack.enter_context(torch.autocast(self.device.type, enabled=False))
-                    if not self.tf32:
-                        stack.enter_context(true_float32())
+                with self._exact_arithmetic():
                     return evaluate()
             except torch.OutOfMemoryError as error:
                 trouble = str(error).split(". ")[0]
@@ -683,6 +704,15 @@ class EmpiricalRisk:
             self._mean.halve(trouble)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    @contextmanager
+    def _exact_arithmetic(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            # An autocast around the call would reach into backward passes.
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            if not self.tf32:
+                stack.enter_context(true_float32())
+            yield
 
     def _refuse_closure(self, what: str) -> None:
         if self._objective.closure is not None:

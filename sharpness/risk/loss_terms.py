@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,7 +46,9 @@ class LossTerms:
 
     def mean(self, reduced: Tensor, size: float) -> Tensor:
         """The loss of a chunk, as a mean that depends on its shape alone."""
-        return reduced if self.reduction == "mean" else reduced.sum() / size
+        if self.reduction == "mean":
+            return reduced.sum() if reduced.ndim else reduced
+        return reduced.sum() / size
 
     def weight(self, count: float, size: float, of: float) -> float:
         """What that mean adds to the mean over all `of` terms."""
@@ -68,25 +70,41 @@ def asked_reduction(loss: Any) -> str | None:
     return None
 
 
-def loss_terms(loss: Callable[..., Tensor], outputs: Tensor, targets: Any) -> LossTerms:
-    """The terms of `loss`; `outputs, targets` is a small example it accepts.
-
-    PyTorch's own losses are asked; a subclass with a `forward` of its own is not one.
-    Any other callable is taken to have one term for each target row, and whether it
-    averages or adds is seen by doubling the example.
-
-    Raises:
-        ValueError: outputs and targets of an elementwise loss would be broadcast.
-    """
-    keywords = _unwrapped(loss)[1]
-    if is_class_loss(loss):
-        weight, ignored = keywords.get("weight"), keywords.get("ignore_index", -100)
-        count = partial(_class_count, weight=weight, ignore_index=ignored)
-        return LossTerms(keywords.get("reduction", "mean"), count, _class_places)
+def known_terms(loss: Any) -> LossTerms | None:
+    """The terms of one of PyTorch's own losses, which are asked; None for any other."""
+    loss = evaluated(loss)
+    reduction = asked_reduction(loss)
+    if reduction is None:
+        return None
     if is_elementwise(loss):
-        refuse_broadcast(outputs, targets)
-        return LossTerms(keywords.get("reduction", "mean"), _element_count, _element_count)
-    return LossTerms(_observed_reduction(loss, outputs, targets), num_rows, num_rows)
+        return LossTerms(reduction, _element_count, _element_count)
+    weight, ignored = keyword(loss, "weight"), keyword(loss, "ignore_index", -100)
+    count = partial(_class_count, weight=weight, ignore_index=ignored)
+    return LossTerms(reduction, count, _class_places)
+
+
+def evaluated(loss: Any) -> Any:
+    """The loss itself; a sum where a mean would be 0/0 over classes that weigh nothing.
+
+    With label smoothing their samples add to the sum all the same.
+    """
+    weight = keyword(loss, "weight")
+    if not is_class_loss(loss) or weight is None or bool((weight > 0).all()):
+        return loss
+    if isinstance(loss, nn.Module):
+        loss = copy.copy(loss)
+        vars(loss)["reduction"] = "sum"
+        return loss
+    function, keywords = _unwrapped(loss)
+    return partial(function, **{**keywords, "reduction": "sum"})
+
+
+def weighs_places(loss: Any, targets: Tensor) -> bool:
+    """Whether an elementwise loss has a weight for each row by its place in the batch."""
+    weights = [keyword(loss, "weight"), keyword(loss, "pos_weight")]
+    return is_elementwise(loss) and any(
+        isinstance(w, Tensor) and w.ndim == targets.ndim and len(w) > 1 for w in weights
+    )
 
 
 def is_class_loss(loss: Any) -> bool:
@@ -181,26 +199,3 @@ def refuse_broadcast(outputs: Any, targets: Any) -> None:
             f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}, which "
             "would be broadcast. Reshape the targets."
         )
-
-
-def _observed_reduction(loss: Any, outputs: Tensor, targets: Any) -> str:
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            "`loss` must say its number of terms where the model returns a "
-            f"{type(outputs).__name__}. Pass `terms=`, a function of the targets that "
-            "returns how many terms the loss averages."
-        )
-    with torch.no_grad():
-        once = loss(outputs, targets)
-        if once.ndim:
-            return "none"
-        twice = loss(torch.cat([outputs, outputs]), torch.cat([targets, targets]))
-    ratio = float(twice / once) if float(once) else float("nan")
-    for reduction, expected in (("mean", 1.0), ("sum", 2.0)):
-        if abs(ratio - expected) < 0.01:
-            return reduction
-    raise ValueError(
-        "`loss` must be a mean or a sum over target rows; got a value that changes by "
-        f"a factor of {ratio:.3g} when the rows are doubled. Pass `terms=`, a function "
-        "of the targets that returns how many terms the loss averages."
-    )

@@ -17,11 +17,16 @@ from torch.utils._pytree import tree_leaves
 SHARE = 0.6  # of what is free: a CPU process out of memory is killed, not told
 
 
+def free_bytes(device: torch.device) -> int:
+    """What is free on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def budget_bytes(device: torch.device) -> int:
     """What a risk may hold in kept graphs on `device`."""
-    if device.type == "cuda":
-        return int(SHARE * torch.cuda.mem_get_info(device)[0])
-    return int(SHARE * psutil.virtual_memory().available)
+    return int(SHARE * free_bytes(device))
 
 
 @dataclass(frozen=True)

@@ -314,6 +314,16 @@ def seed_generators(seed: int = 0) -> None:
     random.seed(seed)
 
 
+def random_states() -> tuple[Any, ...]:
+    """The states of those generators, to be compared."""
+    states = [torch.default_generator.get_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002
+    others = numpy_state[1].tobytes(), numpy_state[2:], random.getstate()
+    return *(bytes(state.numpy()) for state in states), *others
+
+
 def batchnorm_layers(model: nn.Module) -> list[str]:
     """Names of the BatchNorm layers, in order."""
     return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm)]

@@ -31,6 +31,7 @@ class Objective:
             a gradient.
         device: where to compute.
         autocast: type of the forward pass under `torch.autocast`, or None.
+        tf32: whether float32 products may have fewer digits.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Objective:
         params: str | Sequence[str] | None,
         device: torch.device | None,
         autocast: torch.dtype | None,
+        tf32: bool,
     ) -> None:
         self.model, self.loss, self.closure = model, loss, closure
         _check_model(model)
@@ -52,6 +54,9 @@ class Objective:
         self.dtypes = [p.dtype for p in chosen]
         self.theta = _wide(_tensors.flatten(p.detach() for p in chosen)).to(self.device)
         self._autocast = autocast
+        types = {p.dtype for p in model.parameters()} | ({autocast} if autocast else set())
+        found = [torch.finfo(t).eps for t in types if t.is_floating_point]
+        self.eps = max(*found, 2.0**-10 if tf32 else 0.0)  # of the coarsest arithmetic
         self._whole = _Whole(model, loss, closure)
         self.fixed = self._copied_state()
         # What each kind of call (outputs, loss, both) writes into.
@@ -215,7 +220,7 @@ class _Whole(nn.Module):
 
     def __init__(self, model: nn.Module, loss: Any, closure: Any) -> None:
         super().__init__()
-        self.model, self.loss, self.closure = model, loss, closure
+        self.model, self.loss, self.closure = model, loss_terms.evaluated(loss), closure
         self._elementwise = loss_terms.is_elementwise(loss)
         self.widens = False
 

@@ -1,0 +1,422 @@
+"""Whether f depends on how the data are batched: seen on the data, never assumed.
+
+A batch may be cut, and joined with others, where the outputs of its rows do not depend on
+each other and the loss is the mean or the sum of its parts'. With w = 1 for a sum and w =
+the number of terms for a mean, that is
+
+    w L = sum_j w_j L_j,    w dL/dz = w_j dL_j/dz    and    w H u = w_j H_j u
+
+for every part j of a batch's outputs z, with H = d^2 L / dz^2 and a random u.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sharpness import _tensors
+from sharpness._results import NondeterministicRiskError
+from sharpness.risk import batches
+from sharpness.risk.loss_terms import is_elementwise, num_rows
+from sharpness.risk.model_state import random_states, seed_generators
+from sharpness.risk.objective import Objective, gradients
+
+Count = Callable[[Any], float]
+Seen = tuple[Any, Tensor, int]  # outputs, targets, rows before the seam where two meet
+Responses = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]  # of a loss to its outputs
+
+COUPLED = "the forward pass couples rows"
+UNCUT = "parts of a batch cannot be evaluated"
+LOSS_COUPLED = "the loss was not seen to be a mean or a sum over rows"
+FEW = 16  # rows of an early look: what couples all rows shows among so many
+_BOTH = frozenset({"mean", "sum"})
+# What a comparison holds, in tensors of the outputs' size: three derivatives and what
+# their graph saves, of the whole and of its parts.
+_HELD = 16
+# Rounding that is left of the curvature of a saturated loss, beside a loss of order one.
+_ROUNDINGS = 1e3
+
+
+# -- the forward pass --------------------------------------------------------------------
+
+
+def few_rows(pairs: Sequence[batches.Pair], most: int) -> batches.Pair:
+    """The first rows; of several batches where the first are short."""
+    some = [batches.rows(pair, 0, most) for pair in pairs[:most]]
+    return batches.rows(batches.joined(some)[0], 0, most)
+
+
+def why_whole(objective: Objective, few: batches.Pair, first: batches.Pair) -> str:
+    """Why a row's outputs may depend on how it is evaluated; "" where they do not.
+
+    Args:
+        objective: whose model is run.
+        few: some rows.
+        first: a whole batch, for errors that have nothing to do with parts.
+
+    Raises:
+        NondeterministicRiskError: the same rows twice give two values.
+
+    Cost: the model four times on a few rows.
+    """
+    leaves = objective.pieces(objective.theta)
+    try:
+        seed_generators()
+        fresh = random_states()
+        values = [objective.reduced(leaves, few)]
+        drawn = random_states() != fresh
+        values.append(objective.reduced(leaves, few))
+        apart = len(few[1]) < 2 or _are_apart(objective, few[0], 0)
+    except Exception:
+        objective.reduced(leaves, first)  # fails likewise if the trouble is another
+        return UNCUT
+    if not _near(values[1:], values[:1], objective.eps):
+        raise NondeterministicRiskError(*(float(value.sum()) for value in values))
+    if drawn:
+        return "random numbers are drawn"
+    return "" if apart else COUPLED
+
+
+def sample_dim(objective: Objective, inputs: Any) -> int:
+    """The dimension of samples where rows are coupled: 1 (time comes first), or still 0."""
+    try:
+        few = tree_map(lambda part: part[:, :FEW], inputs)
+        return int(length(few, 1) > 1 and _are_apart(objective, few, 1))
+    except Exception:
+        return 0
+
+
+def length(batch: Any, dim: int) -> int:
+    """Samples of a batch along a dimension: rows, or the size that most parts have."""
+    if dim == 0:
+        return int(num_rows(batch))
+    tensors = (part for part in tree_leaves(batch) if isinstance(part, Tensor))
+    sizes = Counter(part.shape[dim] for part in tensors if part.ndim > dim)
+    return sizes.most_common(1)[0][0]
+
+
+def closure_dim(objective: Objective, batch: Any, count: Count | None) -> int | None:
+    """The dimension along which a closure was seen to be a mean, 0 or 1; else None.
+
+    Cost: the closure twice on 16 rows for each.
+    """
+    leaves = objective.leaves(objective.theta)
+    for dim in (0, 1):
+        try:
+            total = length(batch, dim)
+            if total < 2:
+                return 0
+            spread = torch.linspace(0, total - 1, min(total // 2 * 2, FEW)).long()
+            few, total = _cut(batch, total, spread, dim, lists=True), len(spread)
+            parts = [few, *(_cut(few, total, i, dim, lists=True) for i in _halves(total))]
+            weights = [float(count(p) if count else length(p, dim)) for p in parts]
+            if not weights[0]:
+                return 0
+            values = [objective.reduced(leaves, p).detach() for p in parts]
+        except Exception:
+            continue
+        whole, *shares = (w * v for w, v in zip(weights, values, strict=True) if w)
+        if _near([torch.stack(shares).sum()], [whole], objective.eps):
+            return dim
+    return None
+
+
+def _are_apart(objective: Objective, inputs: Any, dim: int) -> bool:
+    """Whether the outputs of half of the samples, in another order, are the same."""
+    leaves, total = objective.pieces(objective.theta), length(inputs, dim)
+    outputs = objective.outputs(leaves, (inputs, None))
+    for half in _halves(total):
+        found = objective.outputs(leaves, (_cut(inputs, total, half, dim), None))
+        expected = _cut(outputs, total, half, dim)
+        if not _near(tree_leaves(found), tree_leaves(expected), objective.eps):
+            return False
+    return True
+
+
+# -- the loss ----------------------------------------------------------------------------
+
+
+def most_rows(outputs: Any, rows: int, budget: int) -> int:
+    """Rows that can be compared at once, from the outputs of some."""
+    each = sum(z.nbytes for z in tree_leaves(outputs) if isinstance(z, Tensor)) / rows
+    return max(FEW, int(budget / (2 * _HELD * max(1.0, each))))
+
+
+def wholes(
+    objective: Objective, pairs: Sequence[batches.Pair], rows: int | None, most: int
+) -> Iterator[Seen]:
+    """Outputs of every batch, and of each joined with the one before where it can be.
+
+    Args:
+        objective: whose model is run.
+        pairs: the batches.
+        rows: to run the model on at once; None where batches stay whole.
+        most: rows of a batch; larger ones come in parts.
+
+    Cost: the model on all data.
+    """
+    leaves, before = objective.pieces(objective.theta), None
+    if rows is None:
+        yield from ((objective.outputs(leaves, pair), pair[1], 0) for pair in pairs)
+        return
+    for part in (part for pair in pairs for part in batches.cut(pair, most)):
+        cut = batches.cut(part, rows)
+        several = [objective.outputs(leaves, p) for p in cut]
+        outputs = _joined(several, [len(p[1]) for p in cut])
+        yield outputs, part[1], 0
+        if before is not None and batches.row_kind(before[1]) == batches.row_kind(part):
+            sizes = [len(before[1][1]), len(part[1])]
+            targets = torch.cat([before[1][1], part[1]])
+            yield _joined([before[0], outputs], sizes), targets, sizes[0]
+        before = outputs, part
+
+
+def observed(objective: Objective, seen: Iterable[Seen], count: Count) -> str | None:
+    """What the loss was seen to be on all of these, "mean" or "sum"; None where neither."""
+    found, last = _BOTH, None
+    for outputs, targets, seam in seen:
+        found &= reductions(objective, outputs, targets, count, seam)
+        if not found:
+            return None
+        last = outputs, targets
+    if found == _BOTH and last is not None:  # 0 and flat: targets of other rows may tell
+        found = reductions(objective, last[0], last[1].roll(1, 0), count)
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def reductions(
+    objective: Objective, outputs: Any, targets: Tensor, count: Count, seam: int = 0
+) -> frozenset[str]:
+    """Which of "mean" and "sum" the loss was seen to be on the outputs of a batch.
+
+    Both where it is 0 and flat, and where there is nothing to cut. Its parts are the two
+    batches that meet at the seam; else halves by the size of the gradient, and two parts
+    at random.
+
+    Cost: the loss and two derivatives two or three times.
+    """
+    total = len(targets)
+    if total < 2 or not float(count(targets)):
+        return _BOTH
+    along = _directions(outputs)
+    whole = _responses(objective, outputs, targets, along)
+    shuffled = torch.randperm(total, generator=_tensors.seeded(0))
+    if seam:
+        cuts = [torch.arange(total).tensor_split([seam])]
+    else:
+        third = max(total // 3, min(2, total // 2))
+        cuts = [_by_size(whole[1], shuffled), shuffled.tensor_split([third])]
+    found = _BOTH
+    for cut in cuts:
+        try:
+            pieces = [_cut((outputs, targets, along), total, rows) for rows in cut]
+            parts = [_responses(objective, *piece) for piece in pieces]
+            counts = [float(count(t)) for t in (targets, *(piece[1] for piece in pieces))]
+        except Exception:
+            return frozenset()
+        if not math.isclose(counts[0], sum(counts[1:]), rel_tol=1e-6):
+            return frozenset()
+        weights = {"mean": counts, "sum": [1.0] * len(counts)}
+        found &= {r for r in found if _add_up(whole, parts, cut, weights[r], objective.eps)}
+    return found
+
+
+def broadcast(objective: Objective, outputs: Any, targets: Tensor) -> list[Tensor]:
+    """Outputs and targets of as many entries that the loss stretches to more; or none.
+
+    (N, 1) beside (N,) makes N x N, which nobody means who has not written it out.
+    """
+    leaves, (outputs, at) = objective.pieces(objective.theta), _moving(outputs)
+    with torch.enable_grad(), _Watch() as watch:
+        objective.loss_of(leaves, (None, targets), outputs)
+    return watch.stretched if at else []
+
+
+class _Watch(TorchFunctionMode):
+    """Looks for an operation on two shapes that broadcast to more entries than both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stretched: list[Tensor] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        two = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim]
+        if len(two) == 2 and two[0].requires_grad != two[1].requires_grad:
+            a, b = (tensor.shape for tensor in two)
+            if a != b and a.numel() == b.numel() and a[0] == b[0] and len(args) == 2:
+                self._check(function, result, two)
+        return result
+
+    def _check(self, function: Any, result: Any, two: list[Tensor]) -> None:
+        try:
+            shape = torch.broadcast_shapes(*(tensor.shape for tensor in two))
+        except RuntimeError:
+            return
+        elementwise = is_elementwise(function) or getattr(result, "shape", None) == shape
+        if elementwise and shape.numel() > two[0].numel():
+            self.stretched = self.stretched or sorted(
+                two, key=lambda t: not t.requires_grad
+            )
+
+
+def _responses(
+    objective: Objective, outputs: Any, targets: Tensor, along: Sequence[Tensor]
+) -> Responses:
+    """The loss, its gradient by the outputs, and its curvature along some direction."""
+    outputs, at = _moving(outputs)
+    leaves = objective.pieces(objective.theta)
+    with torch.enable_grad():
+        value = objective.loss_of(leaves, (None, targets), outputs).sum()
+        slopes = gradients(value, at, create_graph=True)
+        slope = value.new_zeros(())
+        for s, u in zip(slopes, along, strict=True):
+            slope = slope + (s * u).sum()
+        try:
+            curves = gradients(slope, at)
+        except (RuntimeError, NotImplementedError):  # there is no second derivative
+            curves = [torch.zeros_like(z) for z in at]
+    return value.detach(), [s.detach() for s in slopes], curves
+
+
+def _add_up(
+    whole: Responses,
+    parts: Sequence[Responses],
+    cut: Sequence[Tensor],
+    weights: Sequence[float],
+    eps: float,
+) -> bool:
+    """Whether the weighted responses of the parts are those of the whole."""
+    w, *shares = weights
+    counted = [(s, p, i) for s, p, i in zip(shares, parts, cut, strict=True) if s]
+    total = sum(len(i) for i in cut)
+    values = [s * p[0] for s, p, _ in counted]
+    size = float(sum(v.abs() for v in values))  # beside which a sum may cancel
+    if not _near([sum(values)], [w * whole[0]], eps, size=size):
+        return False
+    for order, floor in ((1, 0.0), (2, _ROUNDINGS * eps)):
+        for k, expected in enumerate(whole[order]):
+            found = torch.zeros_like(expected)
+            for s, part, rows in counted:
+                _add_rows(found, s * part[order][k], rows, total)
+            if not _near([found], [w * expected], eps, floor=floor):
+                return False
+    return True
+
+
+# -- cutting, joining, comparing ---------------------------------------------------------
+
+
+def _halves(total: int) -> tuple[Tensor, Tensor]:
+    """Every other row, backwards."""
+    backwards = torch.arange(total).flip(0)
+    return backwards[::2], backwards[1::2]
+
+
+def _by_size(slopes: Sequence[Tensor], shuffled: Tensor) -> Sequence[Tensor]:
+    """Halves of the rows, those with the smaller gradients first."""
+    total = len(shuffled)
+    sizes = torch.zeros(total)
+    for slope in slopes:
+        if _has_rows(slope, total):
+            sizes += slope.abs().reshape(total, -1).sum(1).to(sizes)
+    return shuffled[sizes[shuffled].argsort(stable=True)].tensor_split(2)
+
+
+def _has_rows(part: Any, total: int, dim: int = 0) -> bool:
+    """Whether it holds the same number of places for each of so many samples."""
+    if not isinstance(part, Tensor) or part.ndim <= dim or not part.shape[dim]:
+        return False
+    return part.shape[dim] % total == 0
+
+
+def _cut(tree: Any, total: int, index: Tensor, dim: int = 0, *, lists: bool = False) -> Any:
+    """What belongs to some of the samples; lists inside may hold one entry for each."""
+
+    def cut(part: Any) -> Any:
+        if isinstance(part, list):
+            return [part[i] for i in index]
+        if not _has_rows(part, total, dim):
+            return part
+        places = part.unflatten(dim, (total, -1))
+        return places.index_select(dim, index.to(part.device)).flatten(dim, dim + 1)
+
+    def is_samples(part: Any) -> bool:
+        inside = lists and part is not tree and isinstance(part, list)
+        return inside and len(part) == total and dim == 0
+
+    return tree_map(cut, tree, is_leaf=is_samples)
+
+
+def _joined(several: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Outputs of several parts; what has no rows is that of the first."""
+
+    def join(*parts: Any) -> Any:
+        rows = all(_has_rows(p, n) for p, n in zip(parts, sizes, strict=True))
+        return torch.cat(parts) if rows else parts[0]
+
+    return tree_map(join, *several) if len(several) > 1 else several[0]
+
+
+def _add_rows(to: Tensor, part: Tensor, rows: Tensor, total: int) -> None:
+    if _has_rows(to, total):
+        places = to.unflatten(0, (total, -1))
+        places.index_add_(0, rows.to(to.device), part.unflatten(0, (len(rows), -1)))
+    else:
+        to += part
+
+
+def _moves(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.is_floating_point()
+
+
+def _moving(outputs: Any) -> tuple[Any, list[Tensor]]:
+    """Outputs to differentiate by, and those of them that are real numbers."""
+
+    def moving(z: Any) -> Any:
+        return z.detach().requires_grad_() if _moves(z) else z
+
+    outputs = tree_map(moving, outputs)
+    return outputs, [z for z in tree_leaves(outputs) if _moves(z)]
+
+
+def _directions(outputs: Any) -> list[Tensor]:
+    generator = _tensors.seeded(0)
+    return [
+        torch.randn(z.shape, generator=generator).to(z)
+        for z in tree_leaves(outputs)
+        if _moves(z)
+    ]
+
+
+def _near(
+    found: Sequence[Any],
+    expected: Sequence[Any],
+    eps: float,
+    *,
+    size: float = 0.0,
+    floor: float = 0.0,
+) -> bool:
+    """Whether they agree to half of the digits, in norm; what is infinite, exactly."""
+    for a, b in zip(found, expected, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        if a.shape != b.shape:
+            return False
+        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        eps = max(eps, torch.finfo(a.dtype).eps)
+        same = (a == b) | (a.isnan() & b.isnan())
+        apart = float(torch.where(same, 0.0, a - b).norm())
+        largest = float(torch.where(b.isfinite(), b, 0.0).norm())
+        if not apart <= max(floor, eps**0.5 * max(size, largest)):
+            return False
+    return True
