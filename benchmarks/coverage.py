@@ -291,7 +291,7 @@ def pac_bayes_sigma(dimension: int, seed: int) -> bool:
     found = sh.pac_bayes_sigma(risk, seed=seed, progress=False)
     if getattr(found, "interval", None) is not None:
         return within(found.interval, truth)
-    return by_t(found.value, found.standard_error or math.nan, found.num_draws, truth)
+    return by_t(found.value, found.standard_error or math.nan, found.settings["num_draws"], truth)
 
 
 @cache

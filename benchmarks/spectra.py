@@ -126,7 +126,7 @@ def ours(problem: Problem, task: str) -> Outcome:
     if task == "trace":
         found = sharpness.trace(risk, rtol=WITHIN_TRACE)
         error = abs(found.value / problem.truth["trace"] - 1)
-        facts = {"method": found.method, "standard_error": found.standard_error}
+        facts = {"method": found.settings["method"], "standard_error": found.standard_error}
     else:
         found = sharpness.eigenpairs(risk, k_of(task))
         error, facts = problem.error(found.eigenvalues), {}

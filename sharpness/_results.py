@@ -1,26 +1,31 @@
-"""What a measure returns: a value, the evidence for it, and what it cost."""
+"""What a measure returns: its values, the evidence for them, what they cost and how."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import html
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar, Self
+
+_MOST_SHOWN = 8  # numbers on the line that `print` shows
 
 
 class Status(StrEnum):
-    """How a computation ended. `advice` says what to do about it."""
+    """How a computation ended, from good to bad. `advice` says what to do about it."""
 
+    NOT_AVAILABLE = "not_available"
     CONVERGED = "converged"
     COMPLETED = "completed"
+    NOT_REACHED = "not_reached"
+    ZERO_GRADIENT = "zero_gradient"
+    LINE_SEARCH_FAILED = "line_search_failed"
+    INEXACT = "inexact"
     MAX_HVPS = "max_hvps"
     MAX_SECONDS = "max_seconds"
-    INTERRUPTED = "interrupted"
-    INEXACT = "inexact"
-    LINE_SEARCH_FAILED = "line_search_failed"
     NON_FINITE = "non_finite"
-    ZERO_GRADIENT = "zero_gradient"
-    NOT_REACHED = "not_reached"
-    NOT_AVAILABLE = "not_available"
+    INTERRUPTED = "interrupted"
 
     @property
     def ok(self) -> bool:
@@ -31,6 +36,17 @@ class Status(StrEnum):
     def advice(self) -> str:
         """One sentence: what happened and the way out."""
         return _ADVICE[self]
+
+    @classmethod
+    def worst(cls, *statuses: Status, finite: bool = True) -> Status:
+        """That of several parts together: the last of them in the order above.
+
+        What is not available is missing, and spoils nothing that is there. Numbers that
+        are not all `finite` count as a part that is not; no part at all is completed.
+        """
+        order = list(cls)
+        ended = [*statuses, *([] if finite else [cls.NON_FINITE])]
+        return max(ended, key=order.index, default=cls.COMPLETED)
 
 
 _ADVICE = {
@@ -55,17 +71,63 @@ _ADVICE = {
 }
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Passes over the data, and time: what a result has taken, or is expected to."""
+
+    products: float = 0  # with a curvature matrix; of parts of the data, a fraction
+    gradients: float = 0  # with the value
+    forwards: float = 0  # forward passes
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{name: n + getattr(other, name) for name, n in vars(self).items()})
+
+    def __str__(self) -> str:
+        counts = (self.products, self.gradients, self.forwards)
+        names = ("product", "gradient", "forward passe")
+        passes = [
+            f"{num:.0f} {name}s" if num != 1 else f"1 {name.removesuffix('e')}"
+            for num, name in zip(counts, names, strict=True)
+            if num
+        ]
+        return ", ".join([*passes, *([f"{self.seconds:.1f} s"] if self.seconds else [])])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """One number of a result, as it stands in tables and comparisons."""
 
     name: str  # unique within a summary, such as "phi(1e-3)"
     value: float  # NaN where there is none
-    error: float | None  # half width of a bound, or a standard error; same unit
-    evidence: str  # what the error is and how the computation ended, in words
+    error: float | None = None  # half width of a bound, or a standard error; same unit
+    evidence: str = ""  # what the error is and how the computation ended, in words
     cost: str = ""
     bound: str = ""  # "≥" or "≤" where the value is one by construction
     unit: str = ""
+
+    @property
+    def value_text(self) -> str:
+        """`≥ 178.2 %`, `0.0123`."""
+        if not math.isfinite(self.value):
+            return number(self.value)
+        return " ".join(filter(None, (self.bound, number(self.value), self.unit)))
+
+    @property
+    def evidence_text(self) -> str:
+        """`± 0.001; standard error over ...`, or only the words."""
+        return "; ".join(filter(None, (self._error, self.evidence)))
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.value):
+            return f"{self.name} unknown"
+        shown = (self.name, self.bound, number(self.value), self._error, self.unit)
+        return " ".join(filter(None, shown))
+
+    @property
+    def _error(self) -> str:
+        known = self.error is not None and math.isfinite(self.error)
+        return f"± {self.error:.1g}" if known else ""
 
 
 class NotConvergedError(RuntimeError):
@@ -95,24 +157,96 @@ class NotAvailableError(TypeError):
     """A measure has no meaning for a risk: a closure, no classes, too few samples."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Result:
-    """Base of every result: the status check, and a small table for notebooks."""
+    """Base of every result: how it ended, what it cost, how it was asked for.
 
-    __slots__ = ()
+    A subclass adds its values and their evidence, and names them in `_rows`; what is
+    printed, tabulated and compared follows from these.
+    """
+
+    kinds: ClassVar[dict[str, type[Result]]] = {}  # every subclass by its name
+
     status: Status
+    cost: Cost = Cost()
+    settings: Mapping[str, Any] = field(default_factory=dict)  # as asked for
 
-    def raise_for_status(self) -> Any:
+    def __init_subclass__(cls) -> None:
+        Result.kinds[cls.__name__] = cls
+
+    @property
+    def num_hvps(self) -> Any:
+        """Products with the matrix; of parts of the data, a fraction."""
+        return self.cost.products
+
+    @property
+    def num_evals(self) -> Any:
+        """Values with gradient, or forward passes where there are none."""
+        return self.cost.gradients or self.cost.forwards
+
+    @property
+    def seconds(self) -> float:
+        """From the call to its end."""
+        return self.cost.seconds
+
+    def raise_for_status(self) -> Self:
         """The result itself when its status is fine, else `NotConvergedError`."""
         if self.status.ok:
             return self
         raise NotConvergedError(self)
 
     def readings(self) -> list[Reading]:
-        """The numbers of this result, one a row of a table."""
+        """The numbers of this result, one a row of a table; the first bears the cost."""
+        cost, matrix = str(self.cost), self.settings.get("matrix", "hessian")
+        of = [] if matrix == "hessian" else [f"of the {matrix}"]
+        found = []
+        for row in self._rows():
+            words = [row.evidence, *of] if row.evidence else of
+            if self.status not in row.evidence:
+                words = [*words, str(self.status)]
+            found.append(replace(row, evidence=", ".join(words), cost=row.cost or cost))
+            cost = ""
+        return found
+
+    def _rows(self) -> Iterable[Reading]:
+        """The numbers with the words for their evidence, without status and cost."""
         raise NotImplementedError
+
+    def __str__(self) -> str:
+        """One line: the numbers, then in brackets their evidence and the cost."""
+        rows = self.readings()
+        shown, more = rows[:_MOST_SHOWN], len(rows) - _MOST_SHOWN
+        numbers = [*map(str, shown), *([f"{more} more"] if more > 0 else [])]
+        words = ""
+        for text in (*(row.evidence for row in shown), str(self.cost)):
+            words += f"; {text}" if text not in words else ""
+        return f"{', '.join(numbers)}   ({words.removeprefix('; ')})"
+
+    def _repr_html_(self) -> str:
+        rows = [(r.name, r.value_text, r.evidence_text, r.cost) for r in self.readings()]
+        head = "".join(f"<th>{name}</th>" for name in ("", "value", "evidence", "cost"))
+        cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def to_frame(self) -> Any:
+        """A pandas data frame with a row for each of the `readings()`."""
+        import pandas as pd
+
+        return pd.DataFrame([asdict(reading) for reading in self.readings()])
 
 
 def short(value: float) -> str:
     """`1e-3` rather than `0.001` or `1e-03`, where one digit says it all."""
     digit = f"{value:.0e}".replace("e-0", "e-")
     return digit if float(digit) == value < 0.01 else f"{value:g}"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, without an exponent where a person needs none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        digits = 4 - 1 - math.floor(math.log10(abs(value))) if value else 0
+        return f"{value:.{max(0, min(digits, 6))}f}"
+    return f"{value:.3g}"

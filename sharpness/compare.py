@@ -56,8 +56,7 @@ def _compare(options: Any) -> int:
     records = [[_record(p, options, device) for p in group] for group in groups]
     first, second = _paired(*records)
     gaps = [_gap(record) for record in (*first, *second)]
-    ours, theirs = ([record["readings"] for record in g] for g in (first, second))
-    rows = compare_readings(ours, theirs, gaps)
+    rows = compare_readings(_numbers(first), _numbers(second), gaps)
     if options.figure:
         figures.comparison_plot(rows, (options.first, options.second), options.figure)
     if options.json:
@@ -120,11 +119,20 @@ def _record(path: str, options: Any, device: str) -> Record:
     return found.record
 
 
+def _numbers(records: list[Record]) -> list[Any]:
+    from sharpness.results import readings_of
+
+    return [
+        {r.name: {"value": r.value, "error": r.error} for r in readings_of(record)}
+        for record in records
+    ]
+
+
 def _question(record: Record) -> Record | None:
     """What a record answers; None for one of another kind."""
     try:
         checkpoint, settings = record["checkpoint"], dict(record["settings"])
-        _ = settings.pop("risk", None), record["readings"], record["status"]
+        _ = settings.pop("risk", None), record["measures"], record["status"]
         return {
             "sha256": checkpoint["sha256"],
             "network": checkpoint["network"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharpness import _command
 from sharpness._arguments import ensure
-from sharpness._json import to_line
+from sharpness._json import as_plain, to_line
 from sharpness.measures.settings import (
     DEFAULT_FAMILIES,
     FAMILIES,
@@ -175,8 +175,7 @@ def _one(path: str, options: Any, device: str) -> int:
     found = measurement.measured(
         subject, settings, device=device, on_estimate=_command.announce
     )
-    for reading in extra:
-        found.record["readings"][reading.name] = {"value": reading.value, "error": None}
+    found.record["cross_check"] = as_plain(extra)
     text, output = "", output_of(options, path)
     try:
         if options.audit and not found.interrupted:

@@ -95,14 +95,12 @@ def measured(
         data=data_facts(subject, settings),
         status=str(found.status),
         settings={**asdict(settings), "risk": risk.settings()},
-        measures={
-            "value": found.value,
-            "accuracy": found.accuracy,
-            "notes": found.notes,
-            **found.results,
-            **({"doctor": checkup} if checkup else {}),
-        },
-        readings={r.name: {"value": r.value, "error": r.error} for r in found.readings()},
+        value=found.value,
+        accuracy=found.accuracy,
+        notes=found.notes,
+        measures=found.results,
+        cost=found.cost,
+        doctor=checkup,
         generalisation=_generalisation(subject, settings, found, device),
     )
     return Measurement(summary=found, record=record, checkup=checkup)

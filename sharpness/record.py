@@ -16,7 +16,7 @@ from filelock import FileLock
 from sharpness._arguments import package
 from sharpness._json import as_plain, to_line
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Records(list[dict[str, Any]]):

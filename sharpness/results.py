@@ -1,6 +1,10 @@
 """The classes of results, for annotations; each stands beside its measure."""
 
-from sharpness._results import Reading, Result, Status
+from collections.abc import Mapping
+from typing import Any
+
+from sharpness._results import Cost, Reading, Result, Status
+from sharpness._saving import restored
 from sharpness.measures.audit import Audit
 from sharpness.measures.eigenvalues import HessianEigenpairs
 from sharpness.measures.epsilon import EpsilonSharpness, SubspaceSharpness
@@ -21,6 +25,7 @@ __all__ = [
     "AverageCaseSharpness",
     "BlockEigenpairs",
     "Checkup",
+    "Cost",
     "DiagonalEstimate",
     "EpsilonSharpness",
     "HessianEigenpairs",
@@ -40,3 +45,10 @@ __all__ = [
     "TrackedPoint",
     "WorstCaseSharpness",
 ]
+
+
+def readings_of(record: Mapping[str, Any]) -> list[Reading]:
+    """The numbers in a measurement's record, in order."""
+    found = restored(dict[str, list[Result]], record["measures"])
+    results = (result for several in found.values() for result in several)
+    return [reading for result in results for reading in result.readings()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from sharpness import _tensors
 from sharpness._arguments import known, positive, whole
-from sharpness._results import NotAvailableError, Status
+from sharpness._json import as_plain
+from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
+from sharpness._saving import restored
 from sharpness.measures.eigenvalues import (
     HessianEigenpairs,
     check_confidence,
@@ -35,26 +37,23 @@ _NUM_FOLLOWED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackedValue:
+class TrackedValue(Result):
     """One number with its evidence and its cost."""
 
     value: float  # NaN where nothing was earned; phi in percent
     error: float | None  # half width of the error bound; None: a lower bound (phi)
-    status: Status
-    num_hvps: int = 0
-    num_evals: int = 0  # values with gradient
-    seconds: float = 0.0
+
+    def _rows(self) -> Iterable[Reading]:
+        bound, unit = ("≥", "%") if self.error is None else ("", "")
+        yield Reading(name="", value=self.value, error=self.error, bound=bound, unit=unit)
 
     def __str__(self) -> str:
-        if math.isnan(self.value):
-            return f"unknown ({self.status})"
-        bound = "" if self.error is None else f" ± {self.error:.1g}"
-        text = f"≥ {self.value:.4g} %" if not bound else f"{self.value:.4g}{bound}"
-        return text if self.status.ok else f"{text} ({self.status})"
+        (row,) = self._rows()
+        return str(row).strip() + ("" if self.status.ok else f" ({self.status})")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrackedPoint:
+class TrackedPoint(Result):
     """The risk after `step` updates: its value, its sharpness, what the optimizer bears."""
 
     step: int  # updates made
@@ -64,20 +63,19 @@ class TrackedPoint:
     phi: TrackedValue | None = None
     learning_rate: float | None  # None: no optimizer, or groups that differ
     thresholds: dict[str, float]  # by measure; see `stability_thresholds`
-    seconds: float
-
-    @property
-    def status(self) -> Status:
-        """That of the first number which is not as asked for."""
-        if not math.isfinite(self.loss):
-            return Status.NON_FINITE
-        troubled = [v.status for v in self.values().values() if not v.status.ok]
-        return troubled[0] if troubled else Status.COMPLETED
 
     def values(self) -> dict[str, TrackedValue]:
         """The measures that were taken, by name."""
         found = {name: getattr(self, name) for name in TRACKED}
         return {name: value for name, value in found.items() if value is not None}
+
+    def _rows(self) -> Iterable[Reading]:
+        """The loss, and every measure that was taken."""
+        yield Reading(name="loss", value=self.loss)
+        for name, value in self.values().items():
+            (row,), limit = value.readings(), self.thresholds.get(name)
+            words = [] if limit is None else [f"threshold {limit:.4g}"]
+            yield replace(row, name=name, evidence=", ".join([*words, row.evidence]))
 
     def __str__(self) -> str:
         parts = [f"update {self.step}: loss {self.loss:.4g}"]
@@ -230,7 +228,15 @@ class SharpnessTracker:
             **values,
             learning_rate=_common_learning_rate(self._optimizer),
             thresholds=stability_thresholds(self._optimizer),
-            seconds=time.monotonic() - began,
+            status=Status.worst(
+                Status.COMPLETED,
+                *(value.status for value in values.values()),
+                finite=math.isfinite(loss),
+            ),
+            cost=replace(
+                sum((value.cost for value in values.values()), Cost()),
+                seconds=time.monotonic() - began,
+            ),
         )
         self.history.append(point)
         if self._on_point is not None:
@@ -243,13 +249,9 @@ class SharpnessTracker:
 
     def __str__(self) -> str:
         last = f"; {self.history[-1]}" if self.history else ""
-        values = [value for point in self.history for value in point.values().values()]
-        return (
-            f"{len(self.history)} points in {self.num_updates} updates{last}   "
-            f"({sum(value.num_hvps for value in values)} Hessian-vector products, "
-            f"{sum(value.num_evals for value in values)} gradients, "
-            f"{sum(point.seconds for point in self.history):.1f} s)"
-        )
+        cost = sum((point.cost for point in self.history), Cost())
+        num = len(self.history)
+        return f"{num} points in {self.num_updates} updates{last}   ({cost})"
 
     def __repr__(self) -> str:
         return f"SharpnessTracker({self})"
@@ -283,7 +285,7 @@ class SharpnessTracker:
         """Plain values and tensors from which tracking goes on, for a checkpoint."""
         return {
             "num_updates": self.num_updates,
-            "history": [_plain(point) for point in self.history],
+            "history": as_plain(self.history),
             "eigenvectors": dict(self._eigenvectors),
         }
 
@@ -297,7 +299,7 @@ class SharpnessTracker:
         """
         try:
             num_updates, eigenvectors = state["num_updates"], dict(state["eigenvectors"])
-            history = [_point(plain) for plain in state["history"]]
+            history = restored(list[TrackedPoint], state["history"])
         except (KeyError, TypeError, ValueError):
             got = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state)
             raise ValueError(
@@ -518,8 +520,8 @@ def _of_pairs(pairs: HessianEigenpairs) -> TrackedValue:
         value=pairs.lambda_max,
         error=float(pairs.error_bounds[0]) if len(pairs.error_bounds) else math.nan,
         status=pairs.status,
-        num_hvps=pairs.num_hvps,
-        seconds=pairs.seconds,
+        cost=pairs.cost,
+        settings=pairs.settings,
     )
 
 
@@ -528,8 +530,8 @@ def _of_phi(found: EpsilonSharpness) -> TrackedValue:
         value=found.phi,
         error=None,
         status=found.status,
-        num_evals=found.num_evals,
-        seconds=found.seconds,
+        cost=found.cost,
+        settings=found.settings,
     )
 
 
@@ -541,27 +543,10 @@ def _cells(point: TrackedPoint, shown: Sequence[str]) -> list[str]:
         f"{point.loss:.4g}",
         *(str(values.get(name, "–")) for name in shown),
         limits or "–",
-        str(sum(value.num_hvps for value in values.values())),
-        str(sum(value.num_evals for value in values.values())),
-        f"{point.seconds:.1f}",
+        str(point.cost.products),
+        str(point.cost.gradients),
+        f"{point.cost.seconds:.1f}",
     ]
-
-
-def _plain(point: TrackedPoint) -> dict[str, Any]:
-    """Nested plain values, readable with `weights_only=True`."""
-    plain = asdict(point)
-    for name in point.values():
-        plain[name]["status"] = str(plain[name]["status"])
-    return plain
-
-
-def _point(plain: Mapping[str, Any]) -> TrackedPoint:
-    values = {
-        name: TrackedValue(**{**plain[name], "status": Status(plain[name]["status"])})
-        for name in TRACKED
-        if plain[name] is not None
-    }
-    return TrackedPoint(**{**plain, **values})
 
 
 def _selected(measures: str | Sequence[str]) -> list[str]:

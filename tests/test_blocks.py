@@ -132,7 +132,7 @@ def test_blocks_of_every_matrix_have_the_dense_values_in_ragged_chunks(matrix, w
     risk = problem.risk(chunk_size=10)
     found = layerwise_eigenpairs(risk, k=3, which=which, matrix=matrix, tol=1e-6)
     assert_blocks_are(found, dense(problem, risk, matrix), BOTH, 3, which)
-    assert (found.which, found.matrix) == (which, matrix)
+    assert (found.settings["which"], found.settings["matrix"]) == (which, matrix)
 
 
 @pytest.mark.parametrize("chunk_size", ["auto", 1])
@@ -203,7 +203,7 @@ def test_a_block_smaller_than_k_gives_all_it_has():
     found = layerwise_eigenpairs(risk, blocks, k=6, tol=1e-6)
     assert_blocks_are(found, dense(problem, risk, "hessian"), blocks, 6)
     assert [len(block.eigenvalues) for block in found.blocks] == [4, 6]
-    assert found["small"].num_products == 4
+    assert found["small"].num_hvps == 4
 
 
 def test_no_block_is_above_the_whole():
@@ -228,8 +228,8 @@ def test_a_block_that_has_converged_is_multiplied_no_more():
     found = layerwise_eigenpairs(risk, blocks, k=3, tol=1e-8)
     assert sizes == [[4, 20]] * 4 + [[20]] * (found.num_sweeps - 4)
     assert found.num_sweeps == len(sizes) > 4
-    assert found.num_products == sum(map(len, sizes))
-    assert [block.num_products for block in found.blocks] == [4, found.num_sweeps]
+    assert found.num_hvps == sum(map(len, sizes))
+    assert [block.num_hvps for block in found.blocks] == [4, found.num_sweeps]
 
 
 def test_a_parameter_without_a_module_is_a_block_by_its_own_name():
@@ -250,7 +250,7 @@ def test_all_blocks_share_what_the_confidence_leaves(monkeypatch):
     risk = tiny_mlp().risk()
     found = layerwise_eigenpairs(risk, k=3, confidence=0.9)
     assert asked == [pytest.approx(0.1 / 6)] * 2
-    assert found.confidence == 0.9
+    assert found.settings["confidence"] == 0.9
     assert all(block.hidden == () for block in found.blocks)
     bare = layerwise_eigenpairs(risk, confidence=None)
     assert asked[2:] == [None] * 2
@@ -311,7 +311,7 @@ def test_an_interrupt_returns_what_the_sweeps_have_earned():
 def test_an_interrupt_before_the_first_sweep_gives_empty_blocks():
     found = layerwise_eigenpairs(interrupted_at(tiny_mlp().risk(), 1), k=2)
     assert found.status == "interrupted"
-    assert (found.num_sweeps, found.num_products) == (0, 0)
+    assert (found.num_sweeps, found.num_hvps) == (0, 0)
     for block in found.blocks:
         assert len(block.eigenvalues) == len(block.error_bounds) == 0
         assert block.eigenvectors.shape == (0, block.n)
@@ -375,27 +375,18 @@ def test_a_wrong_call_is_refused_in_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_text_is_a_table_with_the_name_of_every_block():
+def test_the_readings_are_the_leading_eigenvalues_of_every_block():
     found = layerwise_eigenpairs(tiny_mlp().risk(), lambda name: name, k=2)
-    head, *lines, foot = str(found).splitlines()
-    assert head.split() == ["block", "n", "eigenvalues", "status"]
-    assert [line.split()[:2] for line in lines] == [
-        [name, str(len(places([name])))] for name in NAMES
-    ]
-    assert all(line.count(" ± ") == 2 and line.endswith("converged") for line in lines)
-    assert f"{found.num_sweeps} sweeps" in foot
-    assert len({line.index(" ± ") for line in lines}) >= 1
+    for reading, block in zip(found.readings(), found.blocks, strict=True):
+        assert reading.name == f"lambda_max {block.name}"
+        assert reading.value == float(block.eigenvalues[0])
+        assert reading.error == float(block.error_bounds[0])
+        assert reading.evidence == "error bound, converged"
+        assert reading.cost == str(block.cost)
+        assert str(reading) in str(found)
+        assert found[block.name] is block
+    assert list(found.to_frame()["value"]) == [r.value for r in found.readings()]
     assert "eigenvectors" not in repr(found)
-
-
-def test_the_rows_are_plain_values_of_every_block():
-    found = layerwise_eigenpairs(tiny_mlp().risk(), k=2)
-    assert [row["block"] for row in found.rows()] == ["0", "2"]
-    for row, block in zip(found.rows(), found.blocks, strict=True):
-        assert row["eigenvalues"] == block.eigenvalues.tolist()
-        assert row["error_bounds"] == block.error_bounds.tolist()
-        assert (row["n"], row["status"]) == (block.n, "converged")
-        assert found[row["block"]] is block
     with pytest.raises(KeyError):
         found["9"]
 

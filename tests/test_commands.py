@@ -90,7 +90,7 @@ def test_measure_measures_what_it_says(ckpt, capsys):
     model = networks.build(saved.network)
     model.load_state_dict(saved.state_dict)
     logits = model.eval()(x).log_softmax(1)
-    assert record["measures"]["value"] == pytest.approx(
+    assert record["value"] == pytest.approx(
         -float(logits[torch.arange(len(y)), y].mean().detach()), rel=1e-5
     )
 

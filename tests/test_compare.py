@@ -24,7 +24,7 @@ from sharpness import (
 from sharpness._json import as_plain
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import networks
-from sharpness.record import append_record
+from sharpness.record import SCHEMA, append_record
 from sharpness.statistics import compare_readings
 
 MORE = """
@@ -123,7 +123,7 @@ def test_groups_by_glob_and_by_commas_give_the_numbers_of_their_records(
     records = {r["checkpoint"]["path"]: r for r in read_records("records.jsonl")}
     assert len(records) == 6
     a, b = (
-        np.array([records[p]["readings"]["parameter_norm"]["value"] for p in group])
+        np.array([records[p]["measures"]["norms"][0]["parameter_norm"] for p in group])
         for group in (FIRST, SECOND)
     )
     row, logs = rows["parameter_norm"], np.log10(b) - np.log10(a)
@@ -203,7 +203,7 @@ def test_other_arrays_in_the_same_npz_file_are_measured_anew(nets, compared, mea
 
 def test_lines_of_others_in_the_record_file_are_passed_over(nets, compared, measured):
     for checkpoint_facts in ("x", None, [], {}):
-        append_record("records.jsonl", {"schema": 1, "checkpoint": checkpoint_facts})
+        append_record("records.jsonl", {"schema": SCHEMA, "checkpoint": checkpoint_facts})
     with open("records.jsonl", "a") as file:
         file.write('{"schema": 1, "torn')
     compared("a0.pt", "b0.pt")

@@ -119,12 +119,12 @@ def test_the_jackknife_error_is_the_spread_over_seeds():
     sigma = partial(sh.pac_bayes_sigma, alike(1.0, 60), num_draws=5)
     found = [sigma(seed=seed) for seed in range(40)]
     assert all(f.status == "converged" for f in found)
-    assert [f.seed for f in found if f.standard_error is None] == []
+    assert [f.settings["seed"] for f in found if f.standard_error is None] == []
     spread = np.var([f.value for f in found], ddof=1)
     stated = np.mean([f.standard_error**2 for f in found])
     low, high = stats.f.ppf([1e-3, 1 - 1e-3], 39, 40 * 4)
     assert low < spread / stated < high
-    again = dataclasses.replace(sigma(seed=7), seconds=found[7].seconds)
+    again = dataclasses.replace(sigma(seed=7), cost=found[7].cost)
     assert again == found[7] != found[8]
 
 
@@ -157,7 +157,7 @@ def test_alpha_is_where_enough_small_margins_are_used_up(
     assert low * (1 - 1e-9) <= alpha <= high * (1 + 1e-9)
     assert high <= low * 1.1
     assert (found.value, found.status) == (high, "converged")
-    assert (found.num_evals, found.num_draws) == (len(calls), None)
+    assert (found.num_evals, found.standard_error) == (len(calls), None)
     assert found.readings()[0].bound == "≤"
 
 

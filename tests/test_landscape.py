@@ -9,6 +9,7 @@ from helpers.problems import by_hand, mlp_risk, quadratic, second_minimum
 from torch import Tensor
 
 import sharpness as sh
+from sharpness._results import number
 
 
 @pytest.fixture(scope="module")
@@ -77,5 +78,6 @@ def test_a_float32_point_is_taken_in_the_type_of_the_risk(other):
 def test_the_line_of_text_names_the_worst_point(other):
     line = sh.interpolation(mlp_risk(), other, [0.0, 0.5, 2.0])
     worst = int(np.argmax(line.values))
-    expected = f"{line.values[worst]:.3g} at alpha {line.alphas[worst]:g}"
-    assert str(line) == f"f along 3 points, largest {expected}"
+    value, alpha = line.values[worst], line.alphas[worst]
+    expected = f"largest f {number(value)}   (at alpha {alpha:g}, of 3 points, completed; "
+    assert str(line).startswith(expected + "6 forward passes")

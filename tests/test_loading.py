@@ -146,7 +146,7 @@ def test_a_native_checkpoint_knows_its_network_and_its_start(nets, monkeypatch):
     )
     assert torch.equal(subject.start, start)
     found = measured(subject, MeasurementSettings(measures=("norms",), num_samples=None))
-    distance = found.record["readings"]["distance_from_start"]["value"]
+    distance = found.summary["norms"].distance_from_start
     assert distance == pytest.approx(float((end - start).double().norm()), rel=1e-6)
 
 
@@ -195,8 +195,8 @@ def test_loss_and_gradient_are_those_by_hand(nets, network, data, num_samples):
     wide, pair = model.double(), widened(pair)
     value = by_hand(wide, pair)
     slope = torch.cat([g.flatten() for g in torch.autograd.grad(value, wide.parameters())])
-    assert record["measures"]["value"] == pytest.approx(float(value.detach()), rel=1e-12)
-    found = record["readings"]["gradient_norm"]["value"]
+    assert record["value"] == pytest.approx(float(value.detach()), rel=1e-12)
+    found = record["measures"]["norms"][0]["gradient_norm"]
     assert found == pytest.approx(float(slope.norm()), rel=1e-10)
     assert record["settings"]["risk"]["num_samples"] == (num_samples or len(pair[1]))
     json.loads(to_line(record), parse_constant=pytest.fail)
@@ -317,7 +317,7 @@ def test_a_classifier_of_transformers_is_made_from_its_folder(nets, what):
     inputs, y = nets.sentences()
     logits = model.double().eval()(**inputs).logits.log_softmax(1)
     value = -float(logits[torch.arange(20), y].mean().detach())
-    assert record["measures"]["value"] == pytest.approx(value, rel=1e-10)
+    assert record["value"] == pytest.approx(value, rel=1e-10)
 
 
 def test_a_model_without_a_classifier_is_refused(nets):
@@ -385,7 +385,7 @@ def test_a_float64_network_is_measured_on_an_npz_file_of_float64(nets):
         subject, MeasurementSettings(measures=("norms",), num_samples=None)
     ).record
     expected = by_hand(model, (torch.from_numpy(X), torch.from_numpy(Y)))
-    assert found["measures"]["value"] == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert found["value"] == pytest.approx(float(expected.detach()), rel=1e-12)
 
 
 def test_a_float64_checkpoint_is_measured_in_float64(nets):

@@ -26,6 +26,7 @@ from torch import nn
 from sharpness import EmpiricalRisk, compare, measure, measurement, read_records
 from sharpness.loading import load_checkpoint
 from sharpness.measurement import MeasurementSettings, measured, pyhessian_readings
+from sharpness.results import readings_of
 
 MORE = """
 class Drifting(nn.Linear):
@@ -149,12 +150,16 @@ def test_help_names_every_flag_and_what_it_does(command, own, capsys):
         assert name in out or command is compare
 
 
+def read(record):
+    return {reading.name: reading for reading in readings_of(record)}
+
+
 def eigenvalues(record):
     return record["measures"]["lambda_max"][0]
 
 
 EFFECTS = {
-    "--k 3": ("lambda_max", lambda r: "lambda_3" in r["readings"]),
+    "--k 3": ("lambda_max", lambda r: "lambda_3" in read(r)),
     "--tol 1e-6": (
         "lambda_max",
         lambda r: (
@@ -163,21 +168,24 @@ EFFECTS = {
     ),
     "--epsilon 1e-2,2e-2": (
         "phi",
-        lambda r: set(r["readings"]) >= {"phi(0.01)", "phi(0.02)"},
+        lambda r: set(read(r)) >= {"phi(0.01)", "phi(0.02)"},
     ),
     "--subspace-dim 7": (
         "phi_subspace --epsilon 1e-3",
-        lambda r: "phi(1e-3, p=7)" in r["readings"],
+        lambda r: "phi(1e-3, p=7)" in read(r),
     ),
     "--rho 0.1,0.2": ("average", lambda r: len(r["measures"]["average"]) == 2),
-    "--rho 0.3": ("worst_l2", lambda r: r["measures"]["worst_l2"][0]["rho"] == 0.3),
+    "--rho 0.3": (
+        "worst_l2",
+        lambda r: r["measures"]["worst_l2"][0]["settings"]["rho"] == 0.3,
+    ),
     "--shard-size 10": (
         "worst_l2_sharded",
         lambda r: r["measures"]["worst_l2_sharded"][0]["num_shards"] == 3,
     ),
     "--accuracy-drop 0.2": (
         "box_alpha",
-        lambda r: r["measures"]["box_alpha"][0]["accuracy_drop"] == 0.2,
+        lambda r: r["measures"]["box_alpha"][0]["settings"]["accuracy_drop"] == 0.2,
     ),
     "--num-samples 12": ("norms", lambda r: r["settings"]["risk"]["num_samples"] == 12),
     "--num-samples all": ("norms", lambda r: r["settings"]["risk"]["num_samples"] == 30),
@@ -188,7 +196,7 @@ EFFECTS = {
     ),
     "--doctor": (
         "norms",
-        lambda r: len(r["measures"].get("doctor", {"findings": []})["findings"]) > 5,
+        lambda r: len((r["doctor"] or {"findings": []})["findings"]) > 5,
     ),
     "--data nets.py:splits --split test": (
         "norms",
@@ -203,7 +211,7 @@ EFFECTS = {
 def test_a_flag_does_what_its_help_says(run, options):
     measures, holds = EFFECTS[options]
     record = run("--measures", *measures.split(), *options.split())
-    assert holds(record), record["readings"]
+    assert holds(record), read(record)
     without = [o for o in options.split() if o.startswith("--data") or o.startswith("nets")]
     assert not holds(
         run("--measures", *measures.split(), *without, "--num-samples", "30")
@@ -217,21 +225,18 @@ def test_more_starts_of_phi_cost_more_and_find_no_less(run):
         ][0]
         for num in "13"
     )
-    assert three["num_evals"] > one["num_evals"]
+    assert three["cost"]["gradients"] > one["cost"]["gradients"]
     assert three["phi"] >= one["phi"]
 
 
 def test_the_seed_draws_the_samples(run):
-    values = [
-        run(*NORMS, "--num-samples", "9", "--seed", seed)["measures"]["value"]
-        for seed in "001"
-    ]
+    values = [run(*NORMS, "--num-samples", "9", "--seed", seed)["value"] for seed in "001"]
     assert values[0] == values[1] != values[2]
 
 
 def test_names_and_families_choose_the_measures(run):
     record = run("--measures", " norms, average ")
-    names = [n.split("(")[0] for n in record["readings"]]
+    names = [n.split("(")[0] for n in read(record)]
     assert names == ["average", "gradient_norm", "parameter_norm", "fisher_rao"]
     assert {"lambda_max", "trace"} <= set(run("--measures", "curvature")["measures"])
 
@@ -261,7 +266,7 @@ def test_batchnorm_runs_as_asked(nets, capsys, mode):
             model(images[0])
         model.eval()
     expected = float(by_hand(model, images).detach())
-    assert record["measures"]["value"] == pytest.approx(expected, rel=1e-10)
+    assert record["value"] == pytest.approx(expected, rel=1e-10)
     assert record["settings"]["risk"]["batchnorm"] == mode
 
 
@@ -274,10 +279,8 @@ def test_regression_takes_mse_and_a_loss_of_ones_own(nets, capsys):
     for loss, expected in (("mse", distance.square()), ("torch.nn:L1Loss", distance)):
         assert measure.main([*call, "--loss", loss]) == 0
         record = json.loads(capsys.readouterr().out)
-        assert record["measures"]["value"] == pytest.approx(
-            float(expected.mean()), rel=1e-12
-        )
-        assert record["measures"]["accuracy"] is None
+        assert record["value"] == pytest.approx(float(expected.mean()), rel=1e-12)
+        assert record["accuracy"] is None
         assert record["generalisation"] is None
 
 
@@ -337,11 +340,11 @@ def test_the_table_says_what_the_record_says(nets, capsys):
     assert measure.main(["net.pt", *CALL, *options]) == 0
     out = capsys.readouterr().out
     record = read_records("records.jsonl")[0]
-    for name, reading in record["readings"].items():
+    for name, reading in read(record).items():
         row = next(row for row in map(str.split, out.splitlines()) if row[:1] == [name])
-        assert float(row[1]) == pytest.approx(reading["value"], rel=2e-3)
+        assert float(row[1]) == pytest.approx(reading.value, rel=2e-3)
     assert "nets.py:splits train, 30 samples" in out
-    assert f"accuracy {record['measures']['accuracy']:.1%}" in out
+    assert f"accuracy {record['accuracy']:.1%}" in out
     assert "\x1b[" not in out
 
 
@@ -597,15 +600,12 @@ def test_the_cross_check_stands_beside_our_number(nets, run):
     model = nets.mlp()
     model.load_state_dict(torch.load("net.pt"))
     top = dense_top(model, nets.points())
-    ours, theirs = (record["readings"][n] for n in ("lambda_max", "lambda_max (PyHessian)"))
-    assert abs(ours["value"] - top) <= ours["error"] + 1e-6 * top
+    ours, (theirs,) = read(record)["lambda_max"], record["cross_check"]
+    assert theirs["name"] == "lambda_max (PyHessian)"
+    assert abs(ours.value - top) <= ours.error + 1e-6 * top
     assert theirs["value"] == pytest.approx(top, rel=2e-2)
-    assert (
-        run("--measures", "lambda_max", "--cross-check")["readings"][
-            "lambda_max (PyHessian)"
-        ]
-        == theirs
-    )
+    (again,) = run("--measures", "lambda_max", "--cross-check")["cross_check"]
+    assert again["value"] == theirs["value"]
 
 
 def test_a_cross_check_that_cannot_be_is_refused_at_once(nets, refused, monkeypatch):

@@ -167,7 +167,7 @@ def test_all_that_is_asked_for_is_measured_and_fits_a_record(bench):
     found = Measured(of=A, measures=measures, num_samples=20).found(bench)
     json.dumps(as_plain(found), allow_nan=False)
     assert "lambda_max" not in found
-    assert [phi.epsilon for phi in found["phi"]] == [1e-3, 5e-4]
+    assert [phi.settings["epsilon"] for phi in found["phi"]] == [1e-3, 5e-4]
     wide, narrow = (phi.phi_protocol for phi in found["phi"])
     assert 0 < narrow < wide
     assert found["adaptive"].value > 0
@@ -188,7 +188,7 @@ def test_the_seed_is_that_of_the_measures(bench):
         Measured(of=A, measures=("lambda_max",), num_samples=35, seed=s).found(bench)
         for s in (0, 3)
     )
-    assert (first["lambda_max"].seed, second["lambda_max"].seed) == (0, 3)
+    assert [x["lambda_max"].settings["seed"] for x in (first, second)] == [0, 3]
 
 
 def test_the_seed_draws_the_samples(bench):
@@ -449,7 +449,7 @@ def test_searches_in_a_subspace_differ_in_where_they_begin_alone(monkeypatch):
         MEASURES[name][0](mlp_risk(), seed=1)[0]
         for name in ("phi_normal_zero", "phi_normal_best", "phi_normal")
     )
-    assert (zero.start, zero.num_starts, zero.solver) == ("zero", 1, "lbfgsb")
-    assert (usual.start, usual.num_starts) == ("random", 1)
-    assert (best.start, best.num_starts) == ("random", 2)
+    starts = [(r.settings["start"], r.settings["num_starts"]) for r in (zero, usual, best)]
+    assert starts == [("zero", 1), ("random", 1), ("random", 2)]
+    assert zero.solver == "lbfgsb"
     assert best.phi >= usual.phi > 0

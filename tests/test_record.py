@@ -7,8 +7,9 @@ import torch
 
 from sharpness import Status, read_records
 from sharpness._json import as_plain, to_line
+from sharpness._results import Cost
 from sharpness.measures.eigenvalues import HessianEigenpairs
-from sharpness.record import append_record, new_record
+from sharpness.record import SCHEMA, append_record, new_record
 
 
 def result() -> HessianEigenpairs:
@@ -19,18 +20,18 @@ def result() -> HessianEigenpairs:
         eigenvectors=torch.zeros(1, 1000),
         explicit_residual=None,
         lambda_max_upper=None,
-        confidence=0.95,
         hidden=((2.1, math.inf),),
         noise_floor=1e-7,
-        status=Status.CONVERGED,
-        num_hvps=7,
-        seconds=0.1,
-        which="LA",
-        tol=1e-2,
-        seed=0,
-        matrix="hessian",
-        preconditioned=False,
         engine="kept_graph",
+        status=Status.CONVERGED,
+        cost=Cost(products=7, seconds=0.1),
+        settings={
+            "which": "LA",
+            "tol": 1e-2,
+            "seed": 0,
+            "matrix": "hessian",
+            "confidence": 0.95,
+        },
     )
 
 
@@ -50,22 +51,22 @@ def test_records_come_back_as_they_were_written(tmp_path):
     for record in written:
         append_record(path, record)
     assert list(read_records(path)) == written
-    assert written[0]["schema"] == 1
+    assert written[0]["schema"] == SCHEMA
     assert written[0]["environment"]["torch"] == torch.__version__
 
 
 def test_a_torn_last_line_is_skipped_and_the_next_record_starts_afresh(tmp_path):
     path = tmp_path / "records.jsonl"
-    append_record(path, {"schema": 1, "kind": "a"})
+    append_record(path, {"schema": SCHEMA, "kind": "a"})
     with path.open("a") as file:
-        file.write('{"schema": 1, "kind": "torn", "val')
-    append_record(path, {"schema": 1, "kind": "b"})
+        file.write('{"schema": 2, "kind": "torn", "val')
+    append_record(path, {"schema": SCHEMA, "kind": "b"})
     assert [record["kind"] for record in read_records(path)] == ["a", "b"]
 
 
 def test_records_appended_at_once_do_not_mix(tmp_path):
     path = tmp_path / "records.jsonl"
-    records = [{"schema": 1, "kind": "x" * 5000, "i": i} for i in range(40)]
+    records = [{"schema": SCHEMA, "kind": "x" * 5000, "i": i} for i in range(40)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda record: append_record(path, record), records))
     assert sorted(record["i"] for record in read_records(path)) == list(range(40))
@@ -74,7 +75,7 @@ def test_records_appended_at_once_do_not_mix(tmp_path):
 def test_a_line_is_strict_json_on_one_line():
     line = to_line(new_record("measurement", result=result(), text="two\nlines"))
     assert "\n" not in line
-    assert json.loads(line)["result"]["num_hvps"] == 7
+    assert json.loads(line)["result"]["cost"]["products"] == 7
 
 
 def test_records_become_a_data_frame_with_dotted_names(tmp_path):

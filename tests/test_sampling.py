@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import sharpness as sh
 from sharpness import _progress, _run
 from sharpness._json import to_line
+from sharpness._results import Cost, number
 from sharpness.lab import data
 from sharpness.measures import sampling
 from sharpness.risk.chunks import ChunkedMean
@@ -226,7 +227,7 @@ def test_every_number_of_a_linear_regression_is_the_one_by_hand(num_folds, confi
     low, high = crossed.mean() - t * errors[0], top_of(x) + t * errors[1]
     assert found.interval == pytest.approx((low, high), rel=1e-5)
     assert found.relative_width == pytest.approx((high - low) / (high + low), rel=1e-4)
-    assert (found.num_folds, found.confidence) == (num_folds, confidence)
+    assert (found.num_folds, found.settings["confidence"]) == (num_folds, confidence)
 
 
 @pytest.mark.slow
@@ -485,7 +486,7 @@ def test_risk_model_and_generators_are_as_they_were_r22(call, interrupted):
 
 def test_the_same_seed_gives_the_same_bits():
     first, again, other = (
-        dataclasses.replace(sh.lambda_max_sampling(samples(), seed=seed), seconds=0.0)
+        dataclasses.replace(sh.lambda_max_sampling(samples(), seed=seed), cost=Cost())
         for seed in (4, 4, 5)
     )
     assert first == again
@@ -497,7 +498,7 @@ def test_the_same_seed_gives_the_same_bits():
 def test_other_matrices_have_intervals_too(matrix):
     risk = mlp_risk()
     found = sh.lambda_max_sampling(risk, matrix=matrix, tol=1e-6)
-    assert found.matrix == matrix
+    assert found.settings["matrix"] == matrix
     dense = risk.product(torch.eye(risk.n).double(), matrix).numpy()
     assert found.plug_in == pytest.approx(np.linalg.eigvalsh(dense)[-1], rel=1e-5)
     assert found.interval[0] < found.plug_in < found.interval[1]
@@ -509,12 +510,11 @@ def test_other_matrices_have_intervals_too(matrix):
 def test_both_texts_are_one_line_with_the_interval_first():
     found = sh.lambda_max_sampling(samples())
     low, high = found.interval
-    line = str(dataclasses.replace(found, seconds=0.25, num_hvps=61.4))
-    assert line == (
-        f"lambda_max of the distribution: {low:.4g} to {high:.4g} (95%)   (cross-fitted "
-        f"{found.cross_fitted:.4g}, on these 200 samples {found.plug_in:.4g}; ± 10 % "
-        f"would take about {found.samples_needed(0.1)} samples; completed, 61 products, "
-        "0.2 s)"
+    cost = Cost(products=61.4, seconds=0.25)
+    assert str(dataclasses.replace(found, cost=cost)) == (
+        f"lambda_max_sampling {number((low + high) / 2)} ± {(high - low) / 2:.1g}   (95%: "
+        f"{low:.4g} to {high:.4g} for other samples, on these 200 {found.plug_in:.4g}, "
+        f"cross-fitted {found.cross_fitted:.4g}, completed; 61 products, 0.2 s)"
     )
     assert "\n" not in repr(found)
     assert len(repr(found)) < 600

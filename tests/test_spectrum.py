@@ -30,6 +30,7 @@ from torch import Tensor
 import sharpness as sh
 from sharpness import _run
 from sharpness._json import to_line
+from sharpness._results import number
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
 from sharpness.measures import spectrum
@@ -403,7 +404,7 @@ FUNCTIONS = {
     "trace": (lambda run: run.integral(lambda x: x), lambda x: x.sum()),
     "square": (lambda run: run.integral(lambda x: x**2), lambda x: np.sum(x**2)),
     "negative": (
-        lambda run: run.negative_mass(),
+        lambda run: run.negative_mass,
         lambda x: np.maximum(-x, 0).sum() / N,
     ),
     "dimension": (
@@ -526,7 +527,7 @@ def test_a_flat_risk_has_all_its_density_at_zero_r9():
     assert found.grid[np.argmax(found.density)] == pytest.approx(0, abs=found.sigma / 10)
     zero = found.integral(lambda x: x)
     assert (zero.value, zero.interval) == (0.0, (0.0, 0.0))
-    assert found.negative_mass().interval == (0.0, 0.0)
+    assert found.negative_mass.interval == (0.0, 0.0)
     assert found.effective_dimension(1e-3).value == 0.0
     assert found.count_above(1.0).interval == (0.0, 0.0)
     assert found.count_above(-1.0).interval == (40.0, 40.0)
@@ -549,7 +550,7 @@ def test_everything_scales_with_the_loss_r7(name, scale):
     top = plain.density.max()
     assert scaled.density * scale == pytest.approx(plain.density, abs=1e-6 * top)
     assert scaled.band * scale == pytest.approx(plain.band, abs=1e-6 * plain.band.max())
-    for quantity in (lambda d: d.integral(lambda x: x), lambda d: d.negative_mass()):
+    for quantity in (lambda d: d.integral(lambda x: x), lambda d: d.negative_mass):
         assert quantity(scaled).value / scale == pytest.approx(
             quantity(plain).value, **near
         )
@@ -574,7 +575,7 @@ def test_a_network_agrees_with_its_dense_matrix(matrix):
         dense = mlp_hessian(risk.theta).numpy()
     values = np.linalg.eigvalsh(dense)
     found = sh.spectral_density(risk, matrix=matrix, num_starts=20, confidence=0.999)
-    assert found.matrix == matrix
+    assert found.settings["matrix"] == matrix
     assert found.ends == pytest.approx((values[0], values[-1]), abs=1e-9)
     for integral, true in (
         (found.integral(lambda x: x), values.sum()),
@@ -706,12 +707,12 @@ def test_without_a_completed_start_nothing_is_claimed(grid, sigma, tmp_path):
     assert found.num_starts == 0
     assert np.isnan(found.density).all()
     assert np.isnan(found.band).all()
-    assert str(found).startswith("spectral density unknown (max_seconds, ")
+    assert str(found).startswith("negative_mass unknown   (max_seconds; ")
+    assert found.negative_mass is None
     json.loads(to_line({"found": found}))
     for refused in (
         lambda: found.integral(lambda x: x),
         lambda: found.count_above(0.0),
-        lambda: found.negative_mass(),
         lambda: found.effective_dimension(1.0),
         lambda: found.plot(str(tmp_path / "nothing.png")),
     ):
@@ -811,11 +812,13 @@ def test_both_texts_are_one_short_line():
         assert "\n" not in text
         assert "array" not in text
         assert len(text) < 600
-    line = str(dataclasses.replace(found, seconds=0.25))
-    low, high = found.ends
-    assert line == (
-        f"spectral density from {low:.4g} to {high:.4g}, sigma {found.sigma:.2g}   (5 "
-        "starts of 40 steps, completed, 200 Hessian-vector products, 0.2 s)"
+    cost = dataclasses.replace(found.cost, seconds=0.25)
+    (low, high), mass = found.ends, found.negative_mass
+    least, largest = mass.interval
+    assert str(dataclasses.replace(found, cost=cost)) == (
+        f"negative_mass {number(mass.value)} ± {(largest - least) / 2:.1g}   (95%: "
+        f"{least:.4g} to {largest:.4g}; 5 starts, spectrum from {low:.4g} to {high:.4g}, "
+        "completed; 200 products, 0.2 s)"
     )
     count = found.count_above(0.3)
     low, high = count.interval
@@ -830,7 +833,7 @@ def test_a_record_is_strict_json_without_big_arrays():
     line = to_line({"density": found, "count": found.count_above(0.3)})
     assert len(line) < 1200
     plain = json.loads(line, parse_constant=refuse)
-    assert plain["density"]["num_hvps"] == 200
+    assert plain["density"]["cost"]["products"] == 200
     assert plain["density"]["sigma"] == found.sigma
     assert not {"grid", "density", "band", "rules"} & set(plain["density"])
     assert plain["count"]["value"] == found.count_above(0.3).value

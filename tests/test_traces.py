@@ -29,6 +29,7 @@ from torch import Tensor
 import sharpness as sh
 from sharpness import _run
 from sharpness._json import to_line
+from sharpness._results import number
 from sharpness.krylov.stochastic_trace import (
     Hutchinson,
     HutchPlusPlus,
@@ -397,7 +398,7 @@ def test_a_converged_frobenius_norm_meets_rtol_nearly(name, rtol):
     assert found.status == "converged"
     low, high = found.interval
     assert high - low <= 2 * rtol * found.value * (1 + rtol**2)
-    assert found.rtol == rtol
+    assert found.settings["rtol"] == rtol
     assert abs(found.value - np.linalg.norm(a)) <= 4 * found.standard_error
 
 
@@ -518,7 +519,8 @@ def test_the_model_and_all_generators_are_as_they_were_r22(measure, call):
 def test_the_same_seed_gives_the_same_bits(method):
     options = {"method": method, "max_hvps": 60}
     first, again, other = (sh.trace(mlp_risk(), seed=s, **options) for s in (4, 4, 5))
-    same = {"seconds": 0.0}
+    same = {"cost": dataclasses.replace(first.cost, seconds=0.0)}
+    assert again.num_hvps == first.num_hvps
     assert dataclasses.replace(first, **same) == dataclasses.replace(again, **same)
     assert first.value != other.value
 
@@ -731,7 +733,8 @@ def test_the_trace_of_a_network_is_that_of_the_dense_matrix(matrix, method):
     found = sh.trace(mlp_risk(), method=method, matrix=matrix, confidence=0.999, rtol=0.2)
     assert covered(found, np.trace(a), rounding(a))
     assert found.status == "converged"
-    assert (found.matrix, found.method, found.quantity) == (matrix, method, "trace")
+    assert (found.settings["matrix"], found.settings["method"]) == (matrix, method)
+    assert found.quantity == "trace"
 
 
 @pytest.mark.parametrize("matrix", MATRICES)
@@ -840,17 +843,17 @@ def test_both_texts_are_one_short_line(measure):
         assert "\n" not in text
         assert "tensor" not in text
         assert len(text) < 600
-    assert f"{found.num_hvps} Hessian-vector products" in str(found)
+    assert f"{found.num_hvps} products" in str(found)
     assert found.status in str(found)
 
 
 def test_the_line_of_a_trace_is_its_numbers():
     found = sh.trace(fast(symmetric(SPECTRA["outliers"])), confidence=0.9)
-    line = str(dataclasses.replace(found, seconds=0.25))
     low, high = found.interval
-    assert line == (
-        f"trace {found.value:.4g}   (90%: {low:.4g} to {high:.4g}; converged, hutch++, "
-        f"{found.num_hvps} Hessian-vector products, 0.2 s)"
+    cost = dataclasses.replace(found.cost, seconds=0.25)
+    assert str(dataclasses.replace(found, cost=cost)) == (
+        f"trace {number(found.value)} ± {(high - low) / 2:.1g}   (90%: {low:.4g} to "
+        f"{high:.4g}, converged; {found.num_hvps} products, 0.2 s)"
     )
 
 
@@ -865,7 +868,7 @@ def test_a_record_is_strict_json_without_big_arrays(measure):
         raise AssertionError(name)
 
     plain = json.loads(line, parse_constant=refuse)["found"]
-    assert plain["num_hvps"] == found.num_hvps
+    assert plain["cost"]["products"] == found.num_hvps
     assert plain["status"] == "converged"
     assert not {"values", "standard_errors"} & set(plain)
     if measure != "diagonal":

@@ -1,5 +1,7 @@
 """Whole numbers are taken from NumPy too; True and 3.0 are none."""
 
+import re
+
 import numpy as np
 import pytest
 from helpers.problems import mlp_data, mlp_risk, trained_mlp
@@ -49,8 +51,7 @@ REFUSED = {
 
 
 def timeless(result):
-    plain = vars(result) if not isinstance(result, list) else [vars(r) for r in result]
-    return repr({k: v for k, v in plain.items() if "seconds" not in k})
+    return re.sub(r"seconds=[\d.e-]+", "", repr(vars(result)))
 
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])

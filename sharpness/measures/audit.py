@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
-from sharpness._results import Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status, number
 from sharpness.measures.reparametrise import reparametrisations
 from sharpness.measures.summary import Keywords, summary
 from sharpness.risk.empirical import EmpiricalRisk
@@ -47,8 +47,6 @@ class AuditRow:
 
     def times(self, name: str) -> str:
         """`× 3.2`, the factor by which the map has moved it, or `same`."""
-        from sharpness.report.tables import number
-
         if not self.moved(name):
             return "same"
         after = self.after[name]
@@ -75,10 +73,6 @@ class Audit(Result):
     rows: tuple[AuditRow, ...]
     drifts: dict[str, float]  # by map: largest change of an output over the largest
     layers: dict[str, tuple[str, ...]]  # by map: the layers that were scaled
-    status: Status
-    rtol: float
-    seconds: float
-    seed: int
 
     def __getitem__(self, measure: str) -> AuditRow:
         return {row.measure: row for row in self.rows}[measure]
@@ -88,33 +82,30 @@ class Audit(Result):
         """The measures that no map has moved."""
         return tuple(row.measure for row in self.rows if row.invariant)
 
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """For each measure the largest factor by which a map has moved it."""
-        return [
-            Reading(
+        for row in self.rows:
+            factors = (_factor(row.value, after) for after in row.after.values())
+            moved = row.verdict == "moved"
+            yield Reading(
                 name=f"audit {row.measure}",
-                value=max((_factor(row.value, v) for v in row.after.values()), default=1.0),
-                error=None,
-                evidence=f"moved by {_movers(row)}"
-                if row.verdict == "moved"
-                else row.verdict,
+                value=max(factors, default=1.0),
+                evidence=f"moved by {_movers(row)}" if moved else row.verdict,
             )
-            for row in self.rows
-        ]
 
     def __str__(self) -> str:
         maps = ", ".join(f"{name} (drift {d:.1g})" for name, d in self.drifts.items())
         if not self.drifts:
-            return f"audit: no map applies to this network   ({self.seconds:.1f} s)"
+            return f"audit: no map applies to this network   ({self.cost})"
         moved = (row.measure for row in self.rows if row.verdict == "moved")
         return (
             f"audit under {maps}: invariant are {', '.join(self.invariant) or 'none'}; "
-            f"moved are {', '.join(moved)}   ({self.seconds:.1f} s)"
+            f"moved are {', '.join(moved)}   ({self.cost})"
         )
 
     def table(self) -> str:
         """Every measure, and by which factor each map has moved it, as text."""
-        from sharpness.report.tables import number, table_text
+        from sharpness.report.tables import table_text
 
         if not self.drifts:
             return f"{self}\n"
@@ -171,11 +162,12 @@ def audit(
     others = {each.name: risk.with_model(each.network) for each in maps}
     drifts = {name: _drift(risk, other) for name, other in others.items()}
     drifts = {name: drift for name, drift in drifts.items() if drift <= _TOLERATED}
-    before, status = _values(risk, chosen, settings, progress)
+    before, status, cost = _values(risk, chosen, settings, progress)
     after: dict[str, dict[str, tuple[float, float]]] = {}
     for name in drifts:
         if status is not Status.INTERRUPTED:
-            after[name], status = _values(others[name], chosen, settings, progress)
+            after[name], status, more = _values(others[name], chosen, settings, progress)
+            cost += more
     missing = (math.nan, 0.0)
     rows = tuple(
         AuditRow(
@@ -196,9 +188,8 @@ def audit(
         drifts={name: drifts[name] for name in drifts if name in after},
         layers={each.name: each.layers for each in maps if each.name in after},
         status=status,
-        rtol=rtol,
-        seconds=time.monotonic() - began,
-        seed=seed,
+        cost=replace(cost, seconds=time.monotonic() - began),
+        settings={**settings, "rtol": rtol, "seed": seed},
     )
 
 
@@ -210,7 +201,7 @@ def _drift(risk: EmpiricalRisk, other: EmpiricalRisk) -> float:
 
 def _values(
     risk: EmpiricalRisk, measures: Any, settings: Keywords, progress: bool | None
-) -> tuple[dict[str, tuple[float, float]], Status]:
+) -> tuple[dict[str, tuple[float, float]], Status, Cost]:
     """Value and error of every reading. Draws are shared, so their spread is no error."""
     found = summary(risk, measures, progress=progress, **settings)
     values = {
@@ -220,10 +211,8 @@ def _values(
         )
         for reading in found.readings()
     }
-    interrupted = any(
-        r.status is Status.INTERRUPTED for each in found.results.values() for r in each
-    )
-    return values, Status.INTERRUPTED if interrupted else Status.COMPLETED
+    interrupted = found.status is Status.INTERRUPTED
+    return values, Status.INTERRUPTED if interrupted else Status.COMPLETED, found.cost
 
 
 def _factor(before: float, after: float) -> float:

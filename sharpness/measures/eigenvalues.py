@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole, whole_seed
-from sharpness._results import Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.certificate import Intervals
 from sharpness.krylov.dense import Dense
@@ -37,9 +37,6 @@ PRODUCTS = {
     "sampled_fisher": "sampled Fisher products",
     "gradient_covariance": "gradient covariance products",
 }
-
-
-_BRIEF = {**PRODUCTS, "hessian": "products"}
 
 
 def product_name(matrix: str) -> str:
@@ -74,28 +71,20 @@ class HessianEigenpairs(Result):
     eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n), rows orthonormal
     explicit_residual: float | None  # of the leading pair, by a product of its own
     lambda_max_upper: float | None  # at `confidence` (or .95); None with `which="SA"`
-    confidence: float | None
     hidden: Intervals | None  # where a wanted value may hide; None without a confidence
     noise_floor: float  # rounding and asymmetry of the products, same unit
-    status: Status
-    num_hvps: int
-    seconds: float
-    which: str
-    tol: float
-    seed: int
-    matrix: str
-    preconditioned: bool  # eigenpairs of P^-1/2 H P^-1/2
     engine: str | None  # that multiplied; None when interrupted before
 
     @property
     def lambda_max(self) -> float:
         """The largest eigenvalue; NaN where that end was not asked for."""
-        return self._end(0, self.which in ("LA", "BE"), 1.0)
+        return self._end(0, self.settings["which"] in ("LA", "BE"), 1.0)
 
     @property
     def lambda_min(self) -> float:
         """The smallest eigenvalue; NaN where that end was not asked for."""
-        at_bottom = self.which == "SA" or (self.which == "BE" and len(self.eigenvalues) > 1)
+        which = self.settings["which"]
+        at_bottom = which == "SA" or (which == "BE" and len(self.eigenvalues) > 1)
         return self._end(-1, at_bottom, -1.0)
 
     @property
@@ -104,51 +93,32 @@ class HessianEigenpairs(Result):
         if self.status is Status.CONVERGED and self.explicit_residual is None:
             return len(self.eigenvalues)  # the whole space
         floor = self.eigenvalues.abs().clamp(min=self.noise_floor)
-        return int((self.error_bounds <= self.tol * floor).sum())
+        return int((self.error_bounds <= self.settings["tol"] * floor).sum())
 
-    def __str__(self) -> str:
-        name = _NAMES[self.which]
-        if not len(self.eigenvalues):
-            return f"{name} unknown ({self.status}, {self.num_hvps} products)"
-        lead = leading(self.eigenvalues.numpy(), self.which)
-        text = f"{name} {_value_and_bound(self, lead)}"
-        if self.which == "BE" and len(self.eigenvalues) > 1:
-            text += f", lambda_min {_value_and_bound(self, -1)}"
-        of_adam = " of P^-1/2 H P^-1/2" if self.preconditioned else ""
-        return (
-            f"{text}{of_adam}   "
-            f"({self.num_converged} of {len(self.eigenvalues)} converged, "
-            f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
-            f"{hiding_place(self.hidden, self.confidence)}"
-        )
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """Every eigenvalue: `lambda_max`, `lambda_2`, ..., `lambda_min`."""
-        upper = ""
+        num, confidence = len(self.eigenvalues), self.settings["confidence"]
+        lead = f"error bound, {self.num_converged} of {num} converged"
         if self.lambda_max_upper is not None:
-            upper = f"; below {self.lambda_max_upper:.4g} ({_percent(self.confidence)})"
-        cost = f"{self.num_hvps} {_BRIEF[self.matrix]}, {self.seconds:.1f} s"
-        if not len(self.eigenvalues):
-            evidence = f"unknown, {self.status}"
-            return [
-                Reading(name="lambda_max", value=math.nan, error=None, evidence=evidence)
-            ]
-        return [
-            Reading(
+            lead += f", below {self.lambda_max_upper:.4g} ({_percent(confidence)})"
+        if self.settings["preconditioned"]:
+            lead += ", of P^-1/2 H P^-1/2"
+        lead += hiding_place(self.hidden, confidence)
+        for i, name in enumerate(self._reading_names()):
+            yield Reading(
                 name=name,
                 value=float(self.eigenvalues[i]),
                 error=float(self.error_bounds[i]),
-                evidence=f"error bound, {self.status}{upper if i == 0 else ''}",
-                cost=cost if i == 0 else "",
+                evidence="" if i else lead,
             )
-            for i, name in enumerate(self._reading_names())
-        ]
+        if not num:
+            yield Reading(name="lambda_max", value=math.nan)
 
     def _reading_names(self) -> list[str]:
-        num = len(self.eigenvalues)
-        if self.which == "LM":
+        num, which = len(self.eigenvalues), self.settings["which"]
+        if which == "LM":
             return [f"lambda({i + 1} of {num})" for i in range(num)]
-        at_bottom = {"LA": 0, "SA": num, "BE": num // 2}[self.which]
+        at_bottom = {"LA": 0, "SA": num, "BE": num // 2}[which]
         top = [f"lambda_{i + 1}" for i in range(num - at_bottom)]
         bottom = [f"lambda_n-{i}" for i in reversed(range(at_bottom))]
         ends = {"lambda_1": "lambda_max", "lambda_n-0": "lambda_min"}
@@ -159,7 +129,7 @@ class HessianEigenpairs(Result):
             return math.nan
         value = float(self.eigenvalues[index])
         # What is largest in modulus among the positive is largest of all.
-        beyond_doubt = self.which == "LM" and sign * value > 0
+        beyond_doubt = self.settings["which"] == "LM" and sign * value > 0
         complete = len(self.eigenvalues) == self.eigenvectors.shape[1]
         return value if asked or beyond_doubt or complete else math.nan
 
@@ -175,18 +145,6 @@ def hiding_place(hidden: Intervals | None, confidence: float | None) -> str:
 
 def _percent(confidence: float | None) -> str:
     return f"{100 * (confidence or _USUAL_CONFIDENCE):.4g} %"
-
-
-_NAMES = {
-    "LA": "lambda_max",
-    "SA": "lambda_min",
-    "LM": "eigenvalue of largest modulus",
-    "BE": "lambda_max",
-}
-
-
-def _value_and_bound(pairs: HessianEigenpairs, i: int) -> str:
-    return f"{float(pairs.eigenvalues[i]):.4g} ± {float(pairs.error_bounds[i]):.1g}"
 
 
 def leading(values: np.ndarray, which: str) -> int:
@@ -319,6 +277,7 @@ def eigenpairs(
         run,
         multiply=multiply,
         most=most,
+        k=k,
         confidence=confidence,
         which=which,
         tol=tol,
@@ -362,14 +321,15 @@ def _result(
         eigenvectors=found.vectors,
         explicit_residual=explicit,
         lambda_max_upper=upper,
-        confidence=confidence,
         hidden=found.hidden,
         noise_floor=search.noise if search else math.nan,
-        num_hvps=products + (explicit is not None),
-        seconds=run.seconds + time.monotonic() - began,
         status=status,
         engine=plan.engine if plan else None,
-        **settings,  # type: ignore[arg-type]
+        cost=Cost(
+            products=products + (explicit is not None),
+            seconds=run.seconds + time.monotonic() - began,
+        ),
+        settings={**settings, "confidence": confidence},
     )
 
 

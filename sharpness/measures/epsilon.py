@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole, positive_list, whole, whole_seed
-from sharpness._results import NotAvailableError, Reading, Result, Status, short
+from sharpness._results import Cost, NotAvailableError, Reading, Result, Status, short
 from sharpness._run import Deadline, Run
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
@@ -52,57 +52,35 @@ class EpsilonSharpness(Result):
     value_max: float  # f at the best point
     box_share: float  # share of the coordinates of y that lie on the box's faces
     displacement: Tensor = field(repr=False, compare=False)  # y, (n,) or (p,)
-    status: Status
-    message: str  # the winning solver's last words
-    num_evals: int  # values with gradient, all solvers and starts
-    seconds: float
-    epsilon: float
-    subspace_dim: int | None
-    columns: str | None  # how A was drawn
     solver: str  # the one that found the best point
-    max_iter: int
-    num_starts: int
-    seed: int
-    start: str = "random"
+    message: str  # its last words
     dtype: str = "float32"  # of theta and f in the search
 
-    @property
-    def name(self) -> str:
-        """`phi(1e-3)`, `phi(1e-3, p=100)`."""
-        space = "" if self.subspace_dim is None else f", p={self.subspace_dim}"
-        return f"phi({short(self.epsilon)}{space})"
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """Phi, a lower bound, with the paper's protocol beside it."""
-        protocol = ""
-        if self.phi_protocol is not None:
-            protocol = f"protocol {self.phi_protocol:.4g} %; "
-        return [
-            Reading(
-                name=self.name,
-                value=self.phi,
-                error=None,
-                evidence=f"{protocol}{self.box_share:.0%} of coordinates on the box"
-                + ("" if self.status.ok else f"; {self.status}"),
-                cost=f"{self.num_evals} gradients, {self.seconds:.1f} s",
-                bound="≥",
-                unit="%",
-            )
-        ]
+        words = f"{self.box_share:.0%} of coordinates on the box"
+        return [_reading(self.settings, self.phi, None, self.phi_protocol, words)]
 
-    def __str__(self) -> str:
-        space = "full space"
-        if self.subspace_dim is not None:
-            space = f"{self.subspace_dim} random {self.columns} columns"
-        protocol = ""
-        if self.phi_protocol is not None:
-            protocol = f"paper's protocol {self.phi_protocol:.4g} %; "
-        return (
-            f"phi({short(self.epsilon)}, {space}) ≥ {self.phi:.4g} %   "
-            f"(f {self.value:.3g} → {self.value_max:.3g}; {protocol}"
-            f"{self.num_evals} evaluations, {self.box_share:.0%} of coordinates on the "
-            f"box; {self.seconds:.1f} s)"
-        )
+
+def _reading(
+    settings: Mapping[str, Any],
+    phi: float,
+    error: float | None,
+    protocol: float | None,
+    evidence: str,
+) -> Reading:
+    """`phi(1e-3)`, `phi(1e-3, p=100)`."""
+    p, first = settings["subspace_dim"], ""
+    if protocol is not None:
+        first = f"protocol {protocol:.4g} %, "
+    return Reading(
+        name=f"phi({short(settings['epsilon'])}{'' if p is None else f', p={p}'})",
+        value=phi,
+        error=error,
+        evidence=first + evidence + ("" if p is None else f", {settings['columns']} A"),
+        bound="≥",
+        unit="%",
+    )
 
 
 class _Keywords(TypedDict, total=False):
@@ -231,45 +209,13 @@ class SubspaceSharpness(Result):
     phi_protocol: float | None  # percent, mean over draws; None as in one draw
     phi_protocol_sd: float | None
     draws: tuple[EpsilonSharpness, ...]
-    status: Status
-    num_evals: int
-    seconds: float
-    epsilon: float
-    subspace_dim: int
-    columns: str
-    seed: int
 
-    def __str__(self) -> str:
-        return (
-            f"phi({short(self.epsilon)}, {self.subspace_dim} random {self.columns} "
-            f"columns) ≥ {self.phi:.4g} ± {self.phi_sd:.2g} %   (mean ± sd of "
-            f"{len(self.draws)} draws; {self._protocol}{self.status}, {self.num_evals} "
-            f"evaluations, {self.seconds:.1f} s)"
-        )
-
-    @property
-    def _protocol(self) -> str:
-        if self.phi_protocol is None:
-            return ""
-        return f"paper's protocol {self.phi_protocol:.4g} ± {self.phi_protocol_sd:.2g} %; "
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """The mean with its standard error."""
-        num, protocol = len(self.draws), ""
-        if self.phi_protocol is not None:
-            protocol = f"; protocol {self.phi_protocol:.4g} %"
-        return [
-            Reading(
-                name=f"phi({short(self.epsilon)}, p={self.subspace_dim})",
-                value=self.phi,
-                error=self.phi_sd / math.sqrt(num) if num > 1 else None,
-                evidence=f"standard error over {num} draws of A{protocol}"
-                + ("" if self.status.ok else f"; {self.status}"),
-                cost=f"{self.num_evals} gradients, {self.seconds:.1f} s",
-                bound="≥",
-                unit="%",
-            )
-        ]
+        num = len(self.draws)
+        error = self.phi_sd / math.sqrt(num) if num > 1 else None
+        words = f"standard error over {num} draws of A"
+        return [_reading(self.settings, self.phi, error, self.phi_protocol, words)]
 
 
 def subspace_sharpness(
@@ -343,10 +289,7 @@ def _over_draws(
     done = [draw for draw in draws if draw.status not in _CUT_SHORT] or draws
     phi = np.array([draw.phi for draw in done])
     known = [draw.phi_protocol for draw in done if draw.phi_protocol is not None]
-    all_known, several, first = len(known) == len(done), len(done) > 1, draws[0]
-    troubled = [draw.status for draw in draws if not draw.status.ok]
-    if not complete:
-        troubled.insert(0, ended)
+    all_known, several = len(known) == len(done), len(done) > 1
     return SubspaceSharpness(
         phi=float(phi.mean()),
         phi_sd=float(phi.std(ddof=1)) if several else math.nan,
@@ -355,13 +298,9 @@ def _over_draws(
         if all_known
         else None,
         draws=tuple(done),
-        status=troubled[0] if troubled else Status.COMPLETED,
-        num_evals=sum(draw.num_evals for draw in draws),
-        seconds=sum(draw.seconds for draw in draws),
-        epsilon=first.epsilon,
-        subspace_dim=first.subspace_dim or 0,
-        columns=first.columns or "",
-        seed=first.seed,
+        status=Status.worst(*(d.status for d in draws), *([] if complete else [ended])),
+        cost=sum((draw.cost for draw in draws), Cost()),
+        settings=draws[0].settings,
     )
 
 
@@ -447,9 +386,7 @@ def _measured(
             if protocol is None and of_protocol and _ends_protocol(state):
                 protocol = 100 * max(0.0, state.value) / (1 + search.value)
     best, status = search.best, run.status
-    if not search.is_finite:
-        status = Status.NON_FINITE
-    elif status is Status.COMPLETED and not best.rise > 0:
+    if status is Status.COMPLETED and not best.rise > 0:
         status = Status.LINE_SEARCH_FAILED
     return EpsilonSharpness(
         phi=100 * best.rise / (1 + search.value),
@@ -458,18 +395,19 @@ def _measured(
         value_max=search.value + best.rise,
         box_share=float((best.point.abs() >= 1).double().mean()),
         displacement=best.point * search.half_widths,
-        status=status,
-        message=search.message,
-        num_evals=run.num_steps,
-        seconds=run.seconds,
-        epsilon=epsilon,
-        subspace_dim=manifold.p,
-        columns=manifold.columns,
         solver=best.solver,
-        max_iter=options.max_iter,
-        num_starts=options.num_starts,
-        seed=options.seed,
-        start=options.start,
+        message=search.message,
+        status=Status.worst(status, finite=search.is_finite),
+        cost=Cost(gradients=run.num_steps, seconds=run.seconds),
+        settings={
+            "epsilon": epsilon,
+            "subspace_dim": manifold.p,
+            "columns": manifold.columns,
+            "max_iter": options.max_iter,
+            "num_starts": options.num_starts,
+            "seed": options.seed,
+            "start": options.start,
+        },
         dtype=str(risk.dtype).removeprefix("torch."),
     )
 
@@ -482,7 +420,7 @@ def _may_be_rounding(found: EpsilonSharpness) -> bool:
     """
     largest = max(abs(found.value), abs(found.value_max))
     is_small = found.value_max - found.value < _IN_DOUBT * largest
-    doubtful = is_small or found.epsilon < _TINY
+    doubtful = is_small or found.settings["epsilon"] < _TINY
     return doubtful and found.dtype == "float32" and found.status in _WHOLE
 
 
@@ -491,7 +429,9 @@ def _measured_again(
 ) -> EpsilonSharpness:
     """The search in float64; where there is none, a rise in doubt counts as none."""
     try:
-        found = _measured(risk.double(), manifold.double(), first.epsilon, options)
+        found = _measured(
+            risk.double(), manifold.double(), first.settings["epsilon"], options
+        )
     except (RuntimeError, TypeError):  # a layer, or a device, that knows float32 only
         nothing = {"phi": 0.0, "phi_protocol": None, "value_max": first.value}
         message = "the rise may be rounding of float32"
@@ -499,8 +439,7 @@ def _measured_again(
     return replace(
         found,
         displacement=found.displacement.to(first.displacement),
-        num_evals=first.num_evals + found.num_evals,
-        seconds=first.seconds + found.seconds,
+        cost=first.cost + found.cost,
     )
 
 

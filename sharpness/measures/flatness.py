@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import positive, whole
-from sharpness._results import NotAvailableError, Reading, Result, Status
+from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.measures.perturbation import mean_and_error, normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
@@ -38,14 +38,7 @@ class AccuracyRadius(Result):
     standard_error: float | None  # of sigma, over the draws (jackknife)
     bracket: tuple[float, float]  # the last values on either side
     accuracy: float  # at theta, in [0, 1]
-    accuracy_drop: float
-    status: Status
-    num_draws: int | None
-    num_evals: int  # forward passes for sigma; gradients with a forward pass for alpha
-    seconds: float
-    magnitude_aware: bool
     quantity: str  # "pac_bayes_sigma" or "box_alpha"
-    seed: int
 
     @property
     def flatness_measure(self) -> float:
@@ -55,38 +48,21 @@ class AccuracyRadius(Result):
     @property
     def name(self) -> str:
         """`pac_bayes_sigma`, `box_alpha_magnitude`, ..."""
-        return f"{self.quantity}{'_magnitude' if self.magnitude_aware else ''}"
+        return f"{self.quantity}{'_magnitude' if self.settings['magnitude_aware'] else ''}"
 
-    def __str__(self) -> str:
-        return f"{self.name} {self.value:.4g}   ({self._evidence}; {self._cost})"
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """One number."""
-        return [
-            Reading(
-                name=self.name,
-                value=self.value,
-                error=self.standard_error,
-                evidence=self._evidence,
-                cost=self._cost,
-                bound="≤" if self.quantity == "box_alpha" else "",
-            )
-        ]
-
-    @property
-    def _evidence(self) -> str:
-        low, high = self.bracket
-        error = f"standard error over {self.num_draws} draws; "
-        return (
-            (error if self.num_draws else "")
-            + f"accuracy {self.accuracy:.1%} less {self.accuracy_drop:.0%} "
-            + (f"between {low:.3g} and {high:.3g}" if self.status.ok else str(self.status))
+        num, (low, high) = self.settings.get("num_draws"), self.bracket
+        words = [f"standard error over {num} draws"] if num else []
+        words += [f"accuracy {self.accuracy:.1%} less {self.settings['accuracy_drop']:.0%}"]
+        words += [f"between {low:.3g} and {high:.3g}"] if self.status.ok else []
+        yield Reading(
+            name=self.name,
+            value=self.value,
+            error=self.standard_error,
+            evidence=", ".join(words),
+            bound="" if num else "≤",
         )
-
-    @property
-    def _cost(self) -> str:
-        unit = "forward passes" if self.num_draws else "gradients"
-        return f"{self.num_evals} {unit}, {self.seconds:.1f} s"
 
 
 def pac_bayes_sigma(
@@ -137,7 +113,12 @@ def pac_bayes_sigma(
     _check(risk, accuracy_drop, rtol)
     num_draws = whole("num_draws", num_draws, 2, "One draw has no spread.")
     scale, accuracy = _scale(risk, magnitude_aware), math.nan
-    run = Run("forward passes", max_seconds=max_seconds, progress=progress)
+    run = Run(
+        "forward passes",
+        max_seconds=max_seconds,
+        progress=progress,
+        status=Status.CONVERGED,
+    )
     drops: dict[float, np.ndarray] = {}
 
     def mean_drop(sigma: float) -> float:
@@ -161,14 +142,16 @@ def pac_bayes_sigma(
         standard_error=_jackknife(drops, accuracy_drop),
         bracket=root.bracket,
         accuracy=accuracy,
-        accuracy_drop=accuracy_drop,
-        status=run.status if not run.status.ok else root.status,
-        num_draws=num_draws,
-        num_evals=run.num_steps,
-        seconds=run.seconds,
-        magnitude_aware=magnitude_aware,
         quantity="pac_bayes_sigma",
-        seed=seed,
+        status=Status.worst(run.status, root.status),
+        cost=Cost(forwards=run.num_steps, seconds=run.seconds),
+        settings={
+            "accuracy_drop": accuracy_drop,
+            "magnitude_aware": magnitude_aware,
+            "num_draws": num_draws,
+            "rtol": rtol,
+            "seed": seed,
+        },
     )
 
 
@@ -216,7 +199,9 @@ def box_alpha(
     _check(risk, accuracy_drop, rtol)
     num_steps = whole("num_steps", num_steps, 1)
     scale, accuracy = _scale(risk, magnitude_aware), math.nan
-    run = Run("gradients", max_seconds=max_seconds, progress=progress)
+    run = Run(
+        "gradients", max_seconds=max_seconds, progress=progress, status=Status.CONVERGED
+    )
 
     def function(u: Tensor) -> tuple[float, Tensor]:
         run.step()
@@ -242,14 +227,15 @@ def box_alpha(
         standard_error=None,
         bracket=root.bracket,
         accuracy=accuracy,
-        accuracy_drop=accuracy_drop,
-        status=run.status if not run.status.ok else root.status,
-        num_draws=None,
-        num_evals=run.num_steps,
-        seconds=run.seconds,
-        magnitude_aware=magnitude_aware,
         quantity="box_alpha",
-        seed=0,
+        status=Status.worst(run.status, root.status),
+        cost=Cost(gradients=run.num_steps, forwards=run.num_steps, seconds=run.seconds),
+        settings={
+            "accuracy_drop": accuracy_drop,
+            "magnitude_aware": magnitude_aware,
+            "num_steps": num_steps,
+            "rtol": rtol,
+        },
     )
 
 
@@ -261,27 +247,14 @@ class Norms(Result):
     parameter_norm: float
     distance_from_start: float | None  # None without a start
     fisher_rao: float | None  # theta^T F theta; None where there is no such product
-    status: Status
-    seconds: float
 
-    def __str__(self) -> str:
-        parts = (f"{r.name} {r.value:.4g}" for r in self.readings())
-        return f"{', '.join(parts)}   ({self.status}, {self.seconds:.1f} s)"
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """The numbers that there are."""
-        exact = "exact to rounding" if self.status.ok else str(self.status)
-        found = {
-            "gradient_norm": (self.gradient_norm, exact, "1 gradient"),
-            "parameter_norm": (self.parameter_norm, exact, ""),
-            "distance_from_start": (self.distance_from_start, exact, ""),
-            "fisher_rao": (self.fisher_rao, exact, "1 Gauss-Newton product"),
-        }
-        return [
-            Reading(name=name, value=value, error=None, evidence=evidence, cost=cost)
-            for name, (value, evidence, cost) in found.items()
-            if value is not None
-        ]
+        exact = "exact to rounding" if self.status.ok else ""
+        names = ("gradient_norm", "parameter_norm", "distance_from_start", "fisher_rao")
+        for name in names:
+            if getattr(self, name) is not None:
+                yield Reading(name=name, value=getattr(self, name), evidence=exact)
 
 
 def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
@@ -326,8 +299,8 @@ def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
         parameter_norm=float(_tensors.norm64(risk.theta)),
         distance_from_start=distance,
         fisher_rao=fisher_rao,
-        status=run.status if is_finite or not run.status.ok else Status.NON_FINITE,
-        seconds=run.seconds,
+        status=Status.worst(run.status, finite=is_finite),
+        cost=Cost(gradients=1, products=int(fisher_rao is not None), seconds=run.seconds),
     )
 
 
@@ -338,37 +311,19 @@ class RelativeFlatness(Result):
     layers: tuple[str, ...]  # names of the weights
     values: tuple[float, ...]
     standard_errors: tuple[float, ...]  # over the probes, with the products' own
-    status: Status
-    num_probes: int
-    num_hvps: int  # products of single blocks, each at most a Hessian-vector product
-    seconds: float
-    seed: int
+    num_probes: int  # completed; each is a product of every block
 
     def __getitem__(self, layer: str) -> float:
         return self.values[self.layers.index(layer)]
 
-    def __str__(self) -> str:
-        found = zip(self.layers, self.values, self.standard_errors, strict=True)
-        parts = (f"{layer} {value:.4g} ± {error:.1g}" for layer, value, error in found)
-        return f"relative flatness: {', '.join(parts)}   ({self.status}, {self._cost})"
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """That of the last layer, the one the theory is about."""
-        rest = "" if self.status.ok else f"; {self.status}"
-        return [
-            Reading(
-                name="relative_flatness",
-                value=self.values[-1],
-                error=self.standard_errors[-1],
-                evidence=f"standard error over {self.num_probes} probes; of "
-                f"{self.layers[-1]}{rest}",
-                cost=self._cost,
-            )
-        ]
-
-    @property
-    def _cost(self) -> str:
-        return f"{self.num_hvps} block products, {self.seconds:.1f} s"
+        yield Reading(
+            name="relative_flatness",
+            value=self.values[-1],
+            error=self.standard_errors[-1],
+            evidence=f"standard error over {self.num_probes} probes; of {self.layers[-1]}",
+        )
 
 
 def relative_flatness(
@@ -452,7 +407,7 @@ def relative_flatness(
     columns = list(zip(*samples, strict=True)) or [()] * len(chosen)
     found = [mean_and_error(column) for column in columns]
     of_products = np.mean(inexact, 0) if inexact else np.zeros(len(chosen))
-    is_finite = is_finite and all(math.isfinite(value) for value, _ in found)
+    is_finite &= not samples or all(math.isfinite(value) for value, _ in found)
     return RelativeFlatness(
         layers=tuple(chosen),
         values=tuple(value for value, _ in found),
@@ -460,11 +415,10 @@ def relative_flatness(
             math.hypot(error, of_product)
             for (_, error), of_product in zip(found, of_products, strict=True)
         ),
-        status=run.status if is_finite or not run.status.ok else Status.NON_FINITE,
+        status=Status.worst(run.status, finite=is_finite),
         num_probes=len(samples),
-        num_hvps=len(samples) * len(chosen),
-        seconds=run.seconds,
-        seed=seed,
+        cost=Cost(products=len(samples) * len(chosen), seconds=run.seconds),
+        settings={"num_probes": num_probes, "seed": seed},
     )
 
 

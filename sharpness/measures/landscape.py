@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from sharpness._results import Cost, Reading, Result, Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interpolation:
+class Interpolation(Result):
     """Risk and accuracy along the line, or the arc, through two points."""
 
     alphas: tuple[float, ...]
     values: tuple[float, ...]  # f at each alpha
     accuracies: tuple[float, ...]  # in [0, 1]
 
-    def __str__(self) -> str:
-        worst = max(range(len(self.values)), key=self.values.__getitem__)
-        return (
-            f"f along {len(self.alphas)} points, largest {self.values[worst]:.3g} "
-            f"at alpha {self.alphas[worst]:g}"
-        )
+    def _rows(self) -> Iterable[Reading]:
+        """The largest value on the way."""
+        value, alpha = max(zip(self.values, self.alphas, strict=True))
+        evidence = f"at alpha {alpha:g}, of {len(self.alphas)} points"
+        yield Reading(name="largest f", value=value, evidence=evidence)
 
 
 def interpolation(
@@ -62,11 +63,15 @@ def interpolation(
     default = (i / 8 - 1 for i in range(25))
     points = tuple(float(alpha) for alpha in (default if alphas is None else alphas))
     way, end = _on_arc if arc else _on_line, other.to(risk.theta)
-    thetas = [way(risk.theta, end, alpha) for alpha in points]
+    thetas, began = [way(risk.theta, end, alpha) for alpha in points], time.monotonic()
+    values = tuple(risk.value(theta) for theta in thetas)
     return Interpolation(
         alphas=points,
-        values=tuple(risk.value(theta) for theta in thetas),
+        values=values,
         accuracies=tuple(risk.accuracy(theta) for theta in thetas),
+        status=Status.worst(finite=all(map(math.isfinite, values))),
+        cost=Cost(forwards=2 * len(points), seconds=time.monotonic() - began),
+        settings={"arc": arc},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole
-from sharpness._results import NonFiniteProductError, Reading, Result, Status
+from sharpness._results import Cost, NonFiniteProductError, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.certificate import Intervals
 from sharpness.krylov.lanczos import WHICH, Which
@@ -25,7 +25,7 @@ Blocks = Callable[[str], str | None] | Sequence[str] | Mapping[str, Sequence[str
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockEigenpairs:
+class BlockEigenpairs(Result):
     """Extreme eigenpairs of one diagonal block, largest algebraic value first."""
 
     name: str
@@ -36,9 +36,15 @@ class BlockEigenpairs:
     residuals: Tensor  # (k,)
     eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n)
     noise_floor: float
-    num_products: int
-    status: Status
     hidden: Intervals | None  # as in `HessianEigenpairs`
+
+    def _rows(self) -> Iterable[Reading]:
+        """The leading eigenvalue."""
+        values = [*zip(self.eigenvalues.tolist(), self.error_bounds.tolist(), strict=True)]
+        value, error = (values or [(math.nan, math.nan)])[0]
+        hiding = hiding_place(self.hidden, self.settings["confidence"])
+        name, evidence = f"lambda_max {self.name}", f"error bound{hiding}"
+        yield Reading(name=name, value=value, error=error, evidence=evidence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,61 +52,14 @@ class LayerwiseEigenpairs(Result):
     """Eigenpairs of every diagonal block; `result["layer"]` gives one of them."""
 
     blocks: tuple[BlockEigenpairs, ...]
-    status: Status  # converged, if all blocks are
-    num_sweeps: int  # over the data
-    num_products: int  # of all blocks together, each at most a Hessian-vector product
-    seconds: float
-    which: str
-    tol: float
-    confidence: float | None  # that every block's values are the wanted ones
-    seed: int
-    matrix: str
+    num_sweeps: int  # over the data; a block's product is at most a whole one
 
     def __getitem__(self, name: str) -> BlockEigenpairs:
         return {block.name: block for block in self.blocks}[name]
 
     def readings(self) -> list[Reading]:
         """The leading eigenvalue of every block."""
-        return [
-            Reading(
-                name=f"lambda_max {block.name}",
-                value=float(block.eigenvalues[0]) if len(block.eigenvalues) else math.nan,
-                error=float(block.error_bounds[0]) if len(block.eigenvalues) else None,
-                evidence=f"error bound, {block.status}",
-                cost=f"{block.num_products} products",
-            )
-            for block in self.blocks
-        ]
-
-    def rows(self) -> list[dict[str, object]]:
-        """One plain row a block, for a table or a data frame."""
-        return [
-            {
-                "block": block.name,
-                "n": block.n,
-                "eigenvalues": block.eigenvalues.tolist(),
-                "error_bounds": block.error_bounds.tolist(),
-                "num_products": block.num_products,
-                "status": str(block.status),
-            }
-            for block in self.blocks
-        ]
-
-    def __str__(self) -> str:
-        wide = max([len("block"), *(len(block.name) for block in self.blocks)])
-        lines = [f"{'block':{wide}}  {'n':>9}  {'eigenvalues':24}  status"]
-        for block in self.blocks:
-            pairs = zip(
-                block.eigenvalues.tolist(), block.error_bounds.tolist(), strict=True
-            )
-            values = ", ".join(f"{value:.4g} ± {bound:.1g}" for value, bound in pairs)
-            lines.append(f"{block.name:{wide}}  {block.n:9}  {values:24}  {block.status}")
-            lines[-1] += hiding_place(block.hidden, self.confidence)
-        lines.append(
-            f"({self.num_sweeps} sweeps over the data, {self.num_products} products of "
-            f"blocks, {self.seconds:.1f} s)"
-        )
-        return "\n".join(lines)
+        return [reading for block in self.blocks for reading in block.readings()]
 
 
 def layerwise_eigenpairs(
@@ -200,15 +159,17 @@ def layerwise_eigenpairs(
     )
     return LayerwiseEigenpairs(
         blocks=results,
-        status=next((b.status for b in results if not b.status.ok), Status.CONVERGED),
+        status=Status.worst(*(block.status for block in results)),
         num_sweeps=run.num_steps,
-        num_products=sum(block.num_products for block in results),
-        seconds=run.seconds,
-        which=which,
-        tol=tol,
-        confidence=confidence,
-        seed=seed,
-        matrix=matrix,
+        cost=Cost(products=sum(b.cost.products for b in results), seconds=run.seconds),
+        settings={
+            "k": k,
+            "which": which,
+            "matrix": matrix,
+            "tol": tol,
+            "confidence": confidence,
+            "seed": seed,
+        },
     )
 
 
@@ -243,9 +204,10 @@ def _block(
         residuals=torch.from_numpy(found.residuals),
         eigenvectors=found.vectors,
         noise_floor=search.noise if search.num_products else math.nan,
-        num_products=search.num_products,
         status=status,
         hidden=found.hidden,
+        cost=Cost(products=search.num_products),
+        settings={"confidence": confidence},
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharpness import _tensors
 from sharpness._arguments import positive_list, whole
-from sharpness._results import Reading, Result, Status, short
+from sharpness._results import Cost, Reading, Result, Status, short
 from sharpness._run import Deadline, Run
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball, Norm
@@ -34,58 +34,40 @@ class WorstCaseSharpness(Result):
     standard_error: float | None  # over shards; None for a single one
     sam_value: float  # rise after the one step along the gradient that SAM takes
     risk_value: float  # f(theta)
-    status: Status
     displacement: Tensor | None = field(repr=False, compare=False)  # (n,); None if shards
-    num_evals: int  # values with gradient, each over the samples of one shard
-    num_shards: int
+    num_shards: int  # a gradient is over the samples of one
     shard_size: int | None  # samples of the largest shard; None: all at once
-    seconds: float
-    rho: float
-    norm: str
-    adaptive: str | None
-    num_steps: int
-    seed: int
 
     @property
     def name(self) -> str:
         """`worst_l2(0.05)`, `worst_linf_elementwise(0.001)`, ..."""
         return self._name("worst")
 
-    def __str__(self) -> str:
-        shards = f", mean of {self.num_shards} shards" if self.num_shards > 1 else ""
-        error = "" if self.standard_error is None else f" ± {self.standard_error:.1g}"
-        return (
-            f"{self.name} ≥ {self.value:.4g}{error}   (f {self.risk_value:.3g}; one SAM "
-            f"step {self.sam_value:.4g}; {self.status}, {self.num_evals} gradients"
-            f"{shards}, {self.seconds:.1f} s)"
-        )
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """The largest rise, and that of one SAM step."""
-        rest = "" if self.status.ok else f"; {self.status}"
-        shards = f"standard error over {self.num_shards} shards; "
-        common = {"error": self.standard_error, "bound": "≥"}
-        return [
-            Reading(
-                name=self.name,
-                value=self.value,
-                evidence=("" if self.num_shards == 1 else shards)
-                + f"best of {self.num_steps} Auto-PGD steps{rest}",
-                cost=f"{self.num_evals} gradients, {self.seconds:.1f} s",
-                **common,  # type: ignore[arg-type]
-            ),
-            Reading(
-                name=self._name("sam"),
-                value=self.sam_value,
-                error=None,
-                evidence=f"one step along the gradient{rest}",
-                bound="≥",
-            ),
-        ]
+        over = (
+            ""
+            if self.num_shards == 1
+            else f"standard error over {self.num_shards} shards, "
+        )
+        evidence = f"{over}best of {self.settings['num_steps']} Auto-PGD steps"
+        yield Reading(
+            name=self.name,
+            value=self.value,
+            error=self.standard_error,
+            evidence=evidence,
+            bound="≥",
+        )
+        yield Reading(
+            name=self._name("sam"),
+            value=self.sam_value,
+            evidence="one step along the gradient",
+            bound="≥",
+        )
 
     def _name(self, kind: str) -> str:
         shard = "" if self.shard_size is None else f", m={self.shard_size}"
-        return _name(f"{kind}_{self.norm}", self.adaptive, self.rho, shard)
+        return _name(f"{kind}_{self.settings['norm']}", self.settings, shard)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,38 +77,21 @@ class AverageCaseSharpness(Result):
     value: float
     standard_error: float  # of the mean over the draws
     risk_value: float  # f(theta)
-    status: Status
-    num_draws: int  # antithetic pairs
-    num_evals: int  # forward passes
-    seconds: float
-    rho: float
-    adaptive: str | None
-    seed: int
+    num_draws: int  # antithetic pairs, completed
 
     @property
     def name(self) -> str:
         """`average(0.05)`, `average_elementwise(0.05)`, ..."""
-        return _name("average", self.adaptive, self.rho)
+        return _name("average", self.settings)
 
-    def __str__(self) -> str:
-        return (
-            f"{self.name} {self.value:.4g} ± {self.standard_error:.1g}   "
-            f"(f {self.risk_value:.3g}; {self.status}, {self.num_evals} forward passes, "
-            f"{self.seconds:.1f} s)"
-        )
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """The mean rise."""
-        return [
-            Reading(
-                name=self.name,
-                value=self.value,
-                error=self.standard_error,
-                evidence=f"standard error over {self.num_draws} pairs of draws"
-                + ("" if self.status.ok else f"; {self.status}"),
-                cost=f"{self.num_evals} forward passes, {self.seconds:.1f} s",
-            )
-        ]
+        yield Reading(
+            name=self.name,
+            value=self.value,
+            error=self.standard_error,
+            evidence=f"standard error over {self.num_draws} pairs of draws",
+        )
 
 
 def worst_case_sharpness(
@@ -195,26 +160,26 @@ def worst_case_sharpness(
         run = Run("gradients", max_seconds=deadline.left, progress=progress)
         with run:
             search.run(run)
-        status = search.status if run.status.ok else run.status
         results.append(
             WorstCaseSharpness(
                 value=search.mean("rise"),
                 standard_error=search.standard_error(),
                 sam_value=search.mean("sam"),
                 risk_value=search.mean("value"),
-                status=status,
                 displacement=search.displacement if len(shards) == 1 else None,
-                num_evals=run.num_steps,
                 num_shards=len(shards),
                 shard_size=None
                 if shard_size is None
                 else max(shard.num_samples for shard in shards),
-                seconds=run.seconds,
-                rho=radius,
-                norm=norm,
-                adaptive=adaptive,
-                num_steps=num_steps,
-                seed=seed,
+                status=Status.worst(run.status, search.status),
+                cost=Cost(gradients=run.num_steps, seconds=run.seconds),
+                settings={
+                    "rho": radius,
+                    "norm": norm,
+                    "adaptive": adaptive,
+                    "num_steps": num_steps,
+                    "seed": seed,
+                },
             )
         )
         if run.status is Status.INTERRUPTED:
@@ -291,13 +256,15 @@ def average_case_sharpness(
                 value=mean,
                 standard_error=error,
                 risk_value=value,
-                status=run.status if finite else Status.NON_FINITE,
+                status=Status.worst(run.status, finite=finite),
                 num_draws=len(rises),
-                num_evals=run.num_steps,
-                seconds=run.seconds,
-                rho=radius,
-                adaptive=adaptive,
-                seed=seed,
+                cost=Cost(forwards=run.num_steps, seconds=run.seconds),
+                settings={
+                    "rho": radius,
+                    "adaptive": adaptive,
+                    "num_draws": num_draws,
+                    "seed": seed,
+                },
             )
         )
         if run.status is Status.INTERRUPTED:
@@ -494,8 +461,9 @@ def _num_shards(num_samples: int, size: int) -> int:
     return few + (num_samples / size > math.sqrt(few * (few + 1)))
 
 
-def _name(what: str, adaptive: str | None, rho: float, rest: str = "") -> str:
-    return f"{what}{'_' + adaptive if adaptive else ''}({short(rho)}{rest})"
+def _name(what: str, settings: Mapping[str, Any], rest: str = "") -> str:
+    kinds = (settings["adaptive"], settings.get("logits"))
+    return f"{'_'.join(filter(None, (what, *kinds)))}({short(settings['rho'])}{rest})"
 
 
 def _check_choices(norm: str, adaptive: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole, whole_seed
-from sharpness._results import Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.risk.curvature import Matrix
@@ -34,15 +35,8 @@ class LambdaMaxSampling(Result):
     cross_fitted: float
     cross_fitted_standard_error: float
     interval: tuple[float, float]
-    confidence: float
     num_samples: int
-    num_folds: int
-    status: Status
-    num_hvps: float  # in products over all samples
-    seconds: float
-    tol: float
-    seed: int
-    matrix: str
+    num_folds: int  # completed
 
     @property
     def relative_width(self) -> float:
@@ -64,30 +58,17 @@ class LambdaMaxSampling(Result):
             )
         return math.ceil(self.num_samples * (self.relative_width / relative) ** 2)
 
-    def __str__(self) -> str:
-        low, high = self.interval
-        cost = f"{self.status}, {self.num_hvps:.0f} products, {self.seconds:.1f} s"
-        if not math.isfinite(low + high):
-            return f"lambda_max of the distribution unknown ({cost})"
-        return (
-            f"lambda_max of the distribution: {low:.4g} to {high:.4g} "
-            f"({self.confidence:.0%})   (cross-fitted {self.cross_fitted:.4g}, on these "
-            f"{self.num_samples} samples {self.plug_in:.4g}; ± 10 % would take about "
-            f"{self.samples_needed(0.1)} samples; {cost})"
-        )
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """The middle of the interval, with half its width."""
         low, high = self.interval
-        return [
-            Reading(
-                name="lambda_max_sampling",
-                value=(low + high) / 2,
-                error=(high - low) / 2,
-                evidence=f"{self.confidence:.0%} interval for other samples, {self.status}",
-                cost=f"{self.num_hvps:.0f} products, {self.seconds:.1f} s",
-            )
-        ]
+        yield Reading(
+            name="lambda_max_sampling",
+            value=(low + high) / 2,
+            error=(high - low) / 2,
+            evidence=f"{self.settings['confidence']:.0%}: {low:.4g} to {high:.4g} for other"
+            f" samples, on these {self.num_samples} {self.plug_in:.4g}, cross-fitted "
+            f"{self.cross_fitted:.4g}",
+        )
 
 
 def lambda_max_sampling(
@@ -175,15 +156,17 @@ def lambda_max_sampling(
         cross_fitted=cross,
         cross_fitted_standard_error=cross_error,
         interval=(cross - t * cross_error, whole.lambda_max + t * error),
-        confidence=confidence,
         num_samples=risk.num_samples,
         num_folds=len(at_v),
         status=run.status,
-        num_hvps=products,
-        seconds=run.seconds,
-        tol=tol,
-        seed=seed,
-        matrix=matrix,
+        cost=Cost(products=products, seconds=run.seconds),
+        settings={
+            "matrix": matrix,
+            "num_folds": num_folds,
+            "confidence": confidence,
+            "tol": tol,
+            "seed": seed,
+        },
     )
 
 

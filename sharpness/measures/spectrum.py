@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole
-from sharpness._results import Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import (
@@ -22,7 +22,7 @@ from sharpness.krylov.quadrature import (
     standard_error,
     steps_error,
 )
-from sharpness.measures.eigenvalues import PRODUCTS, product_name
+from sharpness.measures.eigenvalues import product_name
 from sharpness.measures.multiplication import Multiplication
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
@@ -75,59 +75,39 @@ class SpectralDensity(Result):
     sigma: float
     unresolved: float  # share of eigenvalues at which more steps may halve the density
     product_error: float  # how far inexact products may have moved an eigenvalue
-    confidence: float
     n: int
     num_starts: int  # completed
-    num_steps: int  # asked for in each
-    status: Status
-    num_hvps: int
-    seconds: float
-    seed: int
-    matrix: str
+    ends: tuple[float, float]  # Ritz values: inside of the spectrum's ends
+    # Negative curvature for each parameter, sum of |lambda_i| / n over lambda_i < 0: the
+    # integral over the negative part, to which zeros add nothing. None without a start.
+    negative_mass: SpectralIntegral | None = None
     rules: tuple[Rule, ...] = field(repr=False, compare=False)
 
-    def __str__(self) -> str:
-        if not self.num_starts:
-            return f"spectral density unknown ({self.status}, {self.num_hvps} products)"
-        low, high = self.ends
-        finer = f" unresolved at {self.unresolved:.0%}" if self.unresolved > 0.05 else ""
-        return (
-            f"spectral density from {low:.4g} to {high:.4g}, sigma {self.sigma:.2g}{finer} "
-            f"  ({self.num_starts} starts of {self.num_steps} steps, {self.status}, "
-            f"{self.num_hvps} {PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
-        )
+    @property
+    def confidence(self) -> float:
+        """Of the band and of every interval."""
+        return float(self.settings["confidence"])
 
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """The negative curvature for each parameter."""
-        cost = f"{self.num_hvps} products, {self.seconds:.1f} s"
-        if not self.num_starts:
-            unknown = f"unknown, {self.status}"
-            return [
-                Reading(
-                    name="negative_mass",
-                    value=math.nan,
-                    error=None,
-                    evidence=unknown,
-                    cost=cost,
-                )
-            ]
-        mass = self.negative_mass()
-        low, high = mass.interval
+        mass = self.negative_mass
+        if mass is None:
+            return [Reading(name="negative_mass", value=math.nan)]
+        (low, high), (least, largest) = mass.interval, self.ends
+        evidence = (
+            f"{self.confidence:.0%}: {low:.4g} to {high:.4g}; {self.num_starts} starts"
+        )
+        seen = f"spectrum from {least:.4g} to {largest:.4g}"
+        if self.unresolved > 0.05:
+            seen += f", unresolved at {self.unresolved:.0%} of it"
         return [
             Reading(
                 name="negative_mass",
                 value=mass.value,
                 error=(high - low) / 2,
-                evidence=f"{mass.confidence:.0%} interval, {self.status}",
-                cost=cost,
+                evidence=f"{evidence}, {seen}",
             )
         ]
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The smallest and the largest Ritz value: inside of the spectrum's ends."""
-        low = min(float(rule.nodes[0]) for rule in self.rules)
-        return low, max(float(rule.nodes[-1]) for rule in self.rules)
 
     def integral(self, function: Callable[[np.ndarray], np.ndarray]) -> SpectralIntegral:
         r"""$\sum_i F(\lambda_i)$ over all n eigenvalues, for a continuous function F.
@@ -181,13 +161,6 @@ class SpectralDensity(Result):
             confidence=self.confidence,
         )
 
-    def negative_mass(self) -> SpectralIntegral:
-        r"""Negative curvature for each parameter, $\sum_{\lambda_i < 0} |\lambda_i| / n$.
-
-        The integral of |lambda| over the negative part of the density: zeros add nothing.
-        """
-        return self._over_n(self.integral(lambda x: np.maximum(-x, 0)))
-
     def effective_dimension(self, ridge: float) -> SpectralIntegral:
         r"""$\sum_i \lambda_i / (\lambda_i + \alpha)$ over positive eigenvalues, alpha > 0.
 
@@ -227,7 +200,8 @@ class SpectralDensity(Result):
             changes.append(np.maximum(*ends) @ rule.weights)
         return float(np.mean(changes))
 
-    def _over_n(self, total: SpectralIntegral) -> SpectralIntegral:
+    def _negative_mass(self) -> SpectralIntegral:
+        total = self.integral(lambda x: np.maximum(-x, 0))
         low, high = total.interval
         return SpectralIntegral(
             value=total.value / self.n,
@@ -250,13 +224,15 @@ class SpectralDensity(Result):
         self._need_a_start()
         from sharpness.report.figures import density_plot
 
+        low, high = self.ends
+        usual = f"spectral density from {low:.4g} to {high:.4g}, sigma {self.sigma:.2g}"
         return density_plot(
             self.grid,
             self.density,
             self.band,
             1 / (self.n * self.sigma * math.sqrt(2 * math.pi)),
             path,
-            title=title or str(self).split("   ")[0],
+            title=title or usual,
             band_label=f"{self.confidence:.0%} band",
         )
 
@@ -335,25 +311,28 @@ def spectral_density(
     points = _grid(grid, rules, width)
     inexact = multiply.errors_together(min(num_steps, risk.n))
     density, band, unresolved = _band(rules, points, width, risk.n, confidence, inexact)
-    beyond = run.status.ok and inexact > width
-    return SpectralDensity(
+    found = SpectralDensity(
         grid=points,
         density=density,
         band=band,
         sigma=width,
         unresolved=unresolved,
         product_error=inexact,
-        confidence=confidence,
         n=risk.n,
         num_starts=len(rules),
-        num_steps=num_steps,
-        status=Status.INEXACT if beyond else run.status,
-        num_hvps=run.num_steps,
-        seconds=run.seconds,
-        seed=seed,
-        matrix=matrix,
+        ends=_ends(rules),
         rules=rules,
+        status=Status.worst(run.status, *([Status.INEXACT] if inexact > width else [])),
+        cost=Cost(products=run.num_steps, seconds=run.seconds),
+        settings={
+            "num_starts": num_starts,
+            "num_steps": num_steps,
+            "matrix": matrix,
+            "confidence": confidence,
+            "seed": seed,
+        },
     )
+    return replace(found, negative_mass=found._negative_mass()) if rules else found
 
 
 def _batches(total: int, at_once: int) -> Iterator[int]:
@@ -406,6 +385,11 @@ def _band(
     error += np.finfo(float).eps * fine.max()
     low = np.maximum(low - error - (fine - least), 0)
     return fine, np.stack([low, high + error + (most - fine)]), float(np.mean(lost))
+
+
+def _ends(rules: tuple[Rule, ...]) -> tuple[float, float]:
+    lows, highs = (([float(r.nodes[i]) for r in rules] or [math.nan]) for i in (0, -1))
+    return min(lows), max(highs)
 
 
 def _default_sigma(rules: tuple[Rule, ...]) -> float:

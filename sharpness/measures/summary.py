@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 
 from sharpness import _progress
 from sharpness._arguments import known, positive_list
-from sharpness._results import NotAvailableError, Reading, Result, Status
+from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness, subspace_sharpness
 from sharpness.measures.flatness import (
@@ -50,19 +50,6 @@ class Keywords(TypedDict, total=False):
     max_seconds: float | None
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Passes over the data that a measure is expected to take."""
-
-    forwards: float = 0.0
-    gradients: float = 0.0
-    products: float = 0.0
-
-    def seconds(self, forward: float, gradient: float, product: float) -> float:
-        """At so many seconds each."""
-        return self.forwards * forward + self.gradients * gradient + self.products * product
-
-
 _Run = Callable[[EmpiricalRisk, MeasureSettings, dict[str, Any]], Any]
 
 
@@ -84,12 +71,9 @@ class Unavailable(Result):
     note: str
     status: Status = Status.NOT_AVAILABLE
 
-    def __str__(self) -> str:
-        return f"{self.name} not available: {self.note}"
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """A row without a number."""
-        return [Reading(name=self.name, value=math.nan, error=None, evidence=self.note)]
+        return [Reading(name=self.name, value=math.nan, evidence=self.note)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +84,6 @@ class Summary(Result):
     accuracy: float | None  # in [0, 1]; None where targets are no classes
     results: dict[str, list[Result]]
     notes: list[str]  # what makes numbers doubtful: not a minimum, one class only, ...
-    settings: MeasureSettings
-    seconds: float
 
     def __getitem__(self, name: str) -> Any:
         """One measure's result, or list of results for several radii."""
@@ -110,22 +92,16 @@ class Summary(Result):
         found = self.results[name]
         return found[0] if len(found) == 1 else found
 
-    @property
-    def status(self) -> Status:  # type: ignore[override]
-        """That of the first result which is not as asked for."""
-        for result in self._all():
-            if not result.status.ok and result.status is not Status.NOT_AVAILABLE:
-                return result.status
-        return Status.COMPLETED
-
     def readings(self) -> list[Reading]:
         """Every number, in order."""
-        return [reading for result in self._all() for reading in result.readings()]
+        results = (result for found in self.results.values() for result in found)
+        return [reading for result in results for reading in result.readings()]
 
     def __str__(self) -> str:
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.1%}"
-        lines = [f"f {self.value:.4g}{accuracy}   ({self.seconds:.1f} s)"]
-        return "\n".join(lines + [str(result) for result in self._all()] + self.notes)
+        head = f"f {self.value:.4g}{accuracy}   ({self.cost})"
+        results = (str(result) for found in self.results.values() for result in found)
+        return "\n".join([head, *results, *self.notes])
 
     def table(self) -> str:
         """Value, evidence and cost of every measure, as text."""
@@ -137,28 +113,13 @@ class Summary(Result):
         """All numbers, evidence and settings as one line of JSON."""
         from sharpness._json import to_line
 
-        readings = {r.name: {"value": r.value, "error": r.error} for r in self.readings()}
-        return to_line(
-            {
-                "readings": readings,
-                "value": self.value,
-                "accuracy": self.accuracy,
-                "measures": self.results,
-                "notes": self.notes,
-                "settings": self.settings,
-                "seconds": self.seconds,
-            }
-        )
+        return to_line(vars(self))
 
     def plot(self, path: str | None = None) -> Any:
         """The numbers with their errors on a logarithmic axis; a matplotlib figure."""
         from sharpness.report.figures import readings_plot
 
         return readings_plot(self.readings(), path)
-
-    def _all(self) -> Iterator[Result]:
-        for results in self.results.values():
-            yield from results
 
 
 def summary(
@@ -228,8 +189,14 @@ def summary(
         accuracy=accuracy,
         results=results,
         notes=list(_notes(risk, value, accuracy, results)),
-        settings=shared,
-        seconds=time.monotonic() - began,
+        status=Status.worst(
+            Status.COMPLETED, *(r.status for found in results.values() for r in found)
+        ),
+        cost=replace(
+            sum((r.cost for found in results.values() for r in found), Cost()),
+            seconds=time.monotonic() - began,
+        ),
+        settings=asdict(shared),
     )
 
 
@@ -266,7 +233,8 @@ def expected_seconds(
     found = {}
     for name in names:
         cost = MEASURES[name].cost(risk, settings)
-        found[name] = min(limit, cost.seconds(forward, gradient, 2.2 * gradient))
+        gradients = cost.gradients + 2.2 * cost.products
+        found[name] = min(limit, cost.forwards * forward + gradients * gradient)
     return found
 
 
@@ -432,31 +400,10 @@ def _normalised(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -
     found = worst_case_sharpness(
         other, list(s.rho or (0.5,)), adaptive="elementwise", **_common(s)
     )
-    return [Renamed(result=result, suffix="_normalised_logits") for result in found]  # type: ignore[union-attr]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Renamed(Result):
-    """A result of a changed risk, under a name that says so."""
-
-    result: Any
-    suffix: str
-    status: Status = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "status", self.result.status)
-
-    def __str__(self) -> str:
-        return f"{self.suffix.strip('_').replace('_', ' ')}: {self.result}"
-
-    def readings(self) -> list[Reading]:
-        """Those of the result, renamed."""
-        found = []
-        for reading in self.result.readings():
-            name, bracket, rest = reading.name.partition("(")
-            facts = {**reading.__dict__, "name": f"{name}{self.suffix}{bracket}{rest}"}
-            found.append(Reading(**facts))
-        return found
+    return [
+        replace(result, settings={**result.settings, "logits": "normalised_logits"})
+        for result in found  # type: ignore[union-attr]
+    ]
 
 
 def _radii(settings: MeasureSettings) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from sharpness._arguments import is_whole, whole_seed
-from sharpness._results import Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.stochastic_trace import (
     Estimator,
@@ -24,7 +24,7 @@ from sharpness.krylov.stochastic_trace import (
     Sketch,
     XTrace,
 )
-from sharpness.measures.eigenvalues import PRODUCTS, product_name
+from sharpness.measures.eigenvalues import product_name
 from sharpness.measures.multiplication import Multiplication
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
@@ -48,40 +48,19 @@ class StochasticEstimate(Result):
     value: float
     standard_error: float  # of the mean over probes
     interval: Interval  # for the probes and for the products' own error
-    confidence: float  # of the interval
     product_error: float  # what inexact products may have moved the value by
-    status: Status
     num_probes: int
-    num_hvps: int
-    seconds: float
-    rtol: float
-    seed: int
-    matrix: str
-    method: str
     quantity: str
 
-    def __str__(self) -> str:
-        if not math.isfinite(self.value):
-            return f"{self.quantity} unknown ({self.status}, {self.num_hvps} products)"
-        low, high = self.interval
-        return (
-            f"{self.quantity} {self.value:.4g}   ({self.confidence:.0%}: {low:.4g} to "
-            f"{high:.4g}; {self.status}, {self.method}, {self.num_hvps} "
-            f"{PRODUCTS[self.matrix]}, {self.seconds:.1f} s)"
-        )
-
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """The number with half the width of its interval."""
         low, high = self.interval
-        return [
-            Reading(
-                name=self.quantity.lower().replace(" ", "_"),
-                value=self.value,
-                error=(high - low) / 2,
-                evidence=f"{self.confidence:.0%} interval, {self.status}",
-                cost=f"{self.num_hvps} products, {self.seconds:.1f} s",
-            )
-        ]
+        yield Reading(
+            name=self.quantity.lower().replace(" ", "_"),
+            value=self.value,
+            error=(high - low) / 2,
+            evidence=f"{self.settings['confidence']:.0%}: {low:.4g} to {high:.4g}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,33 +70,13 @@ class DiagonalEstimate(Result):
     values: Tensor = field(repr=False, compare=False)  # (n,) in theta's type
     standard_errors: Tensor = field(repr=False, compare=False)  # (n,)
     relative_error: float  # ||standard errors|| / ||values||
-    status: Status
     num_probes: int
-    num_hvps: int
-    seconds: float
-    rtol: float
-    seed: int
-    matrix: str
 
-    def readings(self) -> list[Reading]:
+    def _rows(self) -> Iterable[Reading]:
         """The norm of the diagonal, with that of its standard errors."""
         norm = float(self.values.norm())
-        return [
-            Reading(
-                name="diagonal_norm",
-                value=norm,
-                error=self.relative_error * norm,
-                evidence=f"norm of all standard errors, {self.status}",
-                cost=f"{self.num_hvps} products, {self.seconds:.1f} s",
-            )
-        ]
-
-    def __str__(self) -> str:
-        return (
-            f"diagonal of {len(self.values)} entries ± {self.relative_error:.1%} of its "
-            f"norm   ({self.status}, {self.num_hvps} {PRODUCTS[self.matrix]}, "
-            f"{self.seconds:.1f} s)"
-        )
+        error, evidence = self.relative_error * norm, "norm of all standard errors"
+        yield Reading(name="diagonal_norm", value=norm, error=error, evidence=evidence)
 
 
 def trace(
@@ -234,14 +193,15 @@ def frobenius_norm(
         max_seconds=max_seconds,
         progress=progress,
     )
-    facts = {**squared.__dict__, "rtol": rtol}
-    if math.isfinite(squared.value):
-        norm = math.sqrt(squared.value)
-        low, high = (math.sqrt(max(0.0, end)) for end in squared.interval)
-        error = squared.standard_error / (2 * norm) if norm else 0.0
-        facts |= {"value": norm, "standard_error": error, "interval": (low, high)}
-        facts["product_error"] = squared.product_error / (2 * norm) if norm else 0.0
-    return StochasticEstimate(**facts)
+    found = replace(squared, settings={**squared.settings, "rtol": rtol})
+    if not math.isfinite(squared.value):
+        return found
+    norm = math.sqrt(squared.value)
+    low, high = (math.sqrt(max(0.0, end)) for end in squared.interval)
+    error = squared.standard_error / (2 * norm) if norm else 0.0
+    moved = squared.product_error / (2 * norm) if norm else 0.0
+    found = replace(found, value=norm, standard_error=error, interval=(low, high))
+    return replace(found, product_error=moved)
 
 
 def diagonal(
@@ -305,11 +265,8 @@ def diagonal(
         relative_error=estimate.relative_error(multiply.error),
         status=run.status,
         num_probes=estimate.num,
-        num_hvps=run.num_steps,
-        seconds=run.seconds,
-        rtol=rtol,
-        seed=seed,
-        matrix=matrix,
+        cost=Cost(products=run.num_steps, seconds=run.seconds),
+        settings={"rtol": rtol, "seed": seed, "matrix": matrix},
     )
 
 
@@ -371,17 +328,18 @@ def _estimated(
         value=value,
         standard_error=error,
         interval=(low - inexact, high + inexact),
-        confidence=confidence,
         product_error=inexact,
         status=run.status,
         num_probes=len(estimator.estimates),
-        num_hvps=run.num_steps,
-        seconds=run.seconds,
-        rtol=rtol,
-        seed=seed,
-        matrix=matrix,
-        method=method,
         quantity=quantity,
+        cost=Cost(products=run.num_steps, seconds=run.seconds),
+        settings={
+            "method": method,
+            "matrix": matrix,
+            "rtol": rtol,
+            "confidence": confidence,
+            "seed": seed,
+        },
     )
 
 

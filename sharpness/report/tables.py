@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sharpness._results import Reading
+from sharpness._results import Reading, number
 from sharpness.statistics import ReadingComparison, mean_sd
 
 _PIPED_WIDTH = 124  # columns when the output is no terminal
@@ -41,16 +41,6 @@ def plain_table(title: str, *columns: str, right: int = 0) -> Table:
     return table
 
 
-def number(value: float | None) -> str:
-    """Four significant digits, without an exponent where a person needs none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        digits = 4 - 1 - math.floor(math.log10(abs(value))) if value else 0
-        return f"{value:.{max(0, min(digits, 6))}f}"
-    return f"{value:.3g}"
-
-
 def p_value(p: float) -> str:
     """A p-value as it is usually printed."""
     if not math.isfinite(p):
@@ -62,24 +52,9 @@ def readings_table(readings: Sequence[Reading]) -> Table:
     """Value, evidence and cost of every number."""
     table = plain_table("", "measure", "value", "evidence", "cost", right=2)
     for reading in readings:
-        cells = (reading.name, value_text(reading), evidence(reading), reading.cost)
+        cells = (reading.name, reading.value_text, reading.evidence_text, reading.cost)
         table.add_row(*map(Text, cells))
     return table
-
-
-def value_text(reading: Reading) -> str:
-    """`≥ 178.2 %`, `0.0123`."""
-    if not math.isfinite(reading.value):
-        return number(reading.value)
-    parts = (reading.bound, number(reading.value), reading.unit)
-    return " ".join(part for part in parts if part)
-
-
-def evidence(reading: Reading) -> str:
-    """`± 0.001 (standard error ...)`, or only the words."""
-    if reading.error is None or not math.isfinite(reading.error):
-        return reading.evidence
-    return f"± {reading.error:.1g}; {reading.evidence}"
 
 
 def readings_text(readings: Sequence[Reading], notes: Sequence[str]) -> str:
@@ -124,10 +99,10 @@ def headline(record: Mapping[str, Any]) -> str:
 
 def loss_line(record: Mapping[str, Any]) -> str:
     """Loss and accuracy, and those on test samples where there are any."""
-    measures, test = record["measures"], record["generalisation"] or {}
-    parts = [f"loss {number(measures['value'])}"]
-    if measures["accuracy"] is not None:
-        parts.append(f"accuracy {measures['accuracy']:.1%}")
+    test = record["generalisation"] or {}
+    parts = [f"loss {number(record['value'])}"]
+    if record["accuracy"] is not None:
+        parts.append(f"accuracy {record['accuracy']:.1%}")
     if test:
         parts.append(f"test loss {number(test['test_loss'])}")
     if "test_accuracy" in test:

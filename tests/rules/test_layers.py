@@ -16,7 +16,10 @@ PACKAGE = Path(sharpness.__file__).parent
 
 # Lowest first; a module imports from its own rank or a lower one.
 RANKS = [
-    {"_tensors", "_arguments", "_run", "_progress", "_results", "_json", "statistics"},
+    {
+        *("_tensors", "_arguments", "_run", "_progress", "_results", "_json", "_saving"),
+        "statistics",
+    },
     {"report"},
     {"krylov", "optimize"},
     {"risk"},
