@@ -189,7 +189,7 @@ def band(spectrum: str, sigma: float, seed: int) -> np.ndarray:
 
 def negative_mass(spectrum: str, seed: int) -> bool:
     truth = float(np.maximum(-SPECTRA[spectrum], 0).mean())
-    return within(density(spectrum, seed).negative_mass().interval, truth)
+    return within(density(spectrum, seed).negative_mass.interval, truth)
 
 
 def effective_dimension(spectrum: str, seed: int) -> bool:
@@ -291,7 +291,8 @@ def pac_bayes_sigma(dimension: int, seed: int) -> bool:
     found = sh.pac_bayes_sigma(risk, seed=seed, progress=False)
     if getattr(found, "interval", None) is not None:
         return within(found.interval, truth)
-    return by_t(found.value, found.standard_error or math.nan, found.settings["num_draws"], truth)
+    num = found.settings["num_draws"]
+    return by_t(found.value, found.standard_error or math.nan, num, truth)
 
 
 @cache
