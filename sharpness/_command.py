@@ -133,8 +133,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def announce(seconds: float) -> None:
     """Say on stderr how long a measurement will take."""
-    digits = 1 if seconds < 10 else 2
-    say("measuring", f"about {seconds:.{digits}g} s")
+    say("measuring", f"about {seconds:.{(1 if seconds < 10 else 2)}g} s")
 
 
 def samples_or_all(text: str) -> int | None:

@@ -90,38 +90,29 @@ def load(path: str | Path) -> Checkpoint:
     return _checkpoint(Path(path), *_read(Path(path)))
 
 
-def load_if_native(path: str | Path) -> Checkpoint | None:
-    """The checkpoint, or None for a sound file of plain tensors by somebody else.
+def load_any(path: str | Path) -> Checkpoint:
+    """A checkpoint of ours, or anybody's parameters: alone, or under a usual name.
+
+    Where somebody else has written the file, `network`, `data`, `training` and `start`
+    are empty.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, would run code, or is of another schema.
+        ValueError: it is damaged, would run code, is of another schema, or holds no
+            tensors by name.
     """
     facts, digest = _read(Path(path))
-    is_native = isinstance(facts, dict) and facts.get("format") == FORMAT
-    return _checkpoint(Path(path), facts, digest) if is_native else None
-
-
-def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The parameters and buffers in anybody's file, alone or under a usual name.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, would run code, or holds no tensors by name.
-    """
-    facts, _ = _read(Path(path))
     there = facts if isinstance(facts, dict) else {}
+    if there.get("format") == FORMAT:
+        return _checkpoint(Path(path), facts, digest)
     nested = (there[name] for name in _STATE_NAMES if isinstance(there.get(name), dict))
     found = next(nested, there).items()
-    tensors = {str(key): value for key, value in found if isinstance(value, Tensor)}
+    state = {str(key): value for key, value in found if isinstance(value, Tensor)}
     advice = "Save `model.state_dict()`, alone or under the name 'state_dict'."
-    ensure(bool(tensors), path, "hold a state_dict", _described(facts), advice)
-    return tensors
-
-
-def sha256(path: str | Path) -> str:
-    """Digest of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    ensure(bool(state), path, "hold a state_dict", _described(facts), advice)
+    return Checkpoint(
+        state_dict=state, network={}, data={}, training={}, start={}, sha256=digest
+    )
 
 
 def check_file(path: str | Path) -> None:

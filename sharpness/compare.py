@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sharpness import _command, measure
 from sharpness._arguments import ensure
@@ -76,8 +76,7 @@ def _print(
     from sharpness.report import tables
 
     title, table = tables.comparison_title(first, second), tables.comparison_table(rows)
-    notes = tables.comparison_notes(rows, gaps)
-    tables.console().print(title, table, *notes, sep="\n")
+    tables.console().print(title, table, *tables.comparison_notes(rows, gaps), sep="\n")
 
 
 def _check_figure(path: Path) -> None:
@@ -157,8 +156,7 @@ def _paired(first: list[Record], second: list[Record]) -> tuple[list[Record], li
 def _gap(record: Record) -> float | None:
     """Accuracy on the samples measured less that on test samples, or the losses'."""
     test = record.get("generalisation") or {}
-    found: float | None = test.get("accuracy_gap", test.get("loss_gap"))
-    return found
+    return cast("float | None", test.get("accuracy_gap", test.get("loss_gap")))
 
 
 if __name__ == "__main__":

@@ -121,33 +121,37 @@ def load_checkpoint(
         ValueError: a file that is no checkpoint or would run code, a factory that is not
             there or does not fit, parameters of another network, missing data.
     """
-    native = checkpoint.load_if_native(path)
-    name = network or (str(native.network["name"]) if native else None)
-    source = data or (str(native.data["name"]) if native else None)
-    if name is None:
-        raise ValueError(
-            f"`--network` must say what `{path}` is a checkpoint of; got none, and the "
-            f"file was not written by sharpness. Give {_SPEC}."
-        )
-    model = made_network(name) if network or not native else build(native)
-    state = native.state_dict if native else checkpoint.load_state_dict(path)
-    _load_parameters(model, state, path, name)
-    if source is None:
-        raise ValueError(
-            f"`--data` must say what `{path}` is measured on; got none. Give a named set "
-            f"({', '.join(DATA)}), an .npz file, or {_SPEC}."
-        )
+    saved = checkpoint.load_any(path)
+    name: Any = network or saved.network.get("name")
+    ensure(
+        name is not None,
+        "--network",
+        f"say what `{path}` is a checkpoint of",
+        "none, and the file was not written by sharpness",
+        f"Give {_SPEC}.",
+    )
+    model = made_network(network) if network else networks.build(saved.network)
+    _load_parameters(model, saved.state_dict, path, name)
+    source: Any = data or saved.data.get("name")
+    ensure(
+        source is not None,
+        "--data",
+        f"say what `{path}` is measured on",
+        "none",
+        f"Give a named set ({', '.join(DATA)}), an .npz file, or {_SPEC}.",
+    )
     splits, about = _made_data(source, data_dir, as_trained=not data)
     for pair in splits.values():
         _check_lengths(pair, source)
-    trained_on = native.data.get("sha256") if native and not data else None
     ensure(
-        trained_on in (None, about.get("sha256")),
+        bool(data) or saved.data.get("sha256") in (None, about.get("sha256")),
         path,
         f"have been trained on this {source}",
         "a checkpoint of other data with that name (sha256 differs)",
         "Point --data-dir at it.",
     )
+    kept = ("batch_size", "seed", "learning_rate", "optimizer", "epoch", "metrics")
+    training = {key: saved.training.get(key) for key in kept} if saved.training else {}
     subject = LoadedCheckpoint(
         path=str(path),
         network_name=name,
@@ -156,8 +160,14 @@ def load_checkpoint(
         test=splits.get("test"),
         loss=_made_loss(loss, splits["train"][1]),
         data={**about, "loss": loss},
-        start=None if network or not native else _start(native),
-        facts=_facts(native, path, name),
+        start=None if network else _start(saved),
+        facts={
+            "path": str(path),
+            "sha256": saved.sha256,
+            "network": saved.network or {"name": name},
+            "start": saved.start,
+            "training": training,
+        },
     )
     _check_fit(subject, source)
     return subject
@@ -192,11 +202,6 @@ def as_type(value: Any, dtype: torch.dtype) -> Any:
 # -- networks --------------------------------------------------------------------------
 
 
-def build(native: Checkpoint) -> nn.Module:
-    """The network that a checkpoint of ours names, with fresh parameters."""
-    return networks.build(native.network)
-
-
 def made_network(spec: str) -> nn.Module:
     """A module from `package.module:factory?args`, `timm:...` or `transformers:...`."""
     kind, _, rest = spec.partition(":")
@@ -222,8 +227,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        logits: Tensor = self.model(*args, **kwargs).logits
-        return logits
+        return cast(Tensor, self.model(*args, **kwargs).logits)
 
 
 def _classifier(spec: str, folder: str) -> nn.Module:
@@ -282,11 +286,11 @@ def _matching(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> Mapping[s
     return state
 
 
-def _start(native: Checkpoint) -> Tensor | None:
+def _start(saved: Checkpoint) -> Tensor | None:
     """The parameters a training of ours began with, if they can be made again."""
-    fresh = build(native)
-    networks.initialise(fresh, int(native.start.get("seed", 0)))
-    if networks.digest(fresh) != native.start.get("sha256"):
+    fresh = networks.build(saved.network)
+    networks.initialise(fresh, int(saved.start.get("seed", 0)))
+    if networks.digest(fresh) != saved.start.get("sha256"):
         return None
     return _tensors.flatten(p.detach() for p in fresh.parameters())
 
@@ -339,8 +343,7 @@ def _as_pair(made: Any, source: str) -> Pair:
     pairs = [(_plain(inputs), targets) for inputs, targets in parts]
     for pair in pairs:
         _check_lengths(pair, source)
-    joined: Pair = tree_map(lambda *several: torch.cat(several), *pairs)
-    return joined
+    return cast(Pair, tree_map(lambda *several: torch.cat(several), *pairs))
 
 
 def _plain(inputs: Any) -> Any:
@@ -364,10 +367,10 @@ def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
         spec = "mse" if targets.is_floating_point() else "cross-entropy"
     if spec in ("cross-entropy", "mse"):
         return nn.CrossEntropyLoss() if spec == "cross-entropy" else nn.MSELoss()
-    made: nn.Module = _called("--loss", spec, _factory("--loss", spec))
+    made = _called("--loss", spec, _factory("--loss", spec))
     got = f"{type(made).__name__} from {spec}"
     ensure(callable(made), "--loss", "make a loss to be called", got)
-    return made
+    return cast(nn.Module, made)
 
 
 # -- factories -------------------------------------------------------------------------
@@ -414,23 +417,3 @@ def _package(name: str, spec: str) -> ModuleType:
             f"`--network` must name an installed package; got {spec!r}, and {name} is not "
             f"there. Install it: pip install {name}."
         ) from None
-
-
-def _facts(native: Checkpoint | None, path: str | Path, name: str) -> dict[str, Any]:
-    """What a record says of a checkpoint."""
-    if native is None:
-        return {
-            "path": str(path),
-            "sha256": checkpoint.sha256(path),
-            "network": {"name": name},
-            "start": {},
-            "training": {},
-        }
-    kept = ("batch_size", "seed", "learning_rate", "optimizer", "epoch", "metrics")
-    return {
-        "path": str(path),
-        "sha256": native.sha256,
-        "network": native.network,
-        "start": native.start,
-        "training": {key: native.training.get(key) for key in kept},
-    }

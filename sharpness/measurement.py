@@ -122,8 +122,7 @@ def _generalisation(
     """Loss and accuracy on test samples, and how much worse they are."""
     if subject.test is None or settings.split == "test":
         return None
-    total = len(subject.test[1])
-    num = None if total <= _MOST_TEST_SAMPLES else _MOST_TEST_SAMPLES
+    num = None if len(subject.test[1]) <= _MOST_TEST_SAMPLES else _MOST_TEST_SAMPLES
     risk = _risk(subject, settings, "test", num, device)
     loss = risk.value()
     facts: dict[str, Any] = {"test_loss": loss, "loss_gap": loss - found.value}

@@ -88,16 +88,11 @@ def _version(name: str) -> str | None:
 
 def _git_revision() -> str | None:
     """Revision of the package's own sources, with "+" where they were edited."""
-    folder = Path(__file__).parent
+    git = ["git", "-C", str(Path(__file__).parent)]
+    options: dict[str, Any] = {"text": True, "timeout": 10, "stderr": subprocess.DEVNULL}
     try:
-        revision = _git(folder, "rev-parse", "HEAD")
-        edited = _git(folder, "status", "--porcelain", "--", str(folder))
+        revision = subprocess.check_output([*git, "rev-parse", "HEAD"], **options)
+        edited = subprocess.check_output([*git, "status", "--porcelain", "."], **options)
     except (OSError, subprocess.SubprocessError):
         return None
-    return revision + ("+" if edited else "")
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    return run.stdout.strip()
+    return str(revision).strip() + ("+" if edited else "")

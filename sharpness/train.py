@@ -189,8 +189,7 @@ def _differences(given: Mapping[str, Any]) -> list[str]:
         "learning_rate": lambda value: f"lr{value:g}",
         "start_from": lambda value: f"from-{Path(value).stem}",
     }
-    usual = ("adam", "none")
-    return [said.get(k, _slug)(v) for k, v in given.items() if v not in usual]
+    return [said.get(k, _slug)(v) for k, v in given.items() if v not in ("adam", "none")]
 
 
 def _slug(text: str) -> str:

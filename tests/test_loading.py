@@ -29,7 +29,7 @@ from torch import nn
 
 from sharpness import checkpoint, loading
 from sharpness._json import to_line
-from sharpness.checkpoint import Checkpoint, load_if_native, load_state_dict
+from sharpness.checkpoint import Checkpoint, load_any
 from sharpness.lab import networks
 from sharpness.loading import load_checkpoint
 from sharpness.measurement import MeasurementSettings, measured
@@ -86,10 +86,11 @@ def test_a_state_dict_is_found_under_the_usual_names(tmp_path, name, suffix):
     path = tmp_path / f"net{suffix}"
     around = {"epoch": 3, "optimizer": {"state": {0: {"step": torch.ones(())}}}}
     torch.save({**around, name: state} if name else state, path)
-    found = load_state_dict(path)
+    saved = load_any(path)
+    found = saved.state_dict
     assert list(found) == list(state)
     assert all(torch.equal(found[k], v) for k, v in state.items())
-    assert load_if_native(path) is None
+    assert not any([saved.network, saved.data, saved.training, saved.start])
 
 
 BAD_FILES = {
@@ -106,7 +107,7 @@ BAD_FILES = {
 def test_a_bad_file_is_refused_and_never_executed_R37(nets, tmp_path, kind):
     content, expected = BAD_FILES[kind]
     torch.save(content, "bad.pt")
-    for read in (load_state_dict, lambda p: mlp_subject(nets, path=p)):
+    for read in (load_any, lambda p: mlp_subject(nets, path=p)):
         text = refusal(read, tmp_path / "bad.pt")
         assert str(tmp_path / "bad.pt") in text
         assert re.search(expected, text), text
@@ -114,7 +115,7 @@ def test_a_bad_file_is_refused_and_never_executed_R37(nets, tmp_path, kind):
 
 
 def test_a_missing_file_is_named_before_anything_else(tmp_path):
-    for read in (load_state_dict, load_if_native, load_checkpoint):
+    for read in (load_any, load_checkpoint):
         with pytest.raises(FileNotFoundError, match=r"gone\.pt` must .* no such file"):
             read(tmp_path / "gone.pt")
 
@@ -138,7 +139,7 @@ def native(nets, monkeypatch, **changes):
 
 def test_a_native_checkpoint_knows_its_network_and_its_start(nets, monkeypatch):
     fresh, model = native(nets, monkeypatch)
-    assert isinstance(load_if_native("own.pt"), Checkpoint)
+    assert load_any("own.pt").network["name"] == "M"
     subject = load_checkpoint("own.pt", data="nets.py:points")
     assert subject.facts["training"]["seed"] == 5
     start, end = (

@@ -490,8 +490,7 @@ def _published(name: str, data_dir: str | Path | None) -> Dataset:
         train, test = _idx_part(*paths[:2]), _idx_part(*paths[2:])
     else:
         train, test = _cifar_part(paths[:-1], num), _cifar_part(paths[-1:], num)
-    source = str(folder)
-    return Dataset(name=name, train=train, test=test, num_classes=num, source=source)
+    return Dataset(name=name, train=train, test=test, num_classes=num, source=str(folder))
 
 
 def _path(folder: Path, file: str) -> Path:

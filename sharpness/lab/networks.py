@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -326,8 +326,7 @@ class _CausalAttention(nn.Module):
             for part in self.queries_keys_values(x).chunk(3, -1)
         )
         seen = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        mixed: Tensor = self.mixed(seen.transpose(1, 2).flatten(2))
-        return mixed
+        return cast(Tensor, self.mixed(seen.transpose(1, 2).flatten(2)))
 
 
 class _GPT(nn.Module):

@@ -249,12 +249,11 @@ class TrainingRun:
         """The next batch, and what the remedy makes of it."""
         batch_size = self.set_rate()
         index = self.order.take(self.seen, batch_size)
-        augmented = self.training.augmented or nn.Identity()
         step = Step(
             model=self.model,
             loss=self.criterion,
             optimizer=self.optimizer,
-            inputs=augmented(self.x[index]),
+            inputs=(self.training.augmented or nn.Identity())(self.x[index]),
             targets=self.y[index],
             clip_norm=self.training.clip_norm,
         )

@@ -72,8 +72,7 @@ class Schedule(Checked):
 
     def __post_init__(self) -> None:
         """Refuse what is no schedule."""
-        several = isinstance(self.drops, Iterable)
-        drops = tuple(self.drops) if several else (self.drops,)
+        drops = tuple(self.drops) if isinstance(self.drops, Iterable) else (self.drops,)
         object.__setattr__(self, "drops", drops)
         super().__post_init__()
         times = [positive("drops", epoch) for epoch in drops]
@@ -184,9 +183,8 @@ def scaled_rate(
 
 def _updates_before(phases: Sequence[Phase], num_train: int) -> list[Fraction]:
     """Updates made when each phase begins: exact, so that none is on the wrong side."""
-    ends = [phase.begins for phase in phases[1:]]
     lengths = [
         (Fraction(end) - Fraction(phase.begins)) * num_train / phase.batch_size
-        for phase, end in zip(phases, ends, strict=False)
+        for phase, end in zip(phases, [phase.begins for phase in phases[1:]], strict=False)
     ]
     return list(accumulate(lengths, initial=Fraction(0)))

@@ -65,8 +65,7 @@ def log_mel_features(signal: NDArray[np.int16]) -> Features:
 def _mel_triangles() -> NDArray[np.float64]:
     """Weights (40, 257) of the transform's frequencies in each band."""
     lowest, highest = (2595 * np.log10(1 + hertz / 700) for hertz in (_LOWEST, _HIGHEST))
-    mels = np.linspace(lowest, highest, _BANDS + 2)
-    corners = 700 * (10 ** (mels / 2595) - 1)
+    corners = 700 * (10 ** (np.linspace(lowest, highest, _BANDS + 2) / 2595) - 1)
     frequencies = np.fft.rfftfreq(_FFT, 1 / RATE)
     triangles = zip(corners, corners[1:], corners[2:], strict=False)
     return np.stack([np.interp(frequencies, three, (0, 1, 0)) for three in triangles])

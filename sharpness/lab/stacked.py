@@ -142,8 +142,7 @@ class Stack:
         def of_one(state: tuple[dict[str, Tensor], ...], x: Tensor, y: Tensor) -> Tensor:
             return self.runs[0].criterion(functional_call(self.model, state, (x,)), y)
 
-        found: Tensor = vmap(of_one)((self.parameters, self.buffers), x, y)
-        return found
+        return vmap(of_one)((self.parameters, self.buffers), x, y)
 
     def _share_states(self) -> None:
         """Let each run's optimizer hold views of its part of the stacked state."""

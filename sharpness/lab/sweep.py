@@ -189,9 +189,8 @@ class _Worker:
             keep_every=self.keep_every,
             on_epoch=lambda epoch, loss: self._show(unit, epoch),
         )
-        seconds = time.monotonic() - began
         return [
-            Outcome(run=run, seconds=seconds, facts=done.training)
+            Outcome(run=run, seconds=(time.monotonic() - began), facts=done.training)
             for run, done in zip(runs, trained, strict=True)
         ]
 
