@@ -1,5 +1,6 @@
 """The public names; `__init__.py` loads each when it is asked for."""
 
+from ._results import DerivativeDisagreesError as DerivativeDisagreesError
 from ._results import NondeterministicRiskError as NondeterministicRiskError
 from ._results import NotAvailableError as NotAvailableError
 from ._results import NotConvergedError as NotConvergedError

@@ -25,6 +25,7 @@ class Status(StrEnum):
     MAX_HVPS = "max_hvps"
     MAX_SECONDS = "max_seconds"
     NON_FINITE = "non_finite"
+    DERIVATIVE_DISAGREES = "derivative_disagrees"
     INTERRUPTED = "interrupted"
 
     @property
@@ -63,6 +64,9 @@ _ADVICE = {
     "says nothing. Try another `seed` or `solver='ascent'`.",
     Status.NON_FINITE: "The risk or a product of it is NaN or infinite. Check the "
     "parameters and the data for non-finite values.",
+    Status.DERIVATIVE_DISAGREES: "A derivative disagrees with f; `doctor(risk)` gives both "
+    "numbers. Look for `detach`, `no_grad`, rounding or a custom backward pass, or take it "
+    "as it comes with `EmpiricalRisk(check=False)`.",
     Status.ZERO_GRADIENT: "The gradient is exactly zero, so there is no direction of "
     "first-order ascent and the value 0 says nothing. Check whether the loss is constant.",
     Status.NOT_REACHED: "The accuracy never fell as far as asked, however large the "
@@ -151,6 +155,16 @@ class NondeterministicRiskError(RuntimeError):
 
 class NonFiniteProductError(FloatingPointError):
     """A product with a curvature matrix holds NaN or infinity."""
+
+
+class DerivativeDisagreesError(ArithmeticError):
+    """A gradient or a product is not the derivative of f; the message has both numbers."""
+
+    def __init__(self, argument: str, numbers: str) -> None:
+        super().__init__(
+            f"`{argument}` must have the derivatives of f; got others ({numbers}). "
+            "`detach`, `no_grad` or a custom backward does that; check=False ignores it."
+        )
 
 
 class NotAvailableError(TypeError):

@@ -7,15 +7,16 @@ import time
 from typing import Any, NoReturn
 
 from sharpness import _progress
-from sharpness._results import NonFiniteProductError, Status
+from sharpness._results import DerivativeDisagreesError, NonFiniteProductError, Status
 
 
 class Run:
     """The frame of a measure's loop.
 
     Inside `with run:` the loop calls `step()` before each unit of work. Ctrl-C, the end of
-    the time or of the steps, `stop()`, and a product that is not finite leave the block
-    quietly: `status` says which it was, and what the block has kept is there.
+    the time or of the steps, `stop()`, a product that is not finite and a derivative that
+    is not that of f leave the block quietly: `status` says which it was, and what the
+    block has kept is there.
 
     Args:
         unit: what a step is, as the bar names it.
@@ -89,6 +90,8 @@ class Run:
             self.status = Status.INTERRUPTED
         elif isinstance(error, NonFiniteProductError):
             self.status = Status.NON_FINITE
+        elif isinstance(error, DerivativeDisagreesError):
+            self.status = Status.DERIVATIVE_DISAGREES
         elif not (isinstance(error, _Stopped) and error.run is self):
             return False
         return True

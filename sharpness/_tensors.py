@@ -19,6 +19,18 @@ def flatten(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
+_ALIGNED = 16  # bytes: an element of the widest type that a tensor may be viewed as
+
+
+def aligned(piece: Tensor) -> Tensor:
+    """A part of a flat vector, copied where `view_as_complex` would refuse its place.
+
+    The storage of a parameter of its own begins at a whole element of any type.
+    """
+    is_odd = piece.storage_offset() * piece.element_size() % _ALIGNED
+    return piece.clone() if is_odd else piece
+
+
 def split(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Views of a flat vector (n,) in the given shapes; the inverse of `flatten`."""
     pieces = vector.split([shape.numel() for shape in shapes])

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from sharpness import _tensors
-from sharpness._arguments import known, positive, whole
+from sharpness._arguments import is_whole, known, positive, whole
 from sharpness._json import as_plain
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
 from sharpness._saving import restored
@@ -29,6 +30,7 @@ from sharpness.measures.preconditioner import adam_preconditioner
 from sharpness.measures.settings import TRACKED
 from sharpness.risk import batches
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.loss_terms import num_rows
 
 # At the edge of stability eigenvalues crowd and overtake each other. Without a confidence
 # the first pair alone was off by more than 1 % in 5 of 40 points of examples/track.py (up
@@ -63,6 +65,10 @@ class TrackedPoint(Result):
     phi: TrackedValue | None = None
     learning_rate: float | None  # None: no optimizer, or groups that differ
     thresholds: dict[str, float]  # by measure; see `stability_thresholds`
+    batchnorm: str | None = None  # "batch", "running", "recalibrated"; None: no such layer
+    batchnorm_batch: int | None = (
+        None  # most samples in a batch; None: as given, or running
+    )
 
     def values(self) -> dict[str, TrackedValue]:
         """The measures that were taken, by name."""
@@ -83,7 +89,16 @@ class TrackedPoint(Result):
             limit = self.thresholds.get(name)
             of_limit = f" (threshold {limit:.4g})" if limit is not None else ""
             parts.append(f"{name} {value}{of_limit}")
+        if self.batchnorm:
+            parts.append(f"BatchNorm on {self.statistics}")
         return ", ".join(parts)
+
+    @property
+    def statistics(self) -> str:
+        """What BatchNorm normalises with, in words; empty without such layers."""
+        if not self.batchnorm or self.batchnorm_batch is None:
+            return f"{self.batchnorm} statistics" if self.batchnorm else ""
+        return f"{self.batchnorm} statistics of up to {self.batchnorm_batch} samples"
 
 
 class SharpnessTracker:
@@ -137,8 +152,11 @@ class SharpnessTracker:
         at_start: whether update 0 is measured now. Pass False before `load_state_dict`,
             and for the callbacks, which measure it when the training begins.
         on_point: called with each new `TrackedPoint`, to log or to write it.
-        **risk: keywords of `EmpiricalRisk`: `closure`, `batchnorm`, `params`,
-            `device`, ....
+        **risk: keywords of `EmpiricalRisk`: `closure`, `params`, `device`, .... Two have
+            other defaults here. `batchnorm` is what the training minimises: `"batch"`
+            while a BatchNorm layer is in training mode, else `"running"`.
+            `batchnorm_batch` is the loop's own batch size where the data tell it: a
+            loader's `batch_size`, the first of a list of batches. Pass it with a pair.
 
     Raises:
         ValueError: an unknown measure, `every` below 1, `epsilon` or `tol` <= 0,
@@ -186,6 +204,7 @@ class SharpnessTracker:
         self._on_point = on_point
         self._optimizer = self._checked(optimizer)
         self._model, self._loss, self._risk_settings = model, loss, risk
+        self._batchnorm_batch = _batch_size(data)
         self._data = batches.materialised(
             data, torch.device("cpu"), pairs=risk.get("closure") is None
         )
@@ -219,7 +238,8 @@ class SharpnessTracker:
             KeyboardInterrupt: it was interrupted; the point holds what was earned.
         """
         began = time.monotonic()
-        risk = EmpiricalRisk(self._model, self._loss, self._data, **self._risk_settings)
+        settings = {**self._batchnorm(), **self._risk_settings}
+        risk = EmpiricalRisk(self._model, self._loss, self._data, **settings)
         loss = risk.value()
         values = self._values(risk, loss)
         point = TrackedPoint(
@@ -237,6 +257,7 @@ class SharpnessTracker:
                 sum((value.cost for value in values.values()), Cost()),
                 seconds=time.monotonic() - began,
             ),
+            **_statistics(risk),
         )
         self.history.append(point)
         if self._on_point is not None:
@@ -261,6 +282,9 @@ class SharpnessTracker:
         shown = [name for name in TRACKED if any(name in p.values() for p in self.history)]
         rows = [["update", "loss", *shown, "threshold", "products", "gradients", "s"]]
         rows += [_cells(point, shown) for point in self.history]
+        if any(point.batchnorm for point in self.history):
+            column = ["BatchNorm on", *(p.statistics or "–" for p in self.history)]
+            rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = (
             "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
@@ -382,6 +406,14 @@ class SharpnessTracker:
         if not self.history:
             self.num_updates = num_updates
             self.measure()
+
+    def _batchnorm(self) -> dict[str, Any]:
+        """What BatchNorm layers normalise with in the training, as it is now."""
+        layers = [m for m in self._model.modules() if isinstance(m, _BatchNorm)]
+        if not any(layer.training for layer in layers):
+            return {}
+        size = self._batchnorm_batch
+        return {"batchnorm": "batch"} | ({"batchnorm_batch": size} if size else {})
 
     def _checked(self, optimizer: Any) -> Optimizer | None:
         """The optimizer, out of the wrapper that Accelerate or Lightning puts around."""
@@ -510,6 +542,20 @@ def _named_state(optimizer: Optimizer | None, model: nn.Module) -> dict[str, Any
     for group, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
         group["param_names"] = [names.get(id(p), "") for p in live["params"]]
     return state
+
+
+def _batch_size(data: Any) -> int | None:
+    """Samples in a batch of the loop, where its data tell; None for a single pair."""
+    size = getattr(data, "batch_size", None)
+    if size is None and isinstance(data, list) and data and not batches.is_pair(data):
+        size = int(num_rows(data[0]))
+    return size if is_whole(size) and size > 1 else None
+
+
+def _statistics(risk: EmpiricalRisk) -> dict[str, Any]:
+    kind = risk.settings()["batchnorm"]
+    cut = kind not in (None, "running") and risk.has_outputs
+    return {"batchnorm": kind, "batchnorm_batch": risk.batchnorm_batch if cut else None}
 
 
 _NON_FINITE = TrackedValue(value=math.nan, error=math.nan, status=Status.NON_FINITE)

@@ -10,7 +10,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import sharpness as sh
 
-QUIET = {"finite", "deterministic", "symmetric", "differences", "engine", "untouched"}
+QUIET = {
+    *("finite", "deterministic", "symmetric", "gradient", "product", "differences"),
+    *("engine", "untouched"),
+}
 
 
 def checks(found: sh.Checkup, status: str) -> set[str]:
@@ -29,9 +32,9 @@ class Through(nn.Module):
         return self.last(self.function(self.first(x)))
 
 
-def checkup_of(function) -> sh.Checkup:
+def checkup_of(function, **settings) -> sh.Checkup:
     problem = tiny_mlp()
-    risk = sh.EmpiricalRisk(Through(function), problem.loss, problem.data)
+    risk = sh.EmpiricalRisk(Through(function), problem.loss, problem.data, **settings)
     return sh.doctor(risk)
 
 
@@ -40,7 +43,7 @@ def test_a_plain_model_passes_every_check_and_has_nothing_to_note():
     assert checks(found, "ok") == QUIET
     assert found.ok
     assert found.raise_for_status() is found
-    assert "6 checks, none failed" in str(found)
+    assert "8 checks, none failed" in str(found)
 
 
 def test_a_model_that_varies_from_call_to_call_is_named_and_raised():
@@ -95,13 +98,28 @@ class Skewed(torch.autograd.Function):
 
 
 def test_differences_of_gradients_see_a_second_derivative_that_is_cut_off_R26():
-    found = checkup_of(Detached.apply)
-    assert checks(found, "failed") == {"differences"}
+    found = checkup_of(Detached.apply, engine="kept_graph")
+    assert checks(found, "failed") == {"product", "differences"}
     assert "engine='differences'" in found["differences"].advice
 
 
+def test_differences_take_the_place_of_a_second_derivative_that_is_cut_off():
+    found = checkup_of(Detached.apply)
+    assert found.ok
+    assert {"product", "engine", "differences"} <= checks(found, "note")
+    assert "are taken instead" in found["product"].advice
+
+
+def test_a_gradient_that_is_not_that_of_f_fails_with_both_numbers():
+    found = checkup_of(lambda h: torch.tanh(h).detach())
+    assert "gradient" in checks(found, "failed")
+    claimed, measured = found["gradient"].text.split(" where differences give ")
+    assert float(claimed.split()[-1]) != float(measured.split(",")[0])
+
+
 def test_a_product_that_is_not_symmetric_fails():
-    assert {"symmetric", "differences"} <= checks(checkup_of(Skewed.apply), "failed")
+    found = checkup_of(Skewed.apply, engine="kept_graph")
+    assert {"symmetric", "differences"} <= checks(found, "failed")
 
 
 def test_products_by_differences_are_noted_with_their_error():

@@ -371,6 +371,71 @@ def test_the_padding_row_of_an_embedding_is_not_moved():
     assert_near(risk.hvp(still), expected, DIFFERENCED)
 
 
+def test_the_padding_row_is_a_constant_for_values_too():
+    layers = [nn.Embedding(5, 4, padding_idx=0), nn.Tanh(), linear()]
+    model = filled(nn.Sequential(*layers).double(), generator(0))
+    risk = EmpiricalRisk(model, nn.MSELoss(), (tokens(), vectors(5, 3, 4)))
+    assert (tokens() == 0).any()
+    moved = risk.theta.clone()
+    moved[:4] += 1
+    assert risk.value(moved) == risk.value()
+    moved[4:8] += 1
+    assert risk.value(moved) != risk.value()
+
+
+def test_a_padding_row_that_another_layer_uses_is_a_parameter():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = nn.Embedding(5, 4, padding_idx=0)
+            self.scores = nn.Linear(4, 5, bias=False)
+            self.scores.weight = self.tokens.weight
+
+        def forward(self, t):
+            return self.scores(torch.tanh(self.tokens(t))).transpose(1, 2)
+
+    model, t = filled(Tied().double(), generator(0)), tokens()
+    risk = EmpiricalRisk(model, nn.CrossEntropyLoss(), (t.clamp(min=1), t))
+    model.zero_grad()
+    nn.functional.cross_entropy(model(t.clamp(min=1)), t).backward()
+    assert_near(risk.gradient(), model.tokens.weight.grad.flatten(), 1e-12)
+    assert risk.gradient()[:4].abs().min() > 0
+
+
+class Spectral(nn.Module):
+    """A circular convolution whose kernel is kept as pairs of real numbers."""
+
+    def __init__(self, as_complex):
+        super().__init__()
+        self.shift, self.kernel = (
+            nn.Parameter(torch.zeros(1)),
+            nn.Parameter(torch.ones(3, 2)),
+        )
+        self.as_complex = as_complex
+
+    def forward(self, x):
+        kernel = self.as_complex(self.kernel)
+        return torch.fft.irfft(torch.fft.rfft(x) * kernel, n=4) + self.shift
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_parameter_at_an_odd_place_may_be_viewed_as_complex(rows):
+    x = vectors(12, 4)
+    found, expected = (
+        EmpiricalRisk(
+            filled(Spectral(as_complex).double(), generator(0)), nn.MSELoss(), (x, x)
+        )
+        for as_complex in (
+            torch.view_as_complex,
+            lambda pair: torch.complex(*pair.unbind(1)),
+        )
+    )
+    v = directions(rows, found.n)
+    assert found.value() == expected.value()
+    for matrix in ("hessian", "gauss_newton"):
+        assert_near(found.product(v, matrix), expected.product(v, matrix), 1e-12)
+
+
 # -- attention ---------------------------------------------------------------------------
 
 

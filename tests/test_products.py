@@ -29,7 +29,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from sharpness import EmpiricalRisk
+from sharpness import EmpiricalRisk, NotAvailableError, norms
 from sharpness.risk import memory, plan
 
 EXACT = 1e-10  # against another formula, in float64
@@ -192,23 +192,14 @@ def by_definition(name):
     }
 
 
-def gauss_newton_by_definition(name):
-    # -log p[y] is linear in log p: with `NLLLoss` the curvature lies in the network.
-    dense = by_definition(name)["gauss_newton"]
-    return 0 * dense if "nll" in name else dense
-
-
 @pytest.mark.parametrize(("name", "reduction", "chunk_size"), EVERY)
 def test_gauss_newton_is_the_curvature_of_the_loss_between_two_jacobians(
     name, reduction, chunk_size
 ):
     risk, v = risk_of(name, reduction, chunk_size=chunk_size), directions(3, 44)
     product = risk.product(v, "gauss_newton")
-    expected = v @ gauss_newton_by_definition(name)
-    if "nll" in name:
-        assert torch.equal(product, expected)
-    else:
-        assert_near(product, expected, EXACT)
+    # Of -log p[y] after a log-softmax too: z are the scores before it.
+    assert_near(product, v @ by_definition(name)["gauss_newton"], EXACT)
 
 
 @pytest.mark.parametrize(("name", "reduction", "chunk_size"), EVERY)
@@ -266,6 +257,26 @@ def test_scipy_multiplies_with_each_matrix(matrix):
     assert operator.shape == (44, 44)
     for found in (operator @ v.numpy().T, operator.rmatmat(v.numpy().T)):
         assert_near(torch.from_numpy(found).T, risk.product(v, matrix), ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "loss", "named"),
+    [
+        ("scores", nn.NLLLoss(), "`model`"),
+        ("log p", lambda o, y: -o[torch.arange(len(o)), y].mean(), "`loss`"),
+    ],
+)
+def test_gauss_newton_is_not_available_where_the_split_is_not_found(outputs, loss, named):
+    model = network("nll" if outputs == "log p" else "class")
+    risk = EmpiricalRisk(model, loss, (inputs("class"), Y))
+    with pytest.raises(NotAvailableError, match=f"{named} must .* Gauss-Newton"):
+        risk.product(risk.theta, "gauss_newton")
+    assert norms(risk).fisher_rao is None
+
+
+def test_fisher_rao_of_log_probabilities_is_that_of_the_scores():
+    found = [norms(risk_of(name)).fisher_rao for name in ("nll", "class")]
+    assert found[0] == pytest.approx(found[1], rel=EXACT)
 
 
 # -- targets that are drawn --------------------------------------------------------------
@@ -1048,7 +1059,7 @@ def test_what_is_held_between_products_is_what_the_budget_allows(monkeypatch, en
 
 GROWTH = """
 import torch
-from sharpness import EmpiricalRisk
+from sharpness import EmpiricalRisk, NotAvailableError, norms
 from sharpness.lab.networks import f1
 
 def resident(key):

@@ -337,3 +337,29 @@ def test_a_closure_that_touches_gradients_leaves_the_users_R17(call, use):
     assert all(p.grad is g for p, g in zip(model.parameters(), kept, strict=True))
     expected = USES[use](problem.risk())
     torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_closure_that_changes_the_mode_changes_neither_f_nor_the_model(mode):
+    def plain(m, b):
+        return m(b).square().mean()
+
+    def closure(m, b):
+        getattr(m, mode)()
+        return plain(m, b)
+
+    layers = [nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2)]
+    model = nn.Sequential(*layers)
+    model[2].eval()
+    before = [m.training for m in model.modules()]
+    x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        EmpiricalRisk(model, closure=c, data=[x, x], batchnorm="batch")
+        for c in (closure, plain)
+    )
+    assert found.value() == expected.value()
+    assert torch.equal(found.hvp(found.theta), expected.hvp(found.theta))
+    assert [m.training for m in model.modules()] == before
+    assert not any("train" in vars(m) for m in model.modules())
+    assert model.train() is model
+    assert all(m.training for m in model.modules())

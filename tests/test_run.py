@@ -142,7 +142,7 @@ def test_the_time_is_that_of_the_whole_call(name, monkeypatch):
             return original(self, *arguments, **options)
 
         monkeypatch.setattr(sh.EmpiricalRisk, method, counting)
-    risk = mlp_risk()
+    risk = mlp_risk().unchecked()
     ticks.clear()
     fake = SimpleNamespace(monotonic=lambda: float(len(ticks)))
     monkeypatch.setattr(_run, "time", fake)

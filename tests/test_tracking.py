@@ -694,3 +694,62 @@ def test_the_example_tracks_against_its_threshold():
     assert [point.step for point in tracker.history] == [0, 2, 4]
     for point in tracker.history:
         assert 0 < point.lambda_max.value < point.thresholds["lambda_max"]
+
+
+# -- BatchNorm ---------------------------------------------------------------------------
+
+
+def lambda_max_of(problem, **settings):
+    return sh.eigenpairs(problem.risk(**settings), 2, tol=1e-6, progress=False).lambda_max
+
+
+def test_in_training_mode_batchnorm_is_on_the_statistics_of_the_loops_batches():
+    problem = tiny_mlp(batchnorm=True)
+    problem.model.train()
+    loader = DataLoader(list(zip(*problem.data, strict=True)), batch_size=8)
+    batches = [tuple(part[i : i + 8] for part in problem.data) for i in (0, 8, 16)]
+    for data, size in ((loader, 8), (batches, 8), (problem.data, 5000)):
+        tracker = sh.SharpnessTracker(problem.model, problem.loss, data, tol=1e-6)
+        point = tracker.history[0]
+        expected = lambda_max_of(problem, batchnorm="batch", batchnorm_batch=size)
+        assert point.lambda_max.value == pytest.approx(expected, rel=1e-5)
+        assert (point.batchnorm, point.batchnorm_batch) == ("batch", size)
+        assert f"batch statistics of up to {size} samples" in str(point)
+        assert f"batch statistics of up to {size} samples" in tracker.table()
+        assert f"of up to {size} samples" in tracker.plot().axes[0].get_title()
+    problem.model.eval()
+    point = tracker.measure()
+    expected = lambda_max_of(problem, batchnorm="running")
+    assert point.lambda_max.value == pytest.approx(expected, rel=1e-5)
+    assert point.statistics == "running statistics"
+    title = tracker.plot().axes[0].get_title()
+    assert title.endswith("batch statistics of up to 5000 samples, then running statistics")
+
+
+def test_what_was_asked_for_of_batchnorm_stands():
+    problem = tiny_mlp(batchnorm=True)
+    problem.model.train()
+    for asked in ("running", "batch", "recalibrated"):
+        point = tracked(problem, batchnorm=asked, batchnorm_batch=6).history[0]
+        risk = problem.risk(batchnorm=asked, batchnorm_batch=6)
+        assert point.loss == risk.value()
+        assert point.batchnorm == asked
+
+
+def test_without_batchnorm_nothing_is_said_of_it():
+    tracker = tracked(tiny_mlp())
+    assert tracker.history[0].batchnorm is None
+    assert "statistics" not in str(tracker) + tracker.table()
+    assert tracker.plot().axes[0].get_title() == ""
+
+
+def test_of_a_closure_the_batches_are_those_that_were_given():
+    problem = tiny_mlp(batchnorm=True)
+    problem.model.train()
+    x, y = problem.data
+    tracker = sh.SharpnessTracker(
+        problem.model,
+        closure=lambda m, b: problem.loss(m(b[0]), b[1]),
+        data=[(x[:12], y[:12]), (x[12:], y[12:])],
+    )
+    assert tracker.history[0].statistics == "batch statistics"

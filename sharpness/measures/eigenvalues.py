@@ -270,6 +270,8 @@ def eigenpairs(
             run.step()
             search.absorb(multiply(search.direction()))
         run.stop(Status.CONVERGED)
+    if search and search.num_products:
+        plan = risk.prepare(1, matrix)  # the first product may have changed it
     return _result(
         risk,
         search,

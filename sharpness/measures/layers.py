@@ -138,8 +138,6 @@ def layerwise_eigenpairs(
         progress=progress,
     )
     with run:
-        # Of whole products; a positive matrix exceeds its largest block by no more.
-        inexact = len(named) * (risk.prepare(1, matrix).relative_error or 0.0)
         while open_:
             run.step()
             products = risk.block_products(
@@ -152,6 +150,8 @@ def layerwise_eigenpairs(
                 if ended is not None:
                     status[name] = ended
                     open_.remove(name)
+            # Of whole products; a positive matrix exceeds its largest block by no more.
+            inexact = len(named) * (risk.prepare(1, matrix).relative_error or 0.0)
     status |= dict.fromkeys(open_, run.status)
     results = tuple(
         _block(name, parameters, searches[name], status[name], inexact, confidence)

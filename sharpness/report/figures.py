@@ -121,6 +121,9 @@ def tracking_plot(
     figure = Figure(figsize=(7.2, height), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(names) + 1, sharex=True, squeeze=False)[:, 0]
+    kinds = dict.fromkeys(point.statistics for point in points if point.batchnorm)
+    if kinds:
+        panels[0].set_title(f"BatchNorm on {', then '.join(kinds)}", fontsize=9)
     for axes, name in zip(panels, names, strict=False):
         _tracked_panel(axes, points, name)
     losses = [point.loss for point in points]

@@ -25,9 +25,9 @@ def materialised(
     A loader is run through once, so shuffling, augmentation or a one-shot generator
     cannot change the risk from one evaluation to the next. `seed` is that of its draws.
     """
-    if pairs and _is_pair(data):
+    if pairs and is_pair(data):
         data = [data]
-    if not pairs and isinstance(data, tuple) and _is_pair(data):
+    if not pairs and isinstance(data, tuple) and is_pair(data):
         raise TypeError(
             "`data` must be a list of batches for a `closure`; got a pair of tensors, "
             "which would be two batches. Wrap it in a list: `data=[(inputs, targets)]`."
@@ -98,7 +98,7 @@ def joined(pairs: Sequence[Pair]) -> list[Pair]:
     return [tree_map(lambda *parts: torch.cat(parts), *pairs)]
 
 
-def _is_pair(data: Any) -> bool:
+def is_pair(data: Any) -> bool:
     """(inputs, targets); several inputs are a tuple, a list or a dict of tensors."""
     if not (isinstance(data, tuple | list) and len(data) == 2):
         return False
@@ -125,7 +125,7 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
 
 
 def _checked_pair(batch: Batch) -> Pair:
-    if not _is_pair(batch):
+    if not is_pair(batch):
         raise TypeError(
             "`data` must give pairs (inputs, targets) of tensors; got a batch of type "
             f"{type(batch).__name__}. Pass `closure=` for any other kind of batch."

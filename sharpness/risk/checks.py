@@ -18,8 +18,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors
-from sharpness._results import NondeterministicRiskError
+from sharpness._results import DerivativeDisagreesError, NondeterministicRiskError
 from sharpness.risk import batches
+from sharpness.risk.derivatives import Comparison, Derivatives
 from sharpness.risk.differences import Differences
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.model_state import evaluation, seed_generators
@@ -88,6 +89,9 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
     - finite: f and its gradient are;
     - deterministic: value, gradient and product twice, bit for bit;
     - symmetric: |u.Hv - v.Hu| / (|u| |Hv|) for random u, v;
+    - gradient, product: along one direction and on a few rows, the gradient beside
+      differences of f and a product beside those of gradients, as `EmpiricalRisk` checks
+      them before it claims anything;
     - differences: H v against differences of gradients, which catch a backward pass that
       is not differentiated;
     - inventory: engine, BatchNorm, dropout, random draws, parameters that are unused, have
@@ -100,12 +104,13 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
         risk: what is to be measured.
         seed: of the random directions.
 
-    Cost: about 32 gradients and 4 products; one more pass through a loader.
+    Cost: about 33 gradients and 4 products; one more pass through a loader.
     """
     began = time.perf_counter()
     before = _fingerprints(risk.model)
     generator = _tensors.seeded(seed)
     u, v = (_tensors.random_unit(risk.theta, generator) for _ in range(2))
+    asked, risk = risk, _working(risk)
     values = risk.value(), risk.value()
     first, second = risk.gradient(), risk.gradient()
     hu, hv, again = risk.hvp(u), risk.hvp(v), risk.hvp(v)
@@ -113,6 +118,7 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
         _finite(values[0], first),
         _deterministic(values, (first, second), (hv, again)),
         _symmetric(risk, (u, hu), (v, hv)),
+        *_derivatives(asked),
         _differences(risk),
         _engine(risk),
         *_inventory(risk, first, hv),
@@ -125,6 +131,40 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
 
 
 # -- numbers -----------------------------------------------------------------------------
+
+
+def _working(risk: EmpiricalRisk) -> EmpiricalRisk:
+    """The risk, or what computes where it refuses to."""
+    try:
+        risk.prepare()
+    except DerivativeDisagreesError:
+        return risk.unchecked()
+    return risk
+
+
+def _derivatives(risk: EmpiricalRisk) -> Iterator[CheckResult]:
+    seen = Derivatives()
+    slope, product = seen.gradient(risk._sample), seen.product(risk._sample)
+    advice = (
+        "Look for `detach`, `no_grad`, `.data`, NumPy, rounding or a custom backward pass."
+    )
+    yield _compared("gradient", "a slope of", slope, FAILED, advice)
+    mended = not slope.disagrees and risk._asked in ("auto", "differences")
+    status, rest = NOTE if mended else FAILED, "Use engine='differences'."
+    if mended:
+        rest = "Differences of gradients are taken instead."
+    yield _compared("product", "a product of norm", product, status, rest)
+
+
+def _compared(
+    check: str, what: str, seen: Comparison, trouble: str, advice: str
+) -> CheckResult:
+    if seen.disagrees:
+        return CheckResult(check, trouble, f"{what} {seen}.", seen.apart, advice)
+    if seen.agrees:
+        return CheckResult(check, OK, f"{what} {seen}", seen.apart)
+    text = "rounding or kinks hide whether it is the derivative"
+    return CheckResult(check, NOTE, text)
 
 
 def _finite(value: float, gradient: Tensor) -> CheckResult:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class ChunkedMean:
         self._closed = objective.closure is not None
         self.given, self.num_samples = given, int(sum(num_rows(batch) for batch in given))
         self.budget = memory.budget_bytes(objective.device)
+        self._peak: int | None = None  # bytes of the largest whole batch, once known
         self.chunk_size: int | None = None
         self.whole = ""  # why f depends on how the data are batched, where it does
         if self._closed:
@@ -124,6 +126,37 @@ class ChunkedMean:
         other = copy.copy(self)
         other._objective = objective
         return other
+
+    def sample(self, rows: int) -> ChunkedMean:
+        """Some rows, spread evenly, as one batch, also where that is another f.
+
+        Of batches that cannot be cut the first ones that hold so many rows.
+        """
+        other = copy.copy(self)
+        if not self._has_rows:
+            ends = accumulate(num_rows(chunk.batch) for chunk in self.counted)
+            num = 1 + sum(end < rows for end in ends)
+            other._set([chunk.batch for chunk in self.counted[:num]])
+            return other
+        other.chunk_size = rows = min(rows, self.num_samples)
+        spread = torch.arange(rows, device=self._objective.device)
+        try:
+            return other.subset(spread * self.num_samples // rows)
+        except NoLossTermsError:  # of few rows, where most are masked
+            other._set([self.counted[0].batch])
+            return other
+
+    def fits_in_float64(self) -> bool:
+        """Whether twice the memory is there: batches that are whole may be large."""
+        if not self._has_rows and self._peak is None:
+            largest = max((chunk.batch for chunk in self.counted), key=num_rows)
+            self._peak = self._bytes_of(largest).peak
+        return self._peak is None or 2 * self._peak <= self.budget
+
+    @property
+    def _has_rows(self) -> bool:
+        """Whether some rows of the data are a batch: BatchNorm's parts are made of them."""
+        return not self._closed and (not self.whole or self._batchnorm == "batch")
 
     def statistics_parts(self, most: int) -> list[Any]:
         """The data in near-equal parts of at most `most` rows, however they are cut."""

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sharpness.risk.fisher_terms import FisherTerms
+from sharpness._results import NotAvailableError
+from sharpness.risk.fisher_terms import FisherTerms, loss_of_scores
 from sharpness.risk.memory import graph_nodes
 from sharpness.risk.objective import Objective, gradients
 
@@ -61,8 +62,14 @@ def gauss_newton(objective: Objective, mean: Mean) -> Linearise:
         pushforward, outputs = _pushforward(objective, leaves, batch)
         with torch.enable_grad():
             at = outputs.detach().requires_grad_()
-            value = mean(objective.loss_of(leaves, batch, at), batch)
+            loss = loss_of_scores(objective.loss, at)
+            value = mean(objective.loss_of(leaves, batch, at, loss), batch)
             slope = gradients(value, [at], create_graph=True)
+        if not any(part.requires_grad for part in slope):
+            raise NotAvailableError(
+                "`loss` must curve in the model's outputs for the Gauss-Newton matrix; got "
+                "one that is linear in them. Move the model's last function into the loss."
+            )
         curvature, pullback = Pullback(slope, [at]), Pullback([outputs], leaves)
         return lambda pieces: pullback(curvature(pushforward(pieces)))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -16,10 +18,12 @@ from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole, whole_seed
-from sharpness._results import NotAvailableError
+from sharpness._results import DerivativeDisagreesError, NotAvailableError
 from sharpness.risk import batches
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix
+from sharpness.risk.derivatives import Derivatives, Sample
+from sharpness.risk.kept_graph import KeptGraph
 from sharpness.risk.loss_terms import keyword
 from sharpness.risk.model_state import (
     batchnorm_layers,
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 BatchNorm = Literal["running", "batch", "recalibrated"]
 MATRICES: tuple[str, ...] = get_args(Matrix)
 _Computed = TypeVar("_Computed")
+_FEWEST_CHECKED = 32  # samples on which derivatives are compared with differences
 
 
 class EmpiricalRisk:
@@ -110,6 +115,12 @@ class EmpiricalRisk:
             they are; by default they are off while the risk computes, since they are on
             for convolutions on a GPU and leave 3 digits of 7.
         seed: of the targets that the sampled Fisher draws.
+        check: before the first gradient and the first product, compare the gradient with
+            f and a product with gradients, along one direction, on max(32, 1 %) of the
+            samples (batches that cannot be cut whole). Where products are not the
+            derivatives of right gradients, `engine="auto"` takes differences; a gradient
+            that is not f's, such as a straight-through one, is refused with both numbers;
+            products are NaN where f is not finite. False takes derivatives as they come.
 
     Raises:
         TypeError: both or neither of `loss` and `closure`, or data of another kind.
@@ -121,7 +132,9 @@ class EmpiricalRisk:
     Cost: building runs the model on a few samples; with a loss that is not PyTorch's own,
     or with `terms`, also once forwards over the data, unless a few samples show that
     batches must be whole. A gradient is one pass over the data, a Hessian-vector product
-    about two passes' worth of arithmetic.
+    about two passes' worth of arithmetic. The check costs about eleven gradients of its
+    sample; the first product one more forward pass, since nothing is claimed where f is
+    not finite. Neither counts as a product of a measure.
     """
 
     @torch.inference_mode(False)
@@ -142,6 +155,7 @@ class EmpiricalRisk:
         autocast: torch.dtype | None = None,
         tf32: bool = False,
         seed: int = 0,
+        check: bool = True,
     ) -> None:
         self._asked = asked_engine(engine)
         if isinstance(engine, Mapping) and chunk_size == "auto":
@@ -190,10 +204,13 @@ class EmpiricalRisk:
             "autocast": autocast,
             "tf32": tf32,
             "seed": seed,
+            "check": check,
         }
         self._classifies: bool | None = None  # found out when asked for
         self._products: dict[str, Products] = {}
         self._gradient: Tensor | None = None
+        self._value: float | None = None  # at theta, once it is known
+        self._derivatives = Derivatives() if check else None
         self._checked = False  # that no layer is computed again in a backward pass
         if batchnorm == "recalibrated":
             self._objective.fixed |= self._statistics(self._pieces(None))
@@ -312,7 +329,10 @@ class EmpiricalRisk:
                 parts = [part.detach().double() for part in self._mean.shares(leaves)]
             return float(torch.stack(parts).sum())
 
-        return self._fitting(evaluate)
+        value = self._fitting(evaluate)
+        if theta is None:
+            self._value = value
+        return value
 
     def gradient(
         self, theta: Tensor | None = None, *, freeze_batchnorm: bool = False
@@ -335,7 +355,13 @@ class EmpiricalRisk:
 
     @torch.inference_mode(False)
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
-        """The risk and its gradient (n,) at `theta`. Cost: one pass over the data."""
+        """The risk and its gradient (n,) at `theta`. Cost: one pass over the data.
+
+        Raises:
+            DerivativeDisagreesError: the gradient is not that of f (`check=False` in the
+                constructor gives it all the same).
+        """
+        self._require_gradient_of_f()
 
         def evaluate() -> tuple[float, Tensor]:
             leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
@@ -347,7 +373,10 @@ class EmpiricalRisk:
                     parts.append(share.detach().double())
             return float(torch.stack(parts).sum()), gradient
 
-        return self._fitting(evaluate)
+        value, gradient = self._fitting(evaluate)
+        if theta is None:
+            self._value = value
+        return value, gradient
 
     def hvp(self, v: Tensor) -> Tensor:
         """Hessian of f times `v`: (n,) -> (n,), or (b, n) -> (b, n), row by row.
@@ -383,6 +412,10 @@ class EmpiricalRisk:
             ValueError: the last dimension of `v` is not n; an unknown matrix; per-sample
                 gradients with `batchnorm="batch"`; targets to be sampled for a loss that
                 is no -log density.
+            DerivativeDisagreesError: a derivative that is not that of f, where
+                differences cannot take its place.
+
+        NaN where f is not finite.
 
         Cost: two gradients' worth of arithmetic a row, or less; once a gradient for the
         covariance, and a forward pass for the sampled targets.
@@ -392,7 +425,8 @@ class EmpiricalRisk:
                 f"`v` must have shape (n,) or (b, n) with n={self.n}; got {tuple(v.shape)}."
             )
         v = v.detach().to(device=self.device, dtype=self.dtype)
-
+        if not self._is_finite():
+            return torch.full_like(v, math.nan)
         product = self._fitting(lambda: self._products_of(matrix, 1)(v))
         if matrix != "gradient_covariance":
             return product
@@ -416,11 +450,17 @@ class EmpiricalRisk:
         Cost: that of `product`.
         """
         rows = v.detach().to(device=self.device, dtype=self.dtype)
-        found = self._fitting(lambda: self._products_of(matrix, 1).with_errors(rows))
+
+        def measured() -> tuple[Tensor, Tensor] | None:
+            finite = self._is_finite()
+            return self._products_of(matrix, 1).with_errors(rows) if finite else None
+
+        found = self._fitting(measured)
         if found is not None:
             return found
         products = self.product(v, matrix)
-        return products, rounding(products)
+        # The first product may have shown that differences are needed.
+        return self._fitting(measured) or (products, rounding(products))
 
     @torch.inference_mode(False)
     def block_products(
@@ -447,6 +487,8 @@ class EmpiricalRisk:
         position = {name: i for i, name in enumerate(self.names)}
         places = [[position[name] for name in block] for block in blocks]
         moved = [v.detach().to(device=self.device, dtype=self.dtype) for v in vectors]
+        if not self._is_finite():
+            return [torch.full_like(v, math.nan) for v in moved]
         return self._fitting(lambda: self._products_of(matrix, 1).of_blocks(places, moved))
 
     def subset(self, index: Sequence[int] | Tensor) -> EmpiricalRisk:
@@ -479,7 +521,15 @@ class EmpiricalRisk:
             )
         other = copy.copy(self)
         other._mean = self._mean.subset(places)
-        other._products, other._gradient = {}, None
+        other._forget()
+        return other
+
+    def unchecked(self) -> EmpiricalRisk:
+        """The same risk with `check=False`: its derivatives as they come."""
+        other = copy.copy(self)
+        other._forget()
+        other._derivatives = None
+        other._again = {**self._again, "check": False}
         return other
 
     def double(self) -> EmpiricalRisk:
@@ -496,7 +546,7 @@ class EmpiricalRisk:
         other._objective = self._objective.double()
         other.theta = other._objective.theta
         other._mean = self._mean.of(other._objective)
-        other._products, other._gradient = {}, None
+        other._forget()
         if other.batchnorm == "recalibrated":
             other._objective.fixed |= other._statistics(other._pieces(None))
         return other
@@ -630,6 +680,46 @@ class EmpiricalRisk:
 
     # -- inside ----------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        """What was computed of another risk."""
+        self._products, self._gradient, self._value = {}, None, None
+
+    def _sample(self, wide: bool) -> Sample:
+        """A few rows of it, in float64 if asked for; BatchNorm's statistics held."""
+        if wide and not self._mean.fits_in_float64():
+            raise MemoryError("A batch that is whole does not fit in float64.")
+        part = self.unchecked()
+        if part.batchnorm == "recalibrated":
+            part.batchnorm = "running"
+        part._mean = self._mean.sample(max(_FEWEST_CHECKED, self.num_samples // 100))
+        part = part.double() if wide else part
+
+        def product(theta: Tensor, v: Tensor) -> Tensor:
+            work = part._mean.of(part._objective.moved(theta)).work("hessian", 0)
+            return part._fitting(lambda: KeptGraph(work, 0)(v))
+
+        eps = max(torch.finfo(dtype).eps for dtype in part._objective.dtypes)
+        kind = type(self)  # a method that was replaced on this risk would evaluate this one
+        evaluate = partial(kind.value, part), partial(kind.value_and_gradient, part)
+        return Sample(part.theta, part.shapes, eps, *evaluate, product)
+
+    def _require_gradient_of_f(self) -> None:
+        if self._derivatives is not None:
+            slope = self._derivatives.gradient(self._sample)
+            if slope.disagrees:
+                self._note(f"gradient disagrees with f: a slope of {slope}")
+                raise DerivativeDisagreesError("model", f"a slope of {slope}")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _is_finite(self) -> bool:
+        """Whether f is, at theta; else nothing is claimed of its derivatives."""
+        if self._derivatives is None:
+            return True
+        return math.isfinite(self.value() if self._value is None else self._value)
+
     def _pieces(self, theta: Tensor | None) -> list[Tensor]:
         """`theta` as separate tensors, none of which shares a graph with another."""
         if theta is None:
@@ -674,10 +764,17 @@ class EmpiricalRisk:
                 f"`matrix` must be one of {', '.join(MATRICES)}; got {matrix!r}."
             )
         if matrix not in self._products:
+            self._require_gradient_of_f()
             self._products[matrix] = Products(self._task(matrix), num_products)
         return self._products[matrix]
 
     def _task(self, matrix: str) -> Task:
+        doubt = ""
+        if self._derivatives and matrix == "hessian" and self._asked != "differences":
+            product = self._derivatives.product(self._sample)
+            if product.disagrees:
+                doubt = f"a product of norm {product}"
+                self._note(f"second derivative disagrees with gradients: {doubt}")
         this = weakref.proxy(self)  # a cycle would hold the graphs until collected
         return Task(
             matrix=matrix,
@@ -688,6 +785,7 @@ class EmpiricalRisk:
             chunk_size=self.chunk_size,
             budget=self._mean.budget,
             asked=self._asked,
+            doubt=doubt,
             compiling_seldom_pays=is_recurrent(self.model) or convolves(self.model),
         )
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpness import _tensors
+from sharpness._results import NotAvailableError
 from sharpness.risk import loss_terms
 
 
@@ -52,6 +53,7 @@ class FisherTerms:
         return weight.to(targets.device)[targets * kept] * kept
 
 
+_ROUNDINGS = 100  # of a log-softmax, which sums over classes
 _IGNORED = -100  # no class, unlike what a loss may ignore
 
 
@@ -63,6 +65,28 @@ def loss_of_sampled(loss: Any) -> Any:
     if loss_terms.is_class_loss(loss):
         return partial(F.cross_entropy, reduction=reduction)
     return loss
+
+
+def loss_of_scores(loss: Any, outputs: Tensor) -> Any:
+    """The loss whose curvature in the outputs is meant: an NLL's lies in the log-softmax.
+
+    log-softmax leaves log-probabilities as they are, so cross-entropy of them is the same
+    function of theta, and J^T (diag p - p p^T) J the same with J of the scores before it.
+
+    Raises:
+        NotAvailableError: an NLL whose outputs are no log-probabilities.
+    """
+    if not loss_terms.is_any(loss, nn.NLLLoss, F.nll_loss):
+        return loss
+    apart = float(outputs.detach().double().logsumexp(1).abs().max())
+    if not apart <= _ROUNDINGS * torch.finfo(outputs.dtype).eps * outputs.shape[1]:
+        raise NotAvailableError(
+            "`model` must end in a log-softmax for an NLL's Gauss-Newton matrix; got "
+            f"outputs whose log-sum-exp reaches {apart:.3g}. Use matrix='hessian'."
+        )
+    names = ("weight", "ignore_index", "reduction")
+    settings = {name: loss_terms.keyword(loss, name) for name in names}
+    return partial(F.cross_entropy, **{k: v for k, v in settings.items() if v is not None})
 
 
 def sampled_targets(

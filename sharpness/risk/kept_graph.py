@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpness import _tensors
 from sharpness.risk.curvature import Linearise, Matvec, Pullback
 
 
@@ -51,7 +52,7 @@ class ChunkedSum:
 
     def split(self, v: Tensor) -> list[Tensor]:
         """(n,) or (b, n) as pieces in the leaves' shapes and types."""
-        pieces = _views(v, self.leaves)
+        pieces = map(_tensors.aligned, _views(v, self.leaves))
         return [p.to(x.dtype) for p, x in zip(pieces, self.leaves, strict=True)]
 
     def add(self, total: Tensor, product: Sequence[Tensor], chunk: int) -> None:

@@ -8,7 +8,7 @@ import random
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -202,6 +202,7 @@ def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
     `momentum=None` makes them plain averages over the batches.
     """
     before = [(m, m.training) for m in model.modules()]
+    methods = {m: {k: v for k, v in vars(m).items() if k == "train"} for m, _ in before}
     tracked = [
         (m, m.track_running_stats)
         for m in model.modules()
@@ -215,6 +216,7 @@ def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
     try:
         for module, _ in before:
             module.training = False
+            vars(module)["train"] = partial(_same, module)
         for module, _ in tracked:
             module.training, module.track_running_stats = True, False
         for module, _ in estimated:
@@ -227,6 +229,13 @@ def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
             module.track_running_stats = tracks
         for module, training in before:
             module.training = training
+            vars(module).pop("train", None)
+            vars(module).update(methods[module])
+
+
+def _same(module: nn.Module, mode: bool = True) -> nn.Module:
+    """In the place of `Module.train`, and so of `eval`: a closure may call them."""
+    return module
 
 
 @contextmanager

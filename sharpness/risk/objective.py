@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -53,6 +54,7 @@ class Objective:
         self.shapes = [p.shape for p in chosen]
         self.dtypes = [p.dtype for p in chosen]
         self.theta = _wide(_tensors.flatten(p.detach() for p in chosen)).to(self.device)
+        self._constant = self._padding_rows()
         self._autocast = autocast
         types = {p.dtype for p in model.parameters()} | ({autocast} if autocast else set())
         found = [torch.finfo(t).eps for t in types if t.is_floating_point]
@@ -101,8 +103,15 @@ class Objective:
 
     def pieces(self, theta: Tensor) -> list[Tensor]:
         """A flat vector (n,) as new tensors in the parameters' shapes and types."""
-        pieces = _tensors.split(theta.detach(), self.shapes)
+        theta = self._with_constants(theta.detach())
+        pieces = map(_tensors.aligned, _tensors.split(theta, self.shapes))
         return [p.detach().to(d) for p, d in zip(pieces, self.dtypes, strict=True)]
+
+    def moved(self, theta: Tensor) -> Objective:
+        """The same function, held at another theta (n,)."""
+        other = copy.copy(self)
+        other.theta = self._with_constants(theta)
+        return other
 
     def leaves(self, theta: Tensor) -> list[Tensor]:
         """The same, to be differentiated in."""
@@ -197,6 +206,23 @@ class Objective:
         state = {k: v.clone() if k in written else v for k, v in self.fixed.items()}
         return state, tree_map(copied if "batch" in written else lambda x: x, batch)
 
+    def _with_constants(self, theta: Tensor) -> Tensor:
+        """With an embedding's `padding_idx` row as it is: training does not move it."""
+        if self._constant is None:
+            return theta
+        return torch.where(self._constant, self.theta.to(theta), theta)
+
+    def _padding_rows(self) -> Tensor | None:
+        """(n,) True where theta is a row that no gradient reaches; None for nowhere."""
+        rows = list(_padding_rows(self.model, self.names))
+        if not rows:
+            return None
+        mask = torch.zeros_like(self.theta, dtype=torch.bool)
+        pieces = dict(zip(self.names, _tensors.split(mask, self.shapes), strict=True))
+        for name, row in rows:
+            pieces[name][row] = True
+        return mask
+
     @contextmanager
     def _precision(self) -> Iterator[None]:
         on = self._autocast is not None
@@ -244,6 +270,19 @@ class _Whole(nn.Module):
 def _in_float64(value: Any) -> Any:
     is_floating = isinstance(value, Tensor) and value.is_floating_point()
     return value.double() if is_floating else value
+
+
+def _padding_rows(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Weights of embeddings and the row that their gradient leaves out.
+
+    One that another layer uses too is moved by the gradient from there.
+    """
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            name, row = f"{path}.weight".removeprefix("."), module.padding_idx
+            if row is not None and name in names and uses[id(module.weight)] == 1:
+                yield name, row
 
 
 def _changed(state: Mapping[str, Any]) -> set[str]:

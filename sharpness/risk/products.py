@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpness._results import DerivativeDisagreesError
 from sharpness.risk.compiled import CompiledProduct, UnsuitableError
 from sharpness.risk.curvature import Linearise
 from sharpness.risk.differences import Differences
@@ -31,6 +32,7 @@ class Task:
     chunk_size: int | None
     budget: int
     asked: str  # an engine's name, or "auto"
+    doubt: str  # why exact products are not the derivatives of gradients, or empty
     compiling_seldom_pays: bool  # for this kind of network
 
 
@@ -43,12 +45,14 @@ class Products:
 
     Raises:
         ValueError: no second derivative, and another matrix than the Hessian.
+        DerivativeDisagreesError: exact products were asked for, and are wrong.
     """
 
     plan: Plan
 
     def __init__(self, task: Task, num_products: int) -> None:
-        self._task = task
+        self._task, self._tried = task, False
+        self._may_compile = task.asked == "auto"
         largest = max(task.work.batches, key=num_rows)
         self._rows = int(num_rows(largest))
         self._engine: KeptGraph | CompiledProduct | Differences
@@ -63,7 +67,11 @@ class Products:
             task.gradient(task.theta)  # fails likewise if the trouble is another
             self._use_differences(f"no second derivative: {_in_short(error)}")
             return
-        if task.asked == "compiled":
+        if task.doubt:
+            if task.asked != "auto":
+                raise DerivativeDisagreesError("engine", task.doubt)
+            self._use_differences(f"second derivative disagrees: {task.doubt}")
+        elif task.asked == "compiled":
             self._use_compiled("asked for")
         else:
             self._use_kept_graph("the default")
@@ -71,6 +79,29 @@ class Products:
 
     def __call__(self, v: Tensor) -> Tensor:
         """M v, or M times every row of v."""
+        (product,) = self._first_finite(lambda: [self._multiplied(v)])
+        return product
+
+    def of_blocks(self, blocks: Sequence[Block], vectors: Sequence[Tensor]) -> list[Tensor]:
+        """M_bb v_b for each diagonal block; of whole products where nothing is kept."""
+        return self._first_finite(lambda: self._multiplied_blocks(blocks, vectors))
+
+    def _first_finite(self, multiply: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """Products; the first ones by differences where the second derivative is NaN."""
+        products = multiply()
+        if not self._tried:
+            self._tried = True
+            if not _are_finite(products) and self._may_be_differences():
+                self._use_differences("the second derivative is not finite")
+                products = multiply()
+        return products
+
+    def _may_be_differences(self) -> bool:
+        task, exact = self._task, not isinstance(self._engine, Differences)
+        is_free = exact and task.asked == "auto" and task.matrix == "hessian"
+        return is_free and _are_finite([task.gradient(task.theta)])
+
+    def _multiplied(self, v: Tensor) -> Tensor:
         block = self.plan.directions_at_once
         if v.ndim == 1:
             return self._engine(v)
@@ -88,8 +119,9 @@ class Products:
         engine = self._engine
         return engine.with_error(rows) if isinstance(engine, Differences) else None
 
-    def of_blocks(self, blocks: Sequence[Block], vectors: Sequence[Tensor]) -> list[Tensor]:
-        """M_bb v_b for each diagonal block; of whole products where nothing is kept."""
+    def _multiplied_blocks(
+        self, blocks: Sequence[Block], vectors: Sequence[Tensor]
+    ) -> list[Tensor]:
         if isinstance(self._engine, KeptGraph):
             return self._engine.of_blocks(blocks, vectors)
         work, products = self._task.work, []
@@ -103,7 +135,7 @@ class Products:
     def expect(self, num_products: int) -> None:
         """Compile, if so many more products repay it."""
         task = self._task
-        if task.asked != "auto" or not isinstance(self._engine, KeptGraph):
+        if not self._may_compile or not isinstance(self._engine, KeptGraph):
             return
         held, leaves = self._chunk.held * len(task.work.batches), task.work.leaves
         device, seldom = task.theta.device.type, task.compiling_seldom_pays
@@ -127,7 +159,7 @@ class Products:
             raise
         except Exception as error:  # tracers and compilers fail in many ways
             self._use_kept_graph(f"compiling stepped aside: {_in_short(error)}")
-            self._task = replace(self._task, asked="kept_graph")  # and is not tried again
+            self._may_compile = False  # not tried again
             return
         self._engine = engine
         passing = self._chunk.peak - self._chunk.held
@@ -185,6 +217,10 @@ def rounding(products: Tensor) -> Tensor:
     """
     norms: Tensor = products.norm(dim=-1)
     return 8 * torch.finfo(products.dtype).eps * norms
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _in_short(error: Exception) -> str:
