@@ -5,9 +5,12 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, ClassVar, Self
+
+from sharpness._arguments import package
 
 _MOST_SHOWN = 8  # numbers on the line that `print` shows
 
@@ -209,6 +212,19 @@ class Result:
             return self
         raise NotConvergedError(self)
 
+    def save(self, path: str | Path) -> None:
+        """Keep it whole, eigenvectors and all, in a file for `sharpness.load_result`.
+
+        Plain tensors with JSON in their header (safetensors); written under another name
+        first, then renamed.
+
+        Args:
+            path: of the file, such as "pairs.safetensors"; replaced where there is one.
+        """
+        from sharpness import _saving
+
+        _saving.save(path, self)
+
     def readings(self) -> list[Reading]:
         """The numbers of this result, one a row of a table; the first bears the cost."""
         cost, matrix = str(self.cost), self.settings.get("matrix", "hessian")
@@ -245,9 +261,8 @@ class Result:
 
     def to_frame(self) -> Any:
         """A pandas data frame with a row for each of the `readings()`."""
-        import pandas as pd
-
-        return pd.DataFrame([asdict(reading) for reading in self.readings()])
+        columns = [field.name for field in fields(Reading)]
+        return package("pandas").DataFrame(map(asdict, self.readings()), columns=columns)
 
 
 def short(value: float) -> str:

@@ -1,25 +1,80 @@
-"""Results made from their plain values again, and kept in a file."""
+"""Results in files and out of them: plain tensors and JSON, nothing that is executed."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
+import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sharpness._results import Result, Status
+from sharpness._json import as_plain
+
+_FORMAT = "sharpness-result"
+
+
+def save(path: str | Path, value: Any) -> None:
+    """Write a result to a .safetensors file, its plain values as JSON in the header."""
+    arrays: dict[str, Tensor] = {}
+
+    def keep(array: Any) -> str:
+        name = str(len(arrays))
+        arrays[name] = torch.as_tensor(array).detach().cpu().clone().contiguous()
+        return name
+
+    facts = {"format": _FORMAT, "result": json.dumps(as_plain(value, keep))}
+    write(path, safetensors.torch.save(arrays, facts))
+
+
+def load(path: str | Path, base: Any) -> Any:
+    """The result in a file, of any class below `base` that is known to it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a result, or damaged.
+    """
+    try:
+        with safe_open(str(path), "pt") as file:
+            facts = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if facts.get("format") != _FORMAT:
+            raise ValueError("another file")
+        return restored(base, json.loads(facts["result"]), arrays)
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"`path` must be a file that a result's `save` wrote; got {path}. Model files "
+            "are for `python -m sharpness.measure`."
+        ) from None
+
+
+def write(path: str | Path, content: bytes) -> None:
+    """Write to a temporary name in the same folder, then rename: never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def restored(hint: Any, plain: Any, arrays: Mapping[str, Tensor] | None = None) -> Any:
     """What `as_plain` was given, of the type `hint`.
 
-    Of a result the class is named in `plain`, and must have been imported; arrays that
-    were left out are None.
+    A class that has `kinds` is looked up there by the name in `plain`; arrays that were
+    left out are None.
 
     Raises:
         KeyError, TypeError, ValueError: `plain` is none of this type.
@@ -43,16 +98,16 @@ def restored(hint: Any, plain: Any, arrays: Mapping[str, Tensor] | None = None) 
         if arrays is None:
             return torch.tensor(restored(list[float], plain), dtype=torch.float64)
         return arrays[plain] if origin is Tensor else arrays[plain].numpy()
-    if origin is Status:
-        return Status(plain)
+    if isinstance(origin, type) and issubclass(origin, Enum):
+        return origin(plain)
     if dataclasses.is_dataclass(origin):
         return _built(origin, plain, arrays)
     return plain
 
 
 def _built(cls: Any, plain: Any, arrays: Mapping[str, Tensor] | None) -> Any:
-    if issubclass(cls, Result):
-        cls = Result.kinds[plain["type"]]
+    if hasattr(cls, "kinds"):
+        cls = cls.kinds[plain["type"]]
     hints, facts = get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         if field.name in plain:

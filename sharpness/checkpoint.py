@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import pickletools
 import re
 import warnings
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sharpness._arguments import ensure
+from sharpness._saving import write
 
 FORMAT, SCHEMA = "sharpness-checkpoint", 1
 
@@ -49,18 +49,10 @@ FIELDS = ("state_dict", "network", "data", "training", "start")
 def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write to a temporary name in the same folder, then rename: never half a file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = {"format": FORMAT, "schema": SCHEMA, **asdict(checkpoint)}
     del facts["sha256"]
     written = _safetensors_content if path.suffix == ".safetensors" else _pt_content
-    content = written(path, facts)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write(path, written(path, facts))
 
 
 def remove_leftovers(path: str | Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,18 +50,29 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
 def read_records(path: str | Path) -> Records:
     """All records of a file; a line that was torn by a kill is left out.
 
+    So are records of another schema, with one warning.
+
     Raises:
         FileNotFoundError: there is no such file.
     """
-    records = Records()
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and "schema" in record:
-            records.append(record)
+    found = list(parsed(path))
+    records = Records(record for record in found if record["schema"] == SCHEMA)
+    if other := len(found) - len(records):
+        warnings.warn(
+            f"`{path}` holds {other} records that are not of schema {SCHEMA}, this "
+            "version's: left out. Measure again.",
+            stacklevel=2,
+        )
     return records
+
+
+def parsed(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a file whatever their schema, oldest first."""
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "schema" in record:
+                yield record
 
 
 @cache

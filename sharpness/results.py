@@ -1,10 +1,11 @@
 """The classes of results, for annotations; each stands beside its measure."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sharpness._results import Cost, Reading, Result, Status
-from sharpness._saving import restored
+from sharpness._saving import load, restored
 from sharpness.measures.audit import Audit
 from sharpness.measures.eigenvalues import HessianEigenpairs
 from sharpness.measures.epsilon import EpsilonSharpness, SubspaceSharpness
@@ -44,7 +45,20 @@ __all__ = [
     "Summary",
     "TrackedPoint",
     "WorstCaseSharpness",
+    "load_result",
 ]
+
+
+def load_result(path: str | Path) -> Any:
+    """A result that its `save` has kept, with every array, on the CPU.
+
+    Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not such a file, or damaged.
+    """
+    return load(path, Result)
 
 
 def readings_of(record: Mapping[str, Any]) -> list[Reading]:

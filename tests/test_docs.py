@@ -39,7 +39,7 @@ def test_the_quickstart_runs(capsys):
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"))
     out = capsys.readouterr().out
     assert "5 of 5 converged" in out
-    assert "phi(1e-3, full space) ≥" in out
+    assert "phi(1e-3) ≥" in out
 
 
 def test_commands_in_the_docs_are_understood():

@@ -71,7 +71,7 @@ class HessianEigenpairs(Result):
     eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n), rows orthonormal
     explicit_residual: float | None  # of the leading pair, by a product of its own
     lambda_max_upper: float | None  # at `confidence` (or .95); None with `which="SA"`
-    hidden: Intervals | None  # where a wanted value may hide; None without a confidence
+    hidden: Intervals | None = None  # where a value may hide; None without a confidence
     noise_floor: float  # rounding and asymmetry of the products, same unit
     engine: str | None  # that multiplied; None when interrupted before
 
@@ -97,8 +97,10 @@ class HessianEigenpairs(Result):
 
     def _rows(self) -> Iterable[Reading]:
         """Every eigenvalue: `lambda_max`, `lambda_2`, ..., `lambda_min`."""
-        num, confidence = len(self.eigenvalues), self.settings["confidence"]
-        lead = f"error bound, {self.num_converged} of {num} converged"
+        num, confidence = len(self.eigenvalues), self.settings.get("confidence")
+        lead = "error bound"
+        if num > 1:
+            lead += f", {self.num_converged} of {num} converged"
         if self.lambda_max_upper is not None:
             lead += f", below {self.lambda_max_upper:.4g} ({_percent(confidence)})"
         if self.settings["preconditioned"]:

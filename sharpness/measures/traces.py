@@ -69,14 +69,18 @@ class DiagonalEstimate(Result):
 
     values: Tensor = field(repr=False, compare=False)  # (n,) in theta's type
     standard_errors: Tensor = field(repr=False, compare=False)  # (n,)
+    norm: float  # ||values||
     relative_error: float  # ||standard errors|| / ||values||
     num_probes: int
 
     def _rows(self) -> Iterable[Reading]:
         """The norm of the diagonal, with that of its standard errors."""
-        norm = float(self.values.norm())
-        error, evidence = self.relative_error * norm, "norm of all standard errors"
-        yield Reading(name="diagonal_norm", value=norm, error=error, evidence=evidence)
+        yield Reading(
+            name="diagonal_norm",
+            value=self.norm,
+            error=self.relative_error * self.norm,
+            evidence="norm of all standard errors",
+        )
 
 
 def trace(
@@ -261,6 +265,7 @@ def diagonal(
             num = _next_look(num, ratio)
     return DiagonalEstimate(
         values=estimate.values,
+        norm=float(estimate.values.norm()),
         standard_errors=estimate.standard_errors(multiply.error),
         relative_error=estimate.relative_error(multiply.error),
         status=run.status,

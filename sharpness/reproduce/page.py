@@ -13,13 +13,14 @@ from itertools import groupby, product
 from pathlib import Path
 
 from sharpness import _command
-from sharpness.record import append_record, read_records
+from sharpness.record import append_record, parsed, read_records
 from sharpness.report.panels import draw
 from sharpness.reproduce.claims import Finding
 from sharpness.reproduce.paper import Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import ObservationStore
 from sharpness.reproduce.shown import by_study, finding_text, summary
+from sharpness.reproduce.upgrade import upgraded
 
 _BEGIN, _END = "<!-- {0}:begin -->", "<!-- {0}:end -->"
 MARKER = "reproductions"
@@ -114,9 +115,8 @@ def _draw_pictures(folder: Path, store: ObservationStore) -> None:
 def _merge(source: Path, target: Path) -> int:
     """Add the observations that are not there yet; how many."""
     there = ObservationStore(read_records(target) if target.exists() else ())
-    new = [
-        r for r in read_records(source) if r.get("digest") and not there.has(r["digest"])
-    ]
+    given = (record for record in parsed(source) if record.get("digest"))
+    new = [upgraded(record) for record in given if not there.has(record["digest"])]
     for record in new:
         append_record(target, record)
     target.with_name(target.name + ".lock").unlink(missing_ok=True)
