@@ -38,7 +38,7 @@ from sharpness.results import SpectralDensity
 TARGET = Path(__file__).with_name("coverage.json")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "concepts" / "coverage.md"
 N = 200
-MAX_HVPS = 300  # intervals that are still wide then count as well
+MAX_HVPS = 100  # intervals that are still wide then count as well
 INDEX = np.arange(1, N + 1.0)
 SPECTRA = {
     "equal": np.ones(N),
@@ -321,7 +321,7 @@ def relative_flatness(outputs: int, seed: int) -> bool:
 
 METHODS = {
     "hutch++": tuple(s for s in SPECTRA if s != "equal"),
-    "hutchinson": ("flat", "i^-1", "i^-2", "outliers", "one", "both signs", "trained"),
+    "hutchinson": ("flat", "i^-1", "outliers", "both signs"),
     "xtrace": tuple(s for s in SPECTRA if s != "equal"),
 }
 WIDE = ("equal", "i^-1", "outliers", "both signs", "normal", "trained")
@@ -348,7 +348,7 @@ CASES = (
             partial(trace, spectrum, method, torch.float32),
         )
         for method in METHODS
-        for spectrum in ("equal", "one", "i^-2")
+        for spectrum in ("equal", "i^-2")
     ),
     *(Case("Frobenius norm", s, partial(frobenius_norm, s)) for s in WIDE),
     *(Case("diagonal, entry by entry", s, partial(diagonal, s)) for s in WIDE),
