@@ -12,12 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sharpness import _command
 from sharpness._arguments import ensure
 from sharpness._json import as_plain, to_line
-from sharpness.measures.settings import (
-    DEFAULT_FAMILIES,
-    FAMILIES,
-    MeasurementSettings,
-    MeasureSettings,
-)
+from sharpness.measures.registry import DEFAULT_FAMILIES, FAMILIES
+from sharpness.measures.settings import MeasurementSettings, MeasureSettings
 from sharpness.record import append_record
 
 if TYPE_CHECKING:

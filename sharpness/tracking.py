@@ -27,7 +27,7 @@ from sharpness.measures.eigenvalues import (
 )
 from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
 from sharpness.measures.preconditioner import adam_preconditioner
-from sharpness.measures.settings import TRACKED
+from sharpness.measures.registry import TRACKED
 from sharpness.risk import batches
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.loss_terms import num_rows

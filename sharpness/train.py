@@ -20,7 +20,7 @@ from sharpness.lab.training import (
     Training,
     default_batch_sizes,
 )
-from sharpness.measures.settings import TRACKED
+from sharpness.measures.registry import TRACKED
 from sharpness.record import append_record, new_record, read_records
 
 if TYPE_CHECKING:

@@ -1,12 +1,14 @@
 """The names that help texts read without PyTorch are those of the tables."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
+import sharpness
 from sharpness import tracking
 from sharpness.lab import augment, data, named, networks, remedies
-from sharpness.measures import settings, summary
+from sharpness.measures import registry, summary
 from sharpness.record import Records
 
 
@@ -17,16 +19,22 @@ def test_the_names_of_the_lab_are_those_of_its_tables():
     assert set(data._PUBLISHED) == set(named.DATA) - {"mnist5k", "digits", "spoken-digits"}
 
 
-def test_the_families_of_measures_are_those_of_the_table():
-    families = {}
-    for name, measure in summary.MEASURES.items():
-        families.setdefault(measure.family, []).append(name)
-    assert families == {family: [*names] for family, names in settings.FAMILIES.items()}
-    assert set(settings.DEFAULT_FAMILIES) < set(settings.FAMILIES)
+def test_every_measure_of_a_summary_stands_in_the_registry():
+    of_families = [name for names in registry.FAMILIES.values() for name in names]
+    assert sorted(summary.RUNS) == sorted(of_families)
+    assert set(registry.DEFAULT_FAMILIES) < set(registry.FAMILIES)
+    assert set(registry.MEASURES) - set(of_families) < set(registry.TRACKED)
+
+
+def test_every_measure_names_a_public_function_and_stands_in_the_documents():
+    page = (Path(__file__).parents[1] / "docs/concepts/measures.md").read_text()
+    for name, about in registry.MEASURES.items():
+        assert callable(getattr(sharpness, about.function))
+        assert f"| `{name}` | `{about.function}` | {about.definition} |" in page
 
 
 def test_a_tracker_takes_the_measures_that_are_said_to_be_tracked():
-    assert tracking._selected(settings.TRACKED) == list(settings.TRACKED)
+    assert tracking._selected(registry.TRACKED) == list(registry.TRACKED)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,19 +16,13 @@ from torch.nn.functional import cross_entropy
 import sharpness as sh
 from sharpness._results import Reading, Result, number
 from sharpness._saving import restored
-from sharpness.measures.summary import (
-    DEFAULT_FAMILIES,
-    FAMILIES,
-    MEASURES,
-    MeasureSettings,
-    expected_seconds,
-    selected,
-)
+from sharpness.measures.registry import DEFAULT_FAMILIES, FAMILIES, MEASURES
+from sharpness.measures.summary import RUNS, MeasureSettings, expected_seconds, selected
 from sharpness.report.figures import readings_plot
 from sharpness.report.tables import readings_text
 from sharpness.risk.empirical import EmpiricalRisk
 
-RULED = [name for name in MEASURES if name.startswith(("worst", "average"))]
+RULED = [name for name in RUNS if name.startswith(("worst", "average"))]
 
 
 def samples(num: int = 40) -> tuple[Tensor, Tensor]:
@@ -249,11 +242,11 @@ def test_names_and_families_give_measures_in_the_order_of_the_list():
         "trace",
         "norms",
     ]
-    assert selected(FAMILIES) == list(MEASURES)
+    assert selected(FAMILIES) == list(RUNS)
     families = {MEASURES[name].family for name in selected(None)}
     assert families == {"curvature", "epsilon", "perturbation", "flatness", "norms"}
     assert set(DEFAULT_FAMILIES) == families
-    assert not set(FAMILIES) & set(MEASURES) - {"norms"}
+    assert not set(FAMILIES) & set(RUNS) - {"norms"}
 
 
 @pytest.mark.parametrize(
@@ -421,16 +414,16 @@ def test_a_point_far_from_a_minimum_is_noted(h, offset, told):
 def test_every_measure_is_expected_to_take_some_time_within_the_limit():
     risk = risk_of("classifier")
     found = expected_seconds(risk, MEASURES, MeasureSettings())
-    assert list(found) == list(MEASURES)
+    assert list(found) == list(RUNS)
     assert all(0 < seconds < math.inf for seconds in found.values())
     limited = expected_seconds(risk, MEASURES, MeasureSettings(max_seconds=1e-6))
     assert set(limited.values()) == {1e-6}
 
 
 def test_the_estimate_is_told_before_anything_is_measured(monkeypatch):
-    told, entry = [], MEASURES["norms"]
-    run = lambda *given: (told.append("norms"), entry.run(*given))[1]  # noqa: E731
-    monkeypatch.setitem(MEASURES, "norms", replace(entry, run=run))
+    told, (run, cost) = [], RUNS["norms"]
+    noted = lambda *given: (told.append("norms"), run(*given))[1]  # noqa: E731
+    monkeypatch.setitem(RUNS, "norms", (noted, cost))
     sh.summary(risk_of("classifier"), "norms", on_estimate=told.append)
     assert told[0] > 0
     assert told[1:] == ["norms"]
@@ -449,7 +442,7 @@ def test_more_work_is_expected_to_take_longer(names, more):
     risk = risk_of("classifier")
     for name in names:
         one, several = (
-            sum(vars(MEASURES[name].cost(risk, s)).values())
+            sum(vars(RUNS[name][1](risk, s)).values())
             for s in (MeasureSettings(), MeasureSettings(**more))
         )
         assert several > one > 0
@@ -458,7 +451,7 @@ def test_more_work_is_expected_to_take_longer(names, more):
 def test_what_is_expected_of_fixed_budgets_is_what_is_spent():
     risk, settings = risk_of("classifier"), MeasureSettings()
     for name in ("worst_l2", "worst_linf_elementwise", "average", "average_elementwise"):
-        cost = MEASURES[name].cost(risk, settings)
+        cost = RUNS[name][1](risk, settings)
         spent = sh.summary(risk, name)[name].num_evals
         assert max(cost.forwards, cost.gradients) == spent
 
@@ -496,7 +489,7 @@ def num_calls(*measures: str) -> int:
 
 
 @pytest.mark.parametrize("where", ["first", "middle"])
-@pytest.mark.parametrize("name", list(MEASURES)[1:])
+@pytest.mark.parametrize("name", list(RUNS)[1:])
 def test_an_interrupt_ends_the_list_with_what_there_is(name, where):
     settings = {"epsilon": (1e-3,), "shard_size": 20}
     before, both = num_calls("lambda_max"), num_calls("lambda_max", name)
@@ -524,7 +517,7 @@ def test_an_interrupt_in_the_first_of_several_radii_ends_them_all(name):
 
 def test_without_time_every_measure_says_so_and_can_still_be_shown(tmp_path):
     found = sh.summary(risk_of("classifier"), FAMILIES, max_seconds=0.0)
-    assert list(found.results) == list(MEASURES)
+    assert list(found.results) == list(RUNS)
     assert found.status == "max_seconds"
     for name, results in found.results.items():
         expected = ("completed",) if name == "norms" else ("max_seconds", "converged")
@@ -577,7 +570,7 @@ def test_json_holds_the_numbers_of_every_measure(name):
     text = everything().to_json()
     assert "\n" not in text
     found = json.loads(text, parse_constant=pytest.fail)
-    assert list(found["results"]) == list(MEASURES)
+    assert list(found["results"]) == list(RUNS)
     assert found["value"] == everything().value
     assert found["settings"]["shard_size"] == 20
     assert found["results"][name]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from sharpness._arguments import Checked, known, require, setting, whole
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnUpdate, criterion_for
-from sharpness.measures.settings import TRACKED
+from sharpness.measures.registry import TRACKED
 from sharpness.record import append_record, new_record
 from sharpness.tracking import SharpnessTracker
 

@@ -20,29 +20,6 @@ from sharpness._arguments import (
 
 _COUNT = partial(whole, least=1)
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "curvature": ("lambda_max", "trace"),
-    "epsilon": ("phi",),
-    "subspace": ("phi_subspace",),
-    "perturbation": (
-        *("worst_l2", "worst_linf", "worst_l2_elementwise", "worst_linf_elementwise"),
-        *("worst_l2_filterwise", "average", "average_elementwise"),
-    ),
-    "sharded": ("worst_l2_sharded",),
-    "logits": ("worst_normalised",),
-    "flatness": (
-        *("pac_bayes_sigma", "pac_bayes_sigma_magnitude"),
-        *("box_alpha", "box_alpha_magnitude", "relative_flatness"),
-    ),
-    "norms": ("norms",),
-    "spectrum": ("frobenius_norm", "density"),
-    "sampling": ("lambda_max_sampling",),
-}
-"""The measures of `summary`, by family."""
-DEFAULT_FAMILIES = ("curvature", "epsilon", "perturbation", "flatness", "norms")
-TRACKED = ("lambda_max", "lambda_max_preconditioned", "phi")
-"""The measures of a tracker."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureSettings(Checked):

@@ -28,8 +28,9 @@ from sharpness.measures.perturbation import (
     normal_draws,
     worst_case_sharpness,
 )
+from sharpness.measures.registry import DEFAULT_FAMILIES, FAMILIES, MEASURES
 from sharpness.measures.sampling import lambda_max_sampling
-from sharpness.measures.settings import DEFAULT_FAMILIES, FAMILIES, MeasureSettings
+from sharpness.measures.settings import MeasureSettings
 from sharpness.measures.spectrum import spectral_density
 from sharpness.measures.traces import frobenius_norm, trace
 from sharpness.risk.empirical import EmpiricalRisk
@@ -50,17 +51,9 @@ class Keywords(TypedDict, total=False):
     max_seconds: float | None
 
 
+# (risk, settings, what earlier measures left) -> a result, or several
 _Run = Callable[[EmpiricalRisk, MeasureSettings, dict[str, Any]], Any]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One entry of the list that `summary` works through."""
-
-    family: str
-    definition: str
-    run: _Run  # (risk, settings, what earlier measures left) -> result or results
-    cost: Callable[[EmpiricalRisk, MeasureSettings], Cost]
+_Expected = Callable[[EmpiricalRisk, MeasureSettings], Cost]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,11 +208,11 @@ def selected(measures: str | Sequence[str] | None) -> list[str]:
     asked = [measures] if isinstance(measures, str) else measures
     if asked is None:
         asked = DEFAULT_FAMILIES
-    some = ", ".join(list(MEASURES)[:4])
+    some = ", ".join(list(RUNS)[:4])
     contract = f"be of {', '.join(FAMILIES)} or single ones such as {some}"
     for name in asked or ["none"]:
-        known("measures", name, [*MEASURES, *FAMILIES], contract)
-    return [n for n, m in MEASURES.items() if n in asked or m.family in asked]
+        known("measures", name, [*RUNS, *FAMILIES], contract)
+    return [n for n in RUNS if n in asked or MEASURES[n].family in asked]
 
 
 def expected_seconds(
@@ -232,7 +225,7 @@ def expected_seconds(
     limit = math.inf if settings.max_seconds is None else settings.max_seconds
     found = {}
     for name in names:
-        cost = MEASURES[name].cost(risk, settings)
+        cost = RUNS[name][1](risk, settings)
         gradients = cost.gradients + 2.2 * cost.products
         found[name] = min(limit, cost.forwards * forward + gradients * gradient)
     return found
@@ -249,7 +242,7 @@ def _measured(
     name: str, risk: EmpiricalRisk, settings: MeasureSettings, left: dict[str, Any]
 ) -> list[Result]:
     try:
-        found = MEASURES[name].run(risk, settings, left)
+        found = RUNS[name][0](risk, settings, left)
     except NotAvailableError as error:
         return [Unavailable(name=name, note=str(error))]
     except KeyboardInterrupt:  # before the measure had anything to keep
@@ -410,140 +403,96 @@ def _radii(settings: MeasureSettings) -> int:
     return len(settings.rho or (0,))
 
 
-def _ascents(extra: float = 0.0) -> Callable[[EmpiricalRisk, MeasureSettings], Cost]:
+def _ascents(extra: float = 0.0) -> _Expected:
     return lambda risk, s: Cost(gradients=(21 + extra) * _radii(s))
 
 
-MEASURES: dict[str, Measure] = {
-    "lambda_max": Measure(
-        "curvature",
-        "largest eigenvalues of the Hessian",
+RUNS: dict[str, tuple[_Run, _Expected]] = {
+    "lambda_max": (
         _lambda_max,
         lambda risk, s: Cost(products=8 + 4 * s.k),
     ),
-    "trace": Measure(
-        "curvature",
-        "sum of the Hessian's eigenvalues",
+    "trace": (
         lambda risk, s, left: trace(risk, rtol=0.1, **_common(s)),
         lambda risk, s: Cost(products=40),
     ),
-    "phi": Measure(
-        "epsilon",
-        "largest rise of the loss in Keskar's box, in percent of 1 + f",
+    "phi": (
         _phi,
         lambda risk, s: Cost(gradients=34 * s.num_starts * len(s.epsilon)),
     ),
-    "phi_subspace": Measure(
-        "subspace",
-        "the same over random subspaces, mean of several draws",
+    "phi_subspace": (
         _phi_subspace,
         lambda risk, s: Cost(gradients=5 * 60 * len(s.epsilon)),
     ),
-    "worst_l2": Measure(
-        "perturbation",
-        "largest rise in a Euclidean ball (and after one SAM step)",
+    "worst_l2": (
         _worst("l2", None, 0.05),
         _ascents(),
     ),
-    "worst_linf": Measure(
-        "perturbation",
-        "largest rise in a cube",
+    "worst_linf": (
         _worst("linf", None, 5e-4),
         _ascents(),
     ),
-    "worst_l2_elementwise": Measure(
-        "perturbation",
-        "largest rise in a ball measured in |theta| (ASAM)",
+    "worst_l2_elementwise": (
         _worst("l2", "elementwise", 0.5),
         _ascents(),
     ),
-    "worst_linf_elementwise": Measure(
-        "perturbation",
-        "largest rise in a cube measured in |theta|",
+    "worst_linf_elementwise": (
         _worst("linf", "elementwise", 0.002),
         _ascents(),
     ),
-    "worst_l2_filterwise": Measure(
-        "perturbation",
-        "largest rise in a ball measured in filter norms",
+    "worst_l2_filterwise": (
         _worst("l2", "filterwise", 0.05),
         _ascents(),
     ),
-    "worst_l2_sharded": Measure(
-        "sharded",
-        "m-sharpness: the largest rise on each shard, mean over shards",
+    "worst_l2_sharded": (
         _sharded,
         _ascents(10),
     ),
-    "worst_normalised": Measure(
-        "logits",
-        "largest rise in |theta| with normalised logits",
+    "worst_normalised": (
         _normalised,
         _ascents(5),
     ),
-    "average": Measure(
-        "perturbation",
-        "mean rise under Gaussian noise",
+    "average": (
         _average(None, 0.01),
         lambda risk, s: Cost(forwards=40 * _radii(s)),
     ),
-    "average_elementwise": Measure(
-        "perturbation",
-        "mean rise under Gaussian noise in proportion to |theta|",
+    "average_elementwise": (
         _average("elementwise", 0.1),
         lambda risk, s: Cost(forwards=40 * _radii(s)),
     ),
-    "pac_bayes_sigma": Measure(
-        "flatness",
-        "noise that costs accuracy_drop of the accuracy",
+    "pac_bayes_sigma": (
         _sigma(False),
         lambda risk, s: Cost(forwards=130),
     ),
-    "pac_bayes_sigma_magnitude": Measure(
-        "flatness",
-        "the same in proportion to |theta|",
+    "pac_bayes_sigma_magnitude": (
         _sigma(True),
         lambda risk, s: Cost(forwards=130),
     ),
-    "box_alpha": Measure(
-        "flatness",
-        "box in which ascent costs accuracy_drop of the accuracy",
+    "box_alpha": (
         _box(False),
         lambda risk, s: Cost(forwards=90, gradients=90),
     ),
-    "box_alpha_magnitude": Measure(
-        "flatness",
-        "the same in proportion to |theta|",
+    "box_alpha_magnitude": (
         _box(True),
         lambda risk, s: Cost(forwards=90, gradients=90),
     ),
-    "relative_flatness": Measure(
-        "flatness",
-        "trace of a layer's Hessian weighted with its weights (Petzka)",
+    "relative_flatness": (
         lambda risk, s, left: relative_flatness(risk, **_common(s)),
         lambda risk, s: Cost(products=20 + 5 * sum(len(x) > 1 for x in risk.shapes)),
     ),
-    "norms": Measure(
-        "norms",
-        "norms of gradient and parameters, distance from the start, Fisher-Rao",
+    "norms": (
         lambda risk, s, left: norms(risk, start=left["start"]),
         lambda risk, s: Cost(gradients=1, products=1),
     ),
-    "frobenius_norm": Measure(
-        "spectrum",
-        "root of the sum of squared eigenvalues",
+    "frobenius_norm": (
         lambda risk, s, left: frobenius_norm(risk, **_common(s)),
         lambda risk, s: Cost(products=60),
     ),
-    "density": Measure(
-        "spectrum",
-        "spectral density of the Hessian, with its negative mass",
+    "density": (
         lambda risk, s, left: spectral_density(risk, **_common(s)),
         lambda risk, s: Cost(products=800),
     ),
-    "lambda_max_sampling": Measure(
-        "sampling",
-        "lambda_max of the distribution behind the samples",
+    "lambda_max_sampling": (
         _sampling,
         lambda risk, s: Cost(products=60),
     ),
