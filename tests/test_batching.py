@@ -191,6 +191,18 @@ def test_a_risk_says_where_f_depends_on_the_batches():
     assert "1 batch as given" in EmpiricalRisk(network(), root, (X, T)).notes[0]
 
 
+def test_a_dependence_that_only_the_curvature_has_is_seen():
+    # Where all errors are of one size, a root of a mean and its gradient are those of
+    # any part; its curvature couples all rows.
+    model = nn.Linear(4, 1).double()
+    with torch.no_grad():
+        model.weight.zero_(), model.bias.zero_()
+    t = T[:, :1].sign()
+    risk = EmpiricalRisk(model, root, (X, t), chunk_size=7)
+    assert risk.notes
+    assert_defined_by(risk, model, lambda call: root(call(X), t))
+
+
 def test_a_part_for_batchnorm_is_a_batch():
     model = nn.Sequential(nn.Linear(4, CLASSES), nn.BatchNorm1d(CLASSES)).double()
     settings = {"batchnorm": "batch", "batchnorm_batch": 25}
@@ -299,6 +311,19 @@ def test_a_layer_that_mixes_rows_sees_the_batches_as_given(loss):
         risk, model, lambda call: sum(len(t) * loss(call(x), t) for x, t in BATCHES) / 40
     )
     assert risk.notes == [DEPENDS + "2 batches as given (the forward pass couples rows)"]
+
+
+def test_rows_that_are_the_same_at_first_hide_no_layer_that_mixes_them():
+    x = torch.cat([torch.zeros(100, 4).double(), normal(generator(0), 10, 4)])
+    risk = EmpiricalRisk(Centred(), nn.MSELoss(), (x, normal(generator(1), 110, CLASSES)))
+    assert "couples rows" in risk.notes[0]
+
+
+def test_single_rows_have_nothing_to_depend_on():
+    model = network()
+    for data in ((X[:1], T[:1]), [(X[i : i + 1], T[i : i + 1]) for i in range(5)]):
+        risk = EmpiricalRisk(model, mean_square, data)
+        assert not risk.notes
 
 
 class Pair(nn.Module):

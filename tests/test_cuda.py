@@ -80,3 +80,17 @@ def test_chunks_that_do_not_fit_are_halved_and_give_the_same_mean():
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert risk.chunk_size < 32768
     assert_near(product, expected, FEW)
+
+
+def test_what_f_owes_to_the_batches_is_seen_there_too():
+    problem = tiny_mlp(dtype=torch.float32)
+    x, _ = problem.data
+    t = torch.sin(3 * problem.model(x).detach())
+    for loss, depends in (
+        (lambda o, t: ((o - t) ** 2).mean(), False),
+        (lambda o, t: ((o - t) ** 2).mean().sqrt(), True),
+        (lambda o, t: (torch.rand_like(o) * (o - t) ** 2).mean(), True),
+    ):
+        risk = sh.EmpiricalRisk(problem.model, loss, (x, t), device="cuda")
+        assert bool(risk.notes) == depends
+        assert risk.value() == risk.value()

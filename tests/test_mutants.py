@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import test_audit
 import test_augment
+import test_batching
 import test_blocks
 import test_certificate
 import test_compare
@@ -57,6 +58,7 @@ from sharpness.optimize import lbfgsb, line_search
 from sharpness.optimize.ball import Ball
 from sharpness.risk import (
     batches,
+    batching,
     checks,
     chunks,
     curvature,
@@ -785,6 +787,33 @@ def only_one_eigenpair_is_followed(patch):
 def images_turn_the_other_way(patch):
     original = augment._moved
     patch.setattr(augment, "_moved", lambda x, angles, shifts: original(x, -angles, shifts))
+
+
+# -- what f owes to the batches ----------------------------------------------------
+
+
+@seen_by(test_batching.test_a_risk_says_where_f_depends_on_the_batches)
+def every_loss_is_a_mean_over_rows(patch):
+    patch.setattr(batching, "reductions", lambda *_: frozenset({"mean"}))
+
+
+@seen_by(test_batching.test_a_dependence_that_only_the_curvature_has_is_seen)
+def only_values_and_gradients_are_compared(patch):
+    original = batching._responses
+    patch.setattr(batching, "_responses", lambda *args: (*original(*args)[:2], []))
+
+
+@seen_by(
+    test_batching.test_a_layer_that_mixes_rows_sees_the_batches_as_given,
+    test_batching.mean_square,
+)
+def no_layer_mixes_rows(patch):
+    patch.setattr(batching, "_are_apart", lambda *_: True)
+
+
+@seen_by(test_batching.test_random_draws_are_the_same_in_chunks_of_any_size, "loss")
+def draws_are_not_noticed(patch):
+    patch.setattr(batching, "random_states", lambda: ())
 
 
 # -- the line between two points ---------------------------------------------------

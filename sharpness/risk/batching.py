@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from sharpness.risk.model_state import random_states, seed_generators
 from sharpness.risk.objective import Objective, gradients
 
 Count = Callable[[Any], float]
-Seen = tuple[Any, Tensor, int]  # outputs, targets, rows before the seam where two meet
+Seen = tuple[Any, Tensor, Sequence[int]]  # outputs, targets, where inner batches begin
 Responses = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]  # of a loss to its outputs
 
 COUPLED = "the forward pass couples rows"
@@ -48,8 +49,11 @@ _ROUNDINGS = 1e3
 
 
 def few_rows(pairs: Sequence[batches.Pair], most: int) -> batches.Pair:
-    """The first rows; of several batches where the first are short."""
-    some = [batches.rows(pair, 0, most) for pair in pairs[:most]]
+    """Rows from all over the data, of the first batch's kind."""
+    alike = [p for p in pairs if batches.row_kind(p) == batches.row_kind(pairs[0])]
+    picked = [alike[i] for i in _spread(len(alike), most)]
+    each = math.ceil(most / len(picked))
+    some = [batches.taken(pair, _spread(len(pair[1]), each)) for pair in picked]
     return batches.rows(batches.joined(some)[0], 0, most)
 
 
@@ -113,7 +117,7 @@ def closure_dim(objective: Objective, batch: Any, count: Count | None) -> int | 
             total = length(batch, dim)
             if total < 2:
                 return 0
-            spread = torch.linspace(0, total - 1, min(total // 2 * 2, FEW)).long()
+            spread = _spread(total, min(total // 2 * 2, FEW))
             few, total = _cut(batch, total, spread, dim, lists=True), len(spread)
             parts = [few, *(_cut(few, total, i, dim, lists=True) for i in _halves(total))]
             weights = [float(count(p) if count else length(p, dim)) for p in parts]
@@ -149,58 +153,91 @@ def most_rows(outputs: Any, rows: int, budget: int) -> int:
     return max(FEW, int(budget / (2 * _HELD * max(1.0, each))))
 
 
-def wholes(
-    objective: Objective, pairs: Sequence[batches.Pair], rows: int | None, most: int
+def seen_whole(objective: Objective, pairs: Sequence[batches.Pair]) -> Iterator[Seen]:
+    """Outputs of every batch, run whole. Cost: the model on all data."""
+    leaves = objective.pieces(objective.theta)
+    yield from ((objective.outputs(leaves, pair), pair[1], []) for pair in pairs)
+
+
+def seen_in_chunks(
+    objective: Objective, pairs: Sequence[batches.Pair], rows: int, most: int
 ) -> Iterator[Seen]:
-    """Outputs of every batch, and of each joined with the one before where it can be.
+    """Outputs of all batches: small ones joined, each after a few rows of the one before.
 
     Args:
         objective: whose model is run.
         pairs: the batches.
-        rows: to run the model on at once; None where batches stay whole.
-        most: rows of a batch; larger ones come in parts.
+        rows: to run the model on at once.
+        most: rows to compare at once; larger batches come in parts.
 
     Cost: the model on all data.
     """
     leaves, before = objective.pieces(objective.theta), None
-    if rows is None:
-        yield from ((objective.outputs(leaves, pair), pair[1], 0) for pair in pairs)
-        return
-    for part in (part for pair in pairs for part in batches.cut(pair, most)):
-        cut = batches.cut(part, rows)
-        several = [objective.outputs(leaves, p) for p in cut]
-        outputs = _joined(several, [len(p[1]) for p in cut])
-        yield outputs, part[1], 0
-        if before is not None and batches.row_kind(before[1]) == batches.row_kind(part):
-            sizes = [len(before[1][1]), len(part[1])]
-            targets = torch.cat([before[1][1], part[1]])
-            yield _joined([before[0], outputs], sizes), targets, sizes[0]
-        before = outputs, part
+    for group in _groups(pairs, min(rows, most)):
+        ends = [0, *accumulate(len(pair[1]) for pair in group[:-1])]
+        for part in batches.cut(batches.joined(group)[0], most):
+            cut = batches.cut(part, rows)
+            outputs = _joined([objective.outputs(leaves, p) for p in cut], _sizes(cut))
+            seen = outputs, part[1]
+            if before is not None and batches.row_kind(before[1]) == batches.row_kind(part):
+                few = min(FEW, len(before[1][1]))
+                last = _last(before[0], len(before[1][1]), few), before[1][1][-few:]
+                seen = _joined([last, seen], [few, len(part[1])])
+                yield *seen, [few + end for end in ends]
+            else:
+                yield *seen, ends[1:]
+            before = outputs, part
+
+
+def _last(outputs: Any, total: int, few: int) -> Any:
+    return _cut(outputs, total, torch.arange(total - few, total))
+
+
+def _groups(pairs: Sequence[batches.Pair], most: int) -> Iterator[list[batches.Pair]]:
+    """Neighbours of one kind with so many rows together, or single ones."""
+    group: list[batches.Pair] = []
+    for pair in pairs:
+        rows = sum(_sizes([*group, pair]))
+        if group and (rows > most or batches.row_kind(pair) != batches.row_kind(group[0])):
+            yield group
+            group = []
+        group.append(pair)
+    yield group
+
+
+def _sizes(pairs: Sequence[batches.Pair]) -> list[int]:
+    return [len(pair[1]) for pair in pairs]
 
 
 def observed(objective: Objective, seen: Iterable[Seen], count: Count) -> str | None:
     """What the loss was seen to be on all of these, "mean" or "sum"; None where neither."""
-    found, last = _BOTH, None
-    for outputs, targets, seam in seen:
-        found &= reductions(objective, outputs, targets, count, seam)
+    found, last, terms = _BOTH, None, []
+    for outputs, targets, ends in seen:
+        terms.append(float(count(targets)))
+        found &= reductions(objective, outputs, targets, count, ends)
         if not found:
             return None
         last = outputs, targets
+    if all(number == 1 for number in terms):
+        return "mean"
     if found == _BOTH and last is not None:  # 0 and flat: targets of other rows may tell
         found = reductions(objective, last[0], last[1].roll(1, 0), count)
     return next(iter(found)) if len(found) == 1 else None
 
 
 def reductions(
-    objective: Objective, outputs: Any, targets: Tensor, count: Count, seam: int = 0
+    objective: Objective,
+    outputs: Any,
+    targets: Tensor,
+    count: Count,
+    ends: Sequence[int] = (),
 ) -> frozenset[str]:
-    """Which of "mean" and "sum" the loss was seen to be on the outputs of a batch.
+    """Which of "mean" and "sum" the loss was seen to be on some outputs.
 
-    Both where it is 0 and flat, and where there is nothing to cut. Its parts are the two
-    batches that meet at the seam; else halves by the size of the gradient, and two parts
-    at random.
+    Both where it is 0 and flat, and where there is nothing to cut. The parts are halves
+    by the size of the gradient, two parts at random, and the batches between the ends.
 
-    Cost: the loss and two derivatives two or three times.
+    Cost: the loss and two derivatives of it three times, once more where there are ends.
     """
     total = len(targets)
     if total < 2 or not float(count(targets)):
@@ -208,11 +245,10 @@ def reductions(
     along = _directions(outputs)
     whole = _responses(objective, outputs, targets, along)
     shuffled = torch.randperm(total, generator=_tensors.seeded(0))
-    if seam:
-        cuts = [torch.arange(total).tensor_split([seam])]
-    else:
-        third = max(total // 3, min(2, total // 2))
-        cuts = [_by_size(whole[1], shuffled), shuffled.tensor_split([third])]
+    third = max(total // 3, min(2, total // 2))
+    cuts = [_by_size(whole[1], shuffled), shuffled.tensor_split([third])]
+    if ends:
+        cuts.append(torch.arange(total).tensor_split(list(ends)))
     found = _BOTH
     for cut in cuts:
         try:
@@ -314,6 +350,11 @@ def _add_up(
 
 
 # -- cutting, joining, comparing ---------------------------------------------------------
+
+
+def _spread(total: int, most: int) -> Tensor:
+    """So many positions, or all, at equal distances."""
+    return torch.linspace(0, total - 1, min(total, most), dtype=torch.float64).long()
 
 
 def _halves(total: int) -> tuple[Tensor, Tensor]:

@@ -263,7 +263,8 @@ class ChunkedMean:
         self._check_fits(parts, "batchnorm_batch", int(self.budget / memory.SHARE))
         if known is None:
             with evaluation(self._objective.model, "batch"), torch.no_grad():
-                self._see_reduction(parts, None, 0)
+                seen = batching.seen_whole(self._objective, parts)
+                self._see_reduction(seen, parts[0])
         return parts
 
     def _of_pairs(self, terms: Count | None, chunk_size: int | str) -> Sequence[Any]:
@@ -301,23 +302,23 @@ class ChunkedMean:
 
     def _see_loss(self, few: Any, first: Any, chunk_size: int | str) -> None:
         """Whether a loss that is not PyTorch's own is a mean or a sum over rows."""
+        objective, given = self._objective, self.given
         if self.whole:
-            self._check_fits(self.given, "data", memory.free_bytes(self._objective.device))
-            self._see_reduction(self.given, None, 0)
+            self._check_fits(given, "data", memory.free_bytes(objective.device))
+            self._see_reduction(batching.seen_whole(objective, given), given[0])
             return
-        objective = self._objective
         outputs = objective.outputs(objective.pieces(objective.theta), few)
         if batching.reductions(objective, outputs, few[1], self._terms.count):
             self.chunk_size = self._chosen_chunk_size(first, chunk_size)
             most = batching.most_rows(outputs, len(few[1]), self.budget)
-            self._see_reduction(self.given, self.chunk_size, most)
+            seen = batching.seen_in_chunks(objective, given, self.chunk_size, most)
+            self._see_reduction(seen, few)
         else:
             self._set_reduction(None, few)
 
-    def _see_reduction(self, parts: Sequence[Any], rows: int | None, most: int) -> None:
-        seen = batching.wholes(self._objective, parts, rows, most)
+    def _see_reduction(self, seen: Iterator[batching.Seen], example: Any) -> None:
         reduction = batching.observed(self._objective, seen, self._terms.count)
-        self._set_reduction(reduction, parts[0])
+        self._set_reduction(reduction, example)
 
     def _set_reduction(self, reduction: str | None, pair: Any) -> None:
         objective = self._objective
