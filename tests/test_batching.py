@@ -406,6 +406,17 @@ def test_draws_that_cannot_be_repeated_are_refused():
     assert "\n" not in str(error.value)
 
 
+def test_a_model_that_changes_from_call_to_call_is_noted():
+    calls = []
+
+    def drift(x):
+        calls.append(1)
+        return 0.01 * len(calls)
+
+    risk = EmpiricalRisk(Noisy(drift), nn.MSELoss(), (X, T))
+    assert "the same rows twice give two values" in risk.notes[0]
+
+
 # -- broadcasts --------------------------------------------------------------------------
 
 STRETCHED = {

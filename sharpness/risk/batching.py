@@ -66,7 +66,8 @@ def why_whole(objective: Objective, few: batches.Pair, first: batches.Pair) -> s
         first: a whole batch, for errors that have nothing to do with parts.
 
     Raises:
-        NondeterministicRiskError: the same rows twice give two values.
+        NondeterministicRiskError: the model draws from a generator of its own, so that
+            the same rows twice give two values.
 
     Cost: the model four times on a few rows.
     """
@@ -82,10 +83,27 @@ def why_whole(objective: Objective, few: batches.Pair, first: batches.Pair) -> s
         objective.reduced(leaves, first)  # fails likewise if the trouble is another
         return UNCUT
     if not _near(values[1:], values[:1], objective.eps):
-        raise NondeterministicRiskError(*(float(value.sum()) for value in values))
+        with _WatchForDraws() as watch:
+            objective.reduced(leaves, few)
+        if watch.drawn:
+            raise NondeterministicRiskError(*(float(value.sum()) for value in values))
+        return "the same rows twice give two values"
     if drawn:
         return "random numbers are drawn"
     return "" if apart else COUPLED
+
+
+class _WatchForDraws(TorchFunctionMode):
+    """Looks for random numbers from a generator that is handed in."""
+
+    drawn = False
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.drawn |= isinstance(kwargs.get("generator"), torch.Generator)
+        return function(*args, **kwargs)
 
 
 def sample_dim(objective: Objective, inputs: Any) -> int:

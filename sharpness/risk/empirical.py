@@ -127,7 +127,7 @@ class EmpiricalRisk:
         ValueError: empty data, no parameters, an unknown `batchnorm` or `engine`, a
             `chunk_size` with `batchnorm="batch"`, a BatchNorm part or a batch that has to
             be whole beyond the memory, outputs and targets that would be broadcast.
-        NondeterministicRiskError: the same samples twice give two values.
+        NondeterministicRiskError: the model draws from a generator of its own.
 
     Cost: building runs the model on a few samples; with a loss that is not PyTorch's own,
     or with `terms`, also once forwards over the data, unless a few samples show that
