@@ -11,10 +11,10 @@ import torch
 
 from sharpness.lab import data, named, networks
 from sharpness.report.panels import draw
-from sharpness.reproduce import runner, serialisation
+from sharpness.reproduce import PAPER_NAMES, PRESETS, runner, serialisation
 from sharpness.reproduce.claims import Verdict
 from sharpness.reproduce.observations import InterpolationRun, TrackingRun
-from sharpness.reproduce.paper import PRESETS, finding, paper_numbers
+from sharpness.reproduce.paper import finding, paper_numbers
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import ObservationStore
 
@@ -1038,3 +1038,7 @@ def test_figure_3_shows_the_papers_curve_behind_ours():
     labels = [curve.label for curve in panels[0].curves]
     assert labels == ["ours, train", "paper, train", "ours, test", "paper, test"]
     assert [curve.faint for curve in panels[0].curves] == [False, True, False, True]
+
+
+def test_the_names_that_the_help_lists_are_those_of_the_papers():
+    assert tuple(PAPERS) == PAPER_NAMES

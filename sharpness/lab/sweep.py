@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -88,9 +88,7 @@ class ExecutionSettings(Checked):
 
     def side_by_side(self, num_runs: int) -> tuple[int, int]:
         """(runs at once, threads of each) for so many runs."""
-        cores = os.cpu_count() or 1
-        jobs = self.jobs or (min(cores, num_runs) if self.device == "cpu" else 1) or 1
-        return jobs, max(1, cores // jobs)
+        return side_by_side(self.jobs, self.device, num_runs)
 
 
 def sweep(
@@ -134,8 +132,7 @@ def sweep(
             following=following,
             levels=levels,
         )
-        joblib = package("joblib")
-        for outcomes in pool(jobs)(joblib.delayed(worker)(unit) for unit in units):
+        for outcomes in pool(jobs, worker, ((unit,) for unit in units)):
             yield from outcomes
 
 
@@ -232,11 +229,22 @@ def _loaded(name: str, data_dir: str | None, device: str) -> Dataset:
     return data.load(name, data_dir=data_dir, device=device)
 
 
-def pool(jobs: int) -> Any:
-    """Processes that yield what they return as it comes, and end with this one."""
+def side_by_side(jobs: int | None, device: str, num: int) -> tuple[int, int]:
+    """(at once, threads of each) for `num` things to do; the cores are shared.
+
+    Without `jobs`: one a core on a CPU, no more than there are; one on a GPU.
+    """
+    cores = os.cpu_count() or 1
+    jobs = jobs or (min(cores, num) if device == "cpu" else 1) or 1
+    return jobs, max(1, cores // jobs)
+
+
+def pool(jobs: int, work: Callable[..., Any], units: Iterable[tuple[Any, ...]]) -> Any:
+    """`work(*unit)` of each unit as it comes, in processes that end with this one."""
+    joblib = package("joblib")
     several = {"initializer": _end_with, "initargs": (os.getpid(),)} if jobs > 1 else {}
-    parallel = package("joblib").Parallel
-    return parallel(n_jobs=jobs, return_as="generator_unordered", **several)
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", **several)
+    return parallel(joblib.delayed(work)(*unit) for unit in units)
 
 
 def _end_with(parent: int) -> None:

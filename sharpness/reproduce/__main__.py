@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sharpness import _command
-from sharpness.report import tables
-from sharpness.report.panels import draw
-from sharpness.reproduce.claims import Finding
-from sharpness.reproduce.observations import Observation
-from sharpness.reproduce.paper import PRESETS, Item, Paper, Study, finding
-from sharpness.reproduce.papers import PAPERS
-from sharpness.reproduce.runner import Costs, ObservationStore, Runner
-from sharpness.reproduce.shown import plain, print_finding, print_verdicts
+from sharpness.reproduce import PAPER_NAMES, PRESETS
+
+if TYPE_CHECKING:
+    from sharpness.reproduce.claims import Finding
+    from sharpness.reproduce.observations import Observation
+    from sharpness.reproduce.paper import Item, Paper, Study
+    from sharpness.reproduce.runner import Runner
 
 _ADVICE = (
     "p: one-sided paired t test over starting points, then sign flips, 2^-n at best; for "
@@ -36,7 +35,7 @@ def _parser() -> _command.Parser:
         "again: an interrupted run carries on.",
     )
     add = parser.add_argument
-    add("paper", choices=sorted(PAPERS), help="which paper")
+    add("paper", choices=sorted(PAPER_NAMES), help="which paper")
     add("item", nargs="*", help="tables or figures (default: all; --list names them)")
     add("--preset", choices=PRESETS, default="quick", help="size of the job")
     add(
@@ -60,9 +59,14 @@ def _parser() -> _command.Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    paper = PAPERS[options.paper]
 
     def command() -> int:
+        from sharpness.report import tables
+        from sharpness.reproduce.papers import PAPERS
+        from sharpness.reproduce.runner import Runner
+        from sharpness.reproduce.shown import print_verdicts
+
+        paper = PAPERS[options.paper]
         if options.list:
             return _list(paper)
         if options.jobs is not None and options.jobs < 1:
@@ -91,6 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _list(paper: Paper) -> int:
+    from sharpness.report import tables
+    from sharpness.reproduce.shown import plain
+
     out = tables.console()
     out.print(paper.citation)
     items = [("", item.name, item.title) for item in paper.items]
@@ -134,6 +141,12 @@ def _items(paper: Paper, names: Sequence[str], study: Study) -> list[Item]:
 def _reproduced(
     paper: Paper, items: Sequence[Item], study: Study, runner: Runner, only_plan: bool
 ) -> list[Finding]:
+    from sharpness.report import tables
+    from sharpness.report.panels import draw
+    from sharpness.reproduce.paper import finding
+    from sharpness.reproduce.runner import ObservationStore
+    from sharpness.reproduce.shown import print_finding
+
     out, findings = tables.console(), []
     wanted = [o for item in items for o in item.observations(study)]
     out.print(_plan(study, items, runner, wanted))
@@ -153,8 +166,12 @@ def _plan(
     study: Study, items: Sequence[Item], runner: Runner, wanted: Sequence[Observation]
 ) -> str:
     """What is tried on what, what remains to be done, and how long it may take."""
+    from sharpness.lab.sweep import side_by_side
+    from sharpness.reproduce.runner import Costs
+
     stages, missing = runner.lacking(wanted)
-    jobs = runner.jobs or (1 if runner.device != "cpu" else os.cpu_count() or 1)
+    num = sum(map(len, stages)) + len(missing)
+    jobs, _ = side_by_side(runner.jobs, runner.device, num)
     minutes = Costs(runner.bench).of_all(stages, missing) / jobs / 60
     time = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
     lines = (

@@ -7,15 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from sharpness.report.panels import Panel
+from sharpness.reproduce import Preset
 from sharpness.reproduce.claims import Check, Finding
 from sharpness.reproduce.observations import Observation
 from sharpness.reproduce.runner import ObservationStore
-
-Preset = Literal["quick", "reduced", "full"]
-PRESETS: tuple[Preset, ...] = ("quick", "reduced", "full")
 
 
 @dataclass(frozen=True, kw_only=True)

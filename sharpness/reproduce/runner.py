@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import timeit
 import warnings
@@ -12,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import joblib
 import torch
 
 from sharpness import _progress
@@ -21,7 +19,7 @@ from sharpness.lab import data, networks
 from sharpness.lab.data import Dataset
 from sharpness.lab.named import parsed
 from sharpness.lab.run import criterion_for
-from sharpness.lab.sweep import pool
+from sharpness.lab.sweep import pool, side_by_side
 from sharpness.record import append_record, new_record, read_records
 from sharpness.reproduce.model_spec import Bench, ModelSpec, in_order
 from sharpness.reproduce.observations import Observation
@@ -149,11 +147,9 @@ class Runner:
             return _recorded(self.bench, observation)
 
     def _each(self, work: Any, units: Sequence[Any]) -> Iterator[Any]:
-        cores = os.cpu_count() or 1
-        jobs = self.jobs or (cores if self.device == "cpu" else 1)
-        jobs = max(1, min(jobs, len(units)))
-        threads = max(1, cores // jobs)
-        yield from pool(jobs)(joblib.delayed(work)(self.bench, threads, u) for u in units)
+        asked = self.jobs and min(self.jobs, len(units))
+        jobs, threads = side_by_side(asked, self.device, len(units))
+        yield from pool(jobs, work, ((self.bench, threads, unit) for unit in units))
 
 
 def _train(bench: Bench, threads: int, run: list[ModelSpec]) -> list[ModelSpec]:
