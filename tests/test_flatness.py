@@ -75,8 +75,10 @@ def test_sigma_is_the_standard_deviation_of_the_normal_distribution(margin, drop
     found = sh.pac_bayes_sigma(alike(margin), accuracy_drop=drop)
     sigma = margin / (math.sqrt(2) * stats.norm.isf(drop))
     assert (found.status, found.accuracy) == ("converged", 1.0)
-    assert 0 < found.standard_error < 0.05 * sigma
-    assert abs(found.value - sigma) <= 4 * found.standard_error + 0.01 * sigma
+    low, high = found.interval
+    assert low < found.value < high < 1.3 * low
+    assert low * 0.95 < sigma < high * 1.05
+    assert found.readings()[0].error == pytest.approx((high - low) / 2)
     low, high = found.bracket
     assert low < found.value < high <= low * 1.02
     assert found.flatness_measure == pytest.approx(found.value**-2)
@@ -98,34 +100,84 @@ def test_noise_is_scaled_by_each_weight_with_a_floor(size, lower, magnitude_awar
         return float(lost.mean()) - 0.1
 
     sigma = math.exp(brentq(excess, -20, 20, xtol=1e-12))
-    assert abs(found.value - sigma) <= 4 * found.standard_error + 5e-3 * sigma
-    assert found.standard_error < 0.05 * sigma
+    low, high = found.interval
+    assert low * 0.95 < sigma < high * 1.05
+    assert low < found.value < high < 1.3 * low
     assert found.name == f"pac_bayes_sigma{'_magnitude' if magnitude_aware else ''}"
 
 
 @pytest.mark.parametrize("power", [-12, -6, 3, 12])
 def test_sigma_scales_with_the_weights(power):
     plain, scaled = (
-        sh.pac_bayes_sigma(alike(margin, 50), num_draws=3)
+        sh.pac_bayes_sigma(alike(margin, 50), num_draws=6)
         for margin in (1.1, 1.1 * 4.0**power)
     )
     assert scaled.status == "converged"
     assert scaled.value == plain.value * 4.0**power
-    assert scaled.standard_error == pytest.approx(plain.standard_error * 4.0**power)
+    moved = tuple(end * 4.0**power for end in plain.interval)
+    assert scaled.interval == pytest.approx(moved, rel=0.1)  # other sigmas are looked at
+    assert 0 < scaled.interval[0] < scaled.interval[1] < math.inf
+
+
+def linear_classifier(num_features: int) -> tuple[sh.EmpiricalRisk, float]:
+    """One output whose sign is the class, and the sigma at which 10 % are lost."""
+    x = normal(generator(3), 400, num_features)
+    theta = torch.ones(num_features, dtype=torch.float64)
+
+    class Signed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(theta.clone())
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            margin = inputs @ self.theta
+            return torch.stack([-margin, margin], 1)
+
+    distance = ((x @ theta).abs() / x.norm(dim=1)).numpy()
+
+    def excess(log_sigma: float) -> float:
+        return stats.norm.cdf(-distance / math.exp(log_sigma)).mean() - 0.1
+
+    risk = sh.EmpiricalRisk(Signed(), CE, (x, (x @ theta > 0).long()))
+    return risk, math.exp(brentq(excess, -20, 20))
 
 
 @pytest.mark.slow
-def test_the_jackknife_error_is_the_spread_over_seeds():
-    sigma = partial(sh.pac_bayes_sigma, alike(1.0, 60), num_draws=5)
-    found = [sigma(seed=seed) for seed in range(40)]
+@pytest.mark.parametrize("num_features", [2, 3, 40])
+def test_the_interval_of_sigma_covers_as_often_as_it_says(num_features):
+    risk, sigma = linear_classifier(num_features)
+    found = [sh.pac_bayes_sigma(risk, seed=seed) for seed in range(60)]
     assert all(f.status == "converged" for f in found)
-    assert [f.settings["seed"] for f in found if f.standard_error is None] == []
-    spread = np.var([f.value for f in found], ddof=1)
-    stated = np.mean([f.standard_error**2 for f in found])
-    low, high = stats.f.ppf([1e-3, 1 - 1e-3], 39, 40 * 4)
-    assert low < spread / stated < high
-    again = dataclasses.replace(sigma(seed=7), cost=found[7].cost)
-    assert again == found[7] != found[8]
+    hits = sum(f.interval[0] <= sigma <= f.interval[1] for f in found)
+    assert hits >= stats.binom.ppf(1e-3, 60, 0.95)
+    again = sh.pac_bayes_sigma(risk, seed=7)
+    assert dataclasses.replace(again, cost=found[7].cost) == found[7] != found[8]
+
+
+def one_margin() -> sh.EmpiricalRisk:
+    """A single weight that all samples hang on: noise costs nothing or everything."""
+    model = nn.Linear(1, 2, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0], [1.0]]))
+    model.weight.requires_grad_(True)
+    x = torch.ones(5, 1, dtype=torch.float64)
+    return sh.EmpiricalRisk(model, CE, (x, torch.ones(5, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_few_draws_bear_the_drop_the_interval_has_no_lower_end(seed):
+    found = sh.pac_bayes_sigma(one_margin(), seed=seed)
+    assert found.status == "converged"
+    assert found.interval[0] == 0
+    assert found.interval[1] > found.value
+    assert found.readings()[0].error is None
+    assert "95 %: 0 to" in str(found)
+
+
+def test_two_draws_have_no_interval():
+    found = sh.pac_bayes_sigma(alike(1.0, 50), num_draws=2)
+    assert found.interval == (0, math.inf)
+    json.loads(to_line({"found": found}))
 
 
 # -- the box that accuracy survives -------------------------------------------------
@@ -195,7 +247,7 @@ def test_accuracy_that_cannot_fall_is_not_reached(
     found = measure(build(), magnitude_aware=magnitude_aware)
     assert (found.status, found.accuracy) == ("not_reached", accuracy)
     assert math.isnan(found.value)
-    assert found.standard_error is None
+    assert found.interval in (None, (0, math.inf))
     assert found.bracket[1] == math.inf
     assert "not_reached" in str(found)
     with pytest.raises(sh.NotConvergedError, match="above chance"):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.intervals import mean_ends
 from helpers.maximum import ball_maximum, dense_quadratic, reference
 from helpers.problems import ONE_SAMPLE, Point, mlp_data, mlp_risk
 from scipy import stats
@@ -120,6 +121,7 @@ def test_each_pair_of_draws_on_a_quadratic_rises_by_its_square_form(adaptive):
     rises = 0.3**2 / 2 * np.einsum("ki,ij,kj->k", z, h, z)
     assert found.value == pytest.approx(rises.mean(), rel=1e-9)
     assert found.standard_error == pytest.approx(rises.std(ddof=1) / 7**0.5, rel=1e-9)
+    assert found.interval == pytest.approx(mean_ends(rises, 0.95), rel=1e-9)
     assert (found.num_draws, found.num_evals, found.status) == (7, 14, "completed")
 
 
@@ -511,7 +513,11 @@ def test_names_and_readings_say_what_was_measured():
     assert read[0] == ("worst_linf_elementwise(1e-3)", worst.value, None, "≥")
     assert read[1] == ("sam_linf_elementwise(1e-3)", worst.sam_value, None, "≥")
     (mean,) = average.readings()
-    assert (mean.value, mean.error) == (average.value, average.standard_error)
+    low, high = average.interval
+    assert low < average.value < high
+    assert (mean.value, mean.error) == (average.value, (high - low) / 2)
+    assert f"95 %: {low:.4g} to {high:.4g}" in str(average)
+    assert "unknown" in str(sh.average_case_sharpness(risk, 0.05, num_draws=2))
     assert (mean.name, mean.bound) == ("average(0.05)", "")
     assert shards.readings()[0].error == shards.standard_error > 0
     for found in (worst, average, shards):

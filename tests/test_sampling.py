@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.intervals import mean_ends
 from helpers.problems import ONE_SAMPLE, Point, mlp_hessian, mlp_risk
 from scipy import stats
 from torch import Tensor, nn
@@ -219,12 +220,12 @@ def test_every_number_of_a_linear_regression_is_the_one_by_hand(num_folds, confi
     crossed, plain = by_hand(x, np.array_split(order, num_folds))
     root = math.sqrt(num_folds)
     errors = crossed.std(ddof=1) / root, plain.std(ddof=1) / root
-    t = stats.t.ppf((1 + confidence) / 2, num_folds - 1)
     assert found.plug_in == pytest.approx(top_of(x), rel=1e-9)
     assert found.cross_fitted == pytest.approx(crossed.mean(), rel=1e-6)
     assert found.cross_fitted_standard_error == pytest.approx(errors[0], rel=1e-4)
     assert found.plug_in_standard_error == pytest.approx(errors[1], rel=1e-4)
-    low, high = crossed.mean() - t * errors[0], top_of(x) + t * errors[1]
+    low, above = mean_ends(crossed, confidence)[0], mean_ends(plain, confidence)[1]
+    high = top_of(x) + above - plain.mean()
     assert found.interval == pytest.approx((low, high), rel=1e-5)
     assert found.relative_width == pytest.approx((high - low) / (high + low), rel=1e-4)
     assert (found.num_folds, found.settings["confidence"]) == (num_folds, confidence)
@@ -334,9 +335,7 @@ def test_an_interrupt_between_folds_gives_what_the_done_ones_tell_r32(monkeypatc
     assert found.num_folds == 6
     crossed = np.array(done)[:, 0]
     assert found.cross_fitted == pytest.approx(crossed.mean(), rel=1e-12)
-    error = crossed.std(ddof=1) / math.sqrt(6)
-    t = stats.t.ppf(0.975, 5)
-    assert found.interval[0] == pytest.approx(crossed.mean() - t * error, rel=1e-9)
+    assert found.interval[0] == pytest.approx(mean_ends(crossed, 0.95)[0], rel=1e-9)
     with pytest.raises(sh.NotConvergedError, match="Interrupted"):
         found.raise_for_status()
 

@@ -3,11 +3,13 @@ import re
 
 import numpy as np
 import pytest
+from helpers.intervals import mean_ends
 from scipy import stats
 
 from sharpness.statistics import (
     compare_readings,
     mean_and_sd,
+    mean_interval,
     mean_sd,
     paired_t,
     sign_flip,
@@ -125,3 +127,42 @@ def test_readings_are_compared_by_the_same_tests_on_logarithms():
     assert row.sign_flip_p == pytest.approx(every_pattern(moved)) == 1 / 8
     assert (row.num_pairs, row.num_larger, row.num_smaller) == (3, 3, 0)
     assert (row.first, row.second) == (mean_and_sd(first), mean_and_sd(second))
+
+
+# -- the interval of a mean ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("power", [1, 2, 4])
+@pytest.mark.parametrize("num", [3, 5, 20])
+def test_each_end_of_a_mean_is_the_wider_of_two(num, power, confidence):
+    for seed in range(20):
+        x = np.random.default_rng(seed).normal(size=num) ** power * (-1) ** seed
+        expected = mean_ends(x, confidence)
+        assert mean_interval(x, confidence) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_interval_of_a_mean_moves_and_scales_with_it():
+    x = np.random.default_rng(0).exponential(size=9)
+    low, high = mean_interval(x)
+    assert mean_interval(3 + 2 * x) == pytest.approx((3 + 2 * low, 3 + 2 * high))
+    assert mean_interval(-x) == pytest.approx((-high, -low))
+    assert low < x.mean() < high
+    assert high - x.mean() > x.mean() - low  # lopsided as the draws are
+
+
+@pytest.mark.parametrize("x", [[], [1.0], [1.0, 2.0], [1.0, 2.0, math.nan]])
+def test_a_mean_without_three_finite_values_has_no_interval(x):
+    assert all(math.isnan(end) for end in mean_interval(x))
+
+
+def test_equal_values_leave_no_doubt_of_their_mean():
+    assert mean_interval([2.5] * 4) == (2.5, 2.5)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("num", [10, 20])
+def test_the_mean_of_normal_numbers_and_of_their_squares_is_covered(num, power):
+    x = np.random.default_rng(num).normal(size=(1500, num)) ** power
+    hits = sum(low <= power - 1 <= high for low, high in map(mean_interval, x))
+    assert hits >= 1500 * 0.93 - 3 * math.sqrt(1500 * 0.93 * 0.07)

@@ -20,8 +20,12 @@ from sharpness.measures.perturbation import mean_and_error, normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.statistics import mean_interval
 
 _MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all
+_MOST_FOR_THE_ENDS = 8  # sigmas looked at for the ends of the interval alone
+_CLEAR = 1.5  # factor between the sigmas beside an end
+_FEWEST_BEARING = 4  # draws: (sum d)^2 / sum d^2 of the drops d
 _SLACK = 1e-9  # of an accuracy: 1 - 0.9 is a little less than 0.1
 
 
@@ -35,7 +39,7 @@ class AccuracyRadius(Result):
     """
 
     value: float  # sigma or alpha; relative to |theta| where magnitude-aware
-    standard_error: float | None  # of sigma, over the draws (jackknife)
+    interval: tuple[float, float] | None  # of sigma, 95 % over the draws; None for alpha
     bracket: tuple[float, float]  # the last values on either side
     accuracy: float  # at theta, in [0, 1]
     quantity: str  # "pac_bayes_sigma" or "box_alpha"
@@ -53,13 +57,17 @@ class AccuracyRadius(Result):
     def _rows(self) -> Iterable[Reading]:
         """One number."""
         num, (low, high) = self.settings.get("num_draws"), self.bracket
-        words = [f"standard error over {num} draws"] if num else []
+        words, error = [], None
+        if self.interval is not None:
+            start, end = self.interval
+            words = [f"95 %: {start:.3g} to {end:.3g} over {num} draws"]
+            error = (end - start) / 2 if start and end < math.inf else None
         words += [f"accuracy {self.accuracy:.1%} less {self.settings['accuracy_drop']:.0%}"]
         words += [f"between {low:.3g} and {high:.3g}"] if self.status.ok else []
         yield Reading(
             name=self.name,
             value=self.value,
-            error=self.standard_error,
+            error=error,
             evidence=", ".join(words),
             bound="" if num else "≤",
         )
@@ -95,14 +103,17 @@ def pac_bayes_sigma(
         progress: show a bar; by default on a terminal.
 
     Returns:
-        `AccuracyRadius` with sigma's standard error over the draws. Status
-        `not_reached` where noise of any size leaves the accuracy too high.
+        `AccuracyRadius` with the 95 % interval of sigma: every sigma at which the mean drop
+        over the draws may be the one asked for. It has no lower end where fewer than four
+        draws bear the drop, as in a network of one or two parameters. Status `not_reached`
+        where noise of any size leaves the accuracy too high.
 
     Raises:
         ValueError: an argument outside its range.
         TypeError: targets that are no class numbers.
 
-    Cost: about 15 `num_draws` forward passes; memory 2 vectors.
+    Cost: about 15 `num_draws` forward passes, up to 23 where draws differ much; memory 2
+    vectors.
 
     References:
         Jiang et al. (2020), arXiv:1912.02178, appendix C (sigma with a drop of 0.1,
@@ -133,13 +144,13 @@ def pac_bayes_sigma(
     with run:
         accuracy = _accuracy_at_theta(risk)
         root.find(math.isfinite(accuracy))
-        # Without the draw that falls first the rest may cross beyond what was looked at.
-        for factor in (1.5, 1 / 1.5, 3.0, 1 / 3.0) if root.status.ok else ():
-            if _jackknife(drops, accuracy_drop) is None:
-                mean_drop(factor * root.middle)
+        for _ in range(_MOST_FOR_THE_ENDS if root.status.ok else 0):
+            sigma = _unclear(drops, accuracy_drop)
+            if sigma is not None:
+                mean_drop(sigma)
     return AccuracyRadius(
         value=root.middle,
-        standard_error=_jackknife(drops, accuracy_drop),
+        interval=_interval(drops, accuracy_drop),
         bracket=root.bracket,
         accuracy=accuracy,
         quantity="pac_bayes_sigma",
@@ -224,7 +235,7 @@ def box_alpha(
         root.find(math.isfinite(accuracy))
     return AccuracyRadius(
         value=root.bracket[1] if root.bracket[1] < math.inf else math.nan,
-        standard_error=None,
+        interval=None,
         bracket=root.bracket,
         accuracy=accuracy,
         quantity="box_alpha",
@@ -508,19 +519,46 @@ def _accuracy_at_theta(risk: EmpiricalRisk) -> float:
     return risk.accuracy() if math.isfinite(risk.value()) else math.nan
 
 
-def _jackknife(drops: dict[float, np.ndarray], level: float) -> float | None:
-    """Standard error of the crossing, from leaving out each draw in turn."""
+def _interval(drops: dict[float, np.ndarray], level: float) -> tuple[float, float]:
+    """The sigmas at which the 95 % interval of the mean drop holds the level.
+
+    Ends that no sigma looked at excludes are open: 0 and infinity. So is the lower one
+    where few draws bear the drop, since another, not drawn, may bear as much.
+    """
     if not drops:
-        return None
+        return 0.0, math.inf
+    sigmas, table, lower, upper = _ends(drops)
+    low, high = (_crossing(np.log(sigmas), end, level) for end in (upper, lower))
+    reached = np.flatnonzero(table.mean(1) >= level - _SLACK)
+    at_level = table[reached[0] if len(reached) else -1].clip(0)
+    bearing = at_level.sum() ** 2 / np.square(at_level).sum() if at_level.any() else 0.0
+    return (
+        math.exp(low) if math.isfinite(low) and bearing >= _FEWEST_BEARING else 0.0,
+        math.exp(high) if math.isfinite(high) else math.inf,
+    )
+
+
+def _unclear(drops: dict[float, np.ndarray], level: float) -> float | None:
+    """A sigma that tells more of an end of the interval; None where both are clear."""
+    sigmas, _, lower, upper = _ends(drops)
+    for end in (upper, lower):
+        above = np.flatnonzero(end >= level)
+        i = int(above[0]) if len(above) else len(sigmas)
+        if i in (0, len(sigmas)):
+            return float(sigmas[0] / 2 if i == 0 else sigmas[-1] * 2)
+        if sigmas[i] > _CLEAR * sigmas[i - 1]:
+            return math.sqrt(sigmas[i] * sigmas[i - 1])
+    return None
+
+
+def _ends(
+    drops: dict[float, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Sigmas in order; their drops (sigmas, draws); ends of each mean drop's interval."""
     sigmas = np.array(sorted(drops))
-    table = np.stack([drops[s] for s in sigmas])  # (sigmas, draws)
-    num = table.shape[1]
-    rest = (table.sum(1, keepdims=True) - table) / (num - 1)
-    crossings = [_crossing(np.log(sigmas), column, level) for column in rest.T]
-    if not np.isfinite(crossings).all():
-        return None
-    spread = np.square(np.exp(crossings) - np.exp(crossings).mean()).sum()
-    return float(math.sqrt((num - 1) / num * spread))
+    table = np.stack([drops[s] for s in sigmas])
+    lower, upper = np.array([mean_interval(row) for row in table]).T
+    return sigmas, table, lower, upper
 
 
 def _crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:

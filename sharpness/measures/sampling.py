@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from sharpness import _tensors
@@ -19,6 +18,7 @@ from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.statistics import mean_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,14 +148,15 @@ def lambda_max_sampling(
             crossed.append(cross)
             at_v.append(plain)
     cross, cross_error = _mean_and_error(crossed)
-    _, error = _mean_and_error(at_v)
-    t = float(stats.t.ppf((1 + confidence) / 2, max(1, len(at_v) - 1)))
+    at_mean, error = _mean_and_error(at_v)
+    lower = mean_interval(crossed, confidence)[0]
+    above = mean_interval(at_v, confidence)[1] - at_mean
     return LambdaMaxSampling(
         plug_in=whole.lambda_max,
         plug_in_standard_error=error,
         cross_fitted=cross,
         cross_fitted_standard_error=cross_error,
-        interval=(cross - t * cross_error, whole.lambda_max + t * error),
+        interval=(lower, whole.lambda_max + above),
         num_samples=risk.num_samples,
         num_folds=len(at_v),
         status=run.status,
