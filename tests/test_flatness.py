@@ -209,7 +209,7 @@ def test_alpha_is_where_enough_small_margins_are_used_up(
     assert low * (1 - 1e-9) <= alpha <= high * (1 + 1e-9)
     assert high <= low * 1.1
     assert (found.value, found.status) == (high, "converged")
-    assert (found.num_evals, found.standard_error) == (len(calls), None)
+    assert (found.num_evals, found.interval) == (len(calls), None)
     assert found.readings()[0].bound == "≤"
 
 
