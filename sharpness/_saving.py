@@ -91,7 +91,7 @@ def restored(hint: Any, plain: Any, arrays: Mapping[str, Tensor] | None = None) 
         kinds = kinds[:1] * len(plain) if kinds[-1] is ... else kinds
         return tuple(restored(*each, arrays) for each in zip(kinds, plain, strict=True))
     if origin is list:
-        return [restored(*kinds, item, arrays) for item in plain]
+        return [restored(kinds[0], item, arrays) for item in plain]
     if origin is dict:
         return {key: restored(kinds[1], item, arrays) for key, item in plain.items()}
     if origin in (Tensor, np.ndarray):

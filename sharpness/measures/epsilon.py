@@ -433,9 +433,14 @@ def _measured_again(
             risk.double(), manifold.double(), first.settings["epsilon"], options
         )
     except (RuntimeError, TypeError):  # a layer, or a device, that knows float32 only
-        nothing = {"phi": 0.0, "phi_protocol": None, "value_max": first.value}
-        message = "the rise may be rounding of float32"
-        return replace(first, **nothing, message=message, status=Status.LINE_SEARCH_FAILED)
+        return replace(
+            first,
+            phi=0.0,
+            phi_protocol=None,
+            value_max=first.value,
+            message="the rise may be rounding of float32",
+            status=Status.LINE_SEARCH_FAILED,
+        )
     return replace(
         found,
         displacement=found.displacement.to(first.displacement),
