@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from enum import Enum
+from itertools import repeat
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -79,24 +80,19 @@ def restored(hint: Any, plain: Any, arrays: Mapping[str, Tensor] | None = None) 
     Raises:
         KeyError, TypeError, ValueError: `plain` is none of this type.
     """
-    kinds = get_args(hint)
-    origin = get_origin(hint) or hint
-    if origin is UnionType:
-        if plain is None:
-            return None
-        return restored(next(k for k in kinds if k is not type(None)), plain, arrays)
+    kinds, origin = get_args(hint), get_origin(hint) or hint
+    if origin is UnionType:  # X | None
+        return None if plain is None else restored(kinds[0], plain, arrays)
     if origin is float:
         return math.nan if plain is None else plain
-    if origin is tuple:
-        kinds = kinds[:1] * len(plain) if kinds[-1] is ... else kinds
-        return tuple(restored(*each, arrays) for each in zip(kinds, plain, strict=True))
-    if origin is list:
-        return [restored(kinds[0], item, arrays) for item in plain]
+    if origin in (list, tuple):
+        each = repeat(kinds[0]) if origin is list or ... in kinds else kinds
+        return origin(map(restored, each, plain, repeat(arrays)))
     if origin is dict:
         return {key: restored(kinds[1], item, arrays) for key, item in plain.items()}
+    if origin in (Tensor, np.ndarray) and arrays is None:
+        return torch.tensor(restored(list[float], plain), dtype=torch.float64)
     if origin in (Tensor, np.ndarray):
-        if arrays is None:
-            return torch.tensor(restored(list[float], plain), dtype=torch.float64)
         return arrays[plain] if origin is Tensor else arrays[plain].numpy()
     if isinstance(origin, type) and issubclass(origin, Enum):
         return origin(plain)

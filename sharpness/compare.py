@@ -11,9 +11,9 @@ from typing import Any, cast
 from sharpness import _command, measure
 from sharpness._arguments import ensure
 from sharpness._json import as_plain, to_line
+from sharpness._results import Status
 from sharpness.record import Records, append_record, read_records
 
-_COMPLETE = ("completed", "converged")
 Record = dict[str, Any]
 
 
@@ -66,8 +66,8 @@ def _compare(options: Any) -> int:
         print(to_line({"checkpoints": checkpoints, "comparisons": plain}))
     else:
         _print(first, second, rows, gaps)
-    complete = all(record["status"] in _COMPLETE for record in (*first, *second))
-    return _command.OK if complete else _command.NOT_CONVERGED
+    status = Status.worst(*(Status(record["status"]) for record in (*first, *second)))
+    return _command.OK if status.ok else _command.NOT_CONVERGED
 
 
 def _print(
@@ -107,7 +107,7 @@ def _record(path: str, options: Any, device: str) -> Record:
         }
     )
     for record in reversed(read_records(output) if output.exists() else Records()):
-        if _question(record) == question and record["status"] in _COMPLETE:
+        if _question(record) == question and Status(record["status"]).ok:
             return record
     found = measurement.measured(
         subject, settings, device=device, on_estimate=_command.announce

@@ -375,16 +375,21 @@ def test_a_wrong_call_is_refused_in_one_line(options, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_readings_are_the_leading_eigenvalues_of_every_block():
+def test_the_readings_are_the_eigenvalues_of_every_block():
     found = layerwise_eigenpairs(tiny_mlp().risk(), lambda name: name, k=2)
-    for reading, block in zip(found.readings(), found.blocks, strict=True):
-        assert reading.name == f"lambda_max {block.name}"
-        assert reading.value == float(block.eigenvalues[0])
-        assert reading.error == float(block.error_bounds[0])
-        assert reading.evidence == "error bound, converged"
+    values = [value for block in found.blocks for value in block.eigenvalues.tolist()]
+    bounds = [bound for block in found.blocks for bound in block.error_bounds.tolist()]
+    readings = found.readings()
+    assert [r.value for r in readings] == values
+    assert [r.error for r in readings] == bounds
+    names = [f"{kind} {name}" for name in NAMES for kind in ("lambda_max", "lambda_2")]
+    assert [r.name for r in readings] == names
+    assert all("converged" in reading.evidence for reading in readings)
+    for reading, block in zip(readings[::2], found.blocks, strict=True):
         assert reading.cost == str(block.cost)
         assert str(reading) in str(found)
         assert found[block.name] is block
+        assert block.lambda_max == reading.value
     assert list(found.to_frame()["value"]) == [r.value for r in found.readings()]
     assert "eigenvectors" not in repr(found)
     with pytest.raises(KeyError):

@@ -69,11 +69,11 @@ class HessianEigenpairs(Result):
     error_bounds: Tensor  # (k,) float64, same unit
     residuals: Tensor  # (k,) float64, ||H v - lambda v||
     eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n), rows orthonormal
-    explicit_residual: float | None  # of the leading pair, by a product of its own
-    lambda_max_upper: float | None  # at `confidence` (or .95); None with `which="SA"`
+    explicit_residual: float | None = None  # of the leading pair, by a product of its own
+    lambda_max_upper: float | None = None  # at `confidence` (.95); None at which="SA"
     hidden: Intervals | None = None  # where a value may hide; None without a confidence
     noise_floor: float  # rounding and asymmetry of the products, same unit
-    engine: str | None  # that multiplied; None when interrupted before
+    engine: str | None = None  # that multiplied; None when interrupted before
 
     @property
     def lambda_max(self) -> float:
@@ -103,7 +103,7 @@ class HessianEigenpairs(Result):
             lead += f", {self.num_converged} of {num} converged"
         if self.lambda_max_upper is not None:
             lead += f", below {self.lambda_max_upper:.4g} ({_percent(confidence)})"
-        if self.settings["preconditioned"]:
+        if self.settings.get("preconditioned"):
             lead += ", of P^-1/2 H P^-1/2"
         lead += hiding_place(self.hidden, confidence)
         for i, name in enumerate(self._reading_names()):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from sharpness import _tensors
 from sharpness._arguments import is_whole
 from sharpness._results import Cost, NonFiniteProductError, Reading, Result, Status
 from sharpness._run import Run
-from sharpness.krylov.certificate import Intervals
 from sharpness.krylov.lanczos import WHICH, Which
 from sharpness.krylov.search import Search
-from sharpness.measures.eigenvalues import check_confidence, hiding_place, nothing
+from sharpness.measures.eigenvalues import HessianEigenpairs, check_confidence, nothing
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -25,26 +24,16 @@ Blocks = Callable[[str], str | None] | Sequence[str] | Mapping[str, Sequence[str
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockEigenpairs(Result):
-    """Extreme eigenpairs of one diagonal block, largest algebraic value first."""
+class BlockEigenpairs(HessianEigenpairs):
+    """Extreme eigenpairs of one diagonal block; k of them, or as many as it has."""
 
     name: str
     parameters: tuple[str, ...]
     n: int
-    eigenvalues: Tensor  # (k,) float64, or fewer where n < k
-    error_bounds: Tensor  # (k,) as in `HessianEigenpairs`
-    residuals: Tensor  # (k,)
-    eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n)
-    noise_floor: float
-    hidden: Intervals | None  # as in `HessianEigenpairs`
 
     def _rows(self) -> Iterable[Reading]:
-        """The leading eigenvalue."""
-        values = [*zip(self.eigenvalues.tolist(), self.error_bounds.tolist(), strict=True)]
-        value, error = (values or [(math.nan, math.nan)])[0]
-        hiding = hiding_place(self.hidden, self.settings["confidence"])
-        name, evidence = f"lambda_max {self.name}", f"error bound{hiding}"
-        yield Reading(name=name, value=value, error=error, evidence=evidence)
+        """Every eigenvalue: `lambda_max layer`, `lambda_2 layer`, ..."""
+        return (replace(r, name=f"{r.name} {self.name}") for r in super()._rows())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +47,7 @@ class LayerwiseEigenpairs(Result):
         return {block.name: block for block in self.blocks}[name]
 
     def readings(self) -> list[Reading]:
-        """The leading eigenvalue of every block."""
+        """Every eigenvalue of every block."""
         return [reading for block in self.blocks for reading in block.readings()]
 
 
@@ -153,8 +142,16 @@ def layerwise_eigenpairs(
             # Of whole products; a positive matrix exceeds its largest block by no more.
             inexact = len(named) * (risk.prepare(1, matrix).relative_error or 0.0)
     status |= dict.fromkeys(open_, run.status)
+    settings = {
+        "k": k,
+        "which": which,
+        "matrix": matrix,
+        "tol": tol,
+        "confidence": confidence,
+        "seed": seed,
+    }
     results = tuple(
-        _block(name, parameters, searches[name], status[name], inexact, confidence)
+        _block(name, parameters, searches[name], status[name], inexact, settings)
         for name, parameters in named.items()
     )
     return LayerwiseEigenpairs(
@@ -162,14 +159,7 @@ def layerwise_eigenpairs(
         status=Status.worst(*(block.status for block in results)),
         num_sweeps=run.num_steps,
         cost=Cost(products=sum(b.cost.products for b in results), seconds=run.seconds),
-        settings={
-            "k": k,
-            "which": which,
-            "matrix": matrix,
-            "tol": tol,
-            "confidence": confidence,
-            "seed": seed,
-        },
+        settings=settings,
     )
 
 
@@ -188,26 +178,25 @@ def _block(
     search: Search,
     status: Status,
     product_error: float,
-    confidence: float | None,
+    settings: Mapping[str, Any],
 ) -> BlockEigenpairs:
-    n = search.run.n
     if search.num_products:
         found = search.found(product_error)
     else:
-        found = nothing(search.direction(), confidence)
+        found = nothing(search.direction(), settings["confidence"])
     return BlockEigenpairs(
         name=name,
         parameters=tuple(parameters),
-        n=n,
+        n=search.run.n,
         eigenvalues=torch.from_numpy(found.values),
         error_bounds=torch.from_numpy(found.bounds),
         residuals=torch.from_numpy(found.residuals),
         eigenvectors=found.vectors,
-        noise_floor=search.noise if search.num_products else math.nan,
+        noise_floor=search.noise,
         status=status,
         hidden=found.hidden,
         cost=Cost(products=search.num_products),
-        settings={"confidence": confidence},
+        settings=settings,
     )
 
 
