@@ -17,7 +17,6 @@ from sharpness.lab.data import class_balanced, load
 from sharpness.lab.run import train
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.measures.reparametrise import scaled_by
-from sharpness.reproduce import observations
 from sharpness.reproduce.model_spec import Bench, ModelSpec
 from sharpness.reproduce.observations import (
     MEASURES,
