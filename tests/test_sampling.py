@@ -333,7 +333,7 @@ def test_an_interrupt_between_folds_gives_what_the_done_ones_tell_r32(monkeypatc
     found = sh.lambda_max_sampling(samples())
     assert found.status == "interrupted"
     assert found.num_folds == 6
-    crossed = np.array(done)[:, 0]
+    crossed = np.array([values for values, _ in done])[:, 0]
     assert found.cross_fitted == pytest.approx(crossed.mean(), rel=1e-12)
     assert found.interval[0] == pytest.approx(mean_ends(crossed, 0.95)[0], rel=1e-9)
     with pytest.raises(sh.NotConvergedError, match="Interrupted"):
@@ -541,3 +541,18 @@ def test_every_bar_is_shown_or_hidden_as_asked(shown, monkeypatch, capsys):
     assert printed.out == ""
     assert ("folds" in printed.err) == shown
     assert shown or not any(hidden is not False for hidden in asked)
+
+
+def test_what_differenced_products_are_off_by_is_in_the_interval(monkeypatch):
+    """With as much of it as moves every quadratic form by a tenth."""
+    exact = sh.lambda_max_sampling(mlp_risk(), num_folds=3)
+    original = sh.EmpiricalRisk.product_and_error
+
+    def rough(risk, v, matrix="hessian"):
+        products, errors = original(risk, v, matrix)
+        return products, errors + 0.1
+
+    monkeypatch.setattr(sh.EmpiricalRisk, "product_and_error", rough)
+    found = sh.lambda_max_sampling(mlp_risk(), num_folds=3)
+    assert found.interval[0] == pytest.approx(exact.interval[0] - 0.1, abs=1e-9)
+    assert found.interval[1] == pytest.approx(exact.interval[1] + 0.1, abs=1e-9)

@@ -90,10 +90,10 @@ def lambda_max_sampling(
     (Jensen). The interval reaches from the mean of the former less Student's t times its
     standard error over folds, to the latter plus the same of $v^T H_g v$.
 
-    It says nothing of the solver's error (at most `tol`, for which see `eigenpairs`), and
-    takes the samples to be independent and theta not to be fitted to them: on training
-    data it tells how the number would move with another subset, not with another
-    training run.
+    The interval holds what inexact products may have moved the folds' values by. It says
+    nothing of the solver's error (at most `tol`, for which see `eigenpairs`), and takes the
+    samples to be independent and theta not to be fitted to them: on training data it tells
+    how the number would move with another subset, not with another training run.
 
     Args:
         risk: the mean loss f, held at the parameters theta.
@@ -128,7 +128,7 @@ def lambda_max_sampling(
     search |= {"progress": progress}
     whole = eigenpairs(risk, max_seconds=deadline.left, **search)
     products = float(whole.num_hvps)
-    at_v, crossed = [], []
+    at_v, crossed, inexact = [], [], 0.0
     with run:
         if not whole.status.ok:
             run.stop(whole.status)
@@ -143,7 +143,8 @@ def lambda_max_sampling(
             if pairs.status in (Status.INTERRUPTED, Status.MAX_SECONDS):
                 run.stop(pairs.status)
             vectors = torch.stack([pairs.eigenvectors[0], whole.eigenvectors[0]])
-            cross, plain = _quadratic_forms(part, vectors, matrix)
+            (cross, plain), off = _quadratic_forms(part, vectors, matrix)
+            inexact = max(inexact, off)
             products += 2 * share
             crossed.append(cross)
             at_v.append(plain)
@@ -156,7 +157,7 @@ def lambda_max_sampling(
         plug_in_standard_error=error,
         cross_fitted=cross,
         cross_fitted_standard_error=cross_error,
-        interval=(lower, whole.lambda_max + above),
+        interval=(lower - inexact, whole.lambda_max + above + inexact),
         num_samples=risk.num_samples,
         num_folds=len(at_v),
         status=run.status,
@@ -171,9 +172,13 @@ def lambda_max_sampling(
     )
 
 
-def _quadratic_forms(risk: EmpiricalRisk, vectors: Tensor, matrix: Matrix) -> list[float]:
-    products = risk.product(vectors, matrix)
-    return [float(_tensors.dot64(*pair)) for pair in zip(vectors, products, strict=True)]
+def _quadratic_forms(
+    risk: EmpiricalRisk, vectors: Tensor, matrix: Matrix
+) -> tuple[list[float], float]:
+    """v^T M v for unit vectors, and what inexact products may have moved them by."""
+    products, errors = risk.product_and_error(vectors, matrix)
+    pairs = zip(vectors, products, strict=True)
+    return [float(_tensors.dot64(*pair)) for pair in pairs], float(errors.max())
 
 
 def _mean_and_error(values: list[float]) -> tuple[float, float]:
