@@ -139,6 +139,7 @@ class TrainingRun:
     ) -> None:
         self.training, self.dataset, self.path = training, dataset, path
         self.device = device
+        self._cuda = [device] if device.type == "cuda" else []
         x, y = dataset.train
         self.course = training.course(len(x))
         self.x, self.y = x.to(device), y.to(device)
@@ -176,9 +177,8 @@ class TrainingRun:
         normalises = any(isinstance(m, _BatchNorm) for m in self.model.modules())
         if self.training.ghost_batch_size is not None:
             use_ghost_batches(self.model, self.training.ghost_batch_size)
-        least, given = 2 if normalises else 1, self.training.batch_size
-        contract = f"be at least {least} for a network with BatchNorm"
-        require(given >= least, "batch_size", contract, given)
+        given, contract = self.training.batch_size, "be at least 2 for BatchNorm"
+        require(given > 1 or not normalises, "batch_size", contract, given)
         self.optimizer = optimizer_for(self.training, self.model.parameters())
         self.criterion: Loss = criterion_for(self.dataset)
 
@@ -312,24 +312,21 @@ class TrainingRun:
     @contextmanager
     def own_generators(self) -> Iterator[None]:
         """Draws follow the run's seed; the caller's generators stay as they are."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
+        with torch.random.fork_rng(devices=self._cuda):
             torch.set_rng_state(self.random["cpu"])
-            if cuda:
-                torch.cuda.set_rng_state(self.random["cuda"], self.device)
+            for device in self._cuda:
+                torch.cuda.set_rng_state(self.random["cuda"], device)
             yield
 
     def _seeded(self) -> dict[str, Tensor]:
         """States of the generators at the beginning."""
-        kinds = {"cpu", self.device.type} & {"cpu", "cuda"}
+        kinds = {"cpu", *(device.type for device in self._cuda)}
         seed = _seed_of(self.training.seed, "draws")
         return {kind: torch.Generator(kind).manual_seed(seed).get_state() for kind in kinds}
 
     def _states_of_generators(self) -> dict[str, Tensor]:
-        states = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
+        cuda = {gpu.type: torch.cuda.get_rng_state(gpu) for gpu in self._cuda}
+        return {"cpu": torch.get_rng_state(), **cuda}
 
     # -- keeping -------------------------------------------------------------------------
 

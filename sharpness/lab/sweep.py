@@ -217,11 +217,10 @@ class _Worker:
 
     def _show(self, unit: _Unit, epoch: int | None = None) -> None:
         """Note how far the runs are; None: at their end."""
-        num_train = len(self.place.dataset().train[0])
+        num_train, levels = len(self.place.dataset().train[0]), np.memmap(self.levels, "f8")
         for number, run in unit:
-            share = 1.0 if epoch is None else epoch / run.epochs(num_train)
-            levels = np.memmap(self.levels, np.float64, "r+")
-            levels[number] = min(1.0, share)
+            done = 1.0 if epoch is None else epoch / run.epochs(num_train)
+            levels[number] = min(1.0, done)
 
 
 @lru_cache(maxsize=1)
