@@ -69,13 +69,13 @@ def _usual(default: Any, text: str) -> str:
 def run(
     parser: Parser, arguments: Sequence[str] | None, command: Callable[[Any], int]
 ) -> int:
-    """Run a command with the options of its parser; its exit code."""
+    """Run a command with its parser's options; returns the exit code."""
     options = parser.parse_args(arguments)
     return guarded(parser.prog.removeprefix("python -m "), lambda: command(options))
 
 
 def guarded(name: str, command: Callable[[], int]) -> int:
-    """Run a command; what a person can cause becomes one line on stderr."""
+    """Run a command; an error that a person can cause becomes one line on stderr."""
     try:
         return command()
     except KeyboardInterrupt:

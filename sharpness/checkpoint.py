@@ -56,7 +56,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Delete what kills have left of writing a checkpoint, or a kept one beside it."""
+    """Delete temporary files of this checkpoint that killed processes have left."""
     path = Path(path)
     name = re.compile(rf"\.{re.escape(path.stem)}(-epoch\d+)?{re.escape(path.suffix)}\.\d+")
     for file in path.parent.iterdir():

@@ -128,7 +128,7 @@ def _numbers(records: list[Record]) -> list[Any]:
 
 
 def _question(record: Record) -> Record | None:
-    """What a record answers; None for one of another kind."""
+    """What a record is a measurement of; None for a record of another kind."""
     try:
         checkpoint, settings = record["checkpoint"], dict(record["settings"])
         _ = settings.pop("risk", None), record["measures"], record["status"]
@@ -154,7 +154,7 @@ def _paired(first: list[Record], second: list[Record]) -> tuple[list[Record], li
 
 
 def _gap(record: Record) -> float | None:
-    """Accuracy on the samples measured less that on test samples, or the losses'."""
+    """Generalisation gap: of the accuracy, or of the loss where there is no accuracy."""
     test = record.get("generalisation") or {}
     return cast("float | None", test.get("accuracy_gap", test.get("loss_gap")))
 

@@ -50,7 +50,7 @@ class LoadedCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the network's parameters."""
+        """The type of the network's parameters."""
         kinds = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
         return kinds[0] if kinds else torch.float32
 
@@ -275,7 +275,7 @@ def _load_parameters(
 
 
 def _matching(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The tensors under our names: wrappers leave prefixes, or lack ours."""
+    """The tensors under the model's names; prefixes of wrappers are removed or added."""
     while set(state) != set(ours):
         shared = [p for p in _PREFIXES if state and all(k.startswith(p) for k in state)]
         if not shared:
@@ -301,7 +301,7 @@ def _start(saved: Checkpoint) -> Tensor | None:
 def _made_data(
     source: str, data_dir: str | Path | None, *, as_trained: bool
 ) -> tuple[dict[str, Pair], dict[str, Any]]:
-    """Splits, and what a record says of them; `as_trained` by the lab, bytes scaled."""
+    """The splits, and what a record says of them; `as_trained` scales bytes."""
     if source.endswith(".npz") and not as_trained:
         return _from_npz(source), {"name": source}
     if ":" not in source or as_trained:
@@ -354,7 +354,7 @@ def _plain(inputs: Any) -> Any:
 
 
 def _check_lengths(pair: Pair, source: str) -> None:
-    """One row of every input for each target."""
+    """Refuse inputs that have not one row for each target."""
     leaves = [leaf for leaf in tree_leaves(pair[0]) if isinstance(leaf, Tensor)]
     lengths = [len(leaf) if leaf.ndim else 0 for leaf in (*leaves, pair[1])]
     sound = bool(leaves) and len(set(lengths)) == 1 and 0 not in lengths
@@ -377,7 +377,7 @@ def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
 
 
 def _factory(flag: str, spec: str) -> Callable[[], Any]:
-    """What `package.module:factory?arguments` means, with its arguments."""
+    """The callable that `package.module:factory?arguments` names, arguments filled in."""
     head, mark, query = spec.partition("?")
     where, colon, name = head.rpartition(":")
     arguments = parsed(f"{name}{mark}{query}")[1]

@@ -104,7 +104,7 @@ def _measure(options: Any) -> int:
 
 
 def check_options(options: Any, paths: Sequence[str]) -> None:
-    """Refuse before any work what can be seen to be wrong before it."""
+    """Refuse wrong options before any work is done."""
     from sharpness.checkpoint import check_file
     from sharpness.measures.summary import selected
 

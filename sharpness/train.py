@@ -184,7 +184,7 @@ def _batch_sizes(text: str | None, regime: Regime, num_train: int) -> dict[str, 
 
 
 def _differences(given: Mapping[str, Any]) -> list[str]:
-    """What a file's name says of settings that were given: 'sgd', 'lr0.01'."""
+    """Parts of a file's name for settings that were given: 'sgd', 'lr0.01'."""
     said = {
         "learning_rate": lambda value: f"lr{value:g}",
         "start_from": lambda value: f"from-{Path(value).stem}",

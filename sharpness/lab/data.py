@@ -61,7 +61,7 @@ _SYSTEM = Path("/usr/share/datasets")  # Debian's dataset-fashion-mnist
 
 
 class Outline(NamedTuple):
-    """What a set holds."""
+    """Sizes and shapes of a set, known without its files."""
 
     num_train: int
     num_test: int
@@ -169,7 +169,7 @@ def load(
 
 
 def outline(name: str) -> Outline | None:
-    """What a set whose files lie elsewhere holds, without them; None for any other."""
+    """Sizes and shapes of a published set, without its files; None for any other set."""
     whole, wanted = _asked(name, _Subset(None, None, 0))
     found = _OUTLINES.get(whole)
     return found and found._replace(
@@ -346,7 +346,7 @@ def _part(x: Tensor, y: Tensor, full_scale: int = 255) -> Part:
 
 
 def _floats(values: Tensor) -> Tensor:
-    """In single precision; a vector becomes a column."""
+    """The values in single precision; a vector (N,) becomes a column (N, 1)."""
     values = values.float().contiguous()
     return values[:, None] if values.ndim == 1 else values
 
@@ -549,7 +549,7 @@ def _cifar_rows(path: Path, num_classes: int) -> _Bytes:
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path:
-    """The folder with all files of a set, after a download where there is none."""
+    """The folder with all files of a set; they are downloaded if none is found."""
     places, home = _places(data_dir)
     layout = _PUBLISHED[name].layout
     for place in places:
@@ -563,7 +563,7 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
 
 
 def _places(data_dir: str | Path | None) -> tuple[list[Path], Path]:
-    """Where to look, in order, and where downloads go."""
+    """The folders to look in, in order, and the folder that downloads go to."""
     if data_dir is not None:
         return [Path(data_dir).expanduser()], Path(data_dir).expanduser()
     cache = Path(package("pooch").os_cache("sharpness"))

@@ -291,7 +291,7 @@ class _SamePool(nn.Module):
 
 
 class _Sum(nn.Module):
-    """What a shortcut and a body make of the same input, added."""
+    """Adds the outputs of a shortcut and of a body for the same input."""
 
     def __init__(self, shortcut: nn.Module, body: nn.Module) -> None:
         super().__init__()
@@ -470,7 +470,7 @@ def arguments_for(
 def _sizes(
     sample_shape: torch.Size, num_classes: int | None, targets_shape: torch.Size
 ) -> dict[str, int]:
-    """What the data tell, by the name of the argument that it answers."""
+    """Values for a network's arguments, as far as the data determine them."""
     sizes = {}
     if sample_shape:
         sizes["in_features"] = sample_shape.numel()

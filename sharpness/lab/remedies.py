@@ -38,11 +38,11 @@ class Step:
 
     @property
     def parameters(self) -> list[tuple[str, Tensor]]:
-        """Names and tensors of what is trained."""
+        """Names and tensors of the parameters that are trained."""
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def gradient(self, inputs: Tensor | None = None, weight: float = 1.0) -> Tensor:
-        """Add `weight` times the gradient of the batch's loss to `.grad`; the loss."""
+        """Add `weight` times the gradient to `.grad`; returns the batch's loss."""
         outputs = self.model(self.inputs if inputs is None else inputs)
         loss = self.loss(outputs, self.targets)
         (loss if weight == 1 else weight * loss).backward()
@@ -60,7 +60,7 @@ class Plain:
     """The optimizer's own update. One gradient."""
 
     def __call__(self, step: Step) -> Tensor:
-        """Make one update; the loss of the batch before it, ()."""
+        """Make one update; returns the loss () of the batch before it."""
         step.optimizer.zero_grad()
         loss = step.gradient()
         step.update()
@@ -83,7 +83,7 @@ class Conservative(Checked):
     inner_steps: int = setting(3, check=partial(whole, least=1))
 
     def __call__(self, step: Step) -> Tensor:
-        """Make one proximal step; the loss of the batch before it, ()."""
+        """Make one proximal step; returns the loss () of the batch before it."""
         anchors = [(p, p.detach().clone()) for _, p in step.parameters]
         first = Plain()(step)  # at the anchor the proximal term has no gradient
         with frozen_averages(step.model):
@@ -117,7 +117,7 @@ class Adversarial(Checked):
         require(self.share < 1, "share", "be below 1", self.share)
 
     def __call__(self, step: Step) -> Tensor:
-        """Make one update; the loss of the clean batch before it, ()."""
+        """Make one update; returns the loss () of the clean batch before it."""
         contract = "fit the data: 'adversarial' moves inputs that are real numbers"
         ensure(step.inputs.is_floating_point(), "remedy", contract, str(step.inputs.dtype))
         step.optimizer.zero_grad()
@@ -145,7 +145,7 @@ class SAM(Checked):
     rho: float = setting(0.05, check=positive)
 
     def __call__(self, step: Step) -> Tensor:
-        """Make one update; the loss of the batch before it, ()."""
+        """Make one update; returns the loss () of the batch before it."""
         step.optimizer.zero_grad()
         loss = step.gradient()
         moving = [(n, p, p.grad) for n, p in step.parameters if p.grad is not None]
@@ -167,7 +167,7 @@ class SAM(Checked):
         return loss
 
     def scale(self, name: str, parameter: Tensor) -> Tensor | float:
-        """T, by which the ball is stretched along each parameter."""
+        """The operator T that stretches the ball along each parameter."""
         return 1.0
 
 
@@ -213,7 +213,7 @@ def frozen_averages(model: nn.Module) -> Iterator[None]:
 
 
 def _unit(vectors: list[Tensor]) -> list[Tensor]:
-    """Tensors of one long vector, over its l2 norm; zeros stay zeros."""
+    """Divide tensors by the l2 norm of all of them together; zeros stay zeros."""
     if not vectors:
         return []
     # Squares of a saturated network's gradient underflow; those of its shape do not.

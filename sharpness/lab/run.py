@@ -99,7 +99,7 @@ def carry_out(
     keep_every: int | None,
     on_epoch: OnEpoch,
 ) -> None:
-    """Train runs that keep step until the budget is spent, and save each of them."""
+    """Train runs in step until the budget is spent, and save each of them."""
     first = runs[0]
     for run in runs:
         run.check_kept(keep_every)
@@ -117,7 +117,7 @@ def carry_out(
 def _one_epoch(
     runs: Sequence[TrainingRun], one_update: Callable[[], None], last: int
 ) -> None:
-    """Updates of runs that keep step, to the end of the epoch or update number `last`."""
+    """Update runs in step until the epoch ends or update number `last` is made."""
     first = runs[0]
     end = first.course.num_updates(first.epoch + 1)
     for run in runs:
@@ -155,7 +155,7 @@ class TrainingRun:
             self._carry_on(checkpoint.load(path))
 
     def _start(self) -> None:
-        """Network, starting point and optimizer."""
+        """Build the network, its starting point and its optimizer."""
         name, arguments = parsed(self.training.network)
         x, y = self.dataset.train
         fitting = networks.arguments_for(
@@ -186,7 +186,7 @@ class TrainingRun:
 
     @property
     def epoch(self) -> int:
-        """Passes over the training set; a batch may reach into the next."""
+        """Number of passes over the training set; a batch may reach into the next one."""
         return len(self.epoch_begins) - 1
 
     @property
@@ -202,7 +202,7 @@ class TrainingRun:
         return [float(losses[a:b].mean()) for a, b in spans if b > a]
 
     def check_kept(self, keep_every: int | None) -> None:
-        """Refuse to keep what is past: a finished run is not trained again."""
+        """Refuse to keep checkpoints of epochs that are over: no epoch is trained twice."""
         first = self._kept(keep_every) if keep_every else self.path
         ensure(
             not keep_every or self.epoch < keep_every or first.exists(),
@@ -217,7 +217,7 @@ class TrainingRun:
         return self.path.with_stem(f"{self.path.stem}-epoch{epoch}")
 
     def mean_loss(self) -> float:
-        """Of the updates since the last epoch but one ended."""
+        """Mean loss of the epoch that has just ended, or of the current one."""
         begins = [*self.epoch_begins, self.update]
         first = max(begin for begin in begins if begin < self.update)
         return float(self._all_losses()[first:].mean())
@@ -240,13 +240,13 @@ class TrainingRun:
     # -- training ------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Before updates: the run is not finished any more."""
+        """Put the model in training mode before updates, and start the clock."""
         self.model.train()
         self.finished = False
         self.counted_at = time.monotonic()
 
     def one_update(self) -> None:
-        """The next batch, and what the remedy makes of it."""
+        """Make one update with the next batch, as the remedy does it."""
         batch_size = self.set_rate()
         index = self.order.take(self.seen, batch_size)
         step = Step(
@@ -260,19 +260,19 @@ class TrainingRun:
         self.count(self.training.update_with(step), batch_size)
 
     def set_rate(self) -> int:
-        """Give the optimizer the learning rate of the next update; its batch size."""
+        """Set the learning rate of the next update; returns its batch size."""
         batch_size, rate = self.course.at(self.update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return batch_size
 
     def count(self, loss: Tensor, batch_size: int) -> None:
-        """Note an update and its loss ()."""
+        """Count an update and keep its loss ()."""
         self.losses.append(loss)
         self.update, self.seen = self.update + 1, self.seen + batch_size
 
     def pause(self, *, epoch_ended: bool) -> None:
-        """After updates: the time they took; their losses must be finite."""
+        """Stop the clock after updates, and check that their losses are finite."""
         self._count_seconds()
         self._all_losses()
         if epoch_ended:
@@ -295,7 +295,7 @@ class TrainingRun:
         return losses
 
     def _check_parameters(self) -> None:
-        """Those of the last update, whose loss nobody has seen."""
+        """Check the parameters of the last update, which no loss has been computed with."""
         for name, parameter in self.model.named_parameters():
             if not bool(parameter.isfinite().all()):
                 raise self._diverged("parameters", f"{name} after update {self.update}")
@@ -319,7 +319,7 @@ class TrainingRun:
             yield
 
     def _seeded(self) -> dict[str, Tensor]:
-        """States of the generators at the beginning."""
+        """States of the random generators before the first update."""
         kinds = {"cpu", *(device.type for device in self._cuda)}
         seed = _seed_of(self.training.seed, "draws")
         return {kind: torch.Generator(kind).manual_seed(seed).get_state() for kind in kinds}
@@ -331,7 +331,7 @@ class TrainingRun:
     # -- keeping -------------------------------------------------------------------------
 
     def save(self, *, finished: bool, epoch: int | None = None) -> None:
-        """Write the checkpoint; with `epoch` one of its own beside it."""
+        """Write the checkpoint; with `epoch`, a separate one beside it."""
         self._count_seconds()
         self._check_parameters()
         path = self.path if epoch is None else self._kept(epoch)
@@ -376,7 +376,7 @@ class TrainingRun:
         }
 
     def _metrics(self) -> dict[str, float]:
-        """Loss and accuracies of the trained network, for both ways to run BatchNorm."""
+        """Loss and accuracy on both splits, with batch and with running statistics."""
         metrics = {}
         splits = {"train": self.dataset.train, "test": self.dataset.test}
         for mode, (split, data) in itertools.product(("batch", "running"), splits.items()):
@@ -456,7 +456,7 @@ class _Order:
 def optimizer_for(
     training: Training, parameters: Iterable[Tensor]
 ) -> torch.optim.Optimizer:
-    """PyTorch's optimizer; the learning rate is set anew for each update."""
+    """The optimizer of PyTorch; its learning rate is set before each update."""
     name, arguments, _ = OPTIMIZERS[training.optimizer]
     if training.optimizer in ("momentum", "nesterov"):
         arguments = {**arguments, "momentum": training.momentum}
@@ -484,7 +484,7 @@ def criterion_for(dataset: Dataset) -> nn.Module:
 
 
 def _take_over(model: nn.Module, path: str) -> None:
-    """Parameters and buffers of another checkpoint."""
+    """Load the parameters and buffers of another checkpoint."""
     try:
         model.load_state_dict(checkpoint.load(path).state_dict)
     except RuntimeError as error:

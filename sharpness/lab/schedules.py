@@ -85,7 +85,7 @@ class Schedule(Checked):
         require(start <= 1, "warmup_start", "be at most 1", start)
 
     def stretched(self, times: float) -> Schedule:
-        """The same over `times` as many epochs."""
+        """The same schedule over `times` as many epochs."""
         drops = tuple(times * epoch for epoch in self.drops)
         return replace(self, drops=drops, warmup=times * self.warmup)
 

@@ -119,7 +119,7 @@ class Stack:
         self._take_over_states()
 
     def one_update(self) -> None:
-        """The next update of every run."""
+        """Make the next update of every run."""
         first = self.runs[0]
         batch_size, rate = first.course.at(first.update)
         for group in self.optimizer.param_groups:
@@ -167,7 +167,7 @@ class Stack:
 
 
 def _stacked(values: Sequence[Any], parameter: Tensor) -> Any:
-    """Moments are stacked; the count of steps is one for all."""
+    """Stack moments; the count of steps is the same for all."""
     shape = getattr(values[0], "shape", ())
     moments = len(shape) and shape == parameter.shape[1:]
     return torch.stack(list(values)) if moments else values[0]

@@ -38,12 +38,12 @@ class Run:
     path: Path
 
     def cost(self, num_train: int) -> float:
-        """Relative, for the progress bar: samples, and some more for each update."""
+        """Relative cost for the progress bar: samples, and a fixed cost of each update."""
         updates = self.budget.num_updates(self.training.course(num_train))
         return updates * (self.training.batch_size + _FIXED_COST)
 
     def epochs(self, num_train: int) -> float:
-        """The most it takes, roughly where batches grow."""
+        """The largest number of epochs; approximate where batches grow."""
         updates = self.budget.num_updates(self.training.course(num_train))
         return self.budget.epochs or updates * self.training.batch_size / num_train
 
@@ -83,7 +83,7 @@ class ExecutionSettings(Checked):
     stacked: bool | None = None
 
     def dataset(self) -> Dataset:
-        """The samples; the last set asked for is kept."""
+        """The data set; the last one loaded stays in memory."""
         return _loaded(self.data, self.data_dir, self.device)
 
     def side_by_side(self, num_runs: int) -> tuple[int, int]:
@@ -216,7 +216,7 @@ class _Worker:
         return Outcome(run=run, seconds=spent, failure=failure, facts=facts)
 
     def _show(self, unit: _Unit, epoch: int | None = None) -> None:
-        """Note how far the runs are; None: at their end."""
+        """Write down how far the runs are; `epoch=None` means at their end."""
         num_train, levels = len(self.place.dataset().train[0]), np.memmap(self.levels, "f8")
         for number, run in unit:
             done = 1.0 if epoch is None else epoch / run.epochs(num_train)
@@ -262,7 +262,7 @@ def _end_with(parent: int) -> None:
 
 @contextmanager
 def _gauge(costs: Sequence[float], progress: bool | None) -> Iterator[Path]:
-    """A bar over all runs, kept up from a file of levels."""
+    """A progress bar over all runs, which report in a shared file."""
     layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} to go"
     with (
         TemporaryDirectory(ignore_cleanup_errors=True) as folder,
