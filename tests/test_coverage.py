@@ -1,6 +1,7 @@
 """Every interval that is printed holds the truth as often as it says: fewer runs."""
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -41,3 +42,9 @@ def test_an_interval_holds_the_truth_as_often_as_it_says(case):
 def test_every_case_has_a_name_of_its_own():
     names = [case.name for case in coverage.CASES]
     assert len(set(names)) == len(names)
+
+
+def test_the_page_is_what_was_counted():
+    results = json.loads(coverage.TARGET.read_text())
+    assert coverage.PAGE.read_text() == coverage.page(results)
+    assert min(found["runs"] for found in results.values()) >= 400
