@@ -1,4 +1,4 @@
-"""docs/reproductions.md and README's table are what the committed records say."""
+"""docs/reproductions.md is what the committed records say."""
 
 import re
 import shutil
@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 
 from sharpness.record import read_records
-from sharpness.reproduce import page
+from sharpness.reproduce import answer, page
+from sharpness.reproduce.claims import Role, Verdict
+from sharpness.reproduce.columns import accuracy, metric, pairs, phi, read, table
+from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.serialisation import digest, restored
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "reproductions"
+PAGE = ROOT / "docs" / "reproductions.md"
 RECORDS = [r for file in sorted(FOLDER.glob("*.jsonl")) for r in read_records(file)]
 
 
@@ -22,23 +26,109 @@ def seen():
 
 @pytest.fixture(scope="module")
 def findings(seen):
-    return list(page.findings(seen))
+    return page.findings(seen)
 
 
 @pytest.fixture(scope="module")
-def made(seen):
-    """The page as the records have it."""
-    return page.page_text(seen)
+def made(seen, findings):
+    """The page's items as the records have them."""
+    return page.items_text(seen, findings)
 
 
-def test_the_page_is_not_stale(made):
-    text = (ROOT / "docs" / "reproductions.md").read_text()
-    assert page.between(text, page.MARKER, made) == text
+def part(marker):
+    begin, end = (f"<!-- {marker}:{at} -->" for at in ("begin", "end"))
+    return PAGE.read_text().split(begin)[1].split(end)[0].strip()
 
 
-def test_the_readme_is_not_stale(seen):
-    text = (ROOT / "README.md").read_text()
-    assert page.between(text, page.MARKER, page.readme_text(seen)) == text
+@pytest.fixture(scope="module")
+def commentary():
+    """What is written by hand, between the answer and the items."""
+    text = PAGE.read_text().split(f"<!-- {page.ANSWER}:end -->")[1]
+    return " ".join(text.split(f"<!-- {page.ITEMS}:begin -->")[0].split())
+
+
+def study_of(paper, name, preset="reduced"):
+    return next(s for s in PAPERS[paper].studies if (s.name, s.preset) == (name, preset))
+
+
+def test_the_page_is_not_stale(seen, findings, made):
+    assert part(page.ITEMS) == made
+    assert part(page.ANSWER) == page.answer_text(seen, findings)
+
+
+# -- the first screen ----------------------------------------------------------------------
+
+
+def test_the_page_begins_with_six_sentences_a_picture_and_a_table(seen):
+    lines = part(page.ANSWER).splitlines()
+    told = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    assert told == answer.sentences(seen)
+    assert len(told) == 6
+    for sentence in told:
+        assert re.match(r"\*\*[^*]+\?\*\* .*[^.]\.$", sentence)
+        assert "n = " in sentence
+    text = PAGE.read_text()
+    assert text.index("- **") < text.index("answer.png") < text.index("| paper |")
+    assert text.index("| paper |") < text.index("## What disagrees")
+    for name in PAPERS:
+        assert f"| [{name}](#{name}) |" in part(page.ANSWER)
+
+
+def test_every_number_of_the_first_screen_stands_in_the_tables(seen, made):
+    tables = made.replace("Premise, ", "")
+    for sentence in answer.sentences(seen):
+        for number in re.findall(r"[\d.e+-]+×|[+-]\d+\.\d+", sentence):
+            assert number in tables, number
+
+
+def test_sentences_follow_the_records(seen):
+    """Without a study's records it is in none of the sentences."""
+    full = [r for r in RECORDS if r["observation"].get("of", {}).get("data") == "mnist"]
+    without = page.ObservationStore([r for r in RECORDS if r not in full])
+    before, after = answer.sentences(seen), answer.sentences(without)
+    assert "F1 on 60000 MNIST images" in before[0]
+    assert "F1 on 60000 MNIST images" not in "".join(after)
+    assert "not known yet" in after[0]
+    assert before[1] == after[1]
+    assert len(after) == 6
+
+
+def test_an_answer_counts_verdicts(seen):
+    for group in answer.groups(seen):
+        assert set(group.findings) == {"table2", "table3", "table4", "distance"}
+    outcomes = [g.findings["table3"].outcome for g in answer.groups(seen)[1:]]
+    yes = outcomes.count(Verdict.REPRODUCED)
+    assert f"Yes on {yes} of {len(outcomes)}" in answer.sentences(seen)[1]
+
+
+def test_the_picture_shows_every_ratio_with_its_interval(seen, monkeypatch):
+    drawn = {}
+
+    def keep(path, panels, **options):
+        drawn.update(options, panels=panels)
+
+    monkeypatch.setattr(answer, "draw_forest", keep)
+    answer.draw_answer(Path("unused.png"), seen)
+    ratios, gaps, distances = drawn["panels"]
+    assert ratios.lines == (1, 10)
+    assert distances.band == (3, 10)
+    groups = answer.groups(seen)
+    assert len(ratios.estimates) == sum(len(group.ratios) for group in groups)
+    assert len(gaps.estimates) == sum(len(group.gaps) for group in groups)
+    assert all(one.low <= one.middle <= one.high for one in ratios.estimates)
+    for group, (heading, _) in zip(groups, drawn["groups"], strict=True):
+        assert heading.startswith(f"{group.name}: ")
+        assert heading.endswith(f"n = {group.n}")
+    unfit = [group for group in groups if not group.fits]
+    assert len(gaps.hatched) == len(unfit) > 0
+    assert any(one.label.startswith("the paper") for one in ratios.estimates)
+
+
+def test_the_readme_shows_the_picture():
+    assert "](docs/reproductions/answer.png)" in (ROOT / "README.md").read_text()
+
+
+# -- the items -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -48,9 +138,12 @@ def test_a_changed_record_makes_the_page_stale(tmp_path, made):
     assert changed != lines
     for file in FOLDER.glob("*.jsonl"):
         shutil.copy(file, tmp_path)
-    assert page.page_text(page.recorded(tmp_path)) == made
+    store = page.recorded(tmp_path)
+    assert page.items_text(store, page.findings(store)) == made
     (tmp_path / "quick.jsonl").write_text(changed)
-    assert page.page_text(page.recorded(tmp_path)) != made
+    store = page.recorded(tmp_path)
+    assert page.items_text(store, page.findings(store)) != made
+    assert page.answer_text(store, page.findings(store)) != part(page.ANSWER)
 
 
 def test_every_record_stands_under_the_digest_of_its_plan():
@@ -69,15 +162,107 @@ def test_a_stand_in_is_never_called_reproduced(findings):
     verdicts = [found for *_, found in findings]
     assert any(found.stand_in for found in verdicts)
     for found in verdicts:
-        assert not (found.stand_in and found.verdict_text.startswith("reproduced"))
+        text = found.verdict_text.removeprefix("so far ")
+        assert not (found.stand_in and text.startswith("reproduced"))
 
 
-def test_numbers_in_the_commentary_are_those_of_the_tables():
-    text = (ROOT / "docs" / "reproductions.md").read_text()
-    commentary, tables = text.split(f"<!-- {page.MARKER}:begin -->")
+def test_no_verdict_rests_on_fewer_than_three_starting_points(findings):
+    decided = (Verdict.REPRODUCED, Verdict.NOT_REPRODUCED, Verdict.SOLVER)
+    for _, item, _, found in findings:
+        for check in found.checks:
+            if check.verdict in decided and item.name != "updates":
+                assert check.decided_by >= 3, check
+
+
+def test_holm_stands_beside_every_primary_p(findings):
+    for paper in PAPERS:
+        family = [
+            check
+            for *_, found in findings
+            for check in found.checks
+            if found.paper == paper and check.role is Role.PRIMARY and check.p is not None
+        ]
+        assert all(check.holm >= check.p for check in family)
+        if family:
+            least = min(family, key=lambda check: check.p)
+            assert least.holm == pytest.approx(min(1, least.p * len(family)))
+
+
+def test_what_is_not_run_says_what_it_would_take(made):
+    assert "### keskar2017: not run" in made
+    assert re.search(r"\| C1-cifar10, full \| table2, .* \| \d+ \| \d+ \|", made)
+
+
+# -- what is written by hand ---------------------------------------------------------------
+
+
+def test_numbers_in_the_commentary_are_those_of_the_tables(commentary, made):
     measured = re.findall(r"[\d.e+-]+ ± [\d.]*\d|[\d.]+×", commentary)
-    assert len(measured) > 5
-    assert [number for number in measured if number not in tables] == []
+    assert len(measured) > 4
+    assert [number for number in measured if number not in made] == []
+
+
+def test_what_is_said_of_phi_along_training_is_in_the_records(seen, commentary):
+    study = study_of("keskar2017", "F1-mnist")
+    along = table(seen, study.phi, phi(0), study.followed("small")).mean()
+    updates = table(seen, accuracy, lambda facts: facts["updates"], study.followed("small"))
+    first, last = (f"{along[epoch]:.3g} %" for epoch in (1, 20))
+    begin = f"from {first} after one epoch, {updates[1].max():g} updates"
+    assert f"{begin}, to {last} after 20, {updates[20].max():g}" in commentary
+    swept = [study.network_at(32, seed, 40) for seed in range(3)]
+    after = sum(read(seen, study.curvature_and_phi(n), phi(0)) for n in swept) / 3
+    assert f"to {after:.3g} % after 40" in commentary
+    full = study_of("keskar2017", "F1-mnist", "full").at("small", 0)
+    number = int(read(seen, accuracy(full), lambda facts: facts["updates"]))
+    assert f"{number:,} updates of the small batch".replace(",", " ") in commentary
+
+
+def test_what_is_said_of_smith2018_is_in_the_records(seen, commentary):
+    """Not "within two per cent of loss", not "one of three networks fails"."""
+    study = study_of("smith2018", "ResNet-8-cifar10")
+    loss, test = metric("train_loss_running"), metric("test_accuracy_running", 100)
+    above, apart = [], []
+    for kind in ("hybrid", "increase"):
+        networks = list(zip(study.ends("decay"), study.ends(kind), strict=True))
+        first, second = pairs(seen, accuracy, loss, networks)
+        above += [100 * (b / a - 1) for a, b in zip(first, second, strict=True)]
+        first, second = pairs(seen, accuracy, test, networks)
+        apart += [abs(b - a) for a, b in zip(first, second, strict=True)]
+    assert min(above) > 0
+    assert f"{min(above):.1f} to {max(above):.1f} % higher than decaying's" in commentary
+    assert f"within {max(apart):.1f} points" in commentary
+    networks = zip(study.ends("decay"), study.ends("increase", 5), strict=True)
+    first, second = pairs(seen, accuracy, test, networks)
+    lost = [a - b for a, b in zip(first, second, strict=True)]
+    lose = f"{min(lost):.1f} to {max(lost):.1f} points"
+    assert f"all three networks lose accuracy on 2000 images, {lose}" in commentary
+    assert "two per cent" not in commentary
+    assert "one of three" not in commentary
+
+
+def test_what_is_said_of_table_4_is_in_the_records(seen, commentary):
+    """Not "45-fold"."""
+    study = study_of("keskar2017", "F1-mnist")
+    large = [study.sharpness(b) for _, b in study.ends()]
+    means = [sum(read(seen, o, phi(i, of="phi_normal")) for o in large) / 6 for i in (0, 1)]
+    said = f"from {means[0]:.2g} to {means[1]:.2g} %, {means[0] / means[1]:.3g}-fold"
+    assert said in commentary
+    assert "45-fold" not in commentary
+
+
+def test_what_is_said_of_figures_3_4_and_5_is_in_the_records(seen, findings, commentary):
+    study = study_of("keskar2017", "C1-cifar10")
+    largest = study.network_at(study.swept[-1], 0, study.epochs_swept)
+    number = int(read(seen, accuracy(largest), lambda facts: facts["updates"]))
+    assert f"{number} updates at batch {study.swept[-1]}" in commentary
+    assert f"drawn from {study.num_samples} samples of each set" in commentary
+    (deficit,) = [
+        found.of(Role.PREMISE)[0]
+        for _, item, s, found in findings
+        if (item.name, s.name, s.preset) == ("figure5", "F1-mnist", "reduced")
+    ]
+    assert deficit.verdict is not Verdict.REPRODUCED
+    assert "has no deficit to recover" in commentary
 
 
 def test_each_paper_says_what_is_smaller_than_its_own(made):
@@ -102,9 +287,8 @@ def test_the_command_writes_a_page_of_its_own(tmp_path, capsys):
     folder.mkdir(parents=True)
     shutil.copy(FOLDER / "quick.jsonl", folder)
     (folder / "of-an-item-that-was.png").write_bytes(b"")
-    markers = f"before\n<!-- {page.MARKER}:begin -->\n<!-- {page.MARKER}:end -->\nafter\n"
-    for path in (tmp_path / "README.md", tmp_path / "docs" / "reproductions.md"):
-        path.write_text(markers)
+    parts = [f"<!-- {m}:begin -->\n<!-- {m}:end -->\n" for m in (page.ANSWER, page.ITEMS)]
+    (tmp_path / "docs" / "reproductions.md").write_text(f"before\n{''.join(parts)}after\n")
     run = tmp_path / "reproduce-quick"
     run.mkdir()
     shutil.copy(FOLDER / "quick.jsonl", run / "records.jsonl")
@@ -114,5 +298,6 @@ def test_the_command_writes_a_page_of_its_own(tmp_path, capsys):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "Table 3" in text
+    assert (folder / "answer.png").read_bytes()[:4] == b"\x89PNG"
     assert (folder / "figure6-MLP-digits-quick.png").read_bytes()[:4] == b"\x89PNG"
     assert not (folder / "of-an-item-that-was.png").exists()

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from sharpness.reproduce.runner import Runner
 
 _ADVICE = (
-    "p: one-sided paired t test over starting points, then sign flips, 2^-n at best; for "
-    "trends Page's L within starting points. reproduced: p < .05 with 3 pairs or more; not "
-    "reproduced: the opposite has p < .05, or p > .05 with 6 or more; inconclusive "
-    "otherwise. Ranges are decided by the mean's 95 % interval. phi: ten iterations of "
-    "L-BFGS-B, as in the paper; in the full space the verdict must hold for the best value "
-    "found as well."
+    "p: one-sided, by a paired t test over starting points (trends: Page's L), then by "
+    "sign flips; below, by Holm over the claims of this run. reproduced, not reproduced: "
+    "the 95 % interval lies on the claim's side, or on the other; undecided otherwise, and "
+    "below 3 starting points. provisional: fewer than 6, on the t test alone. size: "
+    "whether the paper's number lies in the interval. †: changed after numbers had been "
+    "seen, so new starting points alone decide. phi: ten iterations of L-BFGS-B, as in the "
+    "paper; the best value found must agree."
 )
 
 
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         from sharpness.report import tables
+        from sharpness.reproduce.claims import with_holm
         from sharpness.reproduce.papers import PAPERS
         from sharpness.reproduce.runner import Runner
         from sharpness.reproduce.shown import print_verdicts
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if items := _items(paper, options.item, study):
                 findings += _reproduced(paper, items, study, runner, options.plan)
         if findings:
-            print_verdicts(tables.console(), findings)
+            print_verdicts(tables.console(), with_holm(findings))
             tables.console().print(f"\n{_ADVICE}\nWritten to {runner.folder}.")
         elif not options.plan:
             raise ValueError(

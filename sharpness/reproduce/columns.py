@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from sharpness.report.panels import Curve, Panel
-from sharpness.reproduce.claims import Check, by_both_solvers, trend
+from sharpness.reproduce.claims import Check, Role, by_both_solvers, trend
 from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Accuracy, Measured, Observation
 from sharpness.reproduce.runner import ObservationStore
@@ -121,17 +122,38 @@ def trend_of(
     runs: Runs,
     *,
     rising: bool,
-    judged: bool = True,
+    role: Role = Role.PRIMARY,
 ) -> Check:
     """Does a number rise (or fall) with x, within starting points?"""
     found = table(store, observe, pick, runs)
     ours, x = listed(found), found.columns.tolist()
-    return trend(claim, x, found.to_numpy(), rising=rising, ours=ours, judged=judged)
+    return trend(claim, x, found.to_numpy(), rising=rising, ours=ours, role=role)
 
 
 def by_solvers(judge: Callable[[Pick], Check], i: int = 0) -> Check:
     """A claim on phi, judged by the protocol; the best value found must agree."""
     return by_both_solvers(judge(phi(i)), judge(phi(i, "phi")))
+
+
+Run = tuple[Any, Any]  # (x, network), or two networks of one starting point
+
+
+def retested(judge: Callable[[list[Any]], Check], runs: Iterable[Run], seen: int) -> Check:
+    """A claim whose predicate was changed when `seen` starting points were known.
+
+    All are shown; p and verdict are those of the starting points that came after.
+    """
+    runs = list(runs)
+    shown = judge(runs)
+    new = judge([run for run in runs if run[1].training.seed >= seen])
+    return replace(
+        new,
+        claim=shown.claim,
+        ours=shown.ours,
+        paper=shown.paper,
+        n=shown.n,
+        num_new=new.n,
+    )
 
 
 def listed(found: pd.DataFrame) -> str:

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.claims import Check, holds, trend
+from sharpness.reproduce.claims import Check, Role, holds, trend
 from sharpness.reproduce.columns import (
     accuracy,
     band,
@@ -131,7 +132,7 @@ def _by_rate(study: MastersStudy, store: ObservationStore) -> pd.Series:
             (size, rate, network.training.seed): read(store, accuracy(network), _TEST, 0.0)
             for size, rate, network in study.grid()
         }
-    )
+    ).rename_axis(["size", "rate", "start"])
 
 
 def _best_of(found: pd.Series) -> pd.DataFrame:
@@ -144,12 +145,11 @@ def _best(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
     best = _best_of(found)
     means = best.mean()
     winner = means[means == means.max()].index.max()
-    small = winner <= 32 and means.max() > 3 * study.chance
     yield holds(
         "the best batch size over all rates is 32 or less",
-        small,
+        bool(winner <= 32 and means.max() > 3 * study.chance),
         ours=f"best at {winner}: {listed(best)}",
-        n=len(found),
+        n=len(best),
         paper="2 to 32",
     )
     large = best[[size for size in best if size >= 16]]
@@ -158,24 +158,27 @@ def _best(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
         large.columns.tolist(),
         large.to_numpy(),
         rising=False,
+        role=Role.SECONDARY,
     )
 
 
 def _range(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
-    found = _by_rate(study, store)
-    means = found.groupby(level=[0, 1]).mean().unstack()
-    none = math.log2(min(study.rates)) - 1  # below all that were tried
-    trains = {
-        size: [math.log2(rate) for rate in row.index[row > 3 * study.chance]]
-        for size, row in means.iterrows()
-    }
+    """By starting point; below all rates that were tried where none trains."""
+    found = _by_rate(study, store).reset_index(name="y")
+    none = math.log2(min(study.rates)) - 1
+    found["exponent"] = np.log2(found["rate"]).where(found["y"] > 3 * study.chance, none)
+    largest = found.groupby(["start", "size"])["exponent"].max().unstack()
     shown = ", ".join(
-        f"2^{max(rates):g} ({size})" if rates else f"none ({size})"
-        for size, rates in trains.items()
+        f"2^{mean:g} ({size})" if mean > none else f"none ({size})"
+        for size, mean in largest.mean().items()
     )
-    words = "the largest base rate that trains falls with the batch size"
-    exponents = [max(rates, default=none) for rates in trains.values()]
-    yield trend(words, list(trains), [exponents], rising=False, ours=shown)
+    yield trend(
+        "the largest base rate that trains falls with the batch size",
+        largest.columns.tolist(),
+        largest.to_numpy(),
+        rising=False,
+        ours=shown,
+    )
 
 
 def _grid_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
@@ -225,7 +228,7 @@ def _ghosts(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
             f"SGD batch {size}: the best BatchNorm batch is 8 or less",
             best <= 8,
             ours=f"best at {best:g}: {listed(found)}",
-            n=found.size,
+            n=len(found),
             paper="4 or 8",
         )
 
@@ -249,7 +252,7 @@ def _warm(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
         f"with warm-up a batch of {last} stays below the best small batch",
         bool(with_it < small),
         ours=f"{with_it:.3g} % with, {without:.3g} % without; small batch {small:.3g} %",
-        n=warm.size,
+        n=len(warm),
     )
 
 

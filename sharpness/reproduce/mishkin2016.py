@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Panel
 from sharpness.reproduce import paper
-from sharpness.reproduce.claims import Check, paired, within
+from sharpness.reproduce.claims import Check, Role, paired, within
 from sharpness.reproduce.columns import (
     accuracy,
     band_panels,
@@ -68,8 +70,11 @@ class MishkinStudy(paper.Study):
 
 
 def _checks(study: MishkinStudy, store: ObservationStore) -> Iterator[Check]:
+    """The claim is on the largest batch at an unchanged rate that the paper has."""
     published = paper_numbers("mishkin2016")["accuracy"]
     default = published["256"]["same"]
+    theirs = {times: published.get(f"{256 * times:g}", {}) for times in study.times}
+    largest = max((times for times in theirs if "same" in theirs[times]), default=0)
 
     def values(times: float, scaled: bool) -> tuple[list[float], list[float]]:
         networks = [
@@ -78,29 +83,24 @@ def _checks(study: MishkinStudy, store: ObservationStore) -> Iterator[Check]:
         ]
         return pairs(store, accuracy, _TEST, networks)
 
-    for times in study.times:
-        theirs = published.get(f"{256 * times:g}", {})
+    for times, numbers in theirs.items():
         size = f"batch {study.default * times:g} ({times:g} times the default)"
         if times > 1:
-            same = theirs.get("same")
+            same = numbers.get("same")
+            words = f"{size}, same rate, test accuracy, %: smaller than the default's"
+            check = paired(words, *values(times, False), larger=False, ratio=False)
             text = f"{default} → {same} (single runs)" if same else ""
-            check = paired(
-                f"{size}, same rate, test accuracy, %: smaller than the default's",
-                *values(times, False),
-                larger=False,
-                ratio=False,
-            )
-            yield _told(check, text)
-        scaled, (first, second) = theirs.get("scaled"), values(times, True)
-        gaps = [b - a for a, b in zip(first, second, strict=True)]
+            yield _told(check, text, Role.PRIMARY if times == largest else Role.SECONDARY)
+        scaled, (first, second) = numbers.get("scaled"), values(times, True)
+        gaps = np.subtract(second, first).tolist()
         words = f"{size}, scaled rate: within 1 point of the default"
         text = f"{scaled - default:+.1f} (single runs)" if scaled else ""
-        yield _told(within(words, gaps, -1, 1), text)
+        yield _told(within(words, gaps, -1, 1), text, Role.SECONDARY)
 
 
-def _told(check: Check, paper: str) -> Check:
+def _told(check: Check, paper: str, role: Role) -> Check:
     """Beside the paper's number; not judged where it has none."""
-    return replace(check, paper=paper, verdict=check.verdict if paper else None)
+    return replace(check, paper=paper, role=role if paper else Role.BEYOND)
 
 
 def _panels(study: MishkinStudy, store: ObservationStore) -> list[Panel]:

@@ -1,44 +1,56 @@
-"""`python -m sharpness.reproduce.page`: records -> docs/reproductions.md and README.
+"""`python -m sharpness.reproduce.page`: records -> docs/reproductions.md.
 
-The page's tables and pictures follow from the committed records alone: nothing is
-trained or measured here. What stands between the markers is written anew, the rest is
+The page's sentences, tables and pictures follow from the committed records alone: nothing
+is trained or measured here. What stands between the markers is written anew, the rest is
 left as it is.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from itertools import groupby, product
 from pathlib import Path
 
 from sharpness import _command
 from sharpness.record import append_record, parsed, read_records
 from sharpness.report.panels import draw
-from sharpness.reproduce.claims import Finding
+from sharpness.reproduce.answer import draw_answer, sentences
+from sharpness.reproduce.claims import Finding, Role, Verdict, with_holm
 from sharpness.reproduce.paper import Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import ObservationStore
-from sharpness.reproduce.shown import by_study, finding_text, summary
+from sharpness.reproduce.shown import by_study, finding_text, markdown
 from sharpness.reproduce.upgrade import upgraded
 
 _BEGIN, _END = "<!-- {0}:begin -->", "<!-- {0}:end -->"
-MARKER = "reproductions"
+ANSWER, ITEMS = "answer", "items"
+PICTURE = "answer.png"
+Found = tuple[Paper, Item, Study, Finding]
 
 
-def findings(store: ObservationStore) -> Iterator[tuple[Paper, Item, Study, Finding]]:
+def findings(store: ObservationStore) -> list[Found]:
     """Of every item of every study that something was found on, in order.
 
     What is computed without observations is shown once, for the paper's own sizes.
     """
-    for paper in PAPERS.values():
-        for item, study in product(paper.items, paper.studies):
-            wanted = item.observations(study) if item.applies(study) else [None]
-            counted = not wanted and study is paper.studies[-1]
-            if counted or any(one in store for one in wanted if one is not None):
-                found = finding(paper, item, study, store)
-                if found.checks:
-                    yield paper, item, study, found
+    found = [
+        (paper, item, study, finding(paper, item, study, store))
+        for paper in PAPERS.values()
+        for item, study in product(paper.items, paper.studies)
+        if _is_begun(paper, item, study, store)
+    ]
+    found = [row for row in found if any(c.role is not Role.PREMISE for c in row[3].checks)]
+    adjusted = with_holm([one for *_, one in found])
+    return [(*row[:3], one) for row, one in zip(found, adjusted, strict=True)]
+
+
+def _is_begun(paper: Paper, item: Item, study: Study, store: ObservationStore) -> bool:
+    if not item.applies(study):
+        return False
+    wanted = item.observations(study)
+    return any(one in store for one in wanted) if wanted else study is paper.studies[-1]
 
 
 def recorded(folder: Path) -> ObservationStore:
@@ -48,19 +60,62 @@ def recorded(folder: Path) -> ObservationStore:
     )
 
 
-def page_text(store: ObservationStore) -> str:
-    """The generated part of the page: a summary, then every item."""
-    found = list(findings(store))
-    parts = [_verdicts([one for *_, one in found])]
+def answer_text(store: ObservationStore, found: Sequence[Found]) -> str:
+    """The first screen: six sentences, a picture, a table of papers."""
+    answers = "\n".join(f"- {sentence}" for sentence in sentences(store))
+    alt = "Sharpness, test accuracy and distance of large- against small-batch networks"
+    rows = []
+    for paper, of_paper in groupby(found, key=lambda row: row[0]):
+        told = [one for *_, one in of_paper]
+        own = [one.outcome for one in told if one.stand_in is None]
+        others = [one.outcome for one in told if one.stand_in]
+        rows.append((f"[{paper.name}](#{paper.name})", _counts(own), _counts(others)))
+    table = markdown(("paper", "verdicts on its items", "on stand-ins for its data"), rows)
+    return f"{answers}\n\n![{alt}](reproductions/{PICTURE})\n\n{table}"
+
+
+def _counts(outcomes: Sequence[Verdict]) -> str:
+    """`4 reproduced, 1 undecided`."""
+    counts = Counter(outcomes)
+    return ", ".join(f"{counts[v]} {v}" for v in reversed(Verdict) if counts[v]) or "–"
+
+
+def items_text(store: ObservationStore, found: Sequence[Found]) -> str:
+    """Every paper: its verdicts, what was run on what, every item, what was not run."""
+    parts = []
     for paper, rows in groupby(found, key=lambda row: row[0]):
         of_paper = list(rows)
         studies = dict.fromkeys(study for _, _, study, _ in of_paper)
         parts.append(f"## {paper.name}\n\n{paper.citation}.")
+        parts.append(by_study([one for *_, one in of_paper]))
         parts.append("\n".join(map(_study_text, studies)))
         for _, item, study, one in of_paper:
             shown = _picture(item, study, store)
             parts.append(finding_text(one, f"reproductions/{shown}" if shown else None))
+        parts.append(_not_run(paper, store))
     return "\n\n".join(part.rstrip() for part in parts)
+
+
+def _not_run(paper: Paper, store: ObservationStore) -> str:
+    """Of the larger presets the items of which nothing has been observed."""
+    rows = []
+    for study in paper.studies:
+        items = [item for item in paper.items if item.applies(study)]
+        wanted = {
+            item.name: item.observations(study)
+            for item in items
+            if study.preset != "quick" and not _is_begun(paper, item, study, store)
+        }
+        looks = {one for observations in wanted.values() for one in observations}
+        runs = {network.run for one in looks for network in one.needs}
+        tracked = sum(not one.needs for one in looks)
+        if looks:
+            where = f"{study.name}, {study.preset}"
+            rows.append(
+                (where, ", ".join(wanted), str(len(runs) + tracked), str(len(looks)))
+            )
+    columns = ("not run on", "items", "trainings that it takes", "observations")
+    return f"### {paper.name}: not run\n\n{markdown(columns, rows)}" if rows else ""
 
 
 def _study_text(study: Study) -> str:
@@ -68,19 +123,6 @@ def _study_text(study: Study) -> str:
     stand_in = f" Stand-in: {study.stand_in}." if study.stand_in else ""
     where = f"**{study.name}, {study.preset}**: {study.network} on {study.data}."
     return f"- {where} {study.about} {sizes}{stand_in}".replace("  ", " ")
-
-
-def readme_text(store: ObservationStore) -> str:
-    """The generated part of README: the verdicts, without the quick preset."""
-    return _verdicts([one for *_, one in findings(store) if one.preset != "quick"])
-
-
-def _verdicts(found: Sequence[Finding]) -> str:
-    """A table of its own for each paper whose items were tried on several studies."""
-    papers = [list(rows) for _, rows in groupby(found, key=lambda one: one.paper)]
-    wide = [rows for rows in papers if len({one.title for one in rows}) < len(rows)]
-    rest = [one for rows in papers if rows not in wide for one in rows]
-    return "\n\n".join([*map(by_study, wide), *([summary(rest)] if rest else [])])
 
 
 def between(text: str, marker: str, content: str) -> str:
@@ -101,10 +143,10 @@ def _picture(item: Item, study: Study, store: ObservationStore) -> str | None:
     return f"{item.name}-{study.name}-{study.preset}.png" if drawn else None
 
 
-def _draw_pictures(folder: Path, store: ObservationStore) -> None:
-    """Every item's picture; what was drawn for others goes."""
-    stale = set(folder.glob("*.png"))
-    for paper, item, study, _ in findings(store):
+def _draw_pictures(folder: Path, store: ObservationStore, found: Sequence[Found]) -> None:
+    """The answer's picture and every item's; what was drawn for others goes."""
+    stale = set(folder.glob("*.png")) - {draw_answer(folder / PICTURE, store)}
+    for paper, item, study, _ in found:
         if name := _picture(item, study, store):
             title = f"{paper.name}, {item.title} · {study.network} on {study.data}"
             stale.discard(draw(folder / name, item.drawn(study, store), title=title))
@@ -126,8 +168,8 @@ def _merge(source: Path, target: Path) -> int:
 def _parser() -> _command.Parser:
     parser = _command.Parser(
         prog="python -m sharpness.reproduce.page",
-        description="Write docs/reproductions.md, its pictures and README's table from "
-        "the records in docs/reproductions.",
+        description="Write docs/reproductions.md and its pictures from the records in "
+        "docs/reproductions.",
     )
     parser.add_argument(
         "records", nargs="*", type=Path, help="run folders to take in first"
@@ -142,21 +184,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def command() -> int:
         folder = options.root / "docs" / "reproductions"
-        page, readme = (
-            options.root / "docs" / "reproductions.md",
-            options.root / "README.md",
-        )
+        page = options.root / "docs" / "reproductions.md"
         for run in options.records:
             kept = folder / f"{run.name.removeprefix('reproduce-')}.jsonl"
             print(f"{kept}: {_merge(run / 'records.jsonl', kept)} observations added")
         store = recorded(folder)
-        for path, content in ((page, page_text(store)), (readme, readme_text(store))):
-            text = path.read_text(encoding="utf-8")
-            path.write_text(between(text, MARKER, content), encoding="utf-8")
-        _draw_pictures(folder, store)
+        page.write_text(written(page.read_text(encoding="utf-8"), store), encoding="utf-8")
+        _draw_pictures(folder, store, findings(store))
         return _command.OK
 
     return _command.guarded("sharpness.reproduce.page", command)
+
+
+def written(text: str, store: ObservationStore) -> str:
+    """A page's text with its generated parts made anew."""
+    found = findings(store)
+    text = between(text, ANSWER, answer_text(store, found))
+    return between(text, ITEMS, items_text(store, found))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ class Study:
         return ""
 
     @property
+    def has_papers_size(self) -> bool:
+        """Whether sizes of effects can be held to the paper's."""
+        return not self.reduced and not self.stand_in
+
+    @property
     def seeds(self) -> range:
         """Starting points."""
         return range(self.num_seeds)

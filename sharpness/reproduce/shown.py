@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sharpness.report import tables
-from sharpness.reproduce.claims import Check, Finding
+from sharpness.reproduce.claims import Check, Finding, Role
 
 
 def plain(columns: Sequence[str], rows: Iterable[Sequence[str]], right: int) -> Table:
@@ -24,9 +24,11 @@ def print_finding(console: Console, finding: Finding) -> None:
     """One item with its checks and its verdict."""
     console.print(f"\n[bold]{finding.title}[/bold] · {finding.study}", markup=True)
     console.print(f"Claim: {finding.claim}")
-    if finding.checks:
+    for premise in finding.of(Role.PREMISE):
+        console.print(_premise(premise))
+    if checks := _but_premises(finding):
         columns = ("", "paper", "ours", "n", "p", "verdict")
-        table = plain(columns, map(cells, finding.checks), right=1)
+        table = plain(columns, map(cells, checks), right=1)
         for column in table.columns[1:3]:
             column.justify = "left"
         console.print(table)
@@ -37,21 +39,40 @@ def print_finding(console: Console, finding: Finding) -> None:
 
 def print_verdicts(console: Console, findings: Sequence[Finding]) -> None:
     """Every item's verdict in a line."""
-    rows = [(f.title, f.study, f.verdict_text) for f in findings]
-    console.print("", plain(("item", "on", "verdict"), rows, right=2), sep="\n")
+    rows = [(f.title, f.study, _holm_text(f), f.verdict_text) for f in findings]
+    console.print("", plain(("item", "on", "p (Holm)", "verdict"), rows, right=3), sep="\n")
+
+
+def _holm_text(finding: Finding) -> str:
+    adjusted = [c.holm for c in finding.of(Role.PRIMARY) if c.holm is not None]
+    return ", ".join(map(tables.p_value, adjusted)) or "–"
+
+
+def _premise(check: Check) -> str:
+    beside = f"; paper {check.paper}" if check.paper else ""
+    return f"Premise, {check.verdict_text}: {check.claim}: {check.ours}{beside}."
+
+
+def _but_premises(finding: Finding) -> list[Check]:
+    return [check for check in finding.checks if check.role is not Role.PREMISE]
 
 
 def cells(check: Check) -> list[str]:
-    """Claim, paper, ours, n, p, verdict."""
-    verdict = "beyond the paper" if check.verdict is None else str(check.verdict)
-    paper, n = check.paper or "–", str(check.n)
-    return [check.claim, paper, check.ours, n, p_text(check), verdict]
+    """Claim, paper, ours, n, p, verdict; what is no primary claim says what it is."""
+    also = "also: " if check.role is Role.SECONDARY else ""
+    claim = f"{also}{check.claim}{'' if check.num_new is None else ' †'}"
+    paper, verdict = check.paper or "–", check.verdict_text
+    return [claim, paper, check.ours, check.count_text, p_text(check), verdict]
 
 
 def p_text(check: Check) -> str:
-    """`0.0004 / 0.016`: paired t or Page, and sign flips."""
-    known = [tables.p_value(p) for p in (check.p, check.flip_p) if p is not None]
-    return " / ".join(known) if check.p is not None else "–"
+    """`0.0004 / 0.016 / 0.003`: paired t or Page, sign flips, Holm within the paper."""
+    known = [check.p, check.flip_p, check.holm]
+    if check.p is None:
+        return "–"
+    if check.flip_p is None and check.holm is not None:
+        return f"{tables.p_value(check.p)} / – / {tables.p_value(check.holm)}"
+    return " / ".join(tables.p_value(p) for p in known if p is not None)
 
 
 def finding_text(finding: Finding, picture: str | None) -> str:
@@ -61,19 +82,14 @@ def finding_text(finding: Finding, picture: str | None) -> str:
         f"### {finding.title} · {finding.study}, {finding.preset}",
         f"{finding.claim} **{verdict[:1].upper() + verdict[1:]}.**",
     ]
-    if finding.checks:
+    parts += [_premise(check) for check in finding.of(Role.PREMISE)]
+    if checks := _but_premises(finding):
         columns = ("quantity and claim", "paper", "ours", "n", "p", "verdict")
-        parts.append(markdown(columns, map(cells, finding.checks)))
+        parts.append(markdown(columns, map(cells, checks)))
     parts += finding.notes
     if picture is not None:
         parts.append(f"![{finding.title}, {finding.study}]({picture})")
     return "\n\n".join([*parts, f"`{finding.command}`"]) + "\n"
-
-
-def summary(findings: Sequence[Finding]) -> str:
-    """A line for each item: on what, which verdict."""
-    rows = [(f.paper, f.title, f"{f.study}, {f.preset}", f.verdict_text) for f in findings]
-    return markdown(("paper", "item", "on", "verdict"), rows)
 
 
 def by_study(findings: Sequence[Finding]) -> str:

@@ -67,6 +67,7 @@ def _between(arc: bool, study: KeskarStudy, store: ObservationStore) -> list[Che
 
 def _between_panels(arc: bool, study: KeskarStudy, store: ObservationStore) -> list[Panel]:
     panels, theirs = [], _authors(study, arc)
+    title = f"{study.num_samples or 'all'} samples of each set, or all"
     for key, name, times, label in (
         ("values", "xent", 1.0, "cross-entropy"),
         ("accuracies", "acc", 100.0, "accuracy, %"),
@@ -90,9 +91,8 @@ def _between_panels(arc: bool, study: KeskarStudy, store: ObservationStore) -> l
                         faint=True,
                     )
                 )
-        panels.append(
-            panel("alpha: 0 small batch, 1 large batch", label, curves, marks=(0, 1))
-        )
+        where = "alpha: 0 small batch, 1 large batch"
+        panels.append(panel(where, label, curves, marks=(0, 1), title=title))
     return panels
 
 

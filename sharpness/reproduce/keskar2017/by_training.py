@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+
+import numpy as np
 
 from sharpness.report.panels import Curve, Panel
-from sharpness.reproduce.claims import Check, paired, ratio_within, within
+from sharpness.reproduce.claims import Check, Role, paired, ratio_within, within
 from sharpness.reproduce.columns import (
     Pick,
     Runs,
@@ -21,10 +24,18 @@ from sharpness.reproduce.columns import (
     pairs,
     panel,
     phi,
+    retested,
     table,
     trend_of,
 )
-from sharpness.reproduce.keskar2017.study import ROLES, TEST_ACCURACY, KeskarStudy, Role
+from sharpness.reproduce.keskar2017.study import (
+    ROLES,
+    SEEN,
+    TEST_ACCURACY,
+    BatchRole,
+    KeskarStudy,
+    Pair,
+)
 from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Observation
 from sharpness.reproduce.paper import Item
@@ -71,28 +82,33 @@ def _figure2_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
 # -- figure 6 ----------------------------------------------------------------------------
 
 
-def _first_and_last(study: KeskarStudy, role: Role) -> list[tuple[ModelSpec, ModelSpec]]:
+def _first_and_last(study: KeskarStudy, role: BatchRole) -> list[Pair]:
     first, *_, last = study.epochs(role)
     seeds = range(study.num_followed)
     return [(study.at(role, seed, first), study.at(role, seed, last)) for seed in seeds]
 
 
+def _by_solvers_on_new(
+    judge: Callable[[list[Pair], Pick], Check], runs: list[Pair]
+) -> Check:
+    return retested(lambda some: by_solvers(partial(judge, some)), runs, SEEN)
+
+
 def _figure6(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
     """From the first observation to the last, by starting point."""
 
-    def grows(pick: Pick) -> Check:
-        values = pairs(store, study.phi, pick, _first_and_last(study, "large"))
-        return paired("large batch: phi(1e-3), %, first look → last: larger", *values)
+    def grows(runs: list[Pair], pick: Pick) -> Check:
+        values = pairs(store, study.phi, pick, runs)
+        return paired("large batch: phi(1e-3), %, first → last: larger", *values)
 
-    def hardly_grows(pick: Pick) -> Check:
-        values = pairs(store, study.phi, pick, _first_and_last(study, "small"))
-        words = "small batch: phi(1e-3), %, first look → last: at most half as large again"
-        change = ratio_within(words, *values, high=1.5)
-        shown = paired(words, *values, judged=False)
-        return replace(change, ours=f"{shown.ours}; {change.ours}")
+    def hardly_grows(runs: list[Pair], pick: Pick) -> Check:
+        values = pairs(store, study.phi, pick, runs)
+        words = "small batch: phi(1e-3), %, first → last: at most half as large again"
+        change = ratio_within(words, *values, high=1.5, role=Role.SECONDARY)
+        return replace(change, ours=paired(words, *values).ours)
 
-    yield by_solvers(grows)
-    yield by_solvers(hardly_grows)
+    yield _by_solvers_on_new(grows, _first_and_last(study, "large"))
+    yield _by_solvers_on_new(hardly_grows, _first_and_last(study, "small"))
 
 
 def _figure6_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
@@ -128,38 +144,28 @@ def _figure4(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
     """The paper's thresholds are 1 and 2 % of its data: here the larger half of sizes."""
     runs, measured = _swept(study), study.curvature_and_phi
     least = study.swept[len(study.swept) // 2]
-    large = [(size, network) for size, network in runs if size >= least]
-    yield trend_of(
-        f"test accuracy falls with batch size, from {least} on",
-        store,
-        accuracy,
-        TEST_ACCURACY,
-        large,
-        rising=False,
+
+    def asked(words: str, pick: Pick, rising: bool, role: Role, some: Runs = runs) -> Check:
+        observe = accuracy if pick is TEST_ACCURACY else measured
+        return trend_of(words, store, observe, pick, some, rising=rising, role=role)
+
+    words = "phi(1e-3) rises with batch size"
+    yield by_solvers(lambda pick: asked(words, pick, True, Role.PRIMARY))
+    yield retested(
+        lambda some: asked(
+            f"test accuracy falls with batch size, from {least} on",
+            TEST_ACCURACY,
+            False,
+            Role.SECONDARY,
+            some,
+        ),
+        [run for run in runs if run[0] >= least],
+        SEEN,
     )
-    yield trend_of(
-        "test accuracy over all batch sizes: falls",
-        store,
-        accuracy,
-        TEST_ACCURACY,
-        runs,
-        rising=False,
-        judged=False,
-    )
-    yield by_solvers(
-        lambda pick: trend_of(
-            "phi(1e-3) rises with batch size", store, measured, pick, runs, rising=True
-        )
-    )
-    yield trend_of(
-        "lambda_max with batch size (Yao et al. 2018: rises)",
-        store,
-        measured,
-        lambda_max,
-        runs,
-        rising=True,
-        judged=False,
-    )
+    words = "test accuracy over all batch sizes: falls"
+    yield asked(words, TEST_ACCURACY, False, Role.BEYOND)
+    words = "lambda_max with batch size (Yao et al. 2018: rises)"
+    yield asked(words, lambda_max, True, Role.BEYOND)
 
 
 def _figure4_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
@@ -199,40 +205,41 @@ def _figure5_observations(study: KeskarStudy) -> list[Observation]:
 
 
 def _figure5(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
+    """There must be a deficit of the cold large batch for the warm start to recover."""
     runs, last = _warm(study), study.epochs_small[-1]
-    starts = [(n.start, n) for epochs, n in runs if epochs == last and n.start]
-    yield trend_of(
-        "test accuracy rises with the epochs before",
-        store,
-        accuracy,
-        TEST_ACCURACY,
-        runs,
-        rising=True,
+    ends = [(n.start, n) for epochs, n in runs if epochs == last and n.start]
+    cold = [
+        (small, study.at("large", small.training.seed, study.epochs_warm))
+        for small, _ in ends
+    ]
+    yield paired(
+        "cold start: test accuracy of the large batch below the small batch's, %",
+        *pairs(store, accuracy, TEST_ACCURACY, cold),
+        larger=False,
+        ratio=False,
+        role=Role.PREMISE,
     )
-    yield by_solvers(
-        lambda p: trend_of(
-            "phi(1e-3) falls with the epochs before",
-            store,
-            study.phi,
-            p,
-            runs,
-            rising=False,
+
+    def as_accurate(some: list[Pair]) -> Check:
+        small, warm = pairs(store, accuracy, TEST_ACCURACY, some)
+        words = (
+            f"after {last:g}: test accuracy less the small batch's, points: -0.5 or more"
         )
-    )
-    values = pairs(store, accuracy, TEST_ACCURACY, starts)
-    gains = [warm - small for small, warm in zip(*values, strict=True)]
-    yield within(
-        f"after {last:g}: test accuracy less the small batch's, points: -0.5 or more",
-        gains,
-        -0.5,
-        math.inf,
-    )
+        return within(words, np.subtract(warm, small).tolist(), -0.5, math.inf)
+
+    def as_flat(some: list[Pair], pick: Pick) -> Check:
+        words = f"after {last:g}: phi(1e-3) over the small batch's: 1 or less"
+        values = pairs(store, study.phi, pick, some)
+        return ratio_within(words, *values, high=1, role=Role.SECONDARY)
+
+    yield retested(as_accurate, ends, SEEN)
+    yield _by_solvers_on_new(as_flat, ends)
+    how = {"role": Role.SECONDARY}
+    words = "test accuracy rises with the epochs before"
+    yield trend_of(words, store, accuracy, TEST_ACCURACY, runs, rising=True, **how)
+    words = "phi(1e-3) falls with the epochs before"
     yield by_solvers(
-        lambda p: ratio_within(
-            f"after {last:g}: phi(1e-3) over the small batch's: 1 or less",
-            *pairs(store, study.phi, p, starts),
-            high=1,
-        )
+        lambda pick: trend_of(words, store, study.phi, pick, runs, rising=False, **how)
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sharpness.reproduce.claims import Check, paired, within
+from sharpness.reproduce.claims import Check, Role, paired, within
 from sharpness.reproduce.columns import accuracy, by_solvers, observed, pairs
 from sharpness.reproduce.keskar2017.study import TEST_ACCURACY, KeskarStudy, flat
 from sharpness.reproduce.model_spec import ModelSpec
@@ -50,12 +50,12 @@ class _Remedy:
         theirs = theirs[1] if self.of_both and theirs else theirs
         beside = (plain[1], theirs) if plain and theirs else None
         words = "test accuracy of the large batch, %, without → with: "
-        gain = paired(f"{words}larger", *values, ratio=False, paper=beside)
+        sized = study.has_papers_size
+        gain = paired(f"{words}larger", *values, ratio=False, paper=beside, sized=sized)
         if self.table == "adversarial":
             gains = [b - a for a, b in zip(*values, strict=True)]
             words += "at most half a point larger"
-            verdict = within(words, gains, -100, 0.5).verdict
-            gain = replace(gain, claim=words, p=None, flip_p=None, verdict=verdict)
+            gain = replace(within(words, gains, -100, 0.5), ours=gain.ours)
         yield gain
         cells = (study.published("table3") or {}).get("0.001")
         theirs = published.get("0.001")
@@ -67,6 +67,8 @@ class _Remedy:
                 words,
                 *pairs(store, study.sharpness, pick, networks, study.phi),
                 paper=sharp,
+                sized=sized,
+                role=Role.SECONDARY,
             )
         )
 

@@ -12,8 +12,9 @@ from sharpness.reproduce.columns import metric
 from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Measured
 
-Role = Literal["small", "large"]
-ROLES: tuple[Role, Role] = ("small", "large")
+BatchRole = Literal["small", "large"]
+ROLES: tuple[BatchRole, BatchRole] = ("small", "large")
+SEEN = 3  # starting points of the figures that were known when predicates were changed
 Pair = tuple[ModelSpec, ModelSpec]  # small batch, large batch
 
 
@@ -36,8 +37,8 @@ class KeskarStudy(paper.Study):
         num_warm: starting points of figure 5.
         num_remedied: starting points of tables 6 and 7 and of adversarial training.
         batchnorm: whether the network has BatchNorm.
-        drawn_anew: whether each starting point has samples, a random subspace and starts
-            of its own; else all share one draw.
+        one_draw: whether all starting points share their samples, random subspace and
+            starts of the search; else each has its own.
         observed_at_fit: whether networks are observed where their training accuracy first
             reaches the paper's.
         also: measures taken at the end of training beside the usual ones.
@@ -56,7 +57,7 @@ class KeskarStudy(paper.Study):
     num_warm: int = 3
     num_remedied: int = 6
     batchnorm: bool = True
-    drawn_anew: bool = False
+    one_draw: bool = False
     observed_at_fit: bool = False
     also: tuple[str, ...] = ()
 
@@ -70,10 +71,16 @@ class KeskarStudy(paper.Study):
         more = "".join(f"; {one}" for one in several if one)
         samples = self.num_samples or "all"
         how = ", with their batch statistics in BatchNorm" if self.batchnorm else ""
+        draws = (
+            "These samples, the random subspace and the starts of the search are one draw, "
+            "shared by all starting points."
+            if self.one_draw
+            else "Each starting point has samples, a random subspace and starts of its own."
+        )
         return (
             f"Batch {self.small} for {self.epochs_small[-1]:g} epochs, {self.large} for "
             f"{self.epochs_large[-1]:g}{more}; Adam at 1e-3, not tuned. Sharpness on "
-            f"{samples} training samples{how}."
+            f"{samples} training samples{how}. {draws}"
         )
 
     def published(self, table: str) -> Any:
@@ -107,12 +114,12 @@ class KeskarStudy(paper.Study):
             until_loss_of=until_loss_of,
         )
 
-    def epochs(self, role: Role) -> tuple[float, ...]:
+    def epochs(self, role: BatchRole) -> tuple[float, ...]:
         """When networks of a role are observed."""
         return self.epochs_small if role == "small" else self.epochs_large
 
     def at(
-        self, role: Role, seed: int, epochs: float | None = None, **more: Any
+        self, role: BatchRole, seed: int, epochs: float | None = None, **more: Any
     ) -> ModelSpec:
         """A network of a role, at its end unless told otherwise."""
         batch_size = self.small if role == "small" else self.large
@@ -125,11 +132,11 @@ class KeskarStudy(paper.Study):
             for seed in self.seeds[:num]
         ]
 
-    def followed(self, role: Role, num: int | None = None) -> list[tuple[float, ModelSpec]]:
+    def followed(self, role: BatchRole) -> list[tuple[float, ModelSpec]]:
         """(epoch, network) along training, for each starting point that is followed."""
         return [
             (epochs, self.at(role, seed, epochs))
-            for seed in range(self.num_followed)[:num]
+            for seed in range(self.num_followed)
             for epochs in self.epochs(role)
         ]
 
@@ -150,9 +157,21 @@ class KeskarStudy(paper.Study):
             for small, _ in self.ends()
         ]
 
+    def equal_epochs(self) -> list[Pair]:
+        """Figure 4's networks at both batch sizes, trained for as many epochs."""
+        if not {self.small, self.large} <= set(self.swept):
+            return []
+        return [
+            (
+                self.network_at(self.small, seed, self.epochs_swept),
+                self.network_at(self.large, seed, self.epochs_swept),
+            )
+            for seed in range(self.num_swept)
+        ]
+
     def measured(self, of: ModelSpec, *measures: str, **more: Any) -> Measured:
         """On this study's samples, with draws of each starting point's own or one draw."""
-        seed = of.training.seed if self.drawn_anew else 0
+        seed = 0 if self.one_draw else of.training.seed
         return Measured(
             of=of, measures=measures, num_samples=self.num_samples, seed=seed, **more
         )
@@ -215,6 +234,7 @@ STUDIES = (
         epochs_large=(30, 90, 300),
         num_followed=2,
         batchnorm=False,
+        one_draw=True,
     ),
     KeskarStudy(
         name="F1-mnist",
@@ -230,6 +250,7 @@ STUDIES = (
         swept=(32, 100, 250, 500, 1000, 2500),
         epochs_swept=40,
         epochs_warm=40,
+        one_draw=True,
     ),
     KeskarStudy(
         name="F1-fashion-mnist",
@@ -245,6 +266,7 @@ STUDIES = (
         swept=(32, 100, 250, 500, 1000, 2500),
         epochs_swept=40,
         epochs_warm=40,
+        one_draw=True,
     ),
     KeskarStudy(
         name="C1-cifar10",
@@ -263,6 +285,7 @@ STUDIES = (
         epochs_swept=20,
         epochs_warm=15,
         num_warm=1,
+        one_draw=True,
     ),
     KeskarStudy(
         name="F2-spoken-digits",
@@ -289,7 +312,6 @@ STUDIES = (
         swept=(64, 256, 512, 1024, 2048, 5000),
         epochs_swept=100,
         epochs_warm=100,
-        drawn_anew=True,
         observed_at_fit=True,
         also=("phi_normal_zero", "phi_normal_best", "lanczos"),
     ),

@@ -7,8 +7,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from sharpness._results import short
-from sharpness.reproduce.claims import Check, by_both_solvers, paired, ratio_within, within
+from sharpness.reproduce.claims import (
+    Check,
+    Role,
+    by_both_solvers,
+    paired,
+    ratio_within,
+    within,
+)
 from sharpness.reproduce.columns import (
     Observe,
     Pick,
@@ -27,65 +36,59 @@ from sharpness.reproduce.paper import Item
 from sharpness.reproduce.runner import ObservationStore
 
 
-def phi_checks(
+def _phi_checks(
     study: KeskarStudy,
     store: ObservationStore,
     *,
     of: str = "phi",
+    best_of: str = "phi",
     space: str = "",
     published: dict[str, Any] | None = None,
-    judged: bool = True,
+    role: Role = Role.PRIMARY,
 ) -> Iterator[Check]:
-    """For both epsilons: the order, by the protocol and by the best found, and the size.
-
-    In subspaces the protocol's solver ran alone.
-    """
+    """Of both epsilons, the first being the claim: order and size, and the best found."""
     for i, epsilon in enumerate(EPSILONS):
-        protocol, best = (
-            pairs(store, study.sharpness, phi(i, which, of), study.ends())
-            for which in ("phi_protocol", "phi")
+        order, found = (
+            paired(
+                words,
+                *pairs(store, study.sharpness, pick, study.ends()),
+                paper=theirs,
+                sized=study.has_papers_size,
+                role=Role.SECONDARY if i and role is Role.PRIMARY else role,
+            )
+            for words, pick, theirs in (
+                (
+                    f"phi({short(epsilon)}) %{space}: larger",
+                    phi(i, of=of),
+                    (published or {}).get(f"{epsilon:g}"),
+                ),
+                ("— best found", phi(i, "phi", best_of), None),
+            )
         )
-        theirs = (published or {}).get(f"{epsilon:g}")
-        order = paired(
-            f"phi({short(epsilon)}) %{space}: larger",
-            *protocol,
-            paper=theirs,
-            judged=judged,
-        )
-        found = paired("— best found", *best)
-        text = f"{theirs[1][0] / theirs[0][0]:.3g}×" if theirs else ""
-        size, most = (
-            ratio_within("— its ratio: 10 or more", *values, low=10, paper=text)
-            for values in (protocol, best)
-        )
+        yield by_both_solvers(order, found)
         if of == "phi":
-            yield by_both_solvers(order, found)
-            yield replace(found, verdict=None)
-            yield by_both_solvers(size, most)
-        else:
-            yield from (order, size) if judged else (order,)
+            yield replace(found, role=Role.BEYOND)
 
 
 def _table2(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
+    """That both fit the training set is what the claim rests on."""
     published = study.published("table2") or {}
 
     def numbers(name: str, times: float = 100) -> tuple[list[float], list[float]]:
         return pairs(store, accuracy, metric(name, times), study.ends())
 
-    test = partial(paired, larger=False, ratio=False)
-    words, theirs = "test accuracy, %: smaller", published.get("test")
-    yield test(words, *numbers("test_accuracy_batch"), paper=theirs)
+    small, large = train = numbers("train_accuracy_batch")
+    words, gained = "train accuracy, %: within a point", np.subtract(large, small).tolist()
+    fits = within(words, gained, -1, 1, role=Role.PREMISE)
+    shown = paired(words, *train, ratio=False, paper=published.get("train"))
+    yield replace(fits, ours=shown.ours, paper=shown.paper)
+    test = partial(paired, larger=False, ratio=False, sized=study.has_papers_size)
+    theirs = published.get("test")
+    yield test("test accuracy, %: smaller", *numbers("test_accuracy_batch"), paper=theirs)
     if study.batchnorm:
-        yield test(
-            "— BatchNorm on running statistics",
-            *numbers("test_accuracy_running"),
-            judged=False,
-        )
-    words, train = "train accuracy, %: within a point", numbers("train_accuracy_batch")
-    shown = paired(words, *train, ratio=False, paper=published.get("train"), judged=False)
-    gained = [large - small for small, large in zip(*train, strict=True)]
-    yield replace(shown, p=None, flip_p=None, verdict=within("", gained, -1, 1).verdict)
-    yield paired("training loss", *numbers("train_loss_batch", 1), judged=False)
+        words = "— BatchNorm on running statistics"
+        yield test(words, *numbers("test_accuracy_running"), role=Role.BEYOND)
+    yield paired("training loss", *numbers("train_loss_batch", 1), role=Role.BEYOND)
 
 
 def _at_ends(study: KeskarStudy) -> list[Observation]:
@@ -93,15 +96,27 @@ def _at_ends(study: KeskarStudy) -> list[Observation]:
 
 
 def _table3(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
-    return phi_checks(study, store, published=study.published("table3"))
+    return _phi_checks(study, store, published=study.published("table3"))
 
 
 def _table4(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
-    published = study.published("table4")
-    yield from phi_checks(
-        study, store, of="phi_normal", space=", normal columns", published=published
+    best = "phi_normal_best" if "phi_normal_best" in study.also else "phi_normal"
+    yield from _phi_checks(
+        study,
+        store,
+        of="phi_normal",
+        best_of=best,
+        space=", normal columns",
+        published=study.published("table4"),
     )
-    yield from phi_checks(study, store, of="phi_unit", space=", unit columns", judged=False)
+    yield from _phi_checks(
+        study,
+        store,
+        of="phi_unit",
+        best_of="phi_unit",
+        space=", unit columns",
+        role=Role.BEYOND,
+    )
 
 
 def _on_running_statistics(study: KeskarStudy) -> Observe:
@@ -130,7 +145,7 @@ def _beyond(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
         ratio: bool = True,
     ) -> Check:
         values = pairs(store, first, pick, networks, second)
-        return paired(words, *values, ratio=ratio, judged=False)
+        return paired(words, *values, ratio=ratio, role=Role.BEYOND)
 
     ends, matched = study.ends(), study.matched()
     yield asked("lambda_max", lambda_max, ends, study.sharpness)
@@ -153,18 +168,12 @@ def _beyond(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
         yield asked(f"{words}lambda_max", lambda_max, ends, running)
 
 
-def _distance(study: KeskarStudy, store: ObservationStore) -> list[Check]:
-    values = pairs(store, study.sharpness, distance, study.ends())
-    ratios = [small / large for small, large in zip(*values, strict=True)]
-    return [
-        within(
-            "distance from the start, small over large batch: 3 to 10",
-            ratios,
-            3,
-            10,
-            paper="3 to 10",
-        )
-    ]
+def _distance(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
+    """Farther is the direction, 3 to 10 times as far the size that the paper states."""
+    small, large = pairs(store, study.sharpness, distance, study.ends())
+    words = "distance from the start, large → small batch: larger"
+    size = ratio_within(words, large, small, 3, 10, paper="3 to 10")
+    yield replace(paired(words, large, small), size=size.verdict, paper=size.paper)
 
 
 ITEMS = (
