@@ -416,9 +416,10 @@ def test_networks_of_the_lab_raise_no_alarm(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_large_networks_of_the_lab_raise_no_alarm(name):
-    wrong, agreed = alarms(name, LARGE[name], 1, TYPES)
+    types = TYPES if name != "C2" else TYPES[1:2]  # 15 million parameters
+    wrong, agreed = alarms(name, LARGE[name], 1, types)
     assert not wrong
-    assert agreed >= 12
+    assert agreed >= 4 * len(types)
 
 
 @pytest.mark.slow

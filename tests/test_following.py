@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_a_point_has_the_rate_of_the_update_that_follows(tmp_path):
         schedule="decay?drops=(2,)&factor=10&warmup=1&warmup_start=0.5",
     )  # fmt: skip
     path, images = tmp_path / "a.pt", tiny(200)
-    follow = Following(every=2, num_samples=20).of(images, path)
+    follow = Following(every=2, num_samples=20).of(images, path, 50)
     train_network(run, StoppingCriteria(epochs=3), images, path, on_update=follow)
     full = 50 * 2.0**-8
     expected = {0: full / 2, 2: 0.75 * full, 4: full, 6: full, 8: full / 10, 10: full / 10,
@@ -44,18 +45,27 @@ def test_a_run_that_is_followed_ends_with_the_same_bits(tmp_path):
     budget = StoppingCriteria(updates=5)
     plain = train_network(RUN, budget, images, tmp_path / "plain.pt")
     path = tmp_path / "followed.pt"
-    follow = Following(every=2, num_samples=20).of(images, path)
+    follow = Following(every=2, num_samples=20).of(images, path, RUN.batch_size)
     followed = train_network(RUN, budget, images, path, on_update=follow)
     assert bits(followed) == bits(plain)
     assert [point["step"] for point in points(tmp_path)] == [0, 2, 4]
     assert all(point["lambda_max"]["value"] > 0 for point in points(tmp_path))
 
 
+def test_batchnorm_takes_the_statistics_of_the_trainings_batches(tmp_path):
+    run, images = replace(RUN, network="ResNet-8"), tiny()
+    path = tmp_path / "a.pt"
+    follow = Following(num_samples=20).of(images, path, 7)
+    train_network(run, StoppingCriteria(updates=1), images, path, on_update=follow)
+    (point,) = points(tmp_path)
+    assert (point["batchnorm"], point["batchnorm_batch"]) == ("batch", 7)
+
+
 def test_a_class_too_rare_to_balance_is_no_obstacle(tmp_path):
     x = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     part = x, (torch.arange(60) == 7).long()
     rare = Dataset(name="rare", train=part, test=part, num_classes=2, source="here")
-    follow = Following(num_samples=30).of(rare, tmp_path / "a.pt")
+    follow = Following(num_samples=30).of(rare, tmp_path / "a.pt", RUN.batch_size)
     train_network(
         RUN, StoppingCriteria(updates=1), rare, tmp_path / "a.pt", on_update=follow
     )

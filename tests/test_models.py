@@ -371,6 +371,23 @@ def test_the_padding_row_of_an_embedding_is_not_moved():
     assert_near(risk.hvp(still), expected, DIFFERENCED)
 
 
+def test_an_embedding_that_scales_its_rows_down_goes_in_chunks():
+    def model(max_norm):
+        layers = [nn.Embedding(5, 4, max_norm=max_norm), nn.Tanh(), linear()]
+        return filled(nn.Sequential(*layers).double(), generator(0))
+
+    found, expected = (
+        EmpiricalRisk(model(m), nn.MSELoss(), (tokens(), vectors(5, 3, 4)), chunk_size=2)
+        for m in (100.0, None)
+    )
+    v = directions(1, found.n)[0]
+    assert_near(found.hvp(v), expected.hvp(v), 1e-12)
+    at_the_edge = EmpiricalRisk(
+        model(0.1), nn.MSELoss(), (tokens(), vectors(5, 3, 4)), chunk_size=2, check=False
+    )
+    assert at_the_edge.hvp(v).isfinite().all()
+
+
 def test_the_padding_row_is_a_constant_for_values_too():
     layers = [nn.Embedding(5, 4, padding_idx=0), nn.Tanh(), linear()]
     model = filled(nn.Sequential(*layers).double(), generator(0))

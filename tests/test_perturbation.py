@@ -302,7 +302,8 @@ def evaluations(monkeypatch):
 
 
 def test_the_costs_are_the_calls_that_are_made(evaluations):
-    risk, gradients = mlp_risk(20), evaluations("value_and_gradient")
+    risk = mlp_risk(20).unchecked()
+    gradients = evaluations("value_and_gradient")
     found = sh.worst_case_sharpness(risk, [0.05, 0.1], shard_size=10, num_steps=7)
     assert [f.num_evals for f in found] == [32, 32]
     assert len(gradients) == 64
@@ -316,7 +317,7 @@ def test_the_costs_are_the_calls_that_are_made(evaluations):
     ("call", "shard_size"), [(1, None), (2, None), (5, None), (1, 10), (7, 10), (10, 10)]
 )
 def test_an_interrupt_gives_the_best_points_so_far(call, shard_size, evaluations):
-    risk = mlp_risk(20)
+    risk = mlp_risk(20).unchecked()
     values = evaluations("value_and_gradient", interrupt=call)
     found = sh.worst_case_sharpness(risk, 0.5, shard_size=shard_size, num_steps=5)
     assert found.status == "interrupted"
@@ -359,7 +360,7 @@ def test_time_stops_after_the_evaluation_that_passes_it(
         calls = evaluations(method)
         clock = SimpleNamespace(monotonic=lambda calls=calls: float(len(calls)))
         monkeypatch.setattr(_run, "time", clock)
-        found = measure(mlp_risk(20), 0.1, max_seconds=most)
+        found = measure(mlp_risk(20).unchecked(), 0.1, max_seconds=most)
         assert found.num_evals == expected
         assert found.status == ("completed" if most == 100 else "max_seconds")
         assert math.isnan(found.value) == (not expected)

@@ -43,11 +43,12 @@ class Following(Checked):
         for name in self.measures:
             known("measures", name, TRACKED, f"be of {', '.join(TRACKED)}")
 
-    def of(self, dataset: Dataset, path: Path) -> OnUpdate:
+    def of(self, dataset: Dataset, path: Path, batch_size: int) -> OnUpdate:
         """What `run.train` calls: each point goes to `records.jsonl` beside `path`.
 
-        BatchNorm takes batch statistics, as in training. A run that was killed measures
-        again what came after its last save; of points with one number the last counts.
+        BatchNorm takes the statistics of batches of the training's size. A run that was
+        killed measures again what came after its last save; of points with one number the
+        last counts.
         """
         trackers: list[SharpnessTracker] = []
 
@@ -65,6 +66,7 @@ class Following(Checked):
                         measures=self.measures,
                         at_start=False,
                         batchnorm="batch",
+                        batchnorm_batch=max(2, batch_size),
                         on_point=lambda point: append_record(
                             path.with_name("records.jsonl"),
                             new_record("tracking", path=path, point=point),

@@ -197,7 +197,9 @@ class _Worker:
         try:
             dataset = self.place.dataset()
             if self.following is not None:
-                options["on_update"] = self.following.of(dataset, run.path)
+                options["on_update"] = self.following.of(
+                    dataset, run.path, run.training.batch_size
+                )
             facts = train(
                 run.training,
                 run.budget,

@@ -254,6 +254,7 @@ class TrackingRun:
                     every=self.every,
                     measures=(self.measure,),
                     batchnorm="batch",
+                    batchnorm_batch=max(2, self.training.batch_size),
                 )
             )
 

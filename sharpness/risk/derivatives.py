@@ -50,7 +50,7 @@ Sampling = Callable[[bool], Sample]  # in float64 (True), or in the risk's own t
 # tells anything. The effect of a kink falls as the length grows tenfold: what two lengths
 # agree on to `settled` holds a ninth of that.
 _FINE = _Tolerances(agree=1e-2, settled=3e-3, resolved=2e-3)
-_COARSE = _Tolerances(agree=1e-1, settled=3e-2, resolved=2e-2)
+_COARSE = _Tolerances(agree=5e-1, settled=3e-2, resolved=2e-2)
 _ROUNDINGS = 16  # in f, in units of the type's own
 _LEAST = 1e-30  # f, and gradients, below which everything may have underflown
 # All relative to a parameter's size: how far beside theta; how far away f shows the size

@@ -180,30 +180,30 @@ class Objective:
         if self._batches_in_float64:
             batch = tree_map(_in_float64, batch)
         kind = tuple(kwargs) if self.closure is None else ()
-        state, batch = self._safe_to_write(batch, self._written.get(kind))
+        state = {**self.fixed, **moving}
+        state, batch = self._safe_to_write(state, batch, self._written.get(kind))
         with self._precision(), _compiled_parts_run_eagerly():
-            result: Tensor = functional_call(
-                self._whole, {**state, **moving}, (batch,), kwargs
-            )
+            result: Tensor = functional_call(self._whole, state, (batch,), kwargs)
         if kind not in self._written:
             self._written[kind] = _changed({**state, "batch": batch})
         return result
 
     def _safe_to_write(
-        self, batch: Any, written: set[str] | None
+        self, state: dict[str, Tensor], batch: Any, written: set[str] | None
     ) -> tuple[dict[str, Tensor], Any]:
-        """The fixed state and the batch; copies of what the forward pass writes into.
+        """The state and the batch; copies of what the forward pass writes into.
 
-        The first call of a kind gets copies of all and shows what that is. A batch's
-        containers are always new: a closure may take them apart.
+        That may be parameters too: `Embedding(max_norm=)` scales rows down. The first
+        call of a kind gets copies of all and shows what that is. A batch's containers are
+        always new: a closure may take them apart.
         """
 
         def copied(tensor: Any) -> Any:
             return tensor.clone() if isinstance(tensor, Tensor) else tensor
 
         if written is None:
-            return {k: v.clone() for k, v in self.fixed.items()}, tree_map(copied, batch)
-        state = {k: v.clone() if k in written else v for k, v in self.fixed.items()}
+            return {k: v.clone() for k, v in state.items()}, tree_map(copied, batch)
+        state = {k: v.clone() if k in written else v for k, v in state.items()}
         return state, tree_map(copied if "batch" in written else lambda x: x, batch)
 
     def _with_constants(self, theta: Tensor) -> Tensor:
