@@ -129,9 +129,9 @@ def package(name: str, install: str = "'sharpness[lab]'") -> Any:
     """
     try:
         return import_module(name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:  # of it, or of what it needs itself
         raise ModuleNotFoundError(
-            f"`{name}` must be installed for this; got no such package. "
+            f"`{error.name}` must be installed for this; got no such package. "
             f"Install it: pip install {install}."
         ) from None
 

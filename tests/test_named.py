@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 import sharpness
-from sharpness import tracking
+from sharpness import tracking, train
 from sharpness.lab import augment, data, named, networks, remedies
 from sharpness.measures import registry, summary
 from sharpness.record import Records
+from sharpness.reproduce import __main__ as reproduce
 
 
 def test_the_names_of_the_lab_are_those_of_its_tables():
@@ -35,6 +36,26 @@ def test_every_measure_names_a_public_function_and_stands_in_the_documents():
 
 def test_a_tracker_takes_the_measures_that_are_said_to_be_tracked():
     assert tracking._selected(registry.TRACKED) == list(registry.TRACKED)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "module"),
+    [
+        (reproduce, ["keskar2017", "--list"], "pandas"),
+        (train, ["MLP", "--data", "digits", "--updates", "1", "--jobs", "1"], "joblib"),
+        (train, ["MLP"], "mlxtend"),
+    ],
+)
+def test_a_command_that_lacks_a_package_says_so_and_exits_2(
+    tmp_path, monkeypatch, capsys, command, arguments, module
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert command.main([*arguments, "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"`{module}` must be installed for this; got no such package." in err
+    assert "pip install 'sharpness[lab]'" in err
 
 
 @pytest.mark.parametrize(

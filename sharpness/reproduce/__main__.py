@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharpness import _command
+from sharpness._arguments import package
 from sharpness.reproduce import PAPER_NAMES, PRESETS
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
 
     def command() -> int:
+        package("pandas")  # of the papers' tables: says what to install
         from sharpness.report import tables
         from sharpness.reproduce.claims import with_holm
         from sharpness.reproduce.papers import PAPERS
