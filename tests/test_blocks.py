@@ -173,6 +173,7 @@ def test_a_sweep_builds_the_graph_of_a_chunk_once_however_many_blocks(num_blocks
     blocks = [[name] for name in NAMES][:num_blocks]
     vectors = [torch.ones(len(places(block))).double() for block in blocks]
     risk.prepare()
+    risk.value()  # nothing is multiplied before f is known to be finite
     calls = []
     risk.model.register_forward_pre_hook(lambda *_: calls.append(0))
     risk.block_products(blocks, vectors)
