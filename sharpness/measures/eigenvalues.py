@@ -99,7 +99,7 @@ class HessianEigenpairs(Result):
         """Every eigenvalue: `lambda_max`, `lambda_2`, ..., `lambda_min`."""
         num, confidence = len(self.eigenvalues), self.settings.get("confidence")
         lead = "error bound"
-        if num > 1:
+        if num > 1 or not self.num_converged:
             lead += f", {self.num_converged} of {num} converged"
         if self.lambda_max_upper is not None:
             lead += f", below {self.lambda_max_upper:.4g} ({_percent(confidence)})"
