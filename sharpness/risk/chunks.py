@@ -121,6 +121,17 @@ class ChunkedMean:
         other._set([part for b in other.given for part in batches.cut(b, size)])
         return other
 
+    def parts(self) -> list[ChunkedMean]:
+        """The means over single chunks that hold a term."""
+        found = []
+        for chunk in self.counted:
+            if chunk.count:
+                part = copy.copy(self)
+                part.all, part.counted, part.num_terms = [chunk], [chunk], chunk.count
+                part.num_samples = int(num_rows(chunk.batch))
+                found.append(part)
+        return found
+
     def of(self, objective: Objective) -> ChunkedMean:
         """The mean of another function over the same data, in the same chunks."""
         other = copy.copy(self)
@@ -170,6 +181,11 @@ class ChunkedMean:
         for chunk in self.counted:
             reduced = self._objective.reduced(leaves, chunk.batch)
             yield self.mean(reduced, chunk.batch) * self._weight(chunk)
+
+    def weight_of(self, batch: Any) -> float:
+        """What the mean over a batch adds to f; 0 where no term of it counts."""
+        chunk = Chunk(batch, float(self._terms.count(self._counted_in(batch))))
+        return self._weight(chunk) if self._counts(chunk) else 0.0
 
     def mean(self, reduced: Tensor, batch: Any) -> Tensor:
         """The mean over one chunk, from what the loss returned."""

@@ -131,18 +131,18 @@ class Pullback:
     """
 
     def __init__(self, values: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-        self._values, self._leaves = values, leaves
+        self.values, self._leaves = values, leaves
 
     def __call__(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         """From a piece for each value to one for each leaf."""
-        return self._back(self._values, self._leaves, pieces)
+        return self._back(self.values, self._leaves, pieces)
 
     def within(self, block: Sequence[int], pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         """From some of the values to the same of the leaves: a diagonal block.
 
         Autograd walks only the part of the graph that connects them.
         """
-        values, leaves = ([all_[i] for i in block] for all_ in (self._values, self._leaves))
+        values, leaves = ([all_[i] for i in block] for all_ in (self.values, self._leaves))
         return self._back(values, leaves, pieces)
 
     def _back(

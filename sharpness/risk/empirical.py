@@ -21,7 +21,7 @@ from sharpness._arguments import is_whole, whole_seed
 from sharpness._results import DerivativeDisagreesError, NotAvailableError
 from sharpness.risk import batches
 from sharpness.risk.chunks import ChunkedMean
-from sharpness.risk.curvature import Matrix
+from sharpness.risk.curvature import Matrix, Pullback
 from sharpness.risk.derivatives import Derivatives, Sample
 from sharpness.risk.kept_graph import KeptGraph
 from sharpness.risk.loss_terms import keyword
@@ -39,6 +39,7 @@ from sharpness.risk.model_state import (
 from sharpness.risk.objective import Objective, gradients
 from sharpness.risk.plan import Plan, asked_engine
 from sharpness.risk.products import Products, Task, rounding
+from sharpness.risk.sample_gradients import SampleGradients, Unit
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -463,6 +464,34 @@ class EmpiricalRisk:
         return self._fitting(measured) or (products, rounding(products))
 
     @torch.inference_mode(False)
+    def gradient_and_product(self) -> tuple[Tensor, Tensor]:
+        """The gradient g and the Hessian's product H g, (n,) each, of a risk met once.
+
+        For many small risks, such as mini-batches: no memory is measured, and no graph
+        kept. Where there is no second derivative H g is a difference of gradients.
+
+        Cost: that of a gradient and a product, in one go where the data are one chunk.
+        """
+
+        def evaluate() -> tuple[Tensor, Tensor]:
+            work, slope = self._mean.work("hessian", self.seed), torch.zeros_like(self.theta)
+            if len(work.batches) > 1:
+                slope = self.gradient()
+                return slope, KeptGraph(work, 0)(slope)
+            apply = work.linearised(0)
+            assert isinstance(apply, Pullback)
+            product = torch.zeros_like(self.theta)
+            work.add(slope, apply.values, 0)
+            work.add(product, apply(work.split(slope)), 0)
+            return slope, product
+
+        try:
+            return self._fitting(evaluate)
+        except NotImplementedError:
+            slope = self.gradient()
+            return slope, self.product(slope)
+
+    @torch.inference_mode(False)
     def block_products(
         self,
         blocks: Sequence[Sequence[str]],
@@ -519,8 +548,18 @@ class EmpiricalRisk:
                 f"`index` must hold positions in [0, {self.num_samples}); got {wrong}. "
                 "They count from 0 and may repeat."
             )
+        return self._over(self._mean.subset(places))
+
+    def parts(self) -> list[EmpiricalRisk]:
+        """The means over what is evaluated at once: batches, BatchNorm parts, or chunks.
+
+        Weighted by their terms they add up to f.
+        """
+        return [self._over(part) for part in self._mean.parts()]
+
+    def _over(self, mean: ChunkedMean) -> EmpiricalRisk:
         other = copy.copy(self)
-        other._mean = self._mean.subset(places)
+        other._mean = mean
         other._forget()
         return other
 
@@ -531,6 +570,42 @@ class EmpiricalRisk:
         other._derivatives = None
         other._again = {**self._again, "check": False}
         return other
+
+    def sample_gradients(
+        self, index: Sequence[int] | Tensor, unit: Unit = "sample"
+    ) -> SampleGradients:
+        """Gradients g_i (n,) of some samples, in blocks (b, n), in the data's order.
+
+        Each is scaled so that their mean is the gradient of the mean over these samples.
+
+        Args:
+            index: positions in [0, num_samples), rising.
+            unit: `"sample"`: all its loss terms, such as the tokens of a sequence, are
+                one; `"term"`: every class number that counts has a gradient of its own.
+
+        Returns:
+            An iterable over blocks of at most 64 MB (or one row), with a length; `how`
+            says in words whether the samples of a block went through at once.
+
+        Raises:
+            TypeError: samples have no gradients of their own (a closure, a loss or
+                layers that couple them, BatchNorm that depends on the data), or terms
+                that are no class numbers.
+
+        Cost: a gradient for each sample; at once by `torch.func.vmap`, or one by one.
+        """
+        if not self.can_be_cut:
+            raise NotAvailableError(
+                "`risk` must be a mean over samples to have their gradients; got one that "
+                "is evaluated a batch at a time (not available). Use `parts()`."
+            )
+        mean = self._mean.subset(torch.as_tensor(index, device=self.device))
+        return SampleGradients(self._objective, mean, self._of_samples, unit)
+
+    @contextmanager
+    def _of_samples(self) -> Iterator[None]:
+        with self._exact_arithmetic(), self._evaluating(None):
+            yield
 
     def double(self) -> EmpiricalRisk:
         """The same risk at the same theta, computed in float64 throughout.
