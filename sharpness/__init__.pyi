@@ -7,6 +7,8 @@ from ._results import NotConvergedError as NotConvergedError
 from ._results import Status as Status
 from .measures.audit import Audit as Audit
 from .measures.audit import audit as audit
+from .measures.batch_sharpness import BatchSharpness as BatchSharpness
+from .measures.batch_sharpness import batch_sharpness as batch_sharpness
 from .measures.eigenvalues import HessianEigenpairs as HessianEigenpairs
 from .measures.eigenvalues import eigenpairs as eigenpairs
 from .measures.epsilon import EpsilonSharpness as EpsilonSharpness
@@ -20,6 +22,8 @@ from .measures.flatness import box_alpha as box_alpha
 from .measures.flatness import norms as norms
 from .measures.flatness import pac_bayes_sigma as pac_bayes_sigma
 from .measures.flatness import relative_flatness as relative_flatness
+from .measures.gradient_noise import GradientNoise as GradientNoise
+from .measures.gradient_noise import gradient_noise as gradient_noise
 from .measures.landscape import Interpolation as Interpolation
 from .measures.landscape import interpolation as interpolation
 from .measures.layers import BlockEigenpairs as BlockEigenpairs

@@ -7,9 +7,11 @@ from typing import Any
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._saving import load, restored
 from sharpness.measures.audit import Audit
+from sharpness.measures.batch_sharpness import BatchSharpness
 from sharpness.measures.eigenvalues import HessianEigenpairs
 from sharpness.measures.epsilon import EpsilonSharpness, SubspaceSharpness
 from sharpness.measures.flatness import AccuracyRadius, Norms, RelativeFlatness
+from sharpness.measures.gradient_noise import GradientNoise
 from sharpness.measures.landscape import Interpolation
 from sharpness.measures.layers import BlockEigenpairs, LayerwiseEigenpairs
 from sharpness.measures.perturbation import AverageCaseSharpness, WorstCaseSharpness
@@ -24,11 +26,13 @@ __all__ = [
     "AccuracyRadius",
     "Audit",
     "AverageCaseSharpness",
+    "BatchSharpness",
     "BlockEigenpairs",
     "Checkup",
     "Cost",
     "DiagonalEstimate",
     "EpsilonSharpness",
+    "GradientNoise",
     "HessianEigenpairs",
     "Interpolation",
     "LambdaMaxSampling",

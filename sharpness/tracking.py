@@ -20,12 +20,14 @@ from sharpness._arguments import is_whole, known, positive, whole
 from sharpness._json import as_plain
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
 from sharpness._saving import restored
+from sharpness.measures.batch_sharpness import batch_sharpness
 from sharpness.measures.eigenvalues import (
     HessianEigenpairs,
     check_confidence,
     eigenpairs,
 )
-from sharpness.measures.epsilon import EpsilonSharpness, epsilon_sharpness
+from sharpness.measures.epsilon import epsilon_sharpness
+from sharpness.measures.gradient_noise import GradientNoise, gradient_noise
 from sharpness.measures.preconditioner import adam_preconditioner
 from sharpness.measures.registry import TRACKED
 from sharpness.risk import batches
@@ -36,6 +38,7 @@ from sharpness.risk.loss_terms import num_rows
 # the first pair alone was off by more than 1 % in 5 of 40 points of examples/track.py (up
 # to 4 %; in 13 when searched afresh), the first of two in none.
 _NUM_FOLLOWED = 2
+_NUM_BATCHES = 100  # of batch sharpness: a standard error of some percent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +46,11 @@ class TrackedValue(Result):
     """One number with its evidence and its cost."""
 
     value: float  # NaN where nothing was earned; phi in percent
-    error: float | None  # half width of the error bound; None: a lower bound (phi)
+    error: float | None  # half width of the bound, or a standard error; None: a lower bound
 
     def _rows(self) -> Iterable[Reading]:
-        bound, unit = ("≥", "%") if self.error is None else ("", "")
+        bound = "≥" if self.error is None else ""
+        unit = "%" if "epsilon" in self.settings else ""
         yield Reading(name="", value=self.value, error=self.error, bound=bound, unit=unit)
 
     def __str__(self) -> str:
@@ -63,6 +67,8 @@ class TrackedPoint(Result):
     lambda_max: TrackedValue | None = None  # None: not asked for, or interrupted before
     lambda_max_preconditioned: TrackedValue | None = None  # also before Adam's first step
     phi: TrackedValue | None = None
+    batch_sharpness: TrackedValue | None = None
+    noise_scale: TrackedValue | None = None
     learning_rate: float | None  # None: no optimizer, or groups that differ
     thresholds: dict[str, float]  # by measure; see `stability_thresholds`
     batchnorm: str | None = None  # "batch", "running", "recalibrated"; None: no such layer
@@ -141,8 +147,12 @@ class SharpnessTracker:
         every: updates from one point to the next, >= 1.
         measures: of `"lambda_max"`, `"lambda_max_preconditioned"` (P^-1/2 H P^-1/2, P as
             in `adam_preconditioner`; not available before Adam's first step) and `"phi"`
-            (Metric 2.1 by the paper's protocol, 10 iterations of L-BFGS-B). The loss is
-            always measured.
+            (Metric 2.1 by the paper's protocol, 10 iterations of L-BFGS-B);
+            `"batch_sharpness"`, which mini-batch SGD drives to its `batch_thresholds`, and
+            `"noise_scale"` (see `gradient_noise`). The loss is always measured.
+        batch_size: samples of a mini-batch in batch_sharpness. None means the loop's own
+            where the data tell it: a loader's `batch_size`, the first of a list of
+            batches.
         epsilon: of phi, > 0.
         tol: error bound wanted of the eigenvalues, relative; > 0.
         confidence: of each eigenvalue, as in `eigenpairs`: 95 % a point are not 95 % a
@@ -167,9 +177,11 @@ class SharpnessTracker:
 
     Cost of a point: building the risk (a few samples), one forward pass for the loss,
     about 14 Hessian-vector products of two gradients each for a lambda_max, 11 gradients
-    for phi. Half of every search starts at the eigenvector of the last point, half afresh,
-    so that one that overtakes is seen. Between points the data are held, and a vector of n
-    numbers for each lambda_max.
+    for phi, gradient and product of 100 mini-batches for batch sharpness, and for the
+    noise scale as many gradients as there are samples, mostly a few dozen at a time. Half
+    of every search starts at the eigenvector of the last point, half afresh, so that one
+    that overtakes is seen. Between points the data are held, and a vector of n numbers for
+    each lambda_max.
     """
 
     def __init__(
@@ -181,6 +193,7 @@ class SharpnessTracker:
         optimizer: Optimizer | None = None,
         every: int = 50,
         measures: str | Sequence[str] = ("lambda_max",),
+        batch_size: int | None = None,
         epsilon: float = 1e-3,
         tol: float = 1e-2,
         confidence: float | None = 0.95,
@@ -205,6 +218,9 @@ class SharpnessTracker:
         self._optimizer = self._checked(optimizer)
         self._model, self._loss, self._risk_settings = model, loss, risk
         self._batchnorm_batch = _batch_size(data)
+        self._batch_size = batch_size or self._batchnorm_batch
+        if "batch_sharpness" in self._measures:
+            self._batch_size = whole("batch_size", self._batch_size, 1, "As in the loop.")
         self._data = batches.materialised(
             data, torch.device("cpu"), pairs=risk.get("closure") is None
         )
@@ -247,7 +263,7 @@ class SharpnessTracker:
             loss=loss,
             **values,
             learning_rate=_common_learning_rate(self._optimizer),
-            thresholds=stability_thresholds(self._optimizer),
+            thresholds=self._thresholds(),
             status=Status.worst(
                 Status.COMPLETED,
                 *(value.status for value in values.values()),
@@ -450,11 +466,33 @@ class SharpnessTracker:
             )
         except NotAvailableError:  # f <= -1, which no training should end for
             return replace(_NON_FINITE, status=Status.NOT_AVAILABLE)
-        return _of_phi(found)
+        return _tracked(found, found.phi, None)
+
+    def _thresholds(self) -> dict[str, float]:
+        found = stability_thresholds(self._optimizer)
+        if "batch_sharpness" in self._measures:
+            found = found | batch_thresholds(self._optimizer)
+        return found
+
+    def _of_noise(self, name: str, risk: EmpiricalRisk) -> TrackedValue:
+        draws: dict[str, Any] = {
+            "seed": _tensors.mixed(self._seed, self.num_updates),
+            "progress": False,
+        }
+        try:
+            if name == "noise_scale":
+                return _of_noise_scale(gradient_noise(risk, **draws))
+            size = self._batch_size if risk.can_be_cut else None
+            found = batch_sharpness(risk, size, _NUM_BATCHES, **draws)
+        except NotAvailableError:  # which no training should end for
+            return replace(_NON_FINITE, status=Status.NOT_AVAILABLE)
+        return _tracked(found, found.value, found.standard_error)
 
     def _value(self, name: str, risk: EmpiricalRisk) -> TrackedValue | None:
         if name == "phi":
             return self._phi(risk)
+        if name in ("batch_sharpness", "noise_scale"):
+            return self._of_noise(name, risk)
         preconditioner = None
         if name == "lambda_max_preconditioned":
             state = _named_state(self._optimizer, risk.model)
@@ -524,6 +562,30 @@ def _threshold(optimizer: Optimizer | None, group: Mapping[str, Any]) -> dict[st
     return {}
 
 
+def batch_thresholds(optimizer: Optimizer | None) -> dict[str, float]:
+    r"""What mini-batch SGD drives `batch_sharpness` to, as far as is known.
+
+    With learning rate eta and heavy-ball momentum b, $2 (1 - b) / \eta$ for small batches
+    (`"batch_sharpness"`), on 8000 CIFAR-10 images up to about 16, and $2 (1 + b) / \eta$
+    for large ones (`"batch_sharpness_large_batch"`), where it is lambda_max's. Without
+    momentum both are $2 / \eta$. For Nesterov momentum the large-batch one alone is known.
+
+    Returns:
+        Both, or one, or none where `stability_thresholds` has none for lambda_max.
+
+    References:
+        Andreyev and Beneventano (2024), arXiv:2412.20553; with momentum arXiv:2604.14108.
+    """
+    large = stability_thresholds(optimizer).get("lambda_max")
+    if large is None or optimizer is None:
+        return {}
+    group = optimizer.param_groups[0]
+    b, found = float(group["momentum"]), {"batch_sharpness_large_batch": large}
+    if group["nesterov"] and b:
+        return found
+    return {"batch_sharpness": large * (1 - b) / (1 + b)} | (found if b else {})
+
+
 def _common_learning_rate(optimizer: Optimizer | None) -> float | None:
     groups = optimizer.param_groups if optimizer is not None else []
     rates = {float(group["lr"]) for group in groups}
@@ -561,24 +623,26 @@ def _statistics(risk: EmpiricalRisk) -> dict[str, Any]:
 _NON_FINITE = TrackedValue(value=math.nan, error=math.nan, status=Status.NON_FINITE)
 
 
-def _of_pairs(pairs: HessianEigenpairs) -> TrackedValue:
+def _tracked(found: Result, value: float, error: float | None) -> TrackedValue:
     return TrackedValue(
-        value=pairs.lambda_max,
-        error=float(pairs.error_bounds[0]) if len(pairs.error_bounds) else math.nan,
-        status=pairs.status,
-        cost=pairs.cost,
-        settings=pairs.settings,
-    )
-
-
-def _of_phi(found: EpsilonSharpness) -> TrackedValue:
-    return TrackedValue(
-        value=found.phi,
-        error=None,
+        value=value,
+        error=error,
         status=found.status,
         cost=found.cost,
         settings=found.settings,
     )
+
+
+def _of_pairs(pairs: HessianEigenpairs) -> TrackedValue:
+    bounds = pairs.error_bounds
+    return _tracked(pairs, pairs.lambda_max, float(bounds[0]) if len(bounds) else math.nan)
+
+
+def _of_noise_scale(found: GradientNoise) -> TrackedValue:
+    low, high = found.interval
+    if high is None:
+        return _tracked(found, low, None)
+    return _tracked(found, found.noise_scale, (high - low) / 2)
 
 
 def _cells(point: TrackedPoint, shown: Sequence[str]) -> list[str]:
@@ -589,8 +653,8 @@ def _cells(point: TrackedPoint, shown: Sequence[str]) -> list[str]:
         f"{point.loss:.4g}",
         *(str(values.get(name, "–")) for name in shown),
         limits or "–",
-        str(point.cost.products),
-        str(point.cost.gradients),
+        f"{point.cost.products:.0f}",
+        f"{point.cost.gradients:.0f}",
         f"{point.cost.seconds:.1f}",
     ]
 

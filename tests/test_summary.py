@@ -88,12 +88,13 @@ OF_CLASSES = {
     "box_alpha",
     "box_alpha_magnitude",
 }
+NOISE = {"noise_scale", "batch_sharpness"}
 MEANINGLESS = {
     "regression": OF_CLASSES,
-    "closure": OF_CLASSES | {"lambda_max_sampling", "worst_l2_sharded"},
-    "one sample": {"lambda_max_sampling"},
+    "closure": OF_CLASSES | {"lambda_max_sampling", "noise_scale", "worst_l2_sharded"},
+    "one sample": {"lambda_max_sampling", "noise_scale"},
     "one parameter": OF_CLASSES
-    | {"lambda_max_sampling", "relative_flatness", "worst_l2_sharded"},
+    | {"lambda_max_sampling", "relative_flatness", "worst_l2_sharded", *NOISE},
 }
 
 
@@ -456,7 +457,10 @@ def test_what_is_expected_of_fixed_budgets_is_what_is_spent():
         assert max(cost.forwards, cost.gradients) == spent
 
 
-METHODS = ("value", "value_and_gradient", "product", "block_products", "outputs")
+METHODS = (
+    *("value", "value_and_gradient", "product", "block_products", "outputs"),
+    "gradient_and_product",
+)
 
 
 def interrupted(measures, at=math.inf, **settings) -> tuple[sh.Summary | None, int]:

@@ -64,6 +64,7 @@ class Following(Checked):
                         optimizer=optimizer,
                         every=self.every,
                         measures=self.measures,
+                        batch_size=batch_size,
                         at_start=False,
                         batchnorm="batch",
                         batchnorm_batch=max(2, batch_size),

@@ -162,9 +162,9 @@ def gradient_noise(
     sound = 0 < confidence < 1
     require(sound, "confidence", "lie in (0, 1)", confidence, "Pass 0.95.")
     num_batches, seed = whole("num_batches", num_batches, FEWEST), whole_seed(seed)
-    asked = risk.num_samples if num_samples is None else num_samples
-    asked = whole("num_samples", asked, FEWEST, "Fewer tell nothing of a variance.")
-    draw = _Draw(risk, min(asked, risk.num_samples), seed)
+    if num_samples is not None:
+        num_samples = whole("num_samples", num_samples, FEWEST, "Fewer have no variance.")
+    draw = _Draw(risk, min(num_samples or risk.num_samples, risk.num_samples), seed)
     run = Run("gradients", max_seconds=max_seconds, progress=progress)
     seen: _Vectors | _Halves | None = None
     with run:
@@ -251,7 +251,7 @@ class _Vectors:
             )
         if not a.any():
             return _unknown(Status.ZERO_GRADIENT, self.how, n)
-        spread = (a.sum() - n * q) / (n - 1)
+        spread = (float(a.sum()) - n * q) / (n - 1)
         if not self.definite and min(spread, q) <= 0:
             why = f"{self.how}: G'HG or tr(H Sigma) has the wrong sign, take 'gauss_newton'"
             return _unknown(Status.NOT_AVAILABLE, why, n)
@@ -266,15 +266,16 @@ class _Vectors:
         # tr(Sigma^2) is no less than the square of one of Sigma's Rayleigh quotients.
         traced = max(self.square_trace, slope**2)
         noise = 2 * traced * (left / n) ** 2
-        linear = 4 * spread * left * slope / n - 2 * cov[0, 1]
+        v_spread, v_both = float(cov[0, 0]), float(cov[0, 1])
+        linear = 4 * spread * left * slope / n - 2 * v_both
         t = _quantile(spread, traced, n, confidence)
-        interval = _interval(spread, square, (cov[0, 0], linear, noise), t)
+        interval = _interval(spread, square, (v_spread, linear, noise), t)
         error = math.sqrt(4 * max(square, 0.0) * left * slope / n + noise)
         m = self.batch_size
         return {
             "status": Status.COMPLETED,
             "trace_covariance": m * spread,
-            "trace_covariance_error": m * math.sqrt(cov[0, 0]),
+            "trace_covariance_error": m * math.sqrt(v_spread),
             "gradient_norm_squared": square,
             "gradient_norm_squared_error": error,
             "noise_scale": m * spread / square if square > 0 else math.nan,
@@ -337,11 +338,16 @@ def _of_batches(draw: _Draw, asked: tuple[str, str], run: Run) -> _Vectors:
     usual = Counter(part.num_samples for part in parts).most_common(1)[0][0]
     parts = [part for part in parts if abs(part.num_samples - usual) <= 1]
     parts = parts[: max(FEWEST, draw.num_samples // usual)]
-    if asked != ("identity", "sample") or len(parts) < FEWEST:
+    if asked != ("identity", "sample"):
         raise NotAvailableError(
-            f"`risk` must have {FEWEST} batches of one size where samples have no gradients; "
-            f"got {len(parts)}, asked for metric and unit {', '.join(asked)} "
-            "(not available). Pass more batches, or a smaller `batchnorm_batch`."
+            "`metric` and `unit` must be 'identity' and 'sample' where samples have no "
+            f"gradients of their own; got {asked} (not available)."
+        )
+    if len(parts) < FEWEST:
+        raise NotAvailableError(
+            f"`risk` must have {FEWEST} batches of one size where samples have no gradient "
+            f"of their own; got {len(parts)} (not available). Pass more, or a smaller "
+            "`batchnorm_batch`."
         )
     mean = torch.zeros_like(draw.risk.theta)
     for part in parts:

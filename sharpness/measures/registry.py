@@ -95,6 +95,16 @@ MEASURES: dict[str, About] = {
         "spectral_density",
         "spectral density of the Hessian, with its negative mass",
     ),
+    "noise_scale": About(
+        "noise",
+        "gradient_noise",
+        "variance of a sample's gradient over the gradient's square",
+    ),
+    "batch_sharpness": About(
+        "noise",
+        "batch_sharpness",
+        "mean curvature of mini-batches along their own gradients",
+    ),
     "lambda_max_sampling": About(
         "sampling",
         "lambda_max_sampling",
@@ -111,5 +121,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 """The measures of `summary`, by family."""
 DEFAULT_FAMILIES = ("curvature", "epsilon", "perturbation", "flatness", "norms")
-TRACKED = ("lambda_max", "lambda_max_preconditioned", "phi")
+TRACKED = (
+    *("lambda_max", "lambda_max_preconditioned", "phi"),
+    *("batch_sharpness", "noise_scale"),
+)
 """The measures of a tracker."""

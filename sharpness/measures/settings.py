@@ -46,6 +46,9 @@ class MeasureSettings(Checked):
     shard_size: int | None = setting(
         None, "samples of a shard in m-sharpness (default: 128)", _COUNT
     )
+    batch_size: int | None = setting(
+        None, "samples of a mini-batch in batch_sharpness (default: 32)", _COUNT
+    )
     accuracy_drop: float = setting(0.1, "that sigma and alpha are measured by")
     seed: int = setting(0, "of samples and draws")
     max_seconds: float | None = setting(None, "time limit of each measure")

@@ -13,6 +13,7 @@ from torch import Tensor
 from sharpness import _progress
 from sharpness._arguments import known, positive_list
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
+from sharpness.measures.batch_sharpness import batch_sharpness
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness, subspace_sharpness
 from sharpness.measures.flatness import (
@@ -22,6 +23,7 @@ from sharpness.measures.flatness import (
     pac_bayes_sigma,
     relative_flatness,
 )
+from sharpness.measures.gradient_noise import gradient_noise
 from sharpness.measures.perturbation import (
     NormalisedLogits,
     average_case_sharpness,
@@ -46,6 +48,7 @@ class Keywords(TypedDict, total=False):
     num_starts: int
     rho: Sequence[float] | None
     shard_size: int | None
+    batch_size: int | None
     accuracy_drop: float
     seed: int
     max_seconds: float | None
@@ -136,6 +139,7 @@ def summary(
         **settings: `k` and `tol` of the eigenvalues; `epsilon` (a sequence),
             `subspace_dim` and `num_starts` of phi; `rho`, radii of all perturbation
             measures (by default each has its usual one); `shard_size` of m-sharpness;
+            `batch_size` of batch sharpness;
             `accuracy_drop` of sigma and alpha; `seed`; `max_seconds` for each measure.
 
     Returns:
@@ -343,6 +347,15 @@ def _refuse_parts(risk: EmpiricalRisk, least: int) -> None:
         )
 
 
+def _noise(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
+    return gradient_noise(risk, **_common(s))
+
+
+def _of_batches(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
+    size = s.batch_size or min(32, risk.num_samples)
+    return batch_sharpness(risk, size if risk.can_be_cut else None, **_common(s))
+
+
 def _sampling(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
     _refuse_parts(risk, 20)
     return lambda_max_sampling(risk, **_common(s))
@@ -491,6 +504,14 @@ RUNS: dict[str, tuple[_Run, _Expected]] = {
     "density": (
         lambda risk, s, left: spectral_density(risk, **_common(s)),
         lambda risk, s: Cost(products=800),
+    ),
+    "noise_scale": (
+        _noise,
+        lambda risk, s: Cost(gradients=5),
+    ),
+    "batch_sharpness": (
+        _of_batches,
+        lambda risk, s: Cost(products=200 * (s.batch_size or 32) / risk.num_samples),
     ),
     "lambda_max_sampling": (
         _sampling,

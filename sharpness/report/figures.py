@@ -138,9 +138,9 @@ def tracking_plot(
 def _tracked_panel(axes: Axes, points: Sequence[Any], name: str) -> None:
     shown = [(p.step, p.values()[name]) for p in points if name in p.values()]
     steps, values = [step for step, _ in shown], [value.value for _, value in shown]
-    errors = [value.error for _, value in shown if value.error is not None]
+    errors = [math.nan if v.error is None else v.error for _, v in shown]
     axes.errorbar(
-        steps, values, yerr=errors or None, fmt=".-", color=_LOSS, linewidth=1, markersize=4
+        steps, values, yerr=errors, fmt=".-", color=_LOSS, linewidth=1, markersize=4
     )
     limits = [(p.step, p.thresholds[name]) for p in points if name in p.thresholds]
     if limits:

@@ -6,7 +6,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -474,7 +474,10 @@ class EmpiricalRisk:
         """
 
         def evaluate() -> tuple[Tensor, Tensor]:
-            work, slope = self._mean.work("hessian", self.seed), torch.zeros_like(self.theta)
+            work, slope = (
+                self._mean.work("hessian", self.seed),
+                torch.zeros_like(self.theta),
+            )
             if len(work.batches) > 1:
                 slope = self.gradient()
                 return slope, KeptGraph(work, 0)(slope)
@@ -485,11 +488,12 @@ class EmpiricalRisk:
             work.add(product, apply(work.split(slope)), 0)
             return slope, product
 
-        try:
-            return self._fitting(evaluate)
-        except NotImplementedError:
-            slope = self.gradient()
-            return slope, self.product(slope)
+        self._require_gradient_of_f()
+        if self._asked != "differences" and not self._doubt():
+            with suppress(NotImplementedError):
+                return self._fitting(evaluate)
+        slope = self.gradient()
+        return slope, self.product(slope)
 
     @torch.inference_mode(False)
     def block_products(
@@ -785,6 +789,17 @@ class EmpiricalRisk:
                 self._note(f"gradient disagrees with f: a slope of {slope}")
                 raise DerivativeDisagreesError("model", f"a slope of {slope}")
 
+    def _doubt(self) -> str:
+        """Why the graph's product is not the Hessian's, where differences say so."""
+        if self._derivatives is None or self._asked == "differences":
+            return ""
+        product = self._derivatives.product(self._sample)
+        if not product.disagrees:
+            return ""
+        doubt = f"a product of norm {product}"
+        self._note(f"second derivative disagrees with gradients: {doubt}")
+        return doubt
+
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
@@ -844,12 +859,6 @@ class EmpiricalRisk:
         return self._products[matrix]
 
     def _task(self, matrix: str) -> Task:
-        doubt = ""
-        if self._derivatives and matrix == "hessian" and self._asked != "differences":
-            product = self._derivatives.product(self._sample)
-            if product.disagrees:
-                doubt = f"a product of norm {product}"
-                self._note(f"second derivative disagrees with gradients: {doubt}")
         this = weakref.proxy(self)  # a cycle would hold the graphs until collected
         return Task(
             matrix=matrix,
@@ -860,7 +869,7 @@ class EmpiricalRisk:
             chunk_size=self.chunk_size,
             budget=self._mean.budget,
             asked=self._asked,
-            doubt=doubt,
+            doubt=self._doubt() if matrix == "hessian" else "",
             compiling_seldom_pays=is_recurrent(self.model) or convolves(self.model),
         )
 

@@ -98,7 +98,9 @@ class SampleGradients:
         with self._evaluating(), torch.enable_grad():
             if self._at_once and len(some) > 1:
                 places = torch.tensor(some, device=theta.device)
-                weights = torch.tensor(scales, device=theta.device)[places]
+                weights = torch.tensor(scales, dtype=theta.dtype, device=theta.device)[
+                    places
+                ]
                 slopes = self._vmapped(batches.taken(batch, places), weights)
                 if slopes is not None:
                     parts = [s.flatten(1).to(theta.dtype) for s in slopes]
