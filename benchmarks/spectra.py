@@ -124,7 +124,7 @@ def ours(problem: Problem, task: str) -> Outcome:
             "engine": engine_of(risk),
         }
     if task == "trace":
-        found = sharpness.trace(risk, rtol=WITHIN_TRACE)
+        found = sharpness.trace(risk, tol=WITHIN_TRACE)
         error = abs(found.value / problem.truth["trace"] - 1)
         facts = {"method": found.settings["method"], "standard_error": found.standard_error}
     else:

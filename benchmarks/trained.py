@@ -137,7 +137,7 @@ def truth(case: Case) -> dict[str, Any]:
         "parameters": risk.n,
     }
     if case.trace_products:
-        total = trace(risk, rtol=1e-3, seed=99, max_hvps=case.trace_products)
+        total = trace(risk, tol=1e-3, seed=99, max_hvps=case.trace_products)
         found |= {"trace": total.value, "trace_standard_error": total.standard_error}
     path.write_text(json.dumps(found) + "\n")
     seconds = time.monotonic() - began

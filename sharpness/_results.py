@@ -57,7 +57,7 @@ _ADVICE = {
     Status.CONVERGED: "Every wanted value met `tol`.",
     Status.COMPLETED: "The stated budget was used in full.",
     Status.MAX_HVPS: "Stopped at `max_hvps` (`max_sweeps` for layers) before every "
-    "error met its tolerance. Raise `max_hvps` or loosen `tol` (`rtol`).",
+    "error met its tolerance. Raise `max_hvps` or loosen `tol`.",
     Status.MAX_SECONDS: "Stopped at `max_seconds`; the bounds reached so far hold. "
     "Raise `max_seconds` or loosen `tol`.",
     Status.INTERRUPTED: "Interrupted; the bounds reached so far hold.",

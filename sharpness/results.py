@@ -1,10 +1,19 @@
-"""The classes of results, for annotations; each stands beside its measure."""
+"""The classes of results and errors, for annotations; each stands beside its measure."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sharpness._results import Cost, Reading, Result, Status
+from sharpness._results import (
+    Cost,
+    DerivativeDisagreesError,
+    NondeterministicRiskError,
+    NotAvailableError,
+    NotConvergedError,
+    Reading,
+    Result,
+    Status,
+)
 from sharpness._saving import load, restored
 from sharpness.measures.audit import Audit
 from sharpness.measures.batch_sharpness import BatchSharpness
@@ -30,6 +39,7 @@ __all__ = [
     "BlockEigenpairs",
     "Checkup",
     "Cost",
+    "DerivativeDisagreesError",
     "DiagonalEstimate",
     "EpsilonSharpness",
     "GradientNoise",
@@ -37,7 +47,10 @@ __all__ = [
     "Interpolation",
     "LambdaMaxSampling",
     "LayerwiseEigenpairs",
+    "NondeterministicRiskError",
     "Norms",
+    "NotAvailableError",
+    "NotConvergedError",
     "Reading",
     "RelativeFlatness",
     "Result",

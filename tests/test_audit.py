@@ -21,6 +21,7 @@ from sharpness.measures import perturbation
 from sharpness.measures import summary as summaries
 from sharpness.measures.audit import AUDITED, Audit, AuditRow
 from sharpness.measures.reparametrise import reparametrisations
+from sharpness.results import Status
 from sharpness.risk.empirical import EmpiricalRisk
 
 MAPS = ["layers", "neurons", "batchnorm", "batchnorm-neurons"]
@@ -174,7 +175,7 @@ def with_floor(risk: EmpiricalRisk, adaptive: str | None) -> Tensor:
 def test_an_additive_floor_in_the_perturbation_scale_is_seen_to_move(monkeypatch):
     risk = risk_of(rectified())
     names = ["worst_l2_elementwise", "average_elementwise"]
-    settings = {"rho": (0.05,), "rtol": 1e-3}
+    settings = {"rho": (0.05,), "margin": 1e-3}
     honest = sh.audit(risk, names, **settings)
     assert len(honest.invariant) == 3
     monkeypatch.setattr(perturbation, "perturbation_scale", with_floor)
@@ -230,7 +231,7 @@ def test_the_measures_are_taken_once_more_for_each_map(monkeypatch):
 
 
 def test_a_tolerance_above_any_change_leaves_everything_in_place():
-    found = sh.audit(risk_of(rectified()), ["lambda_max", "norms"], rtol=1e9)
+    found = sh.audit(risk_of(rectified()), ["lambda_max", "norms"], margin=1e9)
     assert found.invariant == tuple(row.measure for row in found.rows)
 
 
@@ -420,7 +421,7 @@ def of_rows(*rows: AuditRow) -> Audit:
         rows=rows,
         drifts={"layers": 3e-8},
         layers={"layers": ("0",)},
-        status=sh.Status.COMPLETED,
+        status=Status.COMPLETED,
     )
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sharpness as sh
 from sharpness.compat import hessian
+from sharpness.measures.perturbation import NormalisedLogits
 
 CE = nn.CrossEntropyLoss()
 
@@ -387,7 +388,7 @@ def test_another_network_is_measured_by_the_same_loss_on_the_same_data():
     once = ((x[i : i + 5], y[i : i + 5]) for i in range(0, 23, 5))
     ignoring = nn.CrossEntropyLoss(ignore_index=1, reduction="sum")
     risk = sh.EmpiricalRisk(problem.model, ignoring, once, chunk_size=4)
-    other = risk.with_model(sh.NormalisedLogits(risk.network()))
+    other = risk.with_model(NormalisedLogits(risk.network()))
     z = problem.model(x).detach()
     z = z - z.mean(1, keepdim=True)
     z = (z / z.norm(dim=1, keepdim=True))[y != 1]
@@ -401,8 +402,8 @@ def test_parameters_are_chosen_as_before_or_anew():
     assert risk.with_model(risk.network()).names == ["2.weight", "2.bias"]
     assert risk.with_model(risk.network(), "0.*").names == ["0.weight", "0.bias"]
     with pytest.raises(ValueError, match="`params` must match"):
-        risk.with_model(sh.NormalisedLogits(risk.network()))
-    wrapped = risk.with_model(sh.NormalisedLogits(risk.network()), ["*2.weight"])
+        risk.with_model(NormalisedLogits(risk.network()))
+    wrapped = risk.with_model(NormalisedLogits(risk.network()), ["*2.weight"])
     assert wrapped.names == ["model.2.weight"]
 
 

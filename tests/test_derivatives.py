@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sharpness as sh
 from sharpness.lab import networks
-from sharpness.results import Status
+from sharpness.results import DerivativeDisagreesError, Status
 from sharpness.risk.derivatives import Derivatives
 
 QUIET = {"progress": False}
@@ -105,7 +105,7 @@ def test_a_gradient_that_is_not_that_of_f_is_never_converged(kind, dtype):
     assert "derivative_disagrees" in str(pairs)
     assert any("where differences give" in note for note in risk.notes)
     for call in (risk.gradient, lambda: risk.hvp(risk.theta)):
-        with pytest.raises(sh.DerivativeDisagreesError, match="`model` must have") as error:
+        with pytest.raises(DerivativeDisagreesError, match="`model` must have") as error:
             call()
         assert len(str(error.value)) <= 200
     as_it_comes = risk_of(CUT[kind], dtype, check=False)
@@ -154,7 +154,7 @@ def test_it_is_seen_where_the_model_has_one_type_only():
         return m.last(torch.tanh(m.first(x.float())).detach())
 
     assert risk_of(plain, torch.float32).gradient().any()
-    with pytest.raises(sh.DerivativeDisagreesError):
+    with pytest.raises(DerivativeDisagreesError):
         risk_of(half_way, torch.float32).gradient()
 
 

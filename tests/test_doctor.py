@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import sharpness as sh
+from sharpness.results import Checkup
 
 QUIET = {
     *("finite", "deterministic", "symmetric", "gradient", "product", "differences"),
@@ -16,7 +17,7 @@ QUIET = {
 }
 
 
-def checks(found: sh.Checkup, status: str) -> set[str]:
+def checks(found: Checkup, status: str) -> set[str]:
     return {finding.check for finding in found.findings if finding.status == status}
 
 
@@ -32,7 +33,7 @@ class Through(nn.Module):
         return self.last(self.function(self.first(x)))
 
 
-def checkup_of(function, **settings) -> sh.Checkup:
+def checkup_of(function, **settings) -> Checkup:
     problem = tiny_mlp()
     risk = sh.EmpiricalRisk(Through(function), problem.loss, problem.data, **settings)
     return sh.doctor(risk)

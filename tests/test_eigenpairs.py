@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import sharpness as sh
 from sharpness.krylov import search
+from sharpness.results import HessianEigenpairs, Status
 from sharpness.risk import memory
 
 ENDS = ["LA", "SA", "LM", "BE"]
@@ -307,7 +308,7 @@ def test_two_seeds_together_span_the_eigenspace_of_a_double_value():
 
 
 @cache
-def random_problem(case: int) -> tuple[sh.HessianEigenpairs, np.ndarray]:
+def random_problem(case: int) -> tuple[HessianEigenpairs, np.ndarray]:
     """Any k, end, tolerance, basis and budget; and the true eigenvalues."""
     a = symmetric(random_spectrum(case), seed=case)
     rng = np.random.default_rng(1000 + case)
@@ -396,7 +397,7 @@ def crowded(seed: int) -> np.ndarray:
     return np.sort(np.concatenate([outliers, bulk]))[::-1].copy()
 
 
-def none_is_left_out(found: sh.HessianEigenpairs, spectrum: np.ndarray) -> bool:
+def none_is_left_out(found: HessianEigenpairs, spectrum: np.ndarray) -> bool:
     """Whether what exceeds the k-th by more than `tol` lies within `tol` of a value."""
     values = found.eigenvalues.numpy()
     above = spectrum[spectrum > 1.01 * values[-1]]
@@ -587,7 +588,7 @@ WITHIN_REACH = [
 @cache
 def with_small_basis(
     name: str, k: int, which: str
-) -> tuple[sh.HessianEigenpairs, Tensor, np.ndarray]:
+) -> tuple[HessianEigenpairs, Tensor, np.ndarray]:
     a = symmetric(RESTARTED[name](250 if k == 10 else 200))
     found = sh.eigenpairs(with_products(a), k, which=which, tol=1e-6, basis_size=k + 10)
     assert found.num_hvps > k + 10  # restarted
@@ -1152,12 +1153,12 @@ def test_neither_text_prints_the_vectors():
 
 def test_a_result_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        sh.eigenpairs(quadratic([1.0])).status = sh.Status.CONVERGED
+        sh.eigenpairs(quadratic([1.0])).status = Status.CONVERGED
 
 
 def test_every_status_that_is_not_ok_says_what_to_do():
-    failures = [status for status in sh.Status if not status.ok]
-    assert {*sh.Status} - {*failures} == {sh.Status.CONVERGED, sh.Status.COMPLETED}
+    failures = [status for status in Status if not status.ok]
+    assert {*Status} - {*failures} == {Status.CONVERGED, Status.COMPLETED}
     advice = [status.advice for status in failures]
     assert len(set(advice)) == len(failures) > 0
     for status, text in zip(failures, advice, strict=True):
@@ -1165,7 +1166,7 @@ def test_every_status_that_is_not_ok_says_what_to_do():
         assert text[0].isupper()
         result = SimpleNamespace(status=status)
         with pytest.raises(sh.NotConvergedError) as error:
-            sh.HessianEigenpairs.raise_for_status(result)
+            HessianEigenpairs.raise_for_status(result)
         assert str(error.value) == text
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import sharpness as sh
 from sharpness._results import number
 from sharpness.measures import epsilon as metric
+from sharpness.results import EpsilonSharpness
 from sharpness.risk import memory
 
 H = torch.logspace(-2, 2, 30, dtype=torch.float64)
@@ -310,7 +311,7 @@ def test_a_float32_risk_gives_nearly_the_closed_form():
 # -- seeds and lists ---------------------------------------------------------------
 
 
-def same_bits(a: sh.EpsilonSharpness, b: sh.EpsilonSharpness) -> bool:
+def same_bits(a: EpsilonSharpness, b: EpsilonSharpness) -> bool:
     b = dataclasses.replace(b, cost=dataclasses.replace(b.cost, seconds=a.seconds))
     return a == b and torch.equal(a.displacement, b.displacement)
 

@@ -91,7 +91,7 @@ def test_noise_is_scaled_by_each_weight_with_a_floor(size, lower, magnitude_awar
     """The mean of Phi(-margin / (sigma sqrt(s_0^2 + s_1^2))) is the drop."""
     margins = size * torch.linspace(0.5, 2, 400, dtype=dtype)
     risk = one_feature_each(margins, size * lower)
-    found = sh.pac_bayes_sigma(risk, magnitude_aware=magnitude_aware, rtol=5e-3)
+    found = sh.pac_bayes_sigma(risk, magnitude_aware=magnitude_aware, tol=5e-3)
     theta = risk.theta.double().numpy().reshape(2, -1)
     spread = np.sqrt((theta**2 + 1e-6 if magnitude_aware else np.ones_like(theta)).sum(0))
 
@@ -257,7 +257,7 @@ def test_accuracy_that_cannot_fall_is_not_reached(
 @pytest.mark.slow
 @RADII
 def test_a_tolerance_below_rounding_comes_to_an_end(measure):
-    found = measure(one_feature_each(torch.ones(3).double()), rtol=1e-17, max_seconds=30)
+    found = measure(one_feature_each(torch.ones(3).double()), tol=1e-17, max_seconds=30)
     assert found.status == "converged"
 
 
@@ -310,7 +310,7 @@ def test_an_interrupted_box_keeps_its_bracket(call):
 
 @RADII
 @pytest.mark.parametrize(
-    ("name", "wrong"), [("accuracy_drop", 1), ("accuracy_drop", 10), ("rtol", -0.1)]
+    ("name", "wrong"), [("accuracy_drop", 1), ("accuracy_drop", 10), ("tol", -0.1)]
 )
 @pytest.mark.parametrize("value", [None, 0, math.nan])
 def test_a_number_outside_its_range_is_refused(measure, name, wrong, value):

@@ -609,8 +609,8 @@ def logits_are_left_as_they_are(patch):
 def sigma_is_a_variance(patch):
     original = flatness._Root.__init__
 
-    def init(self, function, level, rtol):
-        original(self, lambda x: function(x**0.5), level, rtol)
+    def init(self, function, level, tol):
+        original(self, lambda x: function(x**0.5), level, tol)
 
     patch.setattr(flatness._Root, "__init__", init)
 

@@ -22,7 +22,11 @@ import sharpness as sh
 from sharpness import _run
 from sharpness._json import to_line
 from sharpness.measures import perturbation
-from sharpness.measures.perturbation import normal_draws, perturbation_scale
+from sharpness.measures.perturbation import (
+    NormalisedLogits,
+    normal_draws,
+    perturbation_scale,
+)
 
 NORMS = ["l2", "linf"]
 ADAPTIVE = [None, "elementwise", "filterwise"]
@@ -476,7 +480,7 @@ def test_shards_of_a_closure_are_refused(num_samples):
 def test_normalised_logits_have_mean_0_and_length_1(dtype, shape):
     generator = torch.Generator().manual_seed(0)
     logits = 7 + 5 * torch.randn(shape, generator=generator, dtype=dtype)
-    found = sh.NormalisedLogits(nn.Identity())(logits)
+    found = NormalisedLogits(nn.Identity())(logits)
     z = logits.double().numpy()
     centred = z - z.mean(axis=1, keepdims=True)
     expected = centred / np.sqrt((centred**2).sum(axis=1, keepdims=True))
@@ -484,7 +488,7 @@ def test_normalised_logits_have_mean_0_and_length_1(dtype, shape):
     assert found.dtype == dtype
     np.testing.assert_allclose(found.numpy(), expected, atol=64 * eps)
     tiny = torch.tensor([[1.0, -1.0, 0.0]], dtype=dtype) * 1e-12
-    found = sh.NormalisedLogits(nn.Identity())(tiny)
+    found = NormalisedLogits(nn.Identity())(tiny)
     torch.testing.assert_close(found, tiny / 1e-10)  # the lower limit
 
 
@@ -492,14 +496,14 @@ def test_normalised_logits_have_mean_0_and_length_1(dtype, shape):
 @pytest.mark.parametrize("constant", [0.0, 0.5, 0.1])
 def test_constant_logits_become_zero(classes, constant):
     logits = torch.full((2, classes), constant)
-    assert not sh.NormalisedLogits(nn.Identity())(logits).any()
+    assert not NormalisedLogits(nn.Identity())(logits).any()
 
 
 def test_a_model_with_constant_logits_has_finite_derivatives():
     model = nn.Linear(3, 3, dtype=torch.float64)
     for p in model.parameters():
         nn.init.zeros_(p)
-    risk = classifier_risk(sh.NormalisedLogits(model))
+    risk = classifier_risk(NormalisedLogits(model))
     assert risk.value() == pytest.approx(math.log(3), rel=1e-12)
     assert risk.gradient().isfinite().all()
     assert risk.hvp(torch.ones(12, dtype=torch.float64)).isfinite().all()

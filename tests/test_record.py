@@ -5,11 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from sharpness import Status, read_records
+from sharpness import read_records
 from sharpness._json import as_plain, to_line
 from sharpness._results import Cost
 from sharpness.measures.eigenvalues import HessianEigenpairs
 from sharpness.record import SCHEMA, append_record, new_record
+from sharpness.results import Status
 
 
 def result() -> HessianEigenpairs:

@@ -13,11 +13,11 @@ import torch
 from helpers.problems import mlp_risk, quadratic, tiny_mlp
 
 import sharpness as sh
-from sharpness import Status, load_result
+from sharpness import load_result
 from sharpness._json import as_plain
 from sharpness._results import Cost, Reading, Result
 from sharpness._saving import restored
-from sharpness.results import readings_of
+from sharpness.results import Status, readings_of
 
 QUIET = {"progress": False}
 MADE = {

@@ -24,6 +24,7 @@ from sharpness._json import to_line
 from sharpness._results import Cost, number
 from sharpness.lab import data
 from sharpness.measures import sampling
+from sharpness.results import LambdaMaxSampling
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.memory import Footprint
@@ -116,7 +117,7 @@ def digits_risk() -> sh.EmpiricalRisk:
 
 
 @cache
-def resampled() -> tuple[float, list[sh.LambdaMaxSampling]]:
+def resampled() -> tuple[float, list[LambdaMaxSampling]]:
     """lambda_max of all digits, and what 100 draws of 300 of them say of it."""
     risk = digits_risk()
     truth = sh.eigenpairs(risk, tol=1e-8).lambda_max

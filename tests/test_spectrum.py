@@ -34,6 +34,7 @@ from sharpness._results import number
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
 from sharpness.krylov.quadrature import Rule, interval, smoothed, standard_error
 from sharpness.measures import spectrum
+from sharpness.results import SpectralDensity
 from sharpness.risk import products
 
 EPS = float(np.finfo(float).eps)
@@ -104,7 +105,7 @@ def by_blocks(a: np.ndarray, starts: np.ndarray, steps: int) -> list[Tridiagonal
 
 def measured_often(
     values: np.ndarray, num_starts: int, num_steps: int, **options: Any
-) -> list[sh.SpectralDensity]:
+) -> list[SpectralDensity]:
     """The density by many seeds, whose products are made together."""
     a = symmetric(values)
     risk, starts, runs = fast(a), [], []
@@ -128,7 +129,7 @@ def measured_often(
 
 
 @cache
-def runs_of(name: str) -> list[sh.SpectralDensity]:
+def runs_of(name: str) -> list[SpectralDensity]:
     points, _, sigma = grid_of(name)
     return measured_often(SPECTRA[name], 5, 40, grid=points, sigma=sigma)
 

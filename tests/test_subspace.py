@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sharpness as sh
 from sharpness._results import number
+from sharpness.results import EpsilonSharpness
 
 N = 24
 H = torch.logspace(-1, 1, N, dtype=torch.float64)
@@ -60,7 +61,7 @@ def top_of_ridge(reach: float, slope: float = 0.003, curvature: float = 40.0) ->
     return 100 * (0.5 * curvature * reach**2 + slope * reach) / 1.2
 
 
-def same_bits(a: sh.EpsilonSharpness, b: sh.EpsilonSharpness) -> bool:
+def same_bits(a: EpsilonSharpness, b: EpsilonSharpness) -> bool:
     b = dataclasses.replace(b, cost=dataclasses.replace(b.cost, seconds=a.seconds))
     return a == b and torch.equal(a.displacement, b.displacement)
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sharpness as sh
+from sharpness import results
 from sharpness._results import Reading, Result, number
 from sharpness._saving import restored
 from sharpness.measures.registry import DEFAULT_FAMILIES, FAMILIES, MEASURES
 from sharpness.measures.summary import RUNS, MeasureSettings, expected_seconds, selected
 from sharpness.report.figures import readings_plot
 from sharpness.report.tables import readings_text
+from sharpness.results import Norms, Summary
 from sharpness.risk.empirical import EmpiricalRisk
 
 RULED = [name for name in RUNS if name.startswith(("worst", "average"))]
@@ -186,7 +188,7 @@ def test_eigenvalues_are_named_by_their_place_in_the_spectrum(which, k, expected
         assert reading.value == pytest.approx(value, rel=1e-8)
 
 
-PUBLIC = [getattr(sh, name) for name in sh.__all__]
+PUBLIC = [getattr(results, name) for name in results.__all__]
 RESULTS = [k for k in PUBLIC if isinstance(k, type) and issubclass(k, Result)]
 assert len(RESULTS) > 10
 
@@ -305,7 +307,7 @@ def test_a_single_radius_is_a_list_of_one():
 def test_one_result_comes_by_itself_and_several_in_a_list():
     found = sh.summary(risk_of("classifier"), ["phi", "norms"], epsilon=(1e-3, 5e-4))
     assert [result.settings["epsilon"] for result in found["phi"]] == [1e-3, 5e-4]
-    assert isinstance(found["norms"], sh.Norms)
+    assert isinstance(found["norms"], Norms)
     with pytest.raises(KeyError, match=r"'trace' was not measured; there are \['phi'"):
         found["trace"]
 
@@ -463,7 +465,7 @@ METHODS = (
 )
 
 
-def interrupted(measures, at=math.inf, **settings) -> tuple[sh.Summary | None, int]:
+def interrupted(measures, at=math.inf, **settings) -> tuple[Summary | None, int]:
     """A summary with Ctrl-C in the evaluation of this number; how many there were."""
     calls = []
 
@@ -523,9 +525,9 @@ def test_without_time_every_measure_says_so_and_can_still_be_shown(tmp_path):
     found = sh.summary(risk_of("classifier"), FAMILIES, max_seconds=0.0)
     assert list(found.results) == list(RUNS)
     assert found.status == "max_seconds"
-    for name, results in found.results.items():
+    for name, of_name in found.results.items():
         expected = ("completed",) if name == "norms" else ("max_seconds", "converged")
-        assert all(result.status in expected for result in results), name
+        assert all(result.status in expected for result in of_name), name
     assert found.table()
     json.loads(found.to_json(), parse_constant=pytest.fail)
     found.plot(tmp_path / "a.png")
@@ -541,7 +543,7 @@ def test_a_bar_shows_only_where_it_is_wanted(capsys, shown):
 
 
 @cache
-def everything() -> sh.Summary:
+def everything() -> Summary:
     return sh.summary(risk_of("classifier"), FAMILIES, epsilon=(1e-3,), shard_size=20)
 
 

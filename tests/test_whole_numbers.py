@@ -18,7 +18,7 @@ COUNTS = {
     "seed": lambda n: sh.eigenpairs(mlp_risk(), seed=n, progress=False),
     "seed of layers": lambda n: sh.layerwise_eigenpairs(mlp_risk(), seed=n, progress=False),
     "seed of phi": lambda n: sh.epsilon_sharpness(mlp_risk(), seed=n, progress=False),
-    "seed of a trace": lambda n: sh.trace(mlp_risk(), rtol=0.3, seed=n, progress=False),
+    "seed of a trace": lambda n: sh.trace(mlp_risk(), tol=0.3, seed=n, progress=False),
     "seed of draws": lambda n: sh.average_case_sharpness(
         mlp_risk(), 0.1, seed=n, progress=False
     ),

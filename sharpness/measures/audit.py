@@ -122,7 +122,7 @@ def audit(
     risk: EmpiricalRisk,
     measures: str | Sequence[str] | None = None,
     *,
-    rtol: float = 0.02,
+    margin: float = 0.02,
     progress: bool | None = None,
     **settings: Unpack[Keywords],
 ) -> Audit:
@@ -137,7 +137,7 @@ def audit(
     Args:
         risk: with a network of modules, and inputs rather than a closure.
         measures: names or families of `summary`; None means the ones that are cheap.
-        rtol: relative change that counts as none, beside both values' error bounds.
+        margin: relative change that counts as none, beside both values' error bounds.
         progress: show a bar for each map; by default on a terminal.
         **settings: of the measures, as in `summary`; `seed` is that of the maps too.
 
@@ -175,7 +175,7 @@ def audit(
             value=value,
             after={name: after[name].get(measure, missing)[0] for name in after},
             allowed={
-                name: error + after[name].get(measure, missing)[1] + rtol * abs(value)
+                name: error + after[name].get(measure, missing)[1] + margin * abs(value)
                 for name in after
             },
         )
@@ -189,7 +189,7 @@ def audit(
         layers={each.name: each.layers for each in maps if each.name in after},
         status=status,
         cost=replace(cost, seconds=time.monotonic() - began),
-        settings={**settings, "rtol": rtol, "seed": seed},
+        settings={**settings, "margin": margin, "seed": seed},
     )
 
 

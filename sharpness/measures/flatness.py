@@ -79,7 +79,7 @@ def pac_bayes_sigma(
     accuracy_drop: float = 0.1,
     magnitude_aware: bool = False,
     num_draws: int = 10,
-    rtol: float = 0.02,
+    tol: float = 0.02,
     seed: int = 0,
     max_seconds: float | None = None,
     progress: bool | None = None,
@@ -97,7 +97,7 @@ def pac_bayes_sigma(
         accuracy_drop: of the accuracy, in (0, 1).
         magnitude_aware: noise in proportion to each parameter.
         num_draws: of z, >= 2, the same for every sigma.
-        rtol: width of the bracket, relative to sigma, at which to stop; > 0.
+        tol: width of the bracket, relative to sigma, at which to stop; > 0.
         seed: of the draws.
         max_seconds: stop after the forward pass that passes this time.
         progress: show a bar; by default on a terminal.
@@ -121,7 +121,7 @@ def pac_bayes_sigma(
         sigma'^2 |theta_i|^2 + epsilon^2; here the floor scales along, so that the drop
         vanishes with sigma.
     """
-    _check(risk, accuracy_drop, rtol)
+    _check(risk, accuracy_drop, tol)
     num_draws = whole("num_draws", num_draws, 2, "One draw has no spread.")
     scale, accuracy = _scale(risk, magnitude_aware), math.nan
     run = Run(
@@ -140,7 +140,7 @@ def pac_bayes_sigma(
         drops[sigma] = np.array(found)
         return float(np.mean(found))
 
-    root = _Root(mean_drop, accuracy_drop, rtol)
+    root = _Root(mean_drop, accuracy_drop, tol)
     with run:
         accuracy = _accuracy_at_theta(risk)
         root.find(math.isfinite(accuracy))
@@ -160,7 +160,7 @@ def pac_bayes_sigma(
             "accuracy_drop": accuracy_drop,
             "magnitude_aware": magnitude_aware,
             "num_draws": num_draws,
-            "rtol": rtol,
+            "tol": tol,
             "seed": seed,
         },
     )
@@ -172,7 +172,7 @@ def box_alpha(
     accuracy_drop: float = 0.1,
     magnitude_aware: bool = False,
     num_steps: int = 20,
-    rtol: float = 0.1,
+    tol: float = 0.1,
     max_seconds: float | None = None,
     progress: bool | None = None,
 ) -> AccuracyRadius:
@@ -189,7 +189,7 @@ def box_alpha(
         magnitude_aware: a box in proportion to each parameter.
         num_steps: of Auto-PGD in each box, >= 1; a box is left at once when it is
             found unsafe.
-        rtol: width of the bracket, relative to alpha, at which to stop; > 0.
+        tol: width of the bracket, relative to alpha, at which to stop; > 0.
         max_seconds: stop after the evaluation that passes this time.
         progress: show a bar; by default on a terminal.
 
@@ -207,7 +207,7 @@ def box_alpha(
         box in which the accuracy drops by at most 0.1. How the box is searched is left
         open there; they climb the loss by gradient steps as well.
     """
-    _check(risk, accuracy_drop, rtol)
+    _check(risk, accuracy_drop, tol)
     num_steps = whole("num_steps", num_steps, 1)
     scale, accuracy = _scale(risk, magnitude_aware), math.nan
     run = Run(
@@ -229,7 +229,7 @@ def box_alpha(
                 break
         return largest
 
-    root = _Root(largest_drop, accuracy_drop, rtol)
+    root = _Root(largest_drop, accuracy_drop, tol)
     with run:
         accuracy = _accuracy_at_theta(risk)
         root.find(math.isfinite(accuracy))
@@ -245,7 +245,7 @@ def box_alpha(
             "accuracy_drop": accuracy_drop,
             "magnitude_aware": magnitude_aware,
             "num_steps": num_steps,
-            "rtol": rtol,
+            "tol": tol,
         },
     )
 
@@ -477,9 +477,9 @@ class _Root:
     """
 
     def __init__(
-        self, function: Callable[[float], float], level: float, rtol: float
+        self, function: Callable[[float], float], level: float, tol: float
     ) -> None:
-        self._function, self._level, self._rtol = function, level, rtol
+        self._function, self._level, self._tol = function, level, tol
         self.bracket = (0.0, math.inf)
         self.status = Status.NOT_REACHED
 
@@ -503,7 +503,7 @@ class _Root:
             exponent += stride if low else -stride
         else:
             return
-        while high > low * (1 + self._rtol) and self.middle not in (low, high):
+        while high > low * (1 + self._tol) and self.middle not in (low, high):
             self._look(self.middle)
             low, high = self.bracket
         self.status = Status.CONVERGED
@@ -576,12 +576,12 @@ def _scale(risk: EmpiricalRisk, magnitude_aware: bool) -> Tensor:
     return (risk.theta.square() + _MAGNITUDE_FLOOR**2).sqrt()
 
 
-def _check(risk: EmpiricalRisk, accuracy_drop: float, rtol: float) -> None:
+def _check(risk: EmpiricalRisk, accuracy_drop: float, tol: float) -> None:
     if not 0 < accuracy_drop < 1:
         raise ValueError(
             f"`accuracy_drop` must lie in (0, 1); got {accuracy_drop}. 0.1 is usual."
         )
-    positive("rtol", rtol)
+    positive("tol", tol)
     if not risk.is_classification:
         raise NotAvailableError(
             "`risk` must classify, with class numbers as targets; got another loss or "

@@ -426,7 +426,7 @@ RUNS: dict[str, tuple[_Run, _Expected]] = {
         lambda risk, s: Cost(products=8 + 4 * s.k),
     ),
     "trace": (
-        lambda risk, s, left: trace(risk, rtol=0.1, **_common(s)),
+        lambda risk, s, left: trace(risk, tol=0.1, **_common(s)),
         lambda risk, s: Cost(products=40),
     ),
     "phi": (

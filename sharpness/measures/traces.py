@@ -88,7 +88,7 @@ def trace(
     *,
     method: Method = "hutch++",
     matrix: Matrix = "hessian",
-    rtol: float = 0.05,
+    tol: float = 0.05,
     confidence: float = 0.95,
     seed: int = 0,
     max_hvps: int = 1000,
@@ -98,11 +98,11 @@ def trace(
     r"""The trace of the Hessian: the sum of its eigenvalues.
 
     Stopped when half the width of the interval (the wider of Student's t and Hall's, which
-    takes skewness out) is at most `rtol` times the value. It is looked at after 16 probes;
+    takes skewness out) is at most `tol` times the value. It is looked at after 16 probes;
     their spread foretells how many are needed, and the next look is there, or at twice as
     many probes if that is sooner. So a small spread by luck in the first few stops nothing.
     What inexact products (rounding, differences of gradients) may have moved the value by
-    is part of the interval; where that alone exceeds `rtol`, the status is `inexact`.
+    is part of the interval; where that alone exceeds `tol`, the status is `inexact`.
 
     Args:
         risk: the mean loss f, held at the parameters theta.
@@ -110,7 +110,7 @@ def trace(
             eigenvectors exactly, `"hutchinson"` is plain, `"xtrace"` (Epperly et al.
             2024) uses each probe twice, with the jackknife's standard error.
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
-        rtol: half width wanted, relative to the value; > 0.
+        tol: half width wanted, relative to the value; > 0.
         confidence: of the interval, in (0, 1).
         seed: of the random signs.
         max_hvps: most products, at least those of ten probes.
@@ -139,7 +139,7 @@ def trace(
         quantity="trace",
         method=method,
         matrix=matrix,
-        rtol=rtol,
+        tol=tol,
         confidence=confidence,
         seed=seed,
         max_hvps=max_hvps,
@@ -152,7 +152,7 @@ def frobenius_norm(
     risk: EmpiricalRisk,
     *,
     matrix: Matrix = "hessian",
-    rtol: float = 0.05,
+    tol: float = 0.05,
     confidence: float = 0.95,
     seed: int = 0,
     max_hvps: int = 1000,
@@ -167,7 +167,7 @@ def frobenius_norm(
     Args:
         risk: the mean loss f, held at the parameters theta.
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
-        rtol: half width of the interval wanted, relative to the norm; > 0.
+        tol: half width of the interval wanted, relative to the norm; > 0.
         confidence: of the interval, in (0, 1).
         seed: of the random signs.
         max_hvps: most products, at least 30.
@@ -182,7 +182,7 @@ def frobenius_norm(
 
     Cost: 20 products for the sketch, then one a probe; memory 22 n.
     """
-    _check(rtol, confidence, max_hvps, 3 * _FEWEST)
+    _check(tol, confidence, max_hvps, 3 * _FEWEST)
     squared = _estimated(
         risk,
         _SquaredNorm(risk.theta, whole_seed(seed)),
@@ -190,14 +190,14 @@ def frobenius_norm(
         quantity="Frobenius norm",
         method="deflated Hutchinson",
         matrix=matrix,
-        rtol=2 * rtol,  # of the square
+        tol=2 * tol,  # of the square
         confidence=confidence,
         seed=seed,
         max_hvps=max_hvps,
         max_seconds=max_seconds,
         progress=progress,
     )
-    found = replace(squared, settings={**squared.settings, "rtol": rtol})
+    found = replace(squared, settings={**squared.settings, "tol": tol})
     if not math.isfinite(squared.value):
         return found
     norm = math.sqrt(squared.value)
@@ -212,7 +212,7 @@ def diagonal(
     risk: EmpiricalRisk,
     *,
     matrix: Matrix = "hessian",
-    rtol: float = 0.1,
+    tol: float = 0.1,
     seed: int = 0,
     max_hvps: int = 1000,
     max_seconds: float | None = None,
@@ -223,12 +223,12 @@ def diagonal(
     Exact on a sketch of the 10 largest eigenvectors; for the rest R the mean of
     $z \odot R z$ over random signs z (Bekas, Kokiopoulou, Saad 2007), whose variance is
     the sum of squares beside the diagonal. Stopped when the norm of all standard errors
-    is at most `rtol` times the norm of the diagonal.
+    is at most `tol` times the norm of the diagonal.
 
     Args:
         risk: the mean loss f, held at the parameters theta.
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
-        rtol: error wanted, relative to the norm of the diagonal; > 0.
+        tol: error wanted, relative to the norm of the diagonal; > 0.
         seed: of the random signs.
         max_hvps: most products, at least 30.
         max_seconds: stop after the product that passes this time.
@@ -242,7 +242,7 @@ def diagonal(
 
     Cost: 20 products for the sketch, then one a probe, hundreds as a rule; memory 26 n.
     """
-    _check(rtol, 0.95, max_hvps, 3 * _FEWEST, default=0.1)
+    _check(tol, 0.95, max_hvps, 3 * _FEWEST, default=0.1)
     run = Run(
         product_name(matrix),
         max_seconds=max_seconds,
@@ -255,12 +255,12 @@ def diagonal(
     with run:
         while True:
             estimate.grow(multiply, num)
-            ratio = estimate.relative_error(multiply.error) / rtol
+            ratio = estimate.relative_error(multiply.error) / tol
             if math.isnan(ratio):
                 run.stop(Status.NON_FINITE)
             if ratio <= 1:
                 run.stop(Status.CONVERGED)
-            if multiply.error * math.sqrt(risk.n) > rtol * float(estimate.values.norm()):
+            if multiply.error * math.sqrt(risk.n) > tol * float(estimate.values.norm()):
                 run.stop(Status.INEXACT)
             num = _next_look(num, ratio)
     return DiagonalEstimate(
@@ -271,7 +271,7 @@ def diagonal(
         status=run.status,
         num_probes=estimate.num,
         cost=Cost(products=run.num_steps, seconds=run.seconds),
-        settings={"rtol": rtol, "seed": seed, "matrix": matrix},
+        settings={"tol": tol, "seed": seed, "matrix": matrix},
     )
 
 
@@ -286,7 +286,7 @@ def _estimated(
     quantity: str,
     method: str,
     matrix: Matrix,
-    rtol: float,
+    tol: float,
     confidence: float,
     seed: int,
     max_hvps: int,
@@ -299,7 +299,7 @@ def _estimated(
     that may change in the value.
     """
     fewest = estimator.fixed_products + _FEWEST * estimator.products_a_probe
-    _check(rtol, confidence, max_hvps, fewest)
+    _check(tol, confidence, max_hvps, fewest)
     run = Run(
         product_name(matrix),
         max_seconds=max_seconds,
@@ -316,12 +316,12 @@ def _estimated(
             estimator.grow(multiply, num)
             value, _, (low, high) = _student(estimator.estimates, confidence)
             inexact = effect(value, multiply.error)
-            allowed = 2 * (rtol * abs(value) - inexact)
+            allowed = 2 * (tol * abs(value) - inexact)
             if not math.isfinite(value):
                 run.stop(Status.NON_FINITE)
             if high - low <= allowed:
                 run.stop(Status.CONVERGED)
-            if inexact > rtol * max(abs(low), abs(high)):
+            if inexact > tol * max(abs(low), abs(high)):
                 run.stop(Status.INEXACT)
             num = _next_look(num, (high - low) / allowed if allowed > 0 else math.inf)
             if len(estimator.estimates) == most:
@@ -341,7 +341,7 @@ def _estimated(
         settings={
             "method": method,
             "matrix": matrix,
-            "rtol": rtol,
+            "tol": tol,
             "confidence": confidence,
             "seed": seed,
         },
@@ -470,10 +470,10 @@ class _Diagonal(_Deflated):
 
 
 def _check(
-    rtol: float, confidence: float, max_hvps: int, fewest: int, default: float = 0.05
+    tol: float, confidence: float, max_hvps: int, fewest: int, default: float = 0.05
 ) -> None:
-    if not rtol > 0:
-        raise ValueError(f"`rtol` must be positive; got {rtol}. The default is {default}.")
+    if not tol > 0:
+        raise ValueError(f"`tol` must be positive; got {tol}. The default is {default}.")
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must lie in (0, 1); got {confidence}. Pass 0.95.")
     if not is_whole(max_hvps) or max_hvps < fewest:
