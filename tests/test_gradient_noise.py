@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sharpness as sh
 from sharpness._json import to_line
 from sharpness.measures import gradient_noise as noise
+from sharpness.results import GradientNoise
 from sharpness.risk import sample_gradients
 
 FLOAT64 = torch.float64
@@ -40,7 +41,7 @@ def true_scale(delta: float, dim: int) -> float:
     return (dim * (delta**2 + 1) + delta**2) / delta**2 if delta else math.inf
 
 
-def holds(found: sh.GradientNoise, scale: float) -> bool:
+def holds(found: GradientNoise, scale: float) -> bool:
     low, high = found.interval
     return low <= scale and (high is None or scale <= high)
 
