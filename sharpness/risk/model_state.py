@@ -6,8 +6,8 @@ import copy
 import inspect
 import random
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any
@@ -27,19 +27,78 @@ _PARALLEL = (DataParallel, DistributedDataParallel)
 @contextmanager
 def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
     """Dropout off, BatchNorm as chosen, attention differentiable twice."""
-    with ExitStack() as stack:
-        stack.enter_context(random_generators_kept())
-        stack.enter_context(_modes(model, batchnorm))
+    with (
+        random_generators_kept(),
+        _train_does_nothing(model),
         # The fused attention kernels have no second derivative, nor have cuDNN's
         # recurrent ones.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_one_path_of_encoders())
-        stack.enter_context(_attributes_kept(model))
-        stack.enter_context(_gradients_hidden(model))
-        if is_recurrent(model):
-            stack.enter_context(_without_cudnn())
-        stack.enter_context(_no_generation_cache(model))
+        sdpa_kernel(SDPBackend.MATH),
+        _one_path_of_encoders(),
+        _tensors_kept(model),
+        _held([*_modes(model, batchnorm), *_hindrances(model)]),
+    ):
         yield
+
+
+@contextmanager
+def _held(settings: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """With these attributes of these objects; afterwards as they were."""
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in settings]
+    try:
+        for holder, name, value in settings:
+            setattr(holder, name, value)
+        yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+
+
+def _modes(model: nn.Module, batchnorm: str) -> Iterator[tuple[Any, str, Any]]:
+    """Evaluation mode; batch statistics without touching the running averages.
+
+    `track_running_stats=False` makes BatchNorm pass no buffers to its kernel, so there
+    is nothing that could be updated. "estimating" updates the buffers it is given:
+    `momentum=None` makes them plain averages over the batches.
+    """
+    by_batch = {"batch": ("track_running_stats", False), "estimating": ("momentum", None)}
+    for module in model.modules():
+        uses_batch = batchnorm in by_batch and isinstance(module, _BatchNorm)
+        yield module, "training", uses_batch
+        if uses_batch:
+            yield module, *by_batch[batchnorm]
+
+
+def _hindrances(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
+    """What is set otherwise while a model is measured, beside its modes."""
+    for parameter in model.parameters():  # a closure may call `optimizer.zero_grad()`
+        yield parameter, "grad", None
+    for module in model.modules():
+        if getattr(module, "sparse", None) is True:  # has no second derivative
+            yield module, "sparse", False
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:  # Hugging Face: for a next token
+            yield config, "use_cache", False
+    if is_recurrent(model):  # `torch.backends.cudnn.flags` would set those of TF32 along
+        yield torch.backends.cudnn, "enabled", False
+
+
+@contextmanager
+def _train_does_nothing(model: nn.Module) -> Iterator[None]:
+    """Nor does `eval`: a closure may call them."""
+    before = [(m, vars(m).get("train")) for m in model.modules()]
+    try:
+        for module, _ in before:
+            vars(module)["train"] = partial(_same, module)
+        yield
+    finally:
+        for module, own in before:
+            vars(module).pop("train", None)
+            if own is not None:
+                vars(module)["train"] = own
+
+
+def _same(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
 
 
 @contextmanager
@@ -112,43 +171,22 @@ def _one_path_of_encoders() -> Iterator[None]:
 
 
 @contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Tensors in plain attributes, which hooks (pruning, spectral norm) set anew.
-
-    And sparse gradients of embeddings off: they have no second derivative.
-    """
+def _tensors_kept(model: nn.Module) -> Iterator[None]:
+    """Tensors in plain attributes, which hooks (pruning, spectral norm) set anew."""
     before = [
         (vars(m), {k: _shallow(v) for k, v in vars(m).items() if _holds_tensors(v)})
         for m in model.modules()
     ]
-    sparse: list[Any] = [m for m in model.modules() if getattr(m, "sparse", None) is True]
     try:
-        for module in sparse:
-            module.sparse = False
         yield
     finally:
-        for module in sparse:
-            module.sparse = True
         for attributes, kept in before:
             attributes.update({k: _shallow(v) for k, v in kept.items()})
 
 
-@contextmanager
-def _gradients_hidden(model: nn.Module) -> Iterator[None]:
-    """No parameter has a `.grad` inside: a closure may call `optimizer.zero_grad()`."""
-    before = [(p, p.grad) for p in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in before:
-            parameter.grad = gradient
-
-
 def deep_copy(model: nn.Module) -> nn.Module:
     """A copy of a model, also where a hook has left a computed tensor as an attribute."""
-    with _attributes_kept(model):
+    with _tensors_kept(model):
         for module in model.modules():
             attributes = vars(module)
             for name, value in attributes.items():
@@ -177,65 +215,6 @@ def is_recurrent(model: nn.Module) -> bool:
 def convolves(model: nn.Module) -> bool:
     """Whether a layer is a convolution."""
     return any(isinstance(m, _ConvNd) for m in model.modules())
-
-
-@contextmanager
-def _no_generation_cache(model: nn.Module) -> Iterator[None]:
-    """Hugging Face models return keys and values for the next token: memory for nothing."""
-    configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    caching = [c for c in configs if getattr(c, "use_cache", None) is True]
-    try:
-        for config in caching:
-            config.use_cache = False
-        yield
-    finally:
-        for config in caching:
-            config.use_cache = True
-
-
-@contextmanager
-def _modes(model: nn.Module, batchnorm: str) -> Iterator[None]:
-    """Per-module flags; batch statistics without touching the running averages.
-
-    `track_running_stats=False` makes BatchNorm pass no buffers to its kernel, so there
-    is nothing that could be updated. "estimating" updates the buffers it is given:
-    `momentum=None` makes them plain averages over the batches.
-    """
-    before = [(m, m.training) for m in model.modules()]
-    methods = {m: {k: v for k, v in vars(m).items() if k == "train"} for m, _ in before}
-    tracked = [
-        (m, m.track_running_stats)
-        for m in model.modules()
-        if batchnorm == "batch" and isinstance(m, _BatchNorm)
-    ]
-    estimated = [
-        (m, m.momentum)
-        for m in model.modules()
-        if batchnorm == "estimating" and isinstance(m, _BatchNorm)
-    ]
-    try:
-        for module, _ in before:
-            module.training = False
-            vars(module)["train"] = partial(_same, module)
-        for module, _ in tracked:
-            module.training, module.track_running_stats = True, False
-        for module, _ in estimated:
-            module.training, module.momentum = True, None
-        yield
-    finally:
-        for module, momentum in estimated:
-            module.momentum = momentum
-        for module, tracks in tracked:
-            module.track_running_stats = tracks
-        for module, training in before:
-            module.training = training
-            vars(module).pop("train", None)
-            vars(module).update(methods[module])
-
-
-def _same(module: nn.Module, mode: bool = True) -> nn.Module:
-    """In the place of `Module.train`, and so of `eval`: a closure may call them."""
-    return module
 
 
 @contextmanager
@@ -301,17 +280,6 @@ def _newer_flags() -> list[Any]:
 def _set_older_flags(matmul: str, cudnn: bool) -> None:
     torch.set_float32_matmul_precision(matmul)
     torch.backends.cudnn.allow_tf32 = cudnn
-
-
-@contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """`torch.backends.cudnn.flags` would set the flags of TF32 along."""
-    before = torch.backends.cudnn.enabled
-    try:
-        torch.backends.cudnn.enabled = False
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
 
 
 def seed_generators(seed: int = 0) -> None:
