@@ -73,24 +73,31 @@ def why_whole(objective: Objective, few: batches.Pair, first: batches.Pair) -> s
     """
     leaves = objective.pieces(objective.theta)
     try:
-        seed_generators()
-        fresh = random_states()
-        values = [objective.reduced(leaves, few)]
-        drawn = random_states() != fresh
-        values.append(objective.reduced(leaves, few))
+        value, drawn = draws(objective, leaves, few)
+        again = objective.reduced(leaves, few)
         apart = len(few[1]) < 2 or _are_apart(objective, few[0], 0)
     except Exception:
         objective.reduced(leaves, first)  # fails likewise if the trouble is another
         return UNCUT
-    if not _near(values[1:], values[:1], objective.eps):
+    if not _near([again], [value], objective.eps):
         with _WatchForDraws() as watch:
             objective.reduced(leaves, few)
         if watch.drawn:
-            raise NondeterministicRiskError(*(float(value.sum()) for value in values))
+            raise NondeterministicRiskError(*(float(v.sum()) for v in (value, again)))
         return "the same rows twice give two values"
     if drawn:
         return "random numbers are drawn"
     return "" if apart else COUPLED
+
+
+def draws(
+    objective: Objective, leaves: Sequence[Tensor], batch: Any
+) -> tuple[Tensor, bool]:
+    """What the loss gives for a batch, and whether random numbers were drawn for it."""
+    seed_generators()
+    fresh = random_states()
+    value = objective.reduced(leaves, batch)
+    return value, random_states() != fresh
 
 
 class _WatchForDraws(TorchFunctionMode):

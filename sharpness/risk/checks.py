@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors
 from sharpness._results import DerivativeDisagreesError, NondeterministicRiskError
 from sharpness.risk import batches
-from sharpness.risk.derivatives import Comparison, Derivatives
+from sharpness.risk.derivatives import Comparison
 from sharpness.risk.differences import Differences
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.risk.model_state import evaluation, seed_generators
+from sharpness.risk.model_state import batchnorm_layers, random_states
 
 OK, NOTE, FAILED = "ok", "note", "failed"
 _NAMED = 3  # names listed before "and n more"
@@ -54,15 +52,18 @@ class Checkup:
     @property
     def ok(self) -> bool:
         """Whether no check failed."""
-        return all(finding.status != FAILED for finding in self.findings)
+        return not self._failed
+
+    @property
+    def _failed(self) -> list[CheckResult]:
+        return [finding for finding in self.findings if finding.status == FAILED]
 
     def __getitem__(self, check: str) -> CheckResult:
         """The finding of a check, by its name."""
         return next(finding for finding in self.findings if finding.check == check)
 
     def __str__(self) -> str:
-        failed = sum(finding.status == FAILED for finding in self.findings)
-        verdict = f"{failed} failed" if failed else "none failed"
+        verdict = f"{len(self._failed) or 'none'} failed"
         head = f"{len(self.findings)} checks, {verdict} ({self.seconds:.1f} s)"
         return "\n".join([head, *(f"  {finding}" for finding in self.findings)])
 
@@ -77,7 +78,7 @@ class Checkup:
             return self
         if self["deterministic"].status == FAILED:
             raise NondeterministicRiskError(*self.values)
-        first = next(finding for finding in self.findings if finding.status == FAILED)
+        first = self._failed[0]
         raise ValueError(
             f"`risk` must pass the check {first.check!r}; {first.text} {first.advice}"
         )
@@ -143,37 +144,40 @@ def _working(risk: EmpiricalRisk) -> EmpiricalRisk:
 
 
 def _derivatives(risk: EmpiricalRisk) -> Iterator[CheckResult]:
-    seen = Derivatives()
-    slope, product = seen.gradient(risk._sample), seen.product(risk._sample)
+    slope, product = risk.beside_differences()
     advice = (
         "Look for `detach`, `no_grad`, `.data`, NumPy, rounding or a custom backward pass."
     )
-    yield _compared("gradient", "a slope of", slope, FAILED, advice)
-    mended = not slope.disagrees and risk._asked in ("auto", "differences")
-    status, rest = NOTE if mended else FAILED, "Use engine='differences'."
-    if mended:
-        rest = "Differences of gradients are taken instead."
-    yield _compared("product", "a product of norm", product, status, rest)
+    yield _compared("gradient", f"a slope of {slope}", slope, advice)
+    found = _compared(
+        "product", f"a product of norm {product}", product, "Use engine='differences'."
+    )
+    if not slope.disagrees and product.disagrees and risk.engine in ("auto", "differences"):
+        advice = "Differences of gradients are taken instead."
+        found = replace(found, status=NOTE, advice=advice)
+    yield found
 
 
-def _compared(
-    check: str, what: str, seen: Comparison, trouble: str, advice: str
+def _compared(check: str, text: str, seen: Comparison, advice: str) -> CheckResult:
+    if seen.agrees is None:
+        text = "rounding or kinks hide whether it is the derivative"
+        return CheckResult(check, NOTE, text)
+    return _judged(check, seen.agrees, text, seen.apart, advice)
+
+
+def _judged(
+    check: str, sound: bool, text: str, value: float | None, advice: str
 ) -> CheckResult:
-    if seen.disagrees:
-        return CheckResult(check, trouble, f"{what} {seen}.", seen.apart, advice)
-    if seen.agrees:
-        return CheckResult(check, OK, f"{what} {seen}", seen.apart)
-    text = "rounding or kinks hide whether it is the derivative"
-    return CheckResult(check, NOTE, text)
+    if sound:
+        return CheckResult(check, OK, text, value)
+    return CheckResult(check, FAILED, f"{text}.", value, advice)
 
 
 def _finite(value: float, gradient: Tensor) -> CheckResult:
-    if bool(torch.isfinite(gradient).all()) and np.isfinite(value):
-        return CheckResult("finite", OK, f"f = {value:.4g}", value)
+    sound = bool(torch.isfinite(gradient).all()) and np.isfinite(value)
+    text = f"f = {value:.4g}" if sound else f"f = {value}, or its gradient, is not"
     advice = "Look for NaN or infinite values in parameters, buffers and data."
-    return CheckResult(
-        "finite", FAILED, f"f = {value}, or its gradient, is not.", value, advice
-    )
+    return _judged("finite", sound, text, value, advice)
 
 
 def _deterministic(
@@ -182,7 +186,7 @@ def _deterministic(
     second: tuple[Tensor, Tensor],
 ) -> CheckResult:
     same = values[0] == values[1] or values[0] != values[0]
-    if same and all(_same_bits(a, b) for a, b in (first, second)):
+    if same and all(_bytes(a) == _bytes(b) for a, b in (first, second)):
         return CheckResult(
             "deterministic", OK, "value, gradient and product twice: same bits"
         )
@@ -203,10 +207,8 @@ def _symmetric(
     relative = apart / size if size else 0.0
     allowed = max(_rounding(risk), 10 * (risk.prepare().relative_error or 0.0))
     text = f"|u.Hv - v.Hu| is {relative:.1g} of |Hv|"
-    if relative <= allowed:
-        return CheckResult("symmetric", OK, text, relative)
     advice = "A custom backward pass may be wrong: try engine='differences'."
-    return CheckResult("symmetric", FAILED, text + ".", relative, advice)
+    return _judged("symmetric", relative <= allowed, text, relative, advice)
 
 
 def _differences(risk: EmpiricalRisk) -> CheckResult:
@@ -220,15 +222,15 @@ def _differences(risk: EmpiricalRisk) -> CheckResult:
     apart = float(_tensors.norm64(differences.product - exact)) / size if size else 0.0
     error = differences.relative_error
     text = f"H v and differences of gradients are {apart:.1g} apart"
-    if apart <= max(10 * error, _rounding(risk)):
-        status = OK if error < 0.1 else NOTE
-        text += "" if status == OK else f", but the latter are only good to {error:.1g}"
-        return CheckResult("differences", status, text, apart)
     advice = (
         "Something in the model is cut off from the second derivative (`detach`, a "
         "custom backward pass): use engine='differences'."
     )
-    return CheckResult("differences", FAILED, text + ".", apart, advice)
+    sound = apart <= max(10 * error, _rounding(risk))
+    if sound and not error < 0.1:
+        text += f", but the latter are only good to {error:.1g}"
+        return CheckResult("differences", NOTE, text, apart)
+    return _judged("differences", sound, text, apart, advice)
 
 
 def _rounding(risk: EmpiricalRisk) -> float:
@@ -251,55 +253,43 @@ def _engine(risk: EmpiricalRisk) -> CheckResult:
 
 
 def _inventory(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[CheckResult]:
-    modules = dict(risk.model.named_modules())
-    norms = [name for name, m in modules.items() if isinstance(m, _BatchNorm)]
-    if norms:
+    if norms := batchnorm_layers(risk.model):
         text = f"{len(norms)} layers, on {risk.batchnorm} statistics"
         yield CheckResult("BatchNorm", NOTE, text)
-    drops = [k for k, m in modules.items() if isinstance(m, _DropoutNd) and m.p > 0]
-    if drops:
-        yield CheckResult("dropout", NOTE, f"off while measuring: {_some(drops)}")
-    if _draws(risk):
+    modules = risk.model.named_modules()
+    drops = [k for k, m in modules if isinstance(m, _DropoutNd) and m.p > 0]
+    yield from _named("dropout", "off while measuring:", drops)
+    if risk.draws_random_numbers:
         text = "the forward pass draws random numbers: the same ones at each evaluation"
         yield CheckResult("random draws", NOTE, text)
     yield from _parameters(risk, gradient, hv)
 
 
 def _parameters(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[CheckResult]:
-    shapes, names = risk._objective.shapes, risk._objective.names
-    pieces = zip(
-        names, _tensors.split(gradient, shapes), _tensors.split(hv, shapes), strict=True
+    theta, single = risk.names, dict(risk.model.named_parameters())
+    moving = zip(
+        theta, *(_tensors.split(v, risk.shapes) for v in (gradient, hv)), strict=True
     )
-    flat = [(name, bool(g.any()), bool(h.any())) for name, g, h in pieces]
-    unused = [name for name, slope, curve in flat if not slope and not curve]
-    if unused:
-        yield CheckResult("unused", NOTE, f"f does not depend on {_some(unused)}")
-    linear = [name for name, slope, curve in flat if slope and not curve]
-    if linear:
-        yield CheckResult("no curvature", NOTE, f"f is linear in {_some(linear)}")
-    others = [name for name, _ in risk.model.named_parameters() if name not in set(names)]
-    if others:
-        yield CheckResult("held fixed", NOTE, f"not in theta: {_some(others)}")
-    every = [name for name, _ in risk.model.named_parameters(remove_duplicate=False)]
-    single = {name for name, _ in risk.model.named_parameters()}
-    tied = [name for name in every if name not in single]
-    if tied:
-        yield CheckResult("tied", NOTE, f"counted once, under another name: {_some(tied)}")
+    flat = {name: (bool(slope.any()), bool(curve.any())) for name, slope, curve in moving}
+    unused = [name for name in theta if flat[name] == (False, False)]
+    yield from _named("unused", "f does not depend on", unused)
+    linear = [name for name in theta if flat[name] == (True, False)]
+    yield from _named("no curvature", "f is linear in", linear)
+    others = [name for name in single if name not in flat]
+    yield from _named("held fixed", "not in theta:", others)
+    every = risk.model.named_parameters(remove_duplicate=False)
+    tied = [name for name, _ in every if name not in single]
+    yield from _named("tied", "counted once, under another name:", tied)
 
 
-def _draws(risk: EmpiricalRisk) -> bool:
-    batch = risk._mean.counted[0].batch
-    leaves = risk._objective.leaves(risk.theta)
-    with evaluation(risk.model, risk.batchnorm):
-        seed_generators()
-        fresh = _generators()
-        risk._objective.reduced(leaves, batch)
-        return _generators() != fresh
+def _named(check: str, text: str, names: list[str]) -> Iterator[CheckResult]:
+    if names:
+        yield CheckResult(check, NOTE, f"{text} {_some(names)}")
 
 
 def _data(risk: EmpiricalRisk) -> Iterator[CheckResult]:
     """What a loader would give on a second pass; the risk keeps the first."""
-    source = risk._source
+    source = risk.source
     if isinstance(source, tuple | list | Mapping):
         return
     if getattr(source, "drop_last", False):
@@ -310,10 +300,9 @@ def _data(risk: EmpiricalRisk) -> Iterator[CheckResult]:
         text = "a one-shot iterator: read once, and kept"
         yield CheckResult("data", NOTE, text)
         return
-    kept = [chunk.batch for chunk in risk._mean.all]
-    closed = risk._objective.closure is not None
-    again = batches.materialised(source, risk.device, pairs=not closed, seed=1)
-    yield _second_pass(kept, again)
+    pairs = risk.has_outputs
+    again = batches.materialised(source, risk.device, pairs=pairs, seed=1)
+    yield _second_pass(risk.batches, again)
 
 
 def _second_pass(kept: list[Any], again: list[Any]) -> CheckResult:
@@ -327,13 +316,12 @@ def _second_pass(kept: list[Any], again: list[Any]) -> CheckResult:
     return CheckResult("data", NOTE, text, advice=advice)
 
 
-def _rows(given: list[Any]) -> list[bytes]:
+def _rows(given: list[Any]) -> list[str]:
     """A digest of every row, in order."""
     found = []
     for batch in given:
         parts = [p.cpu() for p in tree_leaves(batch) if isinstance(p, Tensor) and p.ndim]
-        for row in zip(*(part.unbind() for part in parts), strict=False):
-            found.append(hashlib.blake2b(b"".join(map(_bytes, row))).digest())
+        found += [_digest(*row) for row in zip(*(p.unbind() for p in parts), strict=False)]
     return found
 
 
@@ -341,17 +329,14 @@ def _rows(given: list[Any]) -> list[bytes]:
 
 
 def _untouched(risk: EmpiricalRisk, before: dict[str, str]) -> CheckResult:
-    changed = _changed(before, _fingerprints(risk.model))
+    changed = _changed(risk, before)
     if not changed:
         _fail_once(risk)
-        changed = [
-            f"{k} (after an exception)" for k in _changed(before, _fingerprints(risk.model))
-        ]
-    if not changed:
-        text = "parameters, buffers, modes, gradients, generators: same bits, also after "
-        return CheckResult("untouched", OK, text + "an exception")
+        changed = [f"{k} (after an exception)" for k in _changed(risk, before)]
+    text = "parameters, buffers, modes, gradients, generators: same bits, also after "
+    text = f"changed: {_some(changed)}" if changed else text + "an exception"
     advice = "The model changes itself in its forward pass, outside its buffers."
-    return CheckResult("untouched", FAILED, f"changed: {_some(changed)}.", None, advice)
+    return _judged("untouched", not changed, text, None, advice)
 
 
 def _fail_once(risk: EmpiricalRisk) -> None:
@@ -382,36 +367,22 @@ def _fingerprints(model: nn.Module) -> dict[str, str]:
         found[f"{name}.requires_grad"] = p.requires_grad
         found[f"{name}.grad"] = None if p.grad is None else _digest(p.grad)
     found |= {name: _digest(buffer) for name, buffer in model.named_buffers()}
-    found["random generators"] = _generators()
+    found["random generators"] = random_states()
     return {name: str(value) for name, value in found.items()}
 
 
-def _changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+def _changed(risk: EmpiricalRisk, before: dict[str, str]) -> list[str]:
+    after = _fingerprints(risk.model)
     return [k for k in {**before, **after} if before.get(k) != after.get(k)]
 
 
-def _generators() -> str:
-    states = [torch.default_generator.get_state(), str(random.getstate())]
-    states.append(str(np.random.get_state()))  # noqa: NPY002
-    if torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
-    return _digest(*states)
-
-
-def _digest(*parts: Any) -> str:
-    digest = hashlib.blake2b()
-    for part in parts:
-        digest.update(_bytes(part) if isinstance(part, Tensor) else part.encode())
-    return digest.hexdigest()
+def _digest(*tensors: Tensor) -> str:
+    return hashlib.blake2b(b"".join(map(_bytes, tensors))).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return _digest(a) == _digest(b)
 
 
 def _some(names: list[str]) -> str:

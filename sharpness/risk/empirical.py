@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_map
 from sharpness import _tensors
 from sharpness._arguments import is_whole, whole_seed
 from sharpness._results import DerivativeDisagreesError, NotAvailableError
-from sharpness.risk import batches
+from sharpness.risk import batches, batching
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix, Pullback
-from sharpness.risk.derivatives import Derivatives, Sample
+from sharpness.risk.derivatives import Comparison, Derivatives, Sample
 from sharpness.risk.kept_graph import KeptGraph
 from sharpness.risk.loss_terms import keyword
 from sharpness.risk.model_state import (
@@ -158,7 +158,7 @@ class EmpiricalRisk:
         seed: int = 0,
         check: bool = True,
     ) -> None:
-        self._asked = asked_engine(engine)
+        self.engine = asked_engine(engine)
         if isinstance(engine, Mapping) and chunk_size == "auto":
             chunk_size = engine.get("chunk_size") or "auto"
         _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
@@ -180,7 +180,7 @@ class EmpiricalRisk:
         )
         self.device, self.theta = self._objective.device, self._objective.theta
         _check_batchnorm(self.model, batchnorm)
-        self._source = data
+        self.source = data
         given = batches.materialised(data, self.device, pairs=closure is None)
         with self._exact_arithmetic():
             self._mean = ChunkedMean(
@@ -254,10 +254,15 @@ class EmpiricalRisk:
         return self.theta.dtype
 
     @property
+    def batches(self) -> list[Any]:
+        """The data as they are evaluated: chunks, or batches that have to be whole."""
+        return [chunk.batch for chunk in self._mean.all]
+
+    @property
     def targets(self) -> Tensor:
         """All targets, in the order of `outputs`."""
         self._refuse_closure("targets")
-        return torch.cat([chunk.batch[1] for chunk in self._mean.all])
+        return torch.cat([targets for _, targets in self.batches])
 
     @property
     def has_outputs(self) -> bool:
@@ -277,6 +282,13 @@ class EmpiricalRisk:
                 (self.targets < outputs.shape[1]).all()
             )
         return self._classifies
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether a forward pass draws some, the same at each. Cost: one of a batch."""
+        leaves = self._objective.leaves(self.theta)
+        with self._evaluating(None):
+            return batching.draws(self._objective, leaves, self._mean.counted[0].batch)[1]
 
     @property
     def can_be_cut(self) -> bool:
@@ -300,7 +312,7 @@ class EmpiricalRisk:
             "batchnorm": self.batchnorm if has_batchnorm else None,
             "batchnorm_parts": self._num_batchnorm_parts() if has_batchnorm else None,
             "chunk_size": self.chunk_size,
-            "engine": plans[0].to_dict() if plans else {"engine": self._asked},
+            "engine": plans[0].to_dict() if plans else {"engine": self.engine},
             "dtype": str(self.dtype).removeprefix("torch."),
             "loss_dtype": str(self._objective.loss_dtype).removeprefix("torch."),
             "autocast": str(self.autocast).removeprefix("torch.")
@@ -489,7 +501,7 @@ class EmpiricalRisk:
             return slope, product
 
         self._require_gradient_of_f()
-        if self._asked != "differences" and not self._doubt():
+        if self.engine != "differences" and not self._doubt():
             with suppress(NotImplementedError):
                 return self._fitting(evaluate)
         slope = self.gradient()
@@ -709,7 +721,7 @@ class EmpiricalRisk:
 
         def evaluate() -> Tensor:
             with self._evaluating(theta), torch.no_grad():
-                parts = [self._objective.outputs(leaves, c.batch) for c in self._mean.all]
+                parts = [self._objective.outputs(leaves, batch) for batch in self.batches]
             if not all(isinstance(part, Tensor) for part in parts):
                 raise TypeError(
                     f"`model` must return one tensor; got {type(parts[0]).__name__} "
@@ -782,6 +794,14 @@ class EmpiricalRisk:
         evaluate = partial(kind.value, part), partial(kind.value_and_gradient, part)
         return Sample(part.theta, part.shapes, eps, *evaluate, product)
 
+    def beside_differences(self) -> tuple[Comparison, Comparison]:
+        """The gradient beside differences of f, a product beside those of gradients.
+
+        Seen anew, as by `check=True`. Cost: about eleven gradients of a few rows.
+        """
+        seen = Derivatives()
+        return seen.gradient(self._sample), seen.product(self._sample)
+
     def _require_gradient_of_f(self) -> None:
         if self._derivatives is not None:
             slope = self._derivatives.gradient(self._sample)
@@ -791,7 +811,7 @@ class EmpiricalRisk:
 
     def _doubt(self) -> str:
         """Why the graph's product is not the Hessian's, where differences say so."""
-        if self._derivatives is None or self._asked == "differences":
+        if self._derivatives is None or self.engine == "differences":
             return ""
         product = self._derivatives.product(self._sample)
         if not product.disagrees:
@@ -868,7 +888,7 @@ class EmpiricalRisk:
             theta=self.theta,
             chunk_size=self.chunk_size,
             budget=self._mean.budget,
-            asked=self._asked,
+            asked=self.engine,
             doubt=self._doubt() if matrix == "hessian" else "",
             compiling_seldom_pays=is_recurrent(self.model) or convolves(self.model),
         )
