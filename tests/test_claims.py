@@ -266,6 +266,9 @@ def test_direction_and_size_are_two_verdicts():
     assert (found.verdict, found.size) == (YES, NO)
     assert found.verdict_text == "reproduced; size not reproduced"
     assert finding(found).outcome is YES
+    wide = paired("c", [1.0] * 6, [8, 9, 10, 10, 11, 12.0], paper=([1, 0.7], [12, 4]))
+    aside = ", though the paper's own interval overlaps ours"
+    assert wide.verdict_text == f"reproduced; size not reproduced{aside}"
     reduced = paired(
         "c", [1.0] * 6, [8, 9, 10, 10, 11, 12.0], paper=([1, 0.1], [167, 1]), sized=False
     )

@@ -70,6 +70,7 @@ class Check:
     holm: float | None = None  # p by Holm (1979), over a paper's primary claims
     verdict: Verdict = Verdict.UNDECIDED
     size: Verdict | None = None
+    overlaps: bool = False  # our interval of the size and the paper's own
     role: Role = Role.PRIMARY
     exact: bool = False  # decided without assuming a normal distribution
     num_new: int | None = None
@@ -94,7 +95,9 @@ class Check:
             return text.replace("reproduced", "met")
         if self.size is None or self.verdict is self.size is Verdict.UNDECIDED:
             return text
-        return f"{text}; size {self._told(self.size)}"
+        excused = self.size is Verdict.NOT_REPRODUCED and self.overlaps
+        aside = ", though the paper's own interval overlaps ours" if excused else ""
+        return f"{text}; size {self._told(self.size)}{aside}"
 
     def _told(self, verdict: Verdict) -> str:
         if verdict is Verdict.UNDECIDED:
@@ -308,11 +311,12 @@ def paired(
         p, opposite = flips, sign_flip(-signed)
     means = " → ".join(mean_sd(*mean_and_sd(values)) for values in (a.tolist(), b.tolist()))
     count = f"{int((signed > 0).sum())} of {n} {'larger' if larger else 'smaller'}"
-    ours, published, size = effect_of(moved, by_ratio), "", None
+    ours, published, size, overlaps = effect_of(moved, by_ratio), "", None, False
     if paper is not None:
         theirs = published_effect(paper, by_ratio)
         (low, low_sd), (high, high_sd) = paper
         published = f"{low:g} ± {low_sd:g} → {high:g} ± {high_sd:g} ({theirs})"
+        overlaps = theirs.low <= ours.high and ours.low <= theirs.high
         size = _by_size(ours, theirs) if sized and role is not Role.BEYOND else None
     return Check(
         claim=claim,
@@ -323,6 +327,7 @@ def paired(
         flip_p=flips if n > 1 else None,
         verdict=by_test(p, opposite, n),
         size=size,
+        overlaps=overlaps,
         role=role,
         exact=exact,
     )
