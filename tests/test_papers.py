@@ -563,8 +563,18 @@ def test_curves_of_smith2018_and_edges_of_cohen2021_are_judged_by_new_starting_p
     marked = [c.claim for c in found.checks if c.num_new == 3]
     assert len(marked) == 2
     assert all("training loss" in claim for claim in marked)
-    found = found_in("cohen2021", "gradient-descent")
-    assert [check.num_new for check in found.checks] == [3, None]
+    for name, new in (("tanh-cifar10", 3), ("tanh-cifar10-1000", None)):
+        study = study_of("cohen2021", name)
+        found = found_in("cohen2021", "gradient-descent", study=study)
+        assert [check.num_new for check in found.checks] == [new, None]
+
+
+@pytest.mark.parametrize("name", ["figure4", "figure5", "figure6"])
+def test_a_study_that_was_run_after_the_change_is_judged_by_all_its_starting_points(name):
+    study = study_of("keskar2017", "F1-mnist", "full")
+    assert study.seen == 0
+    found = found_in("keskar2017", name, study=study)
+    assert all(check.num_new is None for check in found.checks)
 
 
 # -- draws ---------------------------------------------------------------------------------
@@ -902,7 +912,7 @@ def test_a_small_batch_whose_phi_stays_does_not_contradict_figure_6():
 
 def test_two_points_of_figure_6_decide_nothing():
     study, item = (
-        study_of("keskar2017", "F1-mnist", "quick", 3),
+        study_of("keskar2017", "F1-mnist", "quick", 2),
         PAPERS["keskar2017"].item("figure6"),
     )
     found = found_in("keskar2017", item.name, False, study)

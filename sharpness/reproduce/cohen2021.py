@@ -22,7 +22,6 @@ from sharpness.reproduce.runner import ObservationStore
 
 Optimizer = Literal["sgd", "adam"]
 Runs = Sequence[tuple[float, TrackingRun]]  # (learning rate, run)
-_SEEN = 3  # starting points that were known when the first predicate was changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +116,7 @@ def _checks(
 
     for _, same_rate in groupby(study.descents(optimizer), key=lambda run: run[0]):
         runs = list(same_rate)
-        # The predicate was changed by gradient descent's first starting points.
-        yield retested(reaches, runs, _SEEN) if optimizer == "sgd" else reaches(runs)
+        yield retested(reaches, runs, study.seen)
         yield stays(runs)
 
 
@@ -212,6 +210,7 @@ STUDIES = (
         rates=(0.01,),
         updates=1000,
         every=40,
+        seen=3,
     ),
     CohenStudy(
         name="tanh-cifar10-1000",

@@ -27,6 +27,7 @@ class Study:
     reduced: str = ""  # what is smaller than in the paper, and why
     stand_in: str | None = None  # for what cannot be had
     num_seeds: int = 6  # starting points
+    seen: int = 0  # of them, when predicates were changed
 
     @property
     def about(self) -> str:

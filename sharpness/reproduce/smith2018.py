@@ -29,7 +29,6 @@ from sharpness.reproduce.runner import ObservationStore
 
 _TEST = metric("test_accuracy_running", 100)
 _KINDS = ("decay", "hybrid", "increase")
-_SEEN = 3  # starting points that were known when the predicate on curves was changed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,7 @@ def _schedules(study: SmithStudy, store: ObservationStore) -> Iterator[Check]:
             ours=paired("", first, second, ratio=False).ours,
         )
     for kind in _KINDS[1:]:
-        yield retested(partial(coincides, kind), study.moments(kind), _SEEN)
+        yield retested(partial(coincides, kind), study.moments(kind), study.seen)
 
 
 def _panels(study: SmithStudy, store: ObservationStore) -> list[Panel]:
@@ -220,6 +219,7 @@ STUDIES = (
         drops=(4, 7, 10),
         observed_at=(2, 4, 6, 8, 10, 12),
         ghost=16,
+        seen=3,
     ),
     SmithStudy(
         name="WRN-16-4-cifar10",

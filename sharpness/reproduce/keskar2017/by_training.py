@@ -30,7 +30,6 @@ from sharpness.reproduce.columns import (
 )
 from sharpness.reproduce.keskar2017.study import (
     ROLES,
-    SEEN,
     TEST_ACCURACY,
     BatchRole,
     KeskarStudy,
@@ -89,9 +88,9 @@ def _first_and_last(study: KeskarStudy, role: BatchRole) -> list[Pair]:
 
 
 def _by_solvers_on_new(
-    judge: Callable[[list[Pair], Pick], Check], runs: list[Pair]
+    judge: Callable[[list[Pair], Pick], Check], runs: list[Pair], study: KeskarStudy
 ) -> Check:
-    return retested(lambda some: by_solvers(partial(judge, some)), runs, SEEN)
+    return retested(lambda some: by_solvers(partial(judge, some)), runs, study.seen)
 
 
 def _figure6(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
@@ -107,8 +106,8 @@ def _figure6(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
         change = ratio_within(words, *values, high=1.5, role=Role.SECONDARY)
         return replace(change, ours=paired(words, *values).ours)
 
-    yield _by_solvers_on_new(grows, _first_and_last(study, "large"))
-    yield _by_solvers_on_new(hardly_grows, _first_and_last(study, "small"))
+    yield _by_solvers_on_new(grows, _first_and_last(study, "large"), study)
+    yield _by_solvers_on_new(hardly_grows, _first_and_last(study, "small"), study)
 
 
 def _figure6_panels(study: KeskarStudy, store: ObservationStore) -> list[Panel]:
@@ -160,7 +159,7 @@ def _figure4(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
             some,
         ),
         [run for run in runs if run[0] >= least],
-        SEEN,
+        study.seen,
     )
     words = "test accuracy over all batch sizes: falls"
     yield asked(words, TEST_ACCURACY, False, Role.BEYOND)
@@ -232,8 +231,8 @@ def _figure5(study: KeskarStudy, store: ObservationStore) -> Iterator[Check]:
         values = pairs(store, study.phi, pick, some)
         return ratio_within(words, *values, high=1, role=Role.SECONDARY)
 
-    yield retested(as_accurate, ends, SEEN)
-    yield _by_solvers_on_new(as_flat, ends)
+    yield retested(as_accurate, ends, study.seen)
+    yield _by_solvers_on_new(as_flat, ends, study)
     how = {"role": Role.SECONDARY}
     words = "test accuracy rises with the epochs before"
     yield trend_of(words, store, accuracy, TEST_ACCURACY, runs, rising=True, **how)

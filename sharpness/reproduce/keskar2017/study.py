@@ -14,7 +14,6 @@ from sharpness.reproduce.observations import Measured
 
 BatchRole = Literal["small", "large"]
 ROLES: tuple[BatchRole, BatchRole] = ("small", "large")
-SEEN = 3  # starting points of the figures that were known when predicates were changed
 Pair = tuple[ModelSpec, ModelSpec]  # small batch, large batch
 
 
@@ -48,13 +47,13 @@ class KeskarStudy(paper.Study):
     large: int
     epochs_small: tuple[float, ...]
     epochs_large: tuple[float, ...]
-    num_followed: int = 3
+    num_followed: int = 6
     num_samples: int | None = 1000
     swept: tuple[int, ...] = ()
     epochs_swept: float = 0.0
-    num_swept: int = 3
+    num_swept: int = 6
     epochs_warm: float = 0.0
-    num_warm: int = 3
+    num_warm: int = 6
     num_remedied: int = 6
     batchnorm: bool = True
     one_draw: bool = False
@@ -235,6 +234,7 @@ STUDIES = (
         num_followed=2,
         batchnorm=False,
         one_draw=True,
+        seen=3,
     ),
     KeskarStudy(
         name="F1-mnist",
@@ -251,6 +251,7 @@ STUDIES = (
         epochs_swept=40,
         epochs_warm=40,
         one_draw=True,
+        seen=3,
     ),
     KeskarStudy(
         name="F1-fashion-mnist",
@@ -267,6 +268,7 @@ STUDIES = (
         epochs_swept=40,
         epochs_warm=40,
         one_draw=True,
+        seen=3,
     ),
     KeskarStudy(
         name="C1-cifar10",
@@ -279,13 +281,12 @@ STUDIES = (
         large=200,
         epochs_small=(1, 2, 4, 8, 11, 15),
         epochs_large=(2, 5, 10, 20, 30),
-        num_followed=3,
         num_samples=100,
         swept=(16, 64, 200, 1000),
         epochs_swept=20,
         epochs_warm=15,
-        num_warm=1,
         one_draw=True,
+        seen=3,
     ),
     KeskarStudy(
         name="F2-spoken-digits",
