@@ -90,9 +90,9 @@ def restored(hint: Any, plain: Any, arrays: Mapping[str, Tensor] | None = None) 
         return origin(map(restored, each, plain, repeat(arrays)))
     if origin is dict:
         return {key: restored(kinds[1], item, arrays) for key, item in plain.items()}
-    if origin in (Tensor, np.ndarray) and arrays is None:
-        return torch.tensor(restored(list[float], plain), dtype=torch.float64)
     if origin in (Tensor, np.ndarray):
+        if arrays is None:
+            return torch.tensor(restored(list[float], plain), dtype=torch.float64)
         return arrays[plain] if origin is Tensor else arrays[plain].numpy()
     if isinstance(origin, type) and issubclass(origin, Enum):
         return origin(plain)

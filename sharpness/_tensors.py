@@ -72,7 +72,7 @@ def mixed(seed: int, *parts: Tensor | int) -> int:
     for part in parts:
         if isinstance(part, Tensor):
             flat = part.detach().cpu().contiguous().reshape(-1)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
         else:
             digest.update(repr(part).encode())
     return int.from_bytes(digest.digest(), "big")

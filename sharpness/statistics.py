@@ -292,7 +292,7 @@ def _kendall_with_ties(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     signs = np.sign(y[first] - y[second])
 
     def concordance(x: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-        return np.abs(np.sign(x[..., first] - x[..., second]) @ signs)
+        return np.asarray(np.abs(np.sign(x[..., first] - x[..., second]) @ signs))
 
     found = stats.permutation_test(
         (x,),

@@ -608,7 +608,7 @@ def _named_state(optimizer: Optimizer | None, model: nn.Module) -> dict[str, Any
 
 def _batch_size(data: Any) -> int | None:
     """Samples in a batch of the loop, where its data tell; None for a single pair."""
-    size = getattr(data, "batch_size", None)
+    size: Any = getattr(data, "batch_size", None)
     if size is None and isinstance(data, list) and data and not batches.is_pair(data):
         size = int(num_rows(data[0]))
     return size if is_whole(size) and size > 1 else None

@@ -270,6 +270,32 @@ def test_both_ends_of_a_flat_risk_are_three_zeros_r9():
     assert found.eigenvalues.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 5])
+@pytest.mark.parametrize("which", ENDS)
+def test_values_beyond_the_rank_are_zeros_and_found_at_once(which, rank, dtype):
+    n, k = 500, 8
+    spectrum = np.append(np.zeros(n - rank), 1.0 + np.arange(rank))
+    found = sh.eigenpairs(with_products(symmetric(spectrum).to(dtype)), k, which=which)
+    error = np.abs(found.eigenvalues.numpy() - end_of(spectrum, k, which))
+    assert found.status == "converged"
+    assert found.num_converged == k
+    assert found.hidden == ()
+    assert found.cost.products <= rank + k + 2  # each, a copy, one to verify the first
+    assert np.all(error <= found.error_bounds.numpy() + dense_rounding(spectrum))
+    zeros = error[end_of(spectrum, k, which) == 0]
+    assert zeros.max() <= 2 * found.noise_floor
+
+
+def test_a_small_value_is_no_zero():
+    """Ten noises above 0: `tol` stands, and is met or not."""
+    a = symmetric(np.append(np.zeros(300), [1e-5, 1.0])).float()
+    found = sh.eigenpairs(with_products(a), 2)
+    assert found.eigenvalues[1] > 2 * found.noise_floor
+    within = found.error_bounds <= 1e-2 * found.eigenvalues
+    assert within.all() == (found.status == "converged")
+
+
 def test_one_parameter_has_one_eigenvalue():
     found = sh.eigenpairs(quadratic([-3.0]))
     assert found.eigenvalues.tolist() == [-3.0]

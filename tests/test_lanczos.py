@@ -433,7 +433,8 @@ def test_the_bounds_and_the_next_interval_decide_and_nothing_else_does(which):
             if state.num_random or state.m <= k or state.invariant:
                 continue
             order = sorted(range(state.m), key=lambda i: -sign(pairs.values)[i])
-            allowed = tol * np.maximum(np.abs(pairs.values), state.noise)
+            sizes, zero = np.abs(pairs.values), 2 * state.noise
+            allowed = np.where(sizes > zero, tol * sizes, zero)
             good = all(pairs.bounds[i] <= allowed[i] for i in order[:k])
             reach = sign(pairs.values)[order[k]] + pairs.residuals[order[k]]
             good &= bool(reach <= sign(pairs.values)[order[k - 1]] + allowed[order[k - 1]])

@@ -316,9 +316,8 @@ def _tightened(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:
 def meets(state: LanczosState, k: int, tol: float, which: str = "LA") -> bool:
     """Whether the k Ritz values at the end asked for are accurate to `tol`.
 
-    Every bound is at most `tol` times its value (or times the noise, if larger), and the
-    interval of the next Ritz value stays outside: while it reaches further, an
-    eigenvalue may still emerge there.
+    Every bound is at most what is `allowed`, and the interval of the next Ritz value
+    stays outside: while it reaches further, an eigenvalue may still emerge there.
     """
     if state.m == state.store.n or state.m < k:
         return state.m >= k
@@ -340,11 +339,21 @@ def _end_meets(
         newest = np.linalg.eigvalsh(state.projected[state.newest :, state.newest :])
         if score(newest).max() > scores[best[-1]] + state.noise:
             return False
-    allowed = tol * np.maximum(np.abs(pairs.values[best]), state.noise)
-    if (pairs.bounds[best] > allowed).any():
+    errors = allowed(pairs.values[best], state.noise, tol)
+    if (pairs.bounds[best] > errors).any():
         return False
     reach = scores[rest[0]] + pairs.residuals[rest[0]] if len(rest) else -np.inf
-    return bool(reach <= scores[best[-1]] + allowed[-1])
+    return bool(reach <= scores[best[-1]] + errors[-1])
+
+
+def allowed(values: np.ndarray, noise: float, tol: float) -> np.ndarray:
+    """What each value may be off by: `tol` times itself, or two noises if it is a zero.
+
+    A zero is what two noises hide: that of the products, which every bound contains, and
+    a residual of the same size.
+    """
+    sizes = np.abs(values)
+    return np.where(sizes > 2 * noise, tol * sizes, 2 * noise)
 
 
 def christoffel(x: float, first: Tridiagonal) -> float:

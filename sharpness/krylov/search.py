@@ -12,7 +12,15 @@ from torch import Tensor
 from sharpness import _tensors
 from sharpness.krylov import certificate
 from sharpness.krylov.certificate import Intervals, Kernel
-from sharpness.krylov.lanczos import Lanczos, meets, ritz_pairs, thick, thresholds, wanted
+from sharpness.krylov.lanczos import (
+    Lanczos,
+    allowed,
+    meets,
+    ritz_pairs,
+    thick,
+    thresholds,
+    wanted,
+)
 
 
 @dataclass(frozen=True)
@@ -118,10 +126,10 @@ class Search:
             return ((-math.inf, math.inf),)
         kernel = self._kernel()
         values = kernel.values[wanted(kernel.values, self._k, self._which)]
-        allowed = self._tol * np.maximum(np.abs(values), state.noise)
-        beyond = thresholds(values, allowed, self._which)
+        errors = allowed(values, state.noise, self._tol)
+        beyond = thresholds(values, errors, self._which)
         limit = certificate.log_limit(self._squared_norm, self._miss)
-        return certificate.hiding(kernel, limit, beyond, values, allowed)
+        return certificate.hiding(kernel, limit, beyond, values, errors)
 
     def upper(self, miss: float) -> float:
         """What the largest eigenvalue exceeds with probability `miss` at most."""

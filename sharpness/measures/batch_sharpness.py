@@ -86,7 +86,9 @@ def batch_sharpness(
         batch_size = whole("batch_size", batch_size, 1)
     num_batches, seed = whole("num_batches", num_batches, 2), whole_seed(seed)
     run = Run("batches", max_seconds=max_seconds, total=num_batches, progress=progress)
-    curvatures, squares, sizes = [], [], []
+    curvatures: list[float] = []
+    squares: list[float] = []
+    sizes: list[int] = []
     with run:
         for batch in _batches(risk, batch_size, num_batches, seed):
             run.step()

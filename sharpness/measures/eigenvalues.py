@@ -18,7 +18,7 @@ from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.certificate import Intervals
 from sharpness.krylov.dense import Dense
-from sharpness.krylov.lanczos import WHICH, Which
+from sharpness.krylov.lanczos import WHICH, Which, allowed
 from sharpness.krylov.search import Found, Search
 from sharpness.risk import memory
 from sharpness.risk.curvature import Matrix
@@ -92,8 +92,8 @@ class HessianEigenpairs(Result):
         """How many values meet `tol`."""
         if self.status is Status.CONVERGED and self.explicit_residual is None:
             return len(self.eigenvalues)  # the whole space
-        floor = self.eigenvalues.abs().clamp(min=self.noise_floor)
-        return int((self.error_bounds <= self.settings["tol"] * floor).sum())
+        errors = allowed(self.eigenvalues.numpy(), self.noise_floor, self.settings["tol"])
+        return int((self.error_bounds.numpy() <= errors).sum())
 
     def _rows(self) -> Iterable[Reading]:
         """Every eigenvalue: `lambda_max`, `lambda_2`, ..., `lambda_min`."""
@@ -195,7 +195,8 @@ def eigenpairs(
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
         preconditioner: P > 0, (n,): eigenpairs of $P^{-1/2} H P^{-1/2}$ instead, as
             `adam_preconditioner` gives it (Cohen et al. 2022).
-        tol: error bound wanted, relative to each value; > 0.
+        tol: error bound wanted, relative to each value; > 0. A value within twice
+            `noise_floor` is a zero: it need not be known more closely than that.
         confidence: in (0, 1), that the values are the k wanted ones, up to `tol`: over
             the random start, for exact arithmetic (and counted in float32). None stops
             when the error bounds are met twice in a row, which now and then leaves a

@@ -131,7 +131,7 @@ class _Line:
     @property
     def is_fine(self) -> bool:
         """Whether everything that depends on theta is computed in float64."""
-        return self.eps <= torch.finfo(torch.float64).eps
+        return bool(self.eps <= torch.finfo(torch.float64).eps)
 
     def at(self, step: float) -> Tensor:
         return self.theta + step * self.direction
@@ -177,12 +177,12 @@ class _Line:
         scale = max(abs(number) for number in scales if math.isfinite(number))
         for change, step in zip(changes, steps, strict=True):
             found = change / (2 * step)
-            sizes = [float(_tensors.norm64(x)) for x in (claimed, found)]
+            sizes = float(_tensors.norm64(claimed)), float(_tensors.norm64(found))
             size, rounding = max(*sizes, least), _ROUNDINGS * self.eps * scale / step
             if scale < _LEAST or not rounding <= limits.resolved * size < math.inf:
                 continue
             apart = float(_tensors.norm64(found - claimed)) / size
-            numbers = [float(x) for x in (claimed, found)] if signed else sizes
+            numbers = (float(claimed), float(found)) if signed else sizes
             if apart <= limits.agree:
                 return Comparison(True, *numbers, apart)
             moved = math.inf if last is None else float(_tensors.norm64(found - last))
