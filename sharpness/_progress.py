@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from tqdm.auto import tqdm
+with warnings.catch_warnings():  # in a notebook without ipywidgets; there is a text bar
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
 
 
 def bar(description: str, total: int | None, shown: bool | None, **options: Any) -> Any:

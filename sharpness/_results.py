@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from sharpness._arguments import package
 
-_MOST_SHOWN = 8  # numbers on the line that `print` shows
+if TYPE_CHECKING:
+    from sharpness.report.figures import Figure
+
+_MOST_SHOWN = 20  # numbers on the line that `print` shows
 
 
 class Status(StrEnum):
@@ -92,12 +95,8 @@ class Cost:
 
     def __str__(self) -> str:
         counts = (self.products, self.gradients, self.forwards)
-        names = ("product", "gradient", "forward passe")
-        passes = [
-            f"{num:.0f} {name}s" if num != 1 else f"1 {name.removesuffix('e')}"
-            for num, name in zip(counts, names, strict=True)
-            if num
-        ]
+        names = ("product", "gradient", "forward pass")
+        passes = [counted(n, name) for n, name in zip(counts, names, strict=True) if n]
         return ", ".join([*passes, *([f"{self.seconds:.1f} s"] if self.seconds else [])])
 
 
@@ -112,6 +111,7 @@ class Reading:
     cost: str = ""
     bound: str = ""  # "≥" or "≤" where the value is one by construction
     unit: str = ""
+    axis: str = ""  # with whom it can share one: quantity, radius; "" is nobody
 
     @property
     def value_text(self) -> str:
@@ -183,6 +183,7 @@ class Result:
     """
 
     kinds: ClassVar[dict[str, type[Result]]] = {}  # every subclass by its name
+    radius: ClassVar[str] = ""  # the setting in which a list of such results differs
 
     status: Status
     cost: Cost = Cost()
@@ -242,6 +243,12 @@ class Result:
         """The numbers with the words for their evidence, without status and cost."""
         raise NotImplementedError
 
+    def _curves(self) -> Iterable[tuple[str, float, float]]:
+        """What is drawn against the radius: name, value, error (NaN where none)."""
+        for row in self._rows():
+            error = math.nan if row.error is None else row.error
+            yield f"{row.name.partition('(')[0]} {row.bound}".strip(), row.value, error
+
     def __str__(self) -> str:
         """One line: the numbers, then in brackets their evidence and the cost."""
         rows = self.readings()
@@ -253,16 +260,88 @@ class Result:
         return f"{', '.join(numbers)}   ({words.removeprefix('; ')})"
 
     def _repr_html_(self) -> str:
-        rows = [(r.name, r.value_text, r.evidence_text, r.cost) for r in self.readings()]
-        head = "".join(f"<th>{name}</th>" for name in ("", "value", "evidence", "cost"))
-        cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
-        body = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return _html(self.readings())
 
     def to_frame(self) -> Any:
         """A pandas data frame with a row for each of the `readings()`."""
-        columns = [field.name for field in fields(Reading)]
-        return package("pandas").DataFrame(map(asdict, self.readings()), columns=columns)
+        return _frame(self.readings())
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A matplotlib figure of the numbers with their errors.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        from sharpness.report.figures import readings_plot
+
+        return readings_plot(self.readings(), path)
+
+
+_One = TypeVar("_One", bound=Result)
+
+
+class Results(list[_One]):
+    """The results for several radii: a list that shows itself as one result does."""
+
+    def readings(self) -> list[Reading]:
+        """The numbers of all of them, in order."""
+        return [reading for result in self for reading in result.readings()]
+
+    def __str__(self) -> str:
+        """A line for each."""
+        return "\n".join(map(str, self))
+
+    def _repr_html_(self) -> str:
+        return _html(self.readings())
+
+    def to_frame(self) -> Any:
+        """A pandas data frame with a row for each of the `readings()`."""
+        return _frame(self.readings())
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """The numbers against the radius, with their errors; a matplotlib figure.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        from sharpness.report.figures import points_plot
+
+        curves = [list(result._curves()) for result in self]
+        by_name = {
+            name: list(zip(*(numbers[i][1:] for numbers in curves), strict=True))
+            for i, (name, _, _) in enumerate(curves[0] if curves else [])
+        }
+        radius = self[0].radius if self else "radius"
+        return points_plot(
+            [result.settings[radius] for result in self],
+            [(name, values, errors) for name, (values, errors) in by_name.items()],
+            path,
+            labels=(radius, self[0].readings()[0].axis.partition("(")[0] if self else ""),
+        )
+
+
+def _frame(readings: Iterable[Reading]) -> Any:
+    columns = [field.name for field in fields(Reading)]
+    return package("pandas").DataFrame(map(asdict, readings), columns=columns)
+
+
+def _html(readings: Iterable[Reading]) -> str:
+    rows = [(r.name, r.value_text, r.evidence_text, r.cost) for r in readings]
+    return html_table(("", "value", "evidence", "cost"), rows)
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table for a notebook, from cells of plain text."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def counted(num: float, noun: str) -> str:
+    """`1 point`, `2 points`, `3 forward passes`."""
+    ending = "" if num == 1 else "es" if noun.endswith("s") else "s"
+    return f"{num:.0f} {noun}{ending}"
 
 
 def short(value: float) -> str:

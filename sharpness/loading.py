@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from sharpness import _tensors, checkpoint
 from sharpness._arguments import ensure, explained
+from sharpness._results import counted
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import data as lab_data
 from sharpness.lab import networks
@@ -265,7 +266,8 @@ def _load_parameters(
         not wrong,
         path,
         f"hold the parameters of {name}",
-        f"others: {len(wrong)} tensors differ, first {wrong[0] if wrong else None}",
+        f"others: {counted(len(wrong), 'tensor')} differ{'s' if len(wrong) == 1 else ''}, "
+        f"first {wrong[0] if wrong else None}",
         "Name the network it was trained with.",
     )
     kinds = {value.dtype for value in theirs.values() if value.is_floating_point()}

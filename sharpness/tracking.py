@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 from sharpness import _tensors
 from sharpness._arguments import is_whole, known, positive, whole
 from sharpness._json import as_plain
-from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
+from sharpness._results import Cost, NotAvailableError, Reading, Result, Status, counted
 from sharpness._saving import restored
 from sharpness.measures.batch_sharpness import batch_sharpness
 from sharpness.measures.eigenvalues import (
@@ -287,8 +287,8 @@ class SharpnessTracker:
     def __str__(self) -> str:
         last = f"; {self.history[-1]}" if self.history else ""
         cost = sum((point.cost for point in self.history), Cost())
-        num = len(self.history)
-        return f"{num} points in {self.num_updates} updates{last}   ({cost})"
+        made = counted(len(self.history), "point")
+        return f"{made} in {counted(self.num_updates, 'update')}{last}   ({cost})"
 
     def __repr__(self) -> str:
         return f"SharpnessTracker({self})"

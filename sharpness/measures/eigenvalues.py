@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,11 @@ from sharpness.risk import memory
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.plan import Plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sharpness.report.figures import Figure
 
 _USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted
 _USUAL_CONFIDENCE = 0.95  # of `lambda_max_upper` where none was asked for
@@ -112,9 +117,27 @@ class HessianEigenpairs(Result):
                 value=float(self.eigenvalues[i]),
                 error=float(self.error_bounds[i]),
                 evidence="" if i else lead,
+                axis="curvature, loss / parameter²",
             )
         if not num:
             yield Reading(name="lambda_max", value=math.nan)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A bar for each eigenvalue with its error bound; a matplotlib figure.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        from sharpness.report.figures import bars_plot
+
+        rows = [row for row in self._rows() if row.error is not None]
+        return bars_plot(
+            [row.name for row in rows],
+            [row.value for row in rows],
+            [row.error or 0.0 for row in rows],
+            path,
+            label="eigenvalue with its error bound, loss / parameter²",
+        )
 
     def _reading_names(self) -> list[str]:
         num, which = len(self.eigenvalues), self.settings["which"]

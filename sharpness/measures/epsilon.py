@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -16,13 +16,26 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import is_whole, positive_list, whole, whole_seed
-from sharpness._results import Cost, NotAvailableError, Reading, Result, Status, short
+from sharpness._results import (
+    Cost,
+    NotAvailableError,
+    Reading,
+    Result,
+    Results,
+    Status,
+    short,
+)
 from sharpness._run import Deadline, Run
 from sharpness.optimize.ascent import sign_ascent
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import lbfgsb
 from sharpness.risk import memory
 from sharpness.risk.empirical import EmpiricalRisk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sharpness.report.figures import Figure
 
 Solver = Literal["lbfgsb", "scipy", "ascent"]
 Columns = Literal["normal", "unit"]
@@ -46,6 +59,7 @@ class EpsilonSharpness(Result):
     L-BFGS-B reach, the only number to be put beside the paper's.
     """
 
+    radius: ClassVar[str] = "epsilon"
     phi: float  # percent of 1 + f(theta)
     phi_protocol: float | None  # percent; None where L-BFGS-B did not run 10 iterations
     value: float  # f(theta)
@@ -60,6 +74,19 @@ class EpsilonSharpness(Result):
         """Phi, a lower bound, with the paper's protocol beside it."""
         words = f"{self.box_share:.0%} of coordinates on the box"
         return [_reading(self.settings, self.phi, None, self.phi_protocol, words)]
+
+    def _curves(self) -> Iterable[tuple[str, float, float]]:
+        yield "phi, best found (≥)", self.phi, math.nan
+        protocol = math.nan if self.phi_protocol is None else self.phi_protocol
+        yield "phi by the paper's protocol", protocol, math.nan
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Phi at this epsilon; a list of results draws them against epsilon.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        return Results([self]).plot(path)
 
 
 def _reading(
@@ -80,6 +107,7 @@ def _reading(
         evidence=first + evidence + ("" if p is None else f", {settings['columns']} A"),
         bound="≥",
         unit="%",
+        axis="phi, % of 1 + f" + ("" if p is None else f", in {p} random directions"),
     )
 
 
@@ -103,7 +131,7 @@ def epsilon_sharpness(
 @overload
 def epsilon_sharpness(
     risk: EmpiricalRisk, epsilon: Sequence[float], **options: Unpack[_Keywords]
-) -> list[EpsilonSharpness]: ...
+) -> Results[EpsilonSharpness]: ...
 def epsilon_sharpness(
     risk: EmpiricalRisk,
     epsilon: float | Sequence[float] = 1e-3,
@@ -118,7 +146,7 @@ def epsilon_sharpness(
     seed: int = 0,
     max_seconds: float | None = None,
     progress: bool | None = None,
-) -> EpsilonSharpness | list[EpsilonSharpness]:
+) -> EpsilonSharpness | Results[EpsilonSharpness]:
     r"""Largest relative rise of the risk in a small box around the parameters.
 
     $$\phi = 100\,\frac{\max_{y \in C_\epsilon} f(\theta + A y) - f(\theta)}
@@ -197,13 +225,14 @@ def epsilon_sharpness(
         results.append(found)
         if results[-1].status is Status.INTERRUPTED:
             break
-    return results if several else results[0]
+    return Results(results) if several else results[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubspaceSharpness(Result):
     """Metric 2.1 over several random subspaces: mean and standard deviation."""
 
+    radius: ClassVar[str] = "epsilon"
     phi: float  # percent, mean over draws of the best found
     phi_sd: float  # over draws of A
     phi_protocol: float | None  # percent, mean over draws; None as in one draw
@@ -230,7 +259,7 @@ def subspace_sharpness(
     seed: int = 0,
     max_seconds: float | None = None,
     progress: bool | None = None,
-) -> SubspaceSharpness | list[SubspaceSharpness]:
+) -> SubspaceSharpness | Results[SubspaceSharpness]:
     """Metric 2.1 in random subspaces, as in Keskar et al.'s Table 4: mean ± sd.
 
     Args:
@@ -279,7 +308,7 @@ def subspace_sharpness(
     complete = len(drawn) == num_draws and len(of_each[-1]) == num_draws
     ended = drawn[-1][-1].status
     results = [_over_draws(draws, complete, ended) for draws in of_each if draws]
-    return results if several else results[0]
+    return Results(results) if several else results[0]
 
 
 def _over_draws(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sharpness.report.figures import Figure
 
 _MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all
 _MOST_FOR_THE_ENDS = 8  # sigmas looked at for the ends of the interval alone
@@ -335,6 +341,17 @@ class RelativeFlatness(Result):
             error=self.standard_errors[-1],
             evidence=f"standard error over {self.num_probes} probes; of {self.layers[-1]}",
         )
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A bar for each layer with its standard error; a matplotlib figure.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        from sharpness.report.figures import bars_plot
+
+        label = "relative flatness with its standard error, loss"
+        return bars_plot(self.layers, self.values, self.standard_errors, path, label=label)
 
 
 def relative_flatness(

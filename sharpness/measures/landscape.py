@@ -6,11 +6,17 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sharpness._results import Cost, Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status, counted
 from sharpness.risk.empirical import EmpiricalRisk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sharpness.report.figures import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +30,18 @@ class Interpolation(Result):
     def _rows(self) -> Iterable[Reading]:
         """The largest value on the way."""
         value, alpha = max(zip(self.values, self.alphas, strict=True))
-        evidence = f"at alpha {alpha:g}, of {len(self.alphas)} points"
+        evidence = f"at alpha {alpha:g}, of {counted(len(self.alphas), 'point')}"
         yield Reading(name="largest f", value=value, evidence=evidence)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Loss and accuracy from one network to the other; a matplotlib figure.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        from sharpness.report.figures import way_plot
+
+        return way_plot(self.alphas, self.values, self.accuracies, path)
 
 
 def interpolation(

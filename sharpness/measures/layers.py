@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from sharpness.krylov.search import Search
 from sharpness.measures.eigenvalues import HessianEigenpairs, check_confidence, nothing
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sharpness.report.figures import Figure
 
 Blocks = Callable[[str], str | None] | Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -49,6 +54,23 @@ class LayerwiseEigenpairs(Result):
     def readings(self) -> list[Reading]:
         """Every eigenvalue of every block."""
         return [reading for block in self.blocks for reading in block.readings()]
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A bar for each block's leading eigenvalue, with its bound; a matplotlib figure.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        from sharpness.report.figures import bars_plot
+
+        shown = [(b.name, b.readings()[0]) for b in self.blocks if len(b.eigenvalues)]
+        return bars_plot(
+            [name for name, _ in shown],
+            [reading.value for _, reading in shown],
+            [reading.error or 0.0 for _, reading in shown],
+            path,
+            label="leading eigenvalue of the block, loss / parameter²",
+        )
 
 
 def layerwise_eigenpairs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharpness import _tensors
 from sharpness._arguments import positive_list, whole
-from sharpness._results import Cost, Reading, Result, Status, short
+from sharpness._results import Cost, Reading, Result, Results, Status, short
 from sharpness._run import Deadline, Run
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball, Norm
@@ -31,6 +31,7 @@ class WorstCaseSharpness(Result):
     With shards (m-sharpness) the mean over them of each one's largest rise.
     """
 
+    radius: ClassVar[str] = "rho"
     value: float  # largest rise of the loss that was found
     standard_error: float | None  # over shards; None for a single one
     sam_value: float  # rise after the one step along the gradient that SAM takes
@@ -52,18 +53,21 @@ class WorstCaseSharpness(Result):
             else f"standard error over {self.num_shards} shards, "
         )
         evidence = f"{over}best of {self.settings['num_steps']} Auto-PGD steps"
+        axis = f"rise of the loss within {self._name('rho').removeprefix('rho_')}"
         yield Reading(
             name=self.name,
             value=self.value,
             error=self.standard_error,
             evidence=evidence,
             bound="≥",
+            axis=axis,
         )
         yield Reading(
             name=self._name("sam"),
             value=self.sam_value,
             evidence="one step along the gradient",
             bound="≥",
+            axis=axis,
         )
 
     def _name(self, kind: str) -> str:
@@ -75,6 +79,7 @@ class WorstCaseSharpness(Result):
 class AverageCaseSharpness(Result):
     """The mean rise of the loss under Gaussian perturbations of the parameters."""
 
+    radius: ClassVar[str] = "rho"
     value: float
     standard_error: float  # of the mean over the draws
     interval: tuple[float, float]  # 95 %; NaN below three pairs
@@ -95,6 +100,7 @@ class AverageCaseSharpness(Result):
             value=self.value,
             error=(high - low) / 2,
             evidence=f"95 %: {ends} over {self.num_draws} pairs of draws",
+            axis=f"mean rise of the loss, {self.name}",
         )
 
 
@@ -109,7 +115,7 @@ def worst_case_sharpness(
     seed: int = 0,
     max_seconds: float | None = None,
     progress: bool | None = None,
-) -> WorstCaseSharpness | list[WorstCaseSharpness]:
+) -> WorstCaseSharpness | Results[WorstCaseSharpness]:
     r"""The largest rise of the risk in a ball around the parameters.
 
     $$S = \max_{\|u\|_p \le \rho} f(\theta + c \odot u) - f(\theta)$$
@@ -188,7 +194,7 @@ def worst_case_sharpness(
         )
         if run.status is Status.INTERRUPTED:
             break
-    return results if several else results[0]
+    return Results(results) if several else results[0]
 
 
 def average_case_sharpness(
@@ -200,7 +206,7 @@ def average_case_sharpness(
     seed: int = 0,
     max_seconds: float | None = None,
     progress: bool | None = None,
-) -> AverageCaseSharpness | list[AverageCaseSharpness]:
+) -> AverageCaseSharpness | Results[AverageCaseSharpness]:
     r"""The mean rise of the risk under Gaussian noise on the parameters.
 
     $$S = E_{z \sim N(0, I)}\, f(\theta + \rho\, c \odot z) - f(\theta)$$
@@ -275,7 +281,7 @@ def average_case_sharpness(
         )
         if run.status is Status.INTERRUPTED:
             break
-    return results if several else results[0]
+    return Results(results) if several else results[0]
 
 
 def perturbation_scale(risk: EmpiricalRisk, adaptive: Adaptive | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,11 @@ from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sharpness.report.figures import Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,28 @@ class LambdaMaxSampling(Result):
             evidence=f"{self.settings['confidence']:.0%}: {low:.4g} to {high:.4g} for other"
             f" samples, on these {self.num_samples} {self.plug_in:.4g}, cross-fitted "
             f"{self.cross_fitted:.4g}",
+            axis="curvature, loss / parameter²",
+        )
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """The interval between its two estimates, one too high and one too low.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+        """
+        from sharpness.report.figures import bars_plot
+
+        low, high = self.interval
+        return bars_plot(
+            ["on these samples (biased up)", "cross-fitted (biased down)", "interval"],
+            [self.plug_in, self.cross_fitted, (low + high) / 2],
+            [
+                self.plug_in_standard_error,
+                self.cross_fitted_standard_error,
+                (high - low) / 2,
+            ],
+            path,
+            label="lambda_max with standard errors, loss / parameter²",
         )
 
 

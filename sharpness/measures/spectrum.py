@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,11 @@ from sharpness.measures.multiplication import Multiplication
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sharpness.report.figures import Figure
+
 _WIDTH = 0.01  # of the Gaussians, in ranges of the spectrum
 _MARGIN = 5  # Gaussian widths that the grid reaches beyond the spectrum
 
@@ -44,7 +50,13 @@ class SpectralIntegral:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.value:.4g}   ({self.confidence:.0%}: {low:.4g} to {high:.4g})"
+        return (
+            f"{self.value:.4g} ± {self.standard_error:.1g}   (standard error; "
+            f"{self.confidence:.0%}: {low:.4g} to {high:.4g})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<code>{html.escape(str(self))}</code>"
 
 
 class _Part(NamedTuple):
@@ -219,7 +231,7 @@ class SpectralDensity(Result):
                 "Give it more time."
             )
 
-    def plot(self, path: str | None = None, *, title: str = "") -> object:
+    def plot(self, path: str | Path | None = None, *, title: str = "") -> Figure:
         """A figure of density and band, logarithmic; written to `path` as PNG if given."""
         self._need_a_start()
         from sharpness.report.figures import density_plot

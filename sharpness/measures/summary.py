@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharpness import _progress
 from sharpness._arguments import known, positive_list
-from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
+from sharpness._results import Cost, NotAvailableError, Reading, Result, Results, Status
 from sharpness.measures.batch_sharpness import batch_sharpness
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness, subspace_sharpness
@@ -86,7 +86,7 @@ class Summary(Result):
         if name not in self.results:
             raise KeyError(f"{name!r} was not measured; there are {list(self.results)}")
         found = self.results[name]
-        return found[0] if len(found) == 1 else found
+        return found[0] if len(found) == 1 else Results(found)
 
     def readings(self) -> list[Reading]:
         """Every number, in order."""
@@ -110,12 +110,6 @@ class Summary(Result):
         from sharpness._json import to_line
 
         return to_line(vars(self))
-
-    def plot(self, path: str | None = None) -> Any:
-        """The numbers with their errors on a logarithmic axis; a matplotlib figure."""
-        from sharpness.report.figures import readings_plot
-
-        return readings_plot(self.readings(), path)
 
 
 def summary(

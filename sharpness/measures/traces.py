@@ -60,6 +60,7 @@ class StochasticEstimate(Result):
             value=self.value,
             error=(high - low) / 2,
             evidence=f"{self.settings['confidence']:.0%}: {low:.4g} to {high:.4g}",
+            axis="curvature, loss / parameter²",
         )
 
 

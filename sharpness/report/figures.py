@@ -1,20 +1,44 @@
-"""Figures, drawn off-screen and written as PNG."""
+"""Figures of plain numbers, drawn off-screen; a notebook shows them by themselves.
+
+They know neither results nor measures, so that a result can draw itself.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import figure as _figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from sharpness._results import Reading
-from sharpness.statistics import ReadingComparison
+from matplotlib.ticker import NullFormatter
 
 _LOSS, _ACCURACY = "#1f4e9c", "#b3261e"
+_WIDTH, _ROW = 7.2, 0.28  # inches
+_MOST_LABELS = 40  # of rows; beyond, only every so many has its name
+
+
+class Figure(_figure.Figure):
+    """A figure that a notebook shows, whether pyplot has been imported or not."""
+
+    def __init__(self, height: float, width: float = _WIDTH) -> None:
+        super().__init__(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(self)
+
+    def _repr_png_(self) -> bytes:
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", dpi=110)
+        return picture.getvalue()
+
+    def written(self, path: str | Path | None) -> Figure:
+        """Itself; as a PNG at `path`, too, where there is one."""
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self.savefig(path, dpi=150)
+        return self
 
 
 def density_plot(
@@ -39,8 +63,7 @@ def density_plot(
         band_label: what the band is.
     """
     low, high = band
-    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(3.8)
     axes = figure.add_subplot()
     axes.fill_between(
         x,
@@ -59,41 +82,152 @@ def density_plot(
     axes.set_ylabel("density")
     axes.set_title(title, fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=9)
-    return _written(figure, path)
+    return figure.written(path)
 
 
-def readings_plot(readings: Sequence[Reading], path: str | Path | None) -> Figure:
-    """One dot for each positive number, with its error, on a logarithmic axis."""
-    shown = [r for r in readings if math.isfinite(r.value) and r.value > 0][::-1]
-    figure = Figure(figsize=(7.2, 0.8 + 0.28 * max(4, len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for i, reading in enumerate(shown):
-        error = reading.error or 0.0
-        low = min(error, 0.999 * reading.value)
+def readings_plot(readings: Sequence[Any], path: str | Path | None = None) -> Figure:
+    """A dot for each positive number, with its error; an axis for each kind of number.
+
+    Args:
+        readings: each with `.name`, `.value`, `.error`, `.bound`, `.unit` and `.axis`:
+            only numbers with the same one are drawn on one axis.
+        path: where the PNG goes, if anywhere.
+    """
+    axes_of: dict[str, list[Any]] = {}
+    for reading in readings:
+        if math.isfinite(reading.value) and reading.value > 0:
+            axes_of.setdefault(reading.axis or reading.name, []).append(reading)
+    rows = [len(shown) for shown in axes_of.values()]
+    if not rows:
+        axes_of, rows = {"no positive number": []}, [1]
+    figure = Figure(0.3 + sum(0.55 + _ROW * num for num in rows))
+    ratios = {"height_ratios": [1.2 + num for num in rows]}
+    panels = figure.subplots(len(rows), squeeze=False, gridspec_kw=ratios)[:, 0]
+    for axes, (label, shown) in zip(panels, axes_of.items(), strict=True):
+        _dots(axes, shown)
+        axes.set_xlabel("" if [r.name for r in shown] == [label] else label, fontsize=8)
+    return figure.written(path)
+
+
+_MARKS = {"≥": ">", "≤": "<", "": "o"}  # a triangle points to where the true value lies
+
+
+def _dots(axes: Axes, readings: Sequence[Any]) -> None:
+    for i, reading in enumerate(reversed(readings)):
+        error = reading.error if reading.error and math.isfinite(reading.error) else 0.0
         axes.errorbar(
             reading.value,
             i,
-            xerr=[[low], [error]],
-            fmt=">" if reading.bound == "≥" else "<" if reading.bound == "≤" else "o",
+            xerr=[[min(error, 0.999 * reading.value)], [error]],
+            fmt=_MARKS[reading.bound],
             color=_LOSS,
             markersize=5,
         )
-    units = [f"{r.name} ({r.unit})" if r.unit else r.name for r in shown]
-    axes.set_yticks(range(len(shown)), units)
+    labels = [" ".join(filter(None, (r.name, r.bound, r.unit))) for r in readings]
+    axes.set_yticks(range(len(labels)), labels[::-1])
+    axes.set_ylim(-0.6, max(1, len(labels)) - 0.4)
     axes.set_xscale("log")
+    if readings:  # whole decades, so that a tick is never without a round number
+        low, high = (math.log10(limit) for limit in axes.get_xlim())
+        axes.set_xlim(10 ** math.floor(low), 10 ** math.ceil(high))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="0.9")
-    axes.set_xlabel("value; triangles point to where the true value lies")
-    return _written(figure, path)
+
+
+def bars_plot(
+    names: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float] | None = None,
+    path: str | Path | None = None,
+    *,
+    label: str,
+) -> Figure:
+    """A bar for each name from top to bottom, with its error; zero is on the axis.
+
+    Args:
+        names: (m,) one a bar.
+        values: (m,); a bar that is not finite is left out.
+        errors: (m,) half widths, if any.
+        path: where the PNG goes, if anywhere.
+        label: what the values are, with the unit.
+    """
+    figure = Figure(0.9 + min(_MOST_LABELS, max(3, len(names))) * _ROW)
+    axes, places = figure.add_subplot(), range(len(names))
+    axes.barh(places, values, xerr=errors, color=_LOSS, ecolor="0.3", height=0.7)
+    step = -(-len(names) // _MOST_LABELS) or 1
+    axes.set_yticks(places[::step], names[::step], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0.0, color="0.6", linewidth=0.8)
+    axes.set_xlabel(label)
+    return figure.written(path)
+
+
+def points_plot(
+    x: Sequence[float],
+    curves: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    path: str | Path | None = None,
+    *,
+    labels: tuple[str, str],
+) -> Figure:
+    """Numbers against one that was chosen, such as phi against epsilon.
+
+    Args:
+        x: (m,) what was chosen.
+        curves: name, values (m,) and errors (m,), NaN where there is none, of each.
+        path: where the PNG goes, if anywhere.
+        labels: of both axes, with units. Both are logarithmic where all is positive.
+    """
+    figure = Figure(3.6)
+    axes = figure.add_subplot()
+    for colour, (name, y, errors) in zip((_LOSS, _ACCURACY), curves, strict=False):
+        axes.errorbar(x, y, yerr=errors, fmt="o-", color=colour, label=name, capsize=2)
+    shown = [v for _, y, _ in curves for v in y if math.isfinite(v)]
+    if shown and min(shown) > 0:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.legend(frameon=False, fontsize=9)
+    return figure.written(path)
+
+
+def way_plot(
+    alphas: Sequence[float],
+    values: Sequence[float],
+    accuracies: Sequence[float],
+    path: str | Path | None = None,
+) -> Figure:
+    """Loss (left axis) and accuracy (right axis) from one point to another.
+
+    Args:
+        alphas: (m,) 0 at the first point, 1 at the other; both are marked.
+        values: (m,) loss.
+        accuracies: (m,) in [0, 1]; empty where there are none.
+        path: where the PNG goes, if anywhere.
+    """
+    figure = Figure(3.6)
+    loss = figure.add_subplot()
+    loss.plot(alphas, values, ".-", color=_LOSS)
+    if values and min(values) > 0:
+        loss.set_yscale("log")
+    loss.set_xlabel("alpha: 0 is the first network, 1 the other")
+    loss.set_ylabel("loss", color=_LOSS)
+    for end in (0.0, 1.0):
+        loss.axvline(end, color="0.75", linewidth=1, zorder=0)
+    if accuracies:
+        right = loss.twinx()
+        right.plot(alphas, [100 * a for a in accuracies], ".--", color=_ACCURACY)
+        right.set_ylabel("accuracy, %", color=_ACCURACY)
+    return figure.written(path)
 
 
 def comparison_plot(
-    rows: Sequence[ReadingComparison], names: tuple[str, str], path: str | Path | None
+    rows: Sequence[Any], names: tuple[str, str], path: str | Path | None = None
 ) -> Figure:
     """For each measure the ratio of every pair, second over first."""
     shown = [row for row in rows if row.ratios][::-1]
-    figure = Figure(figsize=(7.2, 0.9 + 0.28 * max(4, len(shown))), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(0.9 + _ROW * max(4, len(shown)))
     axes = figure.add_subplot()
     for i, row in enumerate(shown):
         axes.plot(row.ratios, [i] * len(row.ratios), "o", color=_LOSS, alpha=0.45)
@@ -104,7 +238,7 @@ def comparison_plot(
     axes.grid(axis="x", color="0.9")
     axes.set_title(f"first: {names[0]}\nsecond: {names[1]}", fontsize=8, loc="left")
     axes.set_xlabel("second / first: dots are pairs, bars geometric means")
-    return _written(figure, path)
+    return figure.written(path)
 
 
 def tracking_plot(
@@ -117,9 +251,7 @@ def tracking_plot(
         names: the measures to draw, from top to bottom.
         path: where the PNG goes, if anywhere.
     """
-    height = 0.8 + 1.9 * (len(names) + 1)
-    figure = Figure(figsize=(7.2, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(0.8 + 1.9 * (len(names) + 1))
     panels = figure.subplots(len(names) + 1, sharex=True, squeeze=False)[:, 0]
     kinds = dict.fromkeys(point.statistics for point in points if point.batchnorm)
     if kinds:
@@ -132,7 +264,7 @@ def tracking_plot(
         panels[-1].set_yscale("log")
     panels[-1].set_ylabel("loss")
     panels[-1].set_xlabel("update")
-    return _written(figure, path)
+    return figure.written(path)
 
 
 def _tracked_panel(axes: Axes, points: Sequence[Any], name: str) -> None:
@@ -161,10 +293,3 @@ def _tracked_panel(axes: Axes, points: Sequence[Any], name: str) -> None:
     axes.set_ylabel(
         "phi (%), at least" if name == "phi" else name.replace("_pre", "\n_pre")
     )
-
-
-def _written(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    return figure

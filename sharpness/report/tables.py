@@ -71,7 +71,13 @@ def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], *notes: st
 
 
 def _as_text(*parts: Table | str) -> str:
-    out = Console(width=_PIPED_WIDTH, highlight=False, markup=False, file=io.StringIO())
+    out = Console(
+        width=_PIPED_WIDTH,
+        highlight=False,
+        markup=False,
+        file=io.StringIO(),
+        force_jupyter=False,  # in a notebook it would be shown, and the text be empty
+    )
     out.print(*parts, sep="\n")
     return out.file.getvalue().rstrip() + "\n"  # type: ignore[attr-defined,no-any-return]
 

@@ -16,7 +16,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors
-from sharpness._results import DerivativeDisagreesError, NondeterministicRiskError
+from sharpness._results import (
+    DerivativeDisagreesError,
+    NondeterministicRiskError,
+    counted,
+    html_table,
+)
 from sharpness.risk import batches
 from sharpness.risk.derivatives import Comparison
 from sharpness.risk.differences import Differences
@@ -66,6 +71,10 @@ class Checkup:
         verdict = f"{len(self._failed) or 'none'} failed"
         head = f"{len(self.findings)} checks, {verdict} ({self.seconds:.1f} s)"
         return "\n".join([head, *(f"  {finding}" for finding in self.findings)])
+
+    def _repr_html_(self) -> str:
+        rows = [(f.check, str(f.status), f"{f.text} {f.advice}") for f in self.findings]
+        return html_table(("check", "", "finding"), rows)
 
     def raise_for_status(self) -> Checkup:
         """Itself when no check failed.
@@ -254,7 +263,7 @@ def _engine(risk: EmpiricalRisk) -> CheckResult:
 
 def _inventory(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[CheckResult]:
     if norms := batchnorm_layers(risk.model):
-        text = f"{len(norms)} layers, on {risk.batchnorm} statistics"
+        text = f"{counted(len(norms), 'layer')}, on {risk.batchnorm} statistics"
         yield CheckResult("BatchNorm", NOTE, text)
     modules = risk.model.named_modules()
     drops = [k for k, m in modules if isinstance(m, _DropoutNd) and m.p > 0]

@@ -18,7 +18,7 @@ PACKAGE = Path(sharpness.__file__).parent
 RANKS = [
     {
         *("_tensors", "_arguments", "_run", "_progress", "_results", "_json", "_saving"),
-        "statistics",
+        *("statistics", "report.figures"),  # pictures of plain numbers: no result, no measure
     },
     {"report"},
     {"krylov", "optimize"},
@@ -57,12 +57,17 @@ def modules(package: Path) -> dict[str, ast.Module]:
     return found
 
 
+def ranked(name: str) -> str | None:
+    """The longest beginning of a dotted name that has a rank of its own."""
+    while name and name not in RANK:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
 def rank_of(name: str) -> int:
-    if name in RANK:
-        return RANK[name]
-    first = name.split(".")[0]
-    assert first in RANK, f"{name} has no rank: add it to RANKS"
-    return RANK[first]
+    found = ranked(name)
+    assert found, f"{name} has no rank: add it to RANKS"
+    return RANK[found]
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -82,8 +87,8 @@ def upward_imports(trees: dict[str, ast.Module]) -> list[str]:
     wrong = []
     for name, tree in trees.items():
         for target in imported(tree):
-            first = target if target in RANK else target.split(".")[0]
-            if first in RANK and RANK[first] > rank_of(name):
+            found = ranked(target)
+            if found and RANK[found] > rank_of(name):
                 wrong.append(f"{name} imports {target}")
     return wrong
 
