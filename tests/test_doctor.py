@@ -156,7 +156,7 @@ def test_the_inventory_names_what_is_there_R10():
     )
     found = sh.doctor(risk)
     assert found.ok
-    assert found["BatchNorm"].text == "1 layers, on running statistics"
+    assert found["BatchNorm"].text == "1 layer, on running statistics"
     assert found["dropout"].text.endswith("drop")
     assert "same ones" in found["random draws"].text
     assert found["unused"].text.endswith("idle.weight, idle.bias")

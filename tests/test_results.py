@@ -154,7 +154,7 @@ def test_the_line_has_numbers_evidence_status_and_cost():
 
 def test_a_long_result_is_still_one_line():
     found = Plain(num=30, status=Status.CONVERGED)
-    assert str(found).endswith("x7 2.000 ± 0.5, 22 more   (a <guess>, converged)")
+    assert str(found).endswith("x19 2.000 ± 0.5, 10 more   (a <guess>, converged)")
     assert len(found.readings()) == 30
 
 

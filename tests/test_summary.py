@@ -589,11 +589,27 @@ def test_the_plot_has_a_line_for_each_positive_number(tmp_path):
     path = tmp_path / "summary.png"
     figure = everything().plot(str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
-    (axes,) = figure.axes
-    shown = [r for r in everything().readings() if r.value > 0][::-1]
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == [f"{r.name} ({r.unit})" if r.unit else r.name for r in shown]
-    assert axes.get_xscale() == "log"
+    shown = [r for r in everything().readings() if r.value > 0]
+    names = {" ".join(filter(None, (r.name, r.bound, r.unit))): r for r in shown}
+    seen = []
+    for axes in figure.axes:
+        labels = [label.get_text() for label in axes.get_yticklabels()][::-1]
+        assert axes.get_xscale() == "log"
+        kinds = {names[label].axis or label for label in labels}
+        assert len(kinds) == 1  # what cannot be compared shares no axis
+        seen += labels
+    assert sorted(seen) == sorted(names)
+    assert any(label.startswith("phi(1e-3) ≥") for label in seen)
+
+
+def test_numbers_of_other_radii_and_units_have_axes_of_their_own():
+    of = {r.name: r.axis for r in everything().readings()}
+    assert of["lambda_max"] == of["trace"] != ""
+    others = ["worst_l2(0.05)", "worst_linf(5e-4)", "worst_l2_elementwise(0.5)"]
+    others += ["average(0.01)", "phi(1e-3)", "lambda_max"]
+    assert len({of[name] for name in others}) == len(others)
+    assert of["sam_l2(0.05)"] == of["worst_l2(0.05)"]
+    assert of["pac_bayes_sigma"] == of["parameter_norm"] == ""  # with nobody
 
 
 def reading(value: float, error: float | None = None, **facts) -> Reading:

@@ -18,7 +18,10 @@ PACKAGE = Path(sharpness.__file__).parent
 RANKS = [
     {
         *("_tensors", "_arguments", "_run", "_progress", "_results", "_json", "_saving"),
-        *("statistics", "report.figures"),  # pictures of plain numbers: no result, no measure
+        *(
+            "statistics",
+            "report.figures",
+        ),  # of plain numbers, no results
     },
     {"report"},
     {"krylov", "optimize"},

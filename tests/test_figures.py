@@ -1,0 +1,121 @@
+"""Figures: every result draws itself, and a notebook shows what it draws."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.problems import quadratic, softmax_regression
+
+import sharpness as sh
+from sharpness._results import Reading, Results
+from sharpness.report import figures
+
+
+def labels(axes) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+def interpolated(risk):
+    return sh.interpolation(risk, risk.theta + 1, [0.0, 0.5, 1.0])
+
+
+MEASURED = {
+    "eigenpairs": lambda r: sh.eigenpairs(r, 3),
+    "layers": sh.layerwise_eigenpairs,
+    "phi": sh.epsilon_sharpness,
+    "phis": lambda r: sh.epsilon_sharpness(r, [1e-2, 1e-3]),
+    "subspace": lambda r: sh.subspace_sharpness(r, [1e-2, 1e-3], subspace_dim=3),
+    "worst": lambda r: sh.worst_case_sharpness(r, [0.05, 0.1]),
+    "average": lambda r: sh.average_case_sharpness(r, [0.05, 0.1], num_draws=3),
+    "sigma": lambda r: sh.pac_bayes_sigma(r, num_draws=3),
+    "trace": sh.trace,
+    "diagonal": sh.diagonal,
+    "density": lambda r: sh.spectral_density(r, num_starts=2),
+    "norms": sh.norms,
+    "flatness": sh.relative_flatness,
+    "interpolation": interpolated,
+    "summary": lambda r: sh.summary(r, ["curvature", "norms"]),
+    "audit": sh.audit,
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_result_shows_itself(name, tmp_path):
+    found = MEASURED[name](softmax_regression().risk())
+    figure = found.plot(tmp_path / "deep" / "a.png")
+    assert (tmp_path / "deep" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert found._repr_html_().startswith("<table>")
+    assert len(found.to_frame()) == len(found.readings())
+    assert str(found)
+
+
+def test_a_figure_needs_no_pyplot():
+    code = "import sys; from sharpness.report import figures\n"
+    code += (
+        "figures.readings_plot([])._repr_png_(); print('matplotlib.pyplot' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert run.stdout.decode().strip() == "False"
+
+
+def test_eigenvalues_are_bars_with_their_bounds():
+    found = sh.eigenpairs(quadratic([3.0, 2.0, -1.0]), 3)
+    (axes,) = found.plot().axes
+    assert labels(axes) == ["lambda_max", "lambda_2", "lambda_3"]
+    widths = [bar.get_width() for bar in axes.patches]
+    assert widths == pytest.approx([3, 2, -1], rel=1e-3)
+
+
+def test_every_eigenvalue_that_was_asked_for_stands_in_the_line():
+    line = str(sh.eigenpairs(quadratic([3.0, 2.0, 1.0, 0.5]), 3))
+    for name in ("lambda_max 3.000 ±", "lambda_2 2.000 ±", "lambda_3 1.000 ±"):
+        assert name in line
+
+
+def test_several_radii_are_drawn_against_the_radius_and_print_a_line_each():
+    risk = softmax_regression().risk()
+    found = sh.epsilon_sharpness(risk, [1e-2, 1e-3])
+    assert isinstance(found, Results)
+    assert str(found).splitlines() == [str(result) for result in found]
+    (axes,) = found.plot().axes
+    assert axes.get_xlabel() == "epsilon"
+    assert "%" in axes.get_ylabel()
+    best, protocol = (container.lines[0] for container in axes.containers)
+    assert list(best.get_xdata()) == [1e-2, 1e-3]
+    assert list(best.get_ydata()) == [result.phi for result in found]
+    assert list(protocol.get_ydata()) == [result.phi_protocol for result in found]
+    assert Results([]).plot().axes[0].get_xlabel() == "radius"
+
+
+def test_the_way_between_two_networks_has_the_loss_and_the_accuracy():
+    found = interpolated(softmax_regression().risk())
+    loss, accuracy = found.plot().axes
+    assert list(loss.lines[0].get_ydata()) == list(found.values)
+    assert list(accuracy.lines[0].get_ydata()) == [100 * a for a in found.accuracies]
+
+
+def test_numbers_share_an_axis_only_with_their_own_kind():
+    given = [
+        Reading(name="a", value=1.0, axis="rise within 0.1"),
+        Reading(name="b", value=100.0, error=5.0, bound="≥", axis="rise within 0.1"),
+        Reading(name="c", value=2.0, axis="rise within 0.2"),
+        Reading(name="d", value=3.0),
+        Reading(name="e", value=math.nan),
+    ]
+    axes = figures.readings_plot(given).axes
+    assert [labels(each) for each in axes] == [["b ≥", "a"], ["c"], ["d"]]
+    for each in axes:  # whole decades
+        for limit in each.get_xlim():
+            assert math.log10(limit) == pytest.approx(round(math.log10(limit)))
+
+
+def test_of_very_many_bars_some_are_named():
+    names = [f"layer {i}" for i in range(500)]
+    (axes,) = figures.bars_plot(names, torch.arange(500.0).tolist(), label="x").axes
+    assert len(axes.patches) == 500
+    assert len(labels(axes)) <= 40
