@@ -12,6 +12,7 @@ from sharpness._results import (
     NotConvergedError,
     Reading,
     Result,
+    Results,
     Status,
 )
 from sharpness._saving import load, restored
@@ -54,6 +55,7 @@ __all__ = [
     "Reading",
     "RelativeFlatness",
     "Result",
+    "Results",
     "SpectralDensity",
     "SpectralIntegral",
     "Status",

@@ -188,7 +188,8 @@ def points_plot(
         axes.set_yscale("log")
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
-    axes.legend(frameon=False, fontsize=9)
+    if curves:
+        axes.legend(frameon=False, fontsize=9)
     return figure.written(path)
 
 
