@@ -189,8 +189,8 @@ def test_eigenvalues_are_named_by_their_place_in_the_spectrum(which, k, expected
 
 
 PUBLIC = [getattr(results, name) for name in results.__all__]
-KINDS = [k for k in PUBLIC if isinstance(k, type) and issubclass(k, Result)]
-RESULTS = [kind for kind in KINDS if kind is not Result]
+CLASSES = [k for k in PUBLIC if isinstance(k, type) and issubclass(k, Result)]
+RESULTS = [kind for kind in CLASSES if kind is not Result]
 assert len(RESULTS) > 10
 
 
