@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import field, fields
 from difflib import get_close_matches
+from functools import wraps
 from importlib import import_module
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 
 def positive(name: str, value: Any, advice: str = "") -> float:
@@ -174,3 +175,23 @@ class Checked:
             value, check = getattr(self, each.name), each.metadata.get("check")
             if check and (value is not None or each.default is not None):
                 check(each.name, value)
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def of_a_risk(measure: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Refuse, in one line, to measure what is no risk: a model, say."""
+
+    @wraps(measure)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        risk = args[0] if args else kwargs.get("risk")
+        if risk is not None and not hasattr(risk, "hvp"):
+            raise TypeError(
+                f"`risk` must be an EmpiricalRisk; got {type(risk).__name__}. Write "
+                f"{measure.__name__}(EmpiricalRisk(model, loss, data))."
+            )
+        return measure(*args, **kwargs)
+
+    return checked

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,63 @@ from torch import Tensor
 from sharpness._arguments import whole_seed
 
 _STRETCH = 1 << 18  # entries; fits a processor's cache
+
+
+def parts(value: Any) -> Iterable[Any] | None:
+    """What a container holds, or an object that can be moved (`.to`); else None."""
+    if is_object(value):
+        return vars(value).values()  # type: ignore[no-any-return]
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, tuple | list) else None
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Everything inside that is no container."""
+    inside = parts(value)
+    if inside is None:
+        yield value
+    else:
+        for part in inside:
+            yield from leaves(part)
+
+
+def mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same containers and objects, new ones, with `function` of what they hold."""
+    if is_object(value):
+        other = copy.copy(value)
+        vars(other).update({k: mapped(function, v) for k, v in vars(value).items()})
+        return other
+    if isinstance(value, Mapping):
+        return {key: mapped(function, part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        several = [mapped(function, part) for part in value]
+        return type(value)(*several) if hasattr(value, "_fields") else type(value)(several)
+    return function(value)
+
+
+def is_object(value: Any) -> bool:
+    """A batch of somebody's own class, such as a tokenizer's `BatchEncoding`."""
+    movable = hasattr(value, "to") and hasattr(value, "__dict__")
+    return movable and not isinstance(value, Tensor | torch.nn.Module)
+
+
+def flat_like(theta: Any, names: Sequence[str], shapes: Sequence[torch.Size]) -> Any:
+    """A flat vector (n,): a state dict's tensors of these names, or the vector itself.
+
+    Raises:
+        ValueError: a state dict that lacks one of them, or has it in another shape.
+    """
+    if not isinstance(theta, Mapping):
+        return theta
+    for name, shape in zip(names, shapes, strict=True):
+        found = getattr(theta.get(name), "shape", "nothing")
+        if found != shape:
+            raise ValueError(
+                f"`theta` must hold `{name}` of shape {tuple(shape)}; got {found} "
+                "(a state dict of another network?)."
+            )
+    return flatten(theta[name].detach() for name in names)
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:

@@ -232,7 +232,7 @@ def test_what_needs_samples_of_their_own_is_not_available(loss):
 
 
 def test_a_batch_that_must_be_whole_and_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * (X.nbytes + T.nbytes))
     with pytest.raises(ValueError, match=r"`data` must come in .*; got 40") as error:
         EmpiricalRisk(network(), root, (X, T))
     assert "\n" not in str(error.value)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
+from sharpness._arguments import of_a_risk
 from sharpness._results import Cost, Reading, Result, Status, number
 from sharpness.measures.reparametrise import reparametrisations
 from sharpness.measures.summary import Keywords, summary
@@ -118,6 +119,7 @@ class Audit(Result):
         return table_text(("measure", "value", *self.drifts, "verdict"), rows, note)
 
 
+@of_a_risk
 def audit(
     risk: EmpiricalRisk,
     measures: str | Sequence[str] | None = None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, whole_seed
+from sharpness._arguments import is_whole, of_a_risk, whole_seed
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.certificate import Intervals
@@ -179,6 +179,7 @@ def leading(values: np.ndarray, which: str) -> int:
     return len(values) - 1 if which == "SA" else 0
 
 
+@of_a_risk
 def eigenpairs(
     risk: EmpiricalRisk,
     k: int = 1,

@@ -15,7 +15,7 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, positive_list, whole, whole_seed
+from sharpness._arguments import is_whole, of_a_risk, positive_list, whole, whole_seed
 from sharpness._results import (
     Cost,
     NotAvailableError,
@@ -132,6 +132,7 @@ def epsilon_sharpness(
 def epsilon_sharpness(
     risk: EmpiricalRisk, epsilon: Sequence[float], **options: Unpack[_Keywords]
 ) -> Results[EpsilonSharpness]: ...
+@of_a_risk
 def epsilon_sharpness(
     risk: EmpiricalRisk,
     epsilon: float | Sequence[float] = 1e-3,
@@ -247,6 +248,7 @@ class SubspaceSharpness(Result):
         return [_reading(self.settings, self.phi, error, self.phi_protocol, words)]
 
 
+@of_a_risk
 def subspace_sharpness(
     risk: EmpiricalRisk,
     epsilon: float | Sequence[float] = 1e-3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import positive, whole
+from sharpness._arguments import of_a_risk, positive, whole
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.measures.perturbation import mean_and_error, normal_draws
@@ -79,6 +79,7 @@ class AccuracyRadius(Result):
         )
 
 
+@of_a_risk
 def pac_bayes_sigma(
     risk: EmpiricalRisk,
     *,
@@ -172,6 +173,7 @@ def pac_bayes_sigma(
     )
 
 
+@of_a_risk
 def box_alpha(
     risk: EmpiricalRisk,
     *,
@@ -274,7 +276,10 @@ class Norms(Result):
                 yield Reading(name=name, value=getattr(self, name), evidence=exact)
 
 
-def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
+@of_a_risk
+def norms(
+    risk: EmpiricalRisk, *, start: Tensor | Mapping[str, Tensor] | None = None
+) -> Norms:
     r"""Norms of gradient and parameters, distance from the start, Fisher-Rao norm.
 
     The Fisher-Rao norm is $\theta^T F \theta$ (Liang et al. 2019, arXiv:1711.01530,
@@ -285,7 +290,7 @@ def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
 
     Args:
         risk: the mean loss f, held at the parameters theta.
-        start: the parameters (n,) that training began with.
+        start: the parameters that training began with: (n,), or a state dict.
 
     Returns:
         `Norms`; `fisher_rao` is None for a risk from a closure, which hides the outputs.
@@ -295,9 +300,10 @@ def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
 
     Cost: one gradient, one Gauss-Newton product.
     """
-    if start is not None and start.shape != risk.theta.shape:
+    origin = _tensors.flat_like(start, risk.names, risk.shapes)
+    if origin is not None and origin.shape != risk.theta.shape:
         raise ValueError(
-            f"`start` must have shape (n,) with n={risk.n}; got {tuple(start.shape)}."
+            f"`start` must have shape (n,) with n={risk.n}; got {tuple(origin.shape)}."
         )
     fisher_rao, gradient_norm = None, math.nan
     with Run("norms", progress=False) as run:
@@ -307,8 +313,8 @@ def norms(risk: EmpiricalRisk, *, start: Tensor | None = None) -> Norms:
             product = risk.product(risk.theta, "gauss_newton")
             fisher_rao = float(_tensors.dot64(product, risk.theta))
     distance = None
-    if start is not None:
-        distance = float(_tensors.norm64(risk.theta - start.to(risk.theta)))
+    if origin is not None:
+        distance = float(_tensors.norm64(risk.theta - origin.to(risk.theta)))
     lengths = (gradient_norm, fisher_rao or 0.0, distance or 0.0)
     is_finite = all(math.isfinite(length) for length in lengths)
     return Norms(
@@ -354,6 +360,7 @@ class RelativeFlatness(Result):
         return bars_plot(self.layers, self.values, self.standard_errors, path, label=label)
 
 
+@of_a_risk
 def relative_flatness(
     risk: EmpiricalRisk,
     *,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from sharpness import _tensors
+from sharpness._arguments import of_a_risk
 from sharpness._results import Cost, Reading, Result, Status, counted
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -44,9 +46,10 @@ class Interpolation(Result):
         return way_plot(self.alphas, self.values, self.accuracies, path)
 
 
+@of_a_risk
 def interpolation(
     risk: EmpiricalRisk,
-    other: Tensor,
+    other: Tensor | Mapping[str, Tensor],
     alphas: Iterable[float] | None = None,
     *,
     arc: bool = False,
@@ -58,7 +61,7 @@ def interpolation(
 
     Args:
         risk: f and theta, the point at alpha = 0 (in the paper: small batch).
-        other: parameters (n,) at alpha = 1 (large batch).
+        other: parameters at alpha = 1 (large batch): (n,), or a state dict.
         alphas: where to look; by default 25 points from -1 to 2.
         arc: look at cos(alpha pi/2) theta + sin(alpha pi/2) `other` instead.
 
@@ -72,13 +75,14 @@ def interpolation(
         Keskar et al. (2017), figures 3 and 7 (the arc); Goodfellow et al. (2015),
         arXiv:1412.6544.
     """
-    if other.shape != risk.theta.shape:
+    end = _tensors.flat_like(other, risk.names, risk.shapes)
+    if end.shape != risk.theta.shape:
         raise ValueError(
-            f"`other` must have shape (n,) with n={risk.n}; got {tuple(other.shape)}."
+            f"`other` must have shape (n,) with n={risk.n}; got {tuple(end.shape)}."
         )
     default = (i / 8 - 1 for i in range(25))
     points = tuple(float(alpha) for alpha in (default if alphas is None else alphas))
-    way, end = _on_arc if arc else _on_line, other.to(risk.theta)
+    way, end = _on_arc if arc else _on_line, end.to(risk.theta)
     thetas, began = [way(risk.theta, end, alpha) for alpha in points], time.monotonic()
     values = tuple(risk.value(theta) for theta in thetas)
     return Interpolation(

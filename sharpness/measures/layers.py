@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole
+from sharpness._arguments import is_whole, of_a_risk
 from sharpness._results import Cost, NonFiniteProductError, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.lanczos import WHICH, Which
@@ -73,6 +73,7 @@ class LayerwiseEigenpairs(Result):
         )
 
 
+@of_a_risk
 def layerwise_eigenpairs(
     risk: EmpiricalRisk,
     blocks: Blocks | None = None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpness import _tensors
-from sharpness._arguments import positive_list, whole
+from sharpness._arguments import of_a_risk, positive_list, whole
 from sharpness._results import Cost, Reading, Result, Results, Status, short
 from sharpness._run import Deadline, Run
 from sharpness.optimize.auto_pgd import auto_pgd
@@ -104,6 +104,7 @@ class AverageCaseSharpness(Result):
         )
 
 
+@of_a_risk
 def worst_case_sharpness(
     risk: EmpiricalRisk,
     rho: float | Sequence[float],
@@ -197,6 +198,7 @@ def worst_case_sharpness(
     return Results(results) if several else results[0]
 
 
+@of_a_risk
 def average_case_sharpness(
     risk: EmpiricalRisk,
     rho: float | Sequence[float],

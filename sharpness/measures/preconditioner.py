@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness._arguments import of_a_risk
 from sharpness.risk.empirical import EmpiricalRisk
 
 
+@of_a_risk
 def adam_preconditioner(risk: EmpiricalRisk, optimizer_state: Mapping[str, Any]) -> Tensor:
     r"""The diagonal P by which Adam preconditions, for `eigenpairs(preconditioner=)`.
 

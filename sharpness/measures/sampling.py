@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, whole_seed
+from sharpness._arguments import is_whole, of_a_risk, whole_seed
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
@@ -98,6 +98,7 @@ class LambdaMaxSampling(Result):
         )
 
 
+@of_a_risk
 def lambda_max_sampling(
     risk: EmpiricalRisk,
     *,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole
+from sharpness._arguments import is_whole, of_a_risk
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
@@ -249,6 +249,7 @@ class SpectralDensity(Result):
         )
 
 
+@of_a_risk
 def spectral_density(
     risk: EmpiricalRisk,
     *,

@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor
 
 from sharpness import _progress
-from sharpness._arguments import known, positive_list
+from sharpness._arguments import known, of_a_risk, positive_list
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Results, Status
 from sharpness.measures.batch_sharpness import batch_sharpness
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
@@ -112,6 +112,7 @@ class Summary(Result):
         return to_line(vars(self))
 
 
+@of_a_risk
 def summary(
     risk: EmpiricalRisk,
     measures: str | Sequence[str] | None = None,
@@ -203,9 +204,10 @@ def _as_tuples(settings: Keywords) -> dict[str, tuple[float, ...]]:
 
 def selected(measures: str | Sequence[str] | None) -> list[str]:
     """Names of measures from names of measures and families, in the list's order."""
-    asked = [measures] if isinstance(measures, str) else measures
+    asked = measures.split(",") if isinstance(measures, str) else measures
     if asked is None:
         asked = DEFAULT_FAMILIES
+    asked = [name.strip() for name in asked]
     some = ", ".join(list(RUNS)[:4])
     contract = f"be of {', '.join(FAMILIES)} or single ones such as {some}"
     for name in asked or ["none"]:

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sharpness._arguments import is_whole, whole_seed
+from sharpness._arguments import is_whole, of_a_risk, whole_seed
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.stochastic_trace import (
@@ -84,6 +84,7 @@ class DiagonalEstimate(Result):
         )
 
 
+@of_a_risk
 def trace(
     risk: EmpiricalRisk,
     *,
@@ -149,6 +150,7 @@ def trace(
     )
 
 
+@of_a_risk
 def frobenius_norm(
     risk: EmpiricalRisk,
     *,
@@ -209,6 +211,7 @@ def frobenius_norm(
     return replace(found, product_error=moved)
 
 
+@of_a_risk
 def diagonal(
     risk: EmpiricalRisk,
     *,

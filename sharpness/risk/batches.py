@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from sharpness import _tensors
+from sharpness.risk import memory
 from sharpness.risk.model_state import random_generators_kept
 
 Batch = Any  # (inputs, targets), or whatever a closure takes
 Pair = tuple[Any, Tensor]  # inputs: a tensor, or several in a tuple, list or dict
+_LABELS = ("labels", "label")  # what batches that are dicts call their targets
 
 
 def materialised(
@@ -25,8 +30,11 @@ def materialised(
     A loader is run through once, so shuffling, augmentation or a one-shot generator
     cannot change the risk from one evaluation to the next. `seed` is that of its draws.
     """
-    if pairs and is_pair(data):
-        data = [data]
+    if pairs:
+        if hasattr(data, "shape"):
+            raise TypeError(_NO_PAIR.format(f"{_kind(data)} alone"))
+        if is_pair(data):
+            data = [data]
     if not pairs and isinstance(data, tuple) and is_pair(data):
         raise TypeError(
             "`data` must be a list of batches for a `closure`; got a pair of tensors, "
@@ -41,9 +49,10 @@ def materialised(
         random_generators_kept(seed),
         _own_generators_kept(data),
     ):  # a loader draws a seed as it starts
-        batches = [_moved(batch, device) for batch in data]
+        move = partial(_tensors.mapped, partial(_moved, device=device))
+        batches = [move(batch) for batch in _within(data, device)]
     if pairs:
-        checked = [_checked_pair(batch) for batch in batches]
+        checked = [_checked_pair(as_pair(batch)) for batch in batches]
         batches = [pair for pair in checked if len(pair[1])]
     if not batches:
         raise ValueError(
@@ -78,14 +87,21 @@ def cut(pair: Pair, most: int) -> list[Pair]:
 
 
 def rows(pair: Pair, start: int, stop: int) -> Pair:
-    """Samples `start` to `stop`; views."""
-    cut: Pair = tree_map(lambda part: part[start:stop], pair)
+    """Samples `start` to `stop`; views, but for sparse tensors."""
+
+    def some(part: Tensor) -> Tensor:
+        if part.layout == torch.strided:
+            return part[start:stop]
+        places = range(len(part))[start:stop]
+        return part.index_select(0, torch.tensor(places, device=part.device))
+
+    cut: Pair = tree_map(some, pair)
     return cut
 
 
 def taken(pair: Pair, index: Tensor) -> Pair:
     """Samples at these positions; copies."""
-    some: Pair = tree_map(lambda part: part[index], pair)
+    some: Pair = tree_map(lambda part: part.index_select(0, index.to(part.device)), pair)
     return some
 
 
@@ -109,27 +125,75 @@ def is_pair(data: Any) -> bool:
     return bool(parts) and all(hasattr(part, "shape") for part in (*parts, targets))
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        moved = [_moved(value, device) for value in batch]
-        if hasattr(batch, "_fields"):
-            return type(batch)(*moved)
-        return type(batch)(moved)
-    if isinstance(batch, Tensor):
-        return batch.detach().to(device, copy=True)
-    if hasattr(batch, "shape"):
-        return torch.tensor(batch, device=device)
-    return batch
+def as_pair(batch: Batch) -> Batch:
+    """A dict with `labels` as (the other inputs, labels); anything else as it is."""
+    if not isinstance(batch, Mapping):
+        return batch
+    name = next((n for n in _LABELS if n in batch), None)
+    if name is None:
+        return batch
+    return {key: value for key, value in batch.items() if key != name}, batch[name]
+
+
+def _within(data: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, as long as they fit in half of the memory that is free."""
+    half, held = memory.free_bytes(device) / 2, 0
+    for batch in data:
+        held += sum(_bytes(part) for part in _tensors.leaves(batch))
+        if held > half:
+            raise ValueError(
+                f"`data` must fit in half of the free memory; got more than "
+                f"{half / 1e9:.3g} GB. Pass `num_samples=`, or fewer samples."
+            )
+        yield batch
+
+
+def _bytes(part: Any) -> int:
+    if isinstance(part, Tensor) and part.layout != torch.strided:
+        return int(part._nnz()) * (part.element_size() + 8 * part.ndim)
+    return int(getattr(part, "nbytes", 0)) if hasattr(part, "shape") else 0
+
+
+def _moved(part: Any, device: torch.device) -> Any:
+    """A copy of a tensor, an array or a table on `device`; by position, without labels."""
+    if isinstance(part, Tensor):
+        part = part if part.layout == torch.strided else part.to_sparse_coo()
+        return part.detach().to(device, copy=True)
+    if hasattr(part, "tocoo"):  # SciPy's sparse matrices
+        part = part.tocoo()
+        where = torch.tensor(np.stack(part.coords), device=device)
+        values = torch.tensor(part.data, device=device)
+        made = torch.sparse_coo_tensor(where, values, part.shape, check_invariants=True)
+        return made.coalesce()
+    if not hasattr(part, "shape"):
+        return part
+    array = np.asarray(part)
+    kinds = {getattr(t, "kind", "O") for t in np.atleast_1d(getattr(part, "dtypes", "O"))}
+    if array.dtype == object and kinds <= set("biuf"):  # a table with flags, say
+        array = array.astype(np.float64)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(
+            f"`data` must hold numbers; got {type(part).__name__} of type {array.dtype}. "
+            "Encode words and dates as numbers first."
+        )
+    return torch.tensor(array, device=device)
+
+
+_NO_PAIR = (
+    "`data` must give pairs (inputs, targets) of tensors; got a batch of type {}. Several "
+    "inputs: ((a, b), targets). Pass `closure=` for any other kind."
+)
+
+
+def _kind(batch: Batch) -> str:
+    shape = getattr(batch, "shape", None)
+    size = len(batch) if isinstance(batch, tuple | list) else shape and tuple(shape)
+    return type(batch).__name__ + (f" ({size})" if size else "")
 
 
 def _checked_pair(batch: Batch) -> Pair:
     if not is_pair(batch):
-        raise TypeError(
-            "`data` must give pairs (inputs, targets) of tensors; got a batch of type "
-            f"{type(batch).__name__}. Pass `closure=` for any other kind of batch."
-        )
+        raise TypeError(_NO_PAIR.format(_kind(batch)))
     inputs, targets = batch
     for part in tree_leaves(inputs):
         if len(part) != len(targets):

@@ -11,6 +11,7 @@ for every part j of a batch's outputs z, with H = d^2 L / dz^2 and a random u.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -126,7 +127,7 @@ def length(batch: Any, dim: int) -> int:
     """Samples of a batch along a dimension: rows, or the size that most parts have."""
     if dim == 0:
         return int(num_rows(batch))
-    tensors = (part for part in tree_leaves(batch) if isinstance(part, Tensor))
+    tensors = (part for part in _tensors.leaves(batch) if isinstance(part, Tensor))
     sizes = Counter(part.shape[dim] for part in tensors if part.ndim > dim)
     return sizes.most_common(1)[0][0]
 
@@ -409,6 +410,11 @@ def _cut(tree: Any, total: int, index: Tensor, dim: int = 0, *, lists: bool = Fa
     """What belongs to some of the samples; lists inside may hold one entry for each."""
 
     def cut(part: Any) -> Any:
+        if _tensors.is_object(part):
+            other = copy.copy(part)
+            inside = _cut(dict(vars(part)), total, index, dim, lists=lists)
+            vars(other).update(inside)
+            return other
         if isinstance(part, list):
             return [part[i] for i in index]
         if not _has_rows(part, total, dim):

@@ -22,7 +22,6 @@ from sharpness._results import (
     counted,
     html_table,
 )
-from sharpness.risk import batches
 from sharpness.risk.derivatives import Comparison
 from sharpness.risk.differences import Differences
 from sharpness.risk.empirical import EmpiricalRisk
@@ -309,9 +308,7 @@ def _data(risk: EmpiricalRisk) -> Iterator[CheckResult]:
         text = "a one-shot iterator: read once, and kept"
         yield CheckResult("data", NOTE, text)
         return
-    pairs = risk.has_outputs
-    again = batches.materialised(source, risk.device, pairs=pairs, seed=1)
-    yield _second_pass(risk.batches, again)
+    yield _second_pass(risk.batches, risk.read_again(seed=1))
 
 
 def _second_pass(kept: list[Any], again: list[Any]) -> CheckResult:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from sharpness import _tensors
 from sharpness._arguments import is_whole, whole_seed
 from sharpness._results import DerivativeDisagreesError, NotAvailableError
-from sharpness.risk import batches, batching
+from sharpness.risk import batches, batching, intake
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix, Pullback
 from sharpness.risk.derivatives import Comparison, Derivatives, Sample
@@ -79,12 +79,15 @@ class EmpiricalRisk:
 
     Args:
         model: the network; its parameters are the point that is measured.
-        loss: `loss(outputs, targets)` as in PyTorch. PyTorch's own losses are asked for
-            `reduction`, `ignore_index` and `weight`; any other callable has one term for
-            each target row, and whether it averages or adds them is seen on the data.
-        data: a pair (inputs, targets), a list of batches, or a loader, which is run
-            through once. Several inputs: a tuple, called as `model(*inputs)`, or a dict,
-            called as `model(**inputs)`. Kept on `device`.
+        loss: `loss(outputs, targets)` as in PyTorch; also the name or the class of one of
+            PyTorch's. These are asked for `reduction`, `ignore_index` and `weight`; any
+            other callable has one term for each target row, and whether it averages or
+            adds them is seen on the data.
+        data: a pair (inputs, targets) of tensors, arrays, tables or sparse matrices; a
+            list of batches; a loader, which is run through once; a data set. Several
+            inputs: a tuple, called as `model(*inputs)`, or a dict, called as
+            `model(**inputs)`; a batch may be a dict with `labels`. Kept on `device`, in
+            at most half of the memory that is free.
         closure: `closure(model, batch)` -> loss, instead of `loss`, for dict batches
             or losses that differentiate the model. Each batch is then evaluated whole
             and weighs by its samples: along its first dimension, or the second (time
@@ -127,7 +130,8 @@ class EmpiricalRisk:
         TypeError: both or neither of `loss` and `closure`, or data of another kind.
         ValueError: empty data, no parameters, an unknown `batchnorm` or `engine`, a
             `chunk_size` with `batchnorm="batch"`, a BatchNorm part or a batch that has to
-            be whole beyond the memory, outputs and targets that would be broadcast.
+            be whole beyond the memory, outputs and targets that would be broadcast; data
+            that do not fit model and loss in one of the usual ways, or that hold NaN.
         NondeterministicRiskError: the model draws from a generator of its own.
 
     Cost: building runs the model on a few samples; with a loss that is not PyTorch's own,
@@ -163,8 +167,9 @@ class EmpiricalRisk:
             chunk_size = engine.get("chunk_size") or "auto"
         _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
         seed = whole_seed(seed)
+        intake.check_roles(model, loss, data)
         self.model, of_model = unwrapped(model)
-        loss, of_loss = original(loss)
+        loss, of_loss = original(intake.made_loss(loss))
         self.notes = [*of_model, *of_loss]
         self.batchnorm: BatchNorm = batchnorm
         self.batchnorm_batch = batchnorm_batch
@@ -174,15 +179,18 @@ class EmpiricalRisk:
             loss,
             closure,
             params=params,
-            device=torch.device(device) if device is not None else None,
+            device=intake.found_device(device),
             autocast=autocast,
             tf32=tf32,
         )
         self.device, self.theta = self._objective.device, self._objective.theta
         _check_batchnorm(self.model, batchnorm)
         self.source = data
-        given = batches.materialised(data, self.device, pairs=closure is None)
+        given = intake.batches_of(data, self.device, pairs=closure is None)
         with self._exact_arithmetic():
+            if closure is None:
+                given, changes = intake.fitted(self._objective, given, batchnorm)
+                self.notes += changes
             self._mean = ChunkedMean(
                 self._objective,
                 given,
@@ -662,6 +670,15 @@ class EmpiricalRisk:
         assert self._objective.loss is not None
         return self._objective.loss
 
+    def read_again(self, seed: int) -> list[Any]:
+        """The data that `source` gives on another pass, as the risk takes them."""
+        again = intake.batches_of(
+            self.source, self.device, pairs=self.has_outputs, seed=seed
+        )
+        if self.has_outputs:
+            again, _ = intake.fitted(self._objective, again, self.batchnorm)
+        return again
+
     def full_batch(self) -> Any:
         """All data as one batch (inputs, targets), on the device.
 
@@ -834,7 +851,8 @@ class EmpiricalRisk:
         """`theta` as separate tensors, none of which shares a graph with another."""
         if theta is None:
             theta = self.theta
-        elif theta.shape != self.theta.shape:
+        theta = _tensors.flat_like(theta, self.names, self.shapes)
+        if theta.shape != self.theta.shape:
             raise ValueError(
                 f"`theta` must have shape (n,) with n={self.n}; got {tuple(theta.shape)}."
             )
@@ -897,7 +915,8 @@ class EmpiricalRisk:
         """Evaluate; where the device runs out of memory, again in smaller chunks."""
         while True:
             try:
-                with self._exact_arithmetic():
+                given = self._mean.given
+                with self._exact_arithmetic(), intake.explained(self._objective, given):
                     return evaluate()
             except torch.OutOfMemoryError as error:
                 trouble = str(error).split(". ")[0]

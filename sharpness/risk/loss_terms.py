@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sharpness import _tensors
 
 _CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
 _CLASS_FUNCTIONS = (F.cross_entropy, F.nll_loss)
@@ -34,6 +36,7 @@ _ELEMENT_FUNCTIONS = (
     F.poisson_nll_loss,
     F.soft_margin_loss,
 )
+FUNCTIONS = (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def asked_reduction(loss: Any) -> str | None:
     """The reduction of one of PyTorch's own losses; None for any other callable."""
     function, keywords = _unwrapped(loss)
     known = (*_CLASS_LOSSES, *_ELEMENT_LOSSES)
-    if _is_one_of(loss, known) or function in (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS):
+    if _is_one_of(loss, known) or function in FUNCTIONS:
         return str(keywords.get("reduction", "mean"))
     return None
 
@@ -134,7 +137,7 @@ def num_rows(batch: Any) -> float:
     batch is a part that may be meant in two ways: inputs side by side, or samples (images
     of several sizes, say).
     """
-    if not any(isinstance(part, Tensor) for part in _leaves(batch)):
+    if not any(isinstance(part, Tensor) for part in _tensors.leaves(batch)):
         raise TypeError(
             f"`data` must hold a tensor in each batch; got {type(batch).__name__}. "
             "Its rows are what `num_samples` counts."
@@ -146,20 +149,12 @@ def num_rows(batch: Any) -> float:
 def _lengths(batch: Any) -> Iterator[int]:
     if isinstance(batch, Tensor):
         yield from batch.shape[:1]
-    elif isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            if isinstance(part, list):
-                yield from dict.fromkeys((*_lengths(part), len(part)))
-            else:
-                yield from _lengths(part)
-
-
-def _leaves(batch: Any) -> Iterator[Any]:
-    if isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _leaves(part)
-    else:
-        yield batch
+        return
+    for part in _tensors.parts(batch) or ():
+        if isinstance(part, list):
+            yield from dict.fromkeys((*_lengths(part), len(part)))
+        else:
+            yield from _lengths(part)
 
 
 def _unwrapped(loss: Any) -> tuple[Any, dict[str, Any]]:

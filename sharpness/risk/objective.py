@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness.risk import loss_terms
@@ -64,6 +64,10 @@ class Objective:
         # What each kind of call (outputs, loss, both) writes into.
         self._written: dict[tuple[str, ...], set[str]] = {}
         self._batches_in_float64 = False
+
+    def take(self, predicted: Callable[[Any], Any]) -> None:
+        """What of the model's return value the loss is given."""
+        self._whole.predicted = predicted
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -120,10 +124,12 @@ class Objective:
     def reduced(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """What the loss or the closure returns."""
         value = self._call(leaves, batch)
-        if self.closure is not None and value.ndim:
+        if self.closure is not None and getattr(value, "ndim", None) != 0:
+            is_tensor = isinstance(value, Tensor)
+            got = f"shape {tuple(value.shape)}" if is_tensor else type(value).__name__
             raise ValueError(
-                "`closure` must return one value, the mean over the batch; got shape "
-                f"{tuple(value.shape)}. Average it."
+                "`closure` must return one value, the mean over the batch, as a tensor; "
+                f"got {got}. Return the loss, averaged."
             )
         return value
 
@@ -178,7 +184,7 @@ class Objective:
         seed_generators()  # what a batch draws does not depend on the batches before
         moving = {"model." + k: v for k, v in zip(self.names, leaves, strict=True)}
         if self._batches_in_float64:
-            batch = tree_map(_in_float64, batch)
+            batch = _tensors.mapped(_in_float64, batch)
         kind = tuple(kwargs) if self.closure is None else ()
         state = {**self.fixed, **moving}
         state, batch = self._safe_to_write(state, batch, self._written.get(kind))
@@ -204,7 +210,7 @@ class Objective:
         if written is None:
             return {k: v.clone() for k, v in state.items()}, tree_map(copied, batch)
         state = {k: v.clone() if k in written else v for k, v in state.items()}
-        return state, tree_map(copied if "batch" in written else lambda x: x, batch)
+        return state, _tensors.mapped(copied if "batch" in written else lambda x: x, batch)
 
     def _with_constants(self, theta: Tensor) -> Tensor:
         """With an embedding's `padding_idx` row as it is: training does not move it."""
@@ -249,12 +255,13 @@ class _Whole(nn.Module):
         self.model, self.loss, self.closure = model, loss_terms.evaluated(loss), closure
         self._elementwise = loss_terms.is_elementwise(loss)
         self.widens = False
+        self.predicted: Callable[[Any], Any] = lambda outputs: outputs
 
     def forward(self, batch: Any, outputs: Any = None, outputs_only: bool = False) -> Any:
         if self.closure is not None:
             return self.closure(self.model, batch)
         if outputs is None:
-            outputs = call_model(self.model, batch[0])
+            outputs = self.predicted(call_model(self.model, batch[0]))
         if outputs_only:
             return outputs
         if self._elementwise:
@@ -290,7 +297,7 @@ def _changed(state: Mapping[str, Any]) -> set[str]:
     return {
         name
         for name, value in state.items()
-        if any(isinstance(t, Tensor) and t._version for t in tree_leaves(value))
+        if any(isinstance(t, Tensor) and t._version for t in _tensors.leaves(value))
     }
 
 
@@ -348,9 +355,11 @@ def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]
         globs = [params] if isinstance(params, str) else list(params)
         names = [k for k in named if any(fnmatchcase(k, glob) for glob in globs)]
     if not names:
+        frozen = params is None and bool(named)
+        there = "no requires_grad" if frozen else "model parameters"
         raise ValueError(
             "`params` must match at least one parameter of `model`; got "
-            f"{params!r} (model parameters: {', '.join(list(named)[:5]) or 'none'}, …). "
-            "Use names or globs from `model.named_parameters()`."
+            f"{params!r} ({there}: {', '.join(list(named)[:3]) or 'none'}, …). "
+            "Use names or globs of `model.named_parameters()`."
         )
     return names

@@ -1,0 +1,451 @@
+"""What people pass in: it works and gives the right value, or one line says what to do."""
+
+import copy
+import re
+import subprocess
+import sys
+from collections import UserDict
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import sharpness as sh
+from sharpness import EmpiricalRisk
+from sharpness.risk import memory
+
+torch.manual_seed(0)
+MODEL = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+ONE = nn.Linear(3, 1)
+X = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(40) % 4
+CE = nn.CrossEntropyLoss()
+
+
+def cross_entropy(x=X, y=Y, model=MODEL):
+    return float(F.cross_entropy(model(x).detach().double(), y))
+
+
+EXPECTED = cross_entropy()
+
+
+class Wrapped(nn.Module):
+    """Something around the outputs."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.inner, self.around = copy.deepcopy(MODEL), around
+
+    def forward(self, x):
+        return self.around(self.inner(x))
+
+
+class ByName(nn.Module):
+    """Called as transformers' models are, with or without labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = copy.deepcopy(MODEL)
+
+    def forward(self, x, labels=None):
+        logits = self.inner(x)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+class Detector(nn.Module):
+    """Gives a loss in training mode only, as torchvision's detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = copy.deepcopy(MODEL)
+
+    def forward(self, x, y=None):
+        logits = self.inner(x)
+        return {"loss": F.cross_entropy(logits, y)} if self.training else [logits]
+
+
+class Samples(Dataset):
+    def __len__(self):
+        return len(Y)
+
+    def __getitem__(self, i):
+        return X[i], Y[i]
+
+
+class Counted:
+    """A data set that inherits from nothing."""
+
+    def __len__(self):
+        return len(Y)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(Y):
+            raise IndexError(i)
+        return X[i].numpy(), int(Y[i])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        first, step = (0, 1) if info is None else (info.id, info.num_workers)
+        yield from zip(X[first::step], Y[first::step], strict=True)
+
+
+class Labelled(Samples):
+    def __getitem__(self, i):
+        return {"x": X[i], "labels": Y[i]}
+
+
+class Encoding(UserDict):
+    """As a tokenizer's: a dict with attributes and `.to`."""
+
+    def __getattr__(self, name):
+        if name == "data":
+            raise AttributeError(name)
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, device):
+        self.data = {k: v.to(device) for k, v in self.data.items()}
+        return self
+
+
+class Graph:
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def to(self, device):
+        self.x, self.y = self.x.to(device), self.y.to(device)
+        return self
+
+
+def frame():
+    return pd.DataFrame(X.numpy(), columns=list("abc"), index=np.arange(40)[::-1])
+
+
+def risk_of(data=(X, Y), loss=CE, model=MODEL, **settings):
+    return EmpiricalRisk(model, loss, data, **settings)
+
+
+def closure_risk(closure, *data, model=MODEL):
+    return EmpiricalRisk(model, closure=closure, data=list(data))
+
+
+class SparseFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = copy.deepcopy(MODEL)
+
+    def forward(self, x):
+        first, *rest = self.inner
+        z = torch.sparse.mm(x, first.weight.T) + first.bias
+        return nn.Sequential(*rest)(z)
+
+
+def sparse(kind):
+    dense = X * (X > 0)
+    x = {
+        "coo": dense.to_sparse_coo,
+        "csr": dense.to_sparse_csr,
+        "scipy": lambda: scipy.sparse.csr_matrix(dense.numpy()),
+    }[kind]()
+    return risk_of((x, Y), model=SparseFirst()), cross_entropy(dense)
+
+
+# A call, what it is worth (by default EXPECTED), and a word of the notes.
+ACCEPTED = {
+    "dataset": lambda: risk_of(TensorDataset(X, Y)),
+    "own dataset": lambda: risk_of(Samples()),
+    "dataset by duck typing": lambda: risk_of(Counted()),
+    "stream": lambda: risk_of(Stream()),
+    "loader of dicts": lambda: risk_of(
+        DataLoader(Labelled(), batch_size=7), model=ByName()
+    ),
+    "dict with labels": lambda: risk_of({"x": X, "labels": Y}, model=ByName()),
+    "encoding with labels": lambda: risk_of([Encoding(x=X, labels=Y)], model=ByName()),
+    "loss by name": lambda: risk_of(loss="cross_entropy"),
+    "loss by its class's name": lambda: risk_of(loss="CrossEntropyLoss"),
+    "loss with a dash": lambda: risk_of(loss="cross-entropy"),
+    "loss class": lambda: risk_of(loss=nn.CrossEntropyLoss),
+    "arrays": lambda: risk_of((X.numpy(), Y.numpy())),
+    "float64 arrays": lambda: risk_of((X.double().numpy(), Y.numpy())),
+    "float64 tensors": lambda: risk_of((X.double(), Y)),
+    "whole numbers of NumPy": lambda: risk_of(chunk_size=np.int64(7), seed=np.int32(3)),
+    "frame and series": lambda: risk_of((frame(), pd.Series(Y.numpy(), frame().index))),
+    "closure of encodings": lambda: closure_risk(
+        lambda m, b: F.cross_entropy(m(b.x), b.labels), Encoding(x=X, labels=Y)
+    ),
+    "closure of objects": lambda: closure_risk(
+        lambda m, b: F.cross_entropy(m(b.x), b.y), Graph(X, Y)
+    ),
+    "closure of two objects": lambda: closure_risk(
+        lambda m, b: F.cross_entropy(m(b.x), b.y), Graph(X[:9], Y[:9]), Graph(X[9:], Y[9:])
+    ),
+    "logits": lambda: risk_of(model=Wrapped(lambda z: SimpleNamespace(logits=z))),
+    "tuple": lambda: risk_of(model=Wrapped(lambda z: (z, z.tanh()))),
+    "int32 labels": lambda: risk_of((X, Y.int())),
+    "labels in a column": lambda: risk_of((X, Y[:, None])),
+    "int8 labels in a column": lambda: risk_of(
+        (X.numpy(), Y.numpy().astype("i1")[:, None])
+    ),
+    "partial": lambda: risk_of(loss=partial(F.cross_entropy, reduction="mean")),
+    "workers": lambda: risk_of(DataLoader(Samples(), batch_size=9, num_workers=2)),
+    "stream of workers": lambda: risk_of(DataLoader(Stream(), 9, num_workers=2)),
+}
+SAID = {
+    "float64 arrays": "converted to float32",
+    "float64 tensors": "converted to float32",
+    "logits": "`logits` are its outputs",
+    "tuple": "first entry is its outputs",
+    "int32 labels": "labels of int32 were made int64",
+    "labels in a column": r"\(N, 1\) made \(N,\)",
+    "loader of dicts": "`logits`",
+    "dict with labels": "`logits`",
+    "encoding with labels": "`logits`",
+    "int8 labels in a column": r"int8 were made int64 and \(N, 1\)",
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_call_as_people_write_it_has_the_value_by_hand(name):
+    risk = ACCEPTED[name]()
+    assert risk.value() == pytest.approx(EXPECTED, rel=1e-6)
+    assert risk.num_samples == 40
+    notes = " ".join(risk.notes)
+    assert bool(notes) == (name in SAID), notes
+    if name in SAID:
+        assert re.search(SAID[name], notes)
+
+
+@pytest.mark.parametrize("name", ["dataset", "logits", "closure of objects", "tuple"])
+def test_derivatives_of_such_a_call_are_those_of_the_plain_one(name):
+    plain, risk = risk_of(), ACCEPTED[name]()
+    v = torch.randn(plain.n, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(risk.gradient(), plain.gradient(), atol=1e-6)
+    assert torch.allclose(risk.hvp(v), plain.hvp(v), atol=1e-5)
+    assert torch.allclose(risk.double().gradient().float(), plain.gradient(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "scipy"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Sparse invariant")
+def test_sparse_inputs_have_the_value_and_gradient_of_dense_ones(kind):
+    risk, expected = sparse(kind)
+    assert risk.value() == pytest.approx(expected, rel=1e-6)
+    plain = risk_of((X * (X > 0), Y))
+    assert torch.allclose(risk.gradient(), plain.gradient(), atol=1e-6)
+    found, expected = (sh.eigenpairs(r).eigenvalues for r in (risk, plain))
+    assert torch.allclose(found, expected, rtol=1e-3)
+
+
+def test_whole_numbers_of_numpy_are_taken_everywhere():
+    risk = risk_of()
+    found = sh.eigenpairs(risk, k=np.int64(2), seed=np.int32(0), max_hvps=np.int64(40))
+    assert torch.allclose(found.eigenvalues, sh.eigenpairs(risk, 2).eigenvalues)
+    assert sh.trace(risk, seed=np.uint8(1)).value == sh.trace(risk, seed=1).value
+
+
+def test_measures_may_be_named_in_one_string():
+    found = sh.summary(risk_of(), measures="norms, trace")
+    assert set(found.results) == {"norms", "trace"}
+
+
+def test_a_state_dict_stands_for_a_flat_theta():
+    other = copy.deepcopy(MODEL)
+    nn.init.normal_(other[0].weight, generator=torch.Generator().manual_seed(4))
+    risk, theta = risk_of(), torch.cat([p.detach().flatten() for p in other.parameters()])
+    assert risk.value(other.state_dict()) == risk.value(theta)
+    assert torch.equal(risk.gradient(other.state_dict()), risk.gradient(theta))
+    found = sh.norms(risk, start=other.state_dict())
+    assert found.distance_from_start == sh.norms(risk, start=theta).distance_from_start
+    lines = (
+        sh.interpolation(risk, to, alphas=(0.5,)) for to in (theta, other.state_dict())
+    )
+    assert len({float(line.values[0]) for line in lines}) == 1
+
+
+# -- one line ----------------------------------------------------------------------------
+
+
+def with_wrong(value, rows):
+    x = X.clone()
+    x[rows, 1] = value
+    return x
+
+
+def quantised():
+    layer = nn.Linear(3, 4)
+    layer.register_buffer("packed", torch.zeros(3, dtype=torch.int8))
+    return layer
+
+
+BCE = nn.BCEWithLogitsLoss()
+IMAGES = torch.zeros(6, 1, 4, 4, dtype=torch.uint8)
+CONV = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4))
+DETECTED = (lambda m, b: sum(m(b["x"], b["y"]).values()), {"x": X, "y": Y})
+REFUSED = {
+    "float labels": (lambda: risk_of((X, Y.float())), "class numbers.*float32.*long"),
+    "labels from 1": (lambda: risk_of((X, Y + 1)), r"labels in \[0, 4\).*got 4 .*10 of 40"),
+    "negative labels": (lambda: risk_of((X, Y - 1)), "got -1"),
+    "narrow inputs": (lambda: risk_of((X[:, :2], Y)), r"fit the model; got .*\(16|40, 2\)"),
+    "flat images": (lambda: risk_of((X, Y), model=CONV), "fit the model"),
+    "bytes": (lambda: risk_of((IMAGES, Y[:6]), model=CONV), r"uint8.*x.float\(\) / 255"),
+    "bce shapes": (
+        lambda: risk_of((X, (Y % 2).float()), BCE, ONE),
+        r"\(40, 1\).*\(40,\).*broadcast",
+    ),
+    "bce of whole numbers": (lambda: risk_of((X, Y[:, None] % 2), BCE, ONE), "y.float"),
+    "sequence of scores": (
+        lambda: risk_of((X, Y[:, None].expand(40, 7)), model=MODEL),
+        "a class for each row",
+    ),
+    "floats into an embedding": (
+        lambda: risk_of((X, Y), model=nn.Sequential(nn.Embedding(5, 4), nn.Flatten())),
+        "whole numbers",
+    ),
+    "tokens out of range": (
+        lambda: risk_of((Y + 3, Y), model=nn.Embedding(5, 4)),
+        "tokens below the size",
+    ),
+    "two inputs for one": (lambda: risk_of(((X, X), Y)), "model's inputs"),
+    "tensor as a model": (lambda: risk_of(model=MODEL(X)), "got Tensor"),
+    "risk's outputs as a model": (lambda: risk_of(model=risk_of().outputs()), "got Tensor"),
+    "risk as a model": (lambda: risk_of(model=risk_of()), "got EmpiricalRisk"),
+    "loss first": (lambda: EmpiricalRisk(CE, MODEL, (X, Y)), "order is EmpiricalRisk"),
+    "loss last": (lambda: EmpiricalRisk(MODEL, (X, Y), CE), "order is EmpiricalRisk"),
+    "data first": (lambda: EmpiricalRisk((X, Y), MODEL, CE), "order is EmpiricalRisk"),
+    "a loss value": (lambda: risk_of(loss=torch.ones(())), "function of"),
+    "unknown loss": (lambda: risk_of(loss="crossentropi"), "Did you mean crossentropy"),
+    "a loss class with arguments": (
+        lambda: risk_of(loss=nn.AdaptiveLogSoftmaxWithLoss),
+        "needs arguments",
+    ),
+    "measure of a model": (lambda: sh.eigenpairs(MODEL, CE, (X, Y)), "EmpiricalRisk.model"),
+    "summary of a model": (lambda: sh.summary(MODEL), "EmpiricalRisk.model"),
+    "three in a tuple": (lambda: risk_of((X, X, Y)), r"Several inputs: \(\(a, b\)"),
+    "three in a batch": (lambda: risk_of([(X, X, Y)]), r"tuple \(3\)"),
+    "lone tensor": (lambda: risk_of(X), "Tensor .*alone"),
+    "lone array": (lambda: risk_of(X.numpy()), "ndarray .*alone"),
+    "lone frame": (lambda: risk_of(frame()), "DataFrame .*alone"),
+    "words": (lambda: risk_of((X, pd.Series(["a"] * 40))), "numbers; got Series"),
+    "all frozen": (
+        lambda: risk_of(model=copy.deepcopy(MODEL).requires_grad_(False)),
+        "requires_grad",
+    ),
+    "no cuda": (lambda: risk_of(device="cuda"), "'cuda'.*'cpu'"),
+    "no such device": (lambda: risk_of(device="gpu"), "'gpu'"),
+    "nan": (
+        lambda: risk_of((with_wrong(np.nan, [3, 5]), Y)),
+        r"2 of 40 rows \(3, 5\)",
+    ),
+    "infinite": (lambda: risk_of((with_wrong(np.inf, [7]), Y)), r"1 of 40 rows \(7\)"),
+    "nan targets": (
+        lambda: risk_of((X, with_wrong(np.nan, [0, 1, 2, 9])[:, 1:2]), "mse", ONE),
+        r"4 of 40 rows \(0, 1, 2, …\)",
+    ),
+    "int8": (lambda: risk_of(model=quantised()), "quantised"),
+    "dynamically quantised": (
+        lambda: risk_of(model=torch.ao.quantization.quantize_dynamic(MODEL, {nn.Linear})),
+        "quantised",
+    ),
+    "a loss in training mode": (
+        lambda: closure_risk(DETECTED[0], DETECTED[1], model=Detector()).value(),
+        "evaluation mode",
+    ),
+    "a list of outputs": (lambda: risk_of(model=Detector()), "outputs as a tensor"),
+    "a closure of a dict": (
+        lambda: closure_risk(lambda m, b: {"loss": m(b).sum()}, X).value(),
+        "got dict",
+    ),
+    "theta of another network": (
+        lambda: risk_of().value(ONE.state_dict()),
+        "hold `0.weight`",
+    ),
+}
+CAUSED = {"float labels", "narrow inputs", "bytes", "a loss in training mode", "no cuda"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize")
+def test_a_wrong_call_is_one_line(name):
+    if name == "no cuda" and torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    call, expected = REFUSED[name]
+    with pytest.raises((ValueError, TypeError), match=expected) as caught:
+        call()
+    line = str(caught.value)
+    assert line.startswith("`")
+    assert "\n" not in line
+    assert len(line) <= 200, line
+    if name in CAUSED:
+        assert isinstance(caught.value.__cause__, Exception)
+
+
+def test_an_error_of_ones_own_stays_as_it_is():
+    def broken(outputs):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        risk_of(model=Wrapped(broken))
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        closure_risk(lambda m, b: broken(b), X).value()
+
+
+def test_values_that_are_masked_may_be_nan():
+    model = Wrapped(lambda z: z)
+    model.inner.insert(0, SimpleModule(torch.nan_to_num))
+    risk = risk_of((with_wrong(np.nan, [3]), Y), model=model)
+    assert risk.value() == pytest.approx(cross_entropy(with_wrong(0.0, [3])), rel=1e-6)
+
+
+class SimpleModule(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_data_beyond_half_of_the_free_memory_are_refused_before_it_is_full(monkeypatch):
+    taken = []
+
+    def batches():
+        while True:
+            taken.append(1)
+            yield X, Y
+
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 20_000)
+    with pytest.raises(ValueError, match=r"half of the free memory.*num_samples="):
+        risk_of(batches())
+    each = X.nbytes + Y.nbytes
+    assert len(taken) == 10_000 // each + 1
+
+
+def test_workers_end(tmp_path):
+    code = """
+import torch, sharpness as sh, multiprocessing as mp
+from torch.utils.data import DataLoader, TensorDataset
+if __name__ == "__main__":
+    data = TensorDataset(torch.randn(40, 3), torch.arange(40) % 4)
+    loader = DataLoader(data, batch_size=8, num_workers=2, persistent_workers=False)
+    sh.EmpiricalRisk(torch.nn.Linear(3, 4), "cross_entropy", loader)
+    print(len(mp.active_children()))
+"""
+    (tmp_path / "run.py").write_text(code)
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py")],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert run.stdout.strip() == "0", run.stderr
