@@ -7,7 +7,8 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,7 +70,10 @@ def measured(
     selected(settings.measures)  # before any work
     got = f"{subject.data['name']} and {subject.path}"
     kinds = (RuntimeError, IndexError)  # a class number out of range, say
-    with explained("--data", "fit the network and the loss", got, kinds=kinds):
+    with (
+        _of_the_flag(subject),
+        explained("--data", "fit the network and the loss", got, kinds=kinds),
+    ):
         risk = risk_of(subject, settings, device)
         value = risk.value()
     ensure(
@@ -104,6 +108,16 @@ def measured(
         generalisation=_generalisation(subject, settings, found, device),
     )
     return Measurement(summary=found, record=record, checkup=checkup)
+
+
+@contextmanager
+def _of_the_flag(subject: LoadedCheckpoint) -> Iterator[None]:
+    """A line about `data` names what stood behind `--data`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        flag = f"`--data {subject.data['name']}`"
+        raise type(error)(str(error).replace("`data`", flag, 1)) from error
 
 
 def data_facts(subject: LoadedCheckpoint, settings: MeasurementSettings) -> dict[str, Any]:

@@ -382,6 +382,9 @@ def _says(t: _Trouble, *texts: str) -> bool:
 
 def _trains(t: _Trouble) -> bool:
     """Whether a closure works in training mode alone, each time on a copy."""
+    closure = t.objective.closure
+    if closure is None:
+        return False
 
     def works(training: bool) -> bool:
         try:
@@ -391,9 +394,6 @@ def _trains(t: _Trouble) -> bool:
             return False
         return True
 
-    closure = t.objective.closure
-    if closure is None:
-        return False
     with random_generators_kept():
         return works(True) and not works(False)
 
