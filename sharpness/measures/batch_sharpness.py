@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sharpness import _tensors
-from sharpness._arguments import whole, whole_seed
+from sharpness._arguments import of_a_risk, whole, whole_seed
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.risk.empirical import EmpiricalRisk
@@ -36,6 +36,7 @@ class BatchSharpness(Result):
         )
 
 
+@of_a_risk
 def batch_sharpness(
     risk: EmpiricalRisk,
     batch_size: int | None = None,

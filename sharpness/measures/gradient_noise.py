@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import require, whole, whole_seed
+from sharpness._arguments import of_a_risk, require, whole, whole_seed
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.risk.empirical import EmpiricalRisk
@@ -76,6 +76,7 @@ class GradientNoise(Result):
             yield Reading(name=name + suffix, value=value, error=error, evidence=words)
 
 
+@of_a_risk
 def gradient_noise(
     risk: EmpiricalRisk,
     *,
