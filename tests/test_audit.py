@@ -182,6 +182,15 @@ def test_an_additive_floor_in_the_perturbation_scale_is_seen_to_move(monkeypatch
     assert sh.audit(risk, names, **settings).invariant == ()
 
 
+@pytest.mark.parametrize("name", ["average", "pac_bayes_sigma", "relative_flatness"])
+def test_the_spread_over_draws_that_are_shared_allows_nothing(name):
+    risk = risk_of(rectified())
+    errors = [r.error for r in sh.summary(risk, [name], rho=(0.05,)).readings()]
+    (row,) = sh.audit(risk, [name], rho=(0.05,), margin=0.0).rows
+    assert errors[0] > 0
+    assert {*row.allowed.values()} == {0.0}
+
+
 def test_float32_is_enough_to_tell():
     x, y = samples()
     risk = risk_of(copy.deepcopy(rectified()).float(), data=(x.float(), y))

@@ -15,6 +15,7 @@ from sharpness.measures.summary import Keywords, summary
 from sharpness.risk.empirical import EmpiricalRisk
 
 _TOLERATED = 1e-5  # change of an output, over all samples
+_SPREAD = ("standard error", " draws")  # in the evidence of an error that is one
 AUDITED = (
     "lambda_max",
     "trace",
@@ -206,13 +207,10 @@ def _values(
 ) -> tuple[dict[str, tuple[float, float]], Status, Cost]:
     """Value and error of every reading. Draws are shared, so their spread is no error."""
     found = summary(risk, measures, progress=progress, **settings)
-    values = {
-        reading.name: (
-            reading.value,
-            0.0 if "standard error" in reading.evidence else reading.error or 0.0,
-        )
-        for reading in found.readings()
-    }
+    values = {}
+    for reading in found.readings():
+        is_spread = any(words in reading.evidence for words in _SPREAD)
+        values[reading.name] = reading.value, 0.0 if is_spread else reading.error or 0.0
     interrupted = found.status is Status.INTERRUPTED
     return values, Status.INTERRUPTED if interrupted else Status.COMPLETED, found.cost
 
