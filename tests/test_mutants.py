@@ -6,6 +6,7 @@ stands: each is one of the suite's own cases.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
@@ -239,6 +240,19 @@ def stopping_does_not_look_at_the_next_interval(patch):
 
     # The test looks at the honest one, `meets` at this one.
     patch.setattr(lanczos, "ritz_pairs", ritz_pairs)
+
+
+@seen_by(
+    test_eigenpairs.test_values_beyond_the_rank_are_zeros_and_found_at_once,
+    "LA",
+    5,
+    torch.float32,
+)
+def zeros_must_be_known_below_the_noise(patch):
+    def allowed(values, noise, tol):
+        return tol * np.maximum(np.abs(values), noise)
+
+    patch.setattr(lanczos, "allowed", allowed)
 
 
 @seen_by(test_lanczos.test_a_restart_keeps_the_ritz_pairs_it_was_told_to)
@@ -744,12 +758,13 @@ def every_epoch_has_the_same_order(patch):
 )
 def the_proximal_term_pushes_away(patch):
     original = remedies.Conservative.__call__
-    patch.setattr(
-        remedies.Conservative,
-        "__call__",
-        lambda self, step: original(replace(self, strength=-self.strength), step),
-    )
-    patch.setattr(remedies, "at_least", lambda *_: None)
+
+    def opposite(self, step):
+        away = copy.copy(self)
+        object.__setattr__(away, "strength", -self.strength)  # no setting can be negative
+        return original(away, step)
+
+    patch.setattr(remedies.Conservative, "__call__", opposite)
 
 
 @seen_by(test_remedies.test_a_sam_update_takes_the_gradient_on_the_sphere, 0.5, 0.0)
