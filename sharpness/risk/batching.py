@@ -15,17 +15,18 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sharpness import _tensors
 from sharpness._results import NondeterministicRiskError
 from sharpness.risk import batches
+from sharpness.risk.calls import Calls
 from sharpness.risk.loss_terms import is_elementwise, num_rows
 from sharpness.risk.model_state import random_states, seed_generators
 from sharpness.risk.objective import Objective, gradients
@@ -81,9 +82,10 @@ def why_whole(objective: Objective, few: batches.Pair, first: batches.Pair) -> s
         objective.reduced(leaves, first)  # fails likewise if the trouble is another
         return UNCUT
     if not _near([again], [value], objective.eps):
-        with _WatchForDraws() as watch:
+        handed_in: list[Any] = []
+        with Calls(lambda *call: handed_in.append(call[2].get("generator"))):
             objective.reduced(leaves, few)
-        if watch.drawn:
+        if any(isinstance(each, torch.Generator) for each in handed_in):
             raise NondeterministicRiskError(*(float(v.sum()) for v in (value, again)))
         return "the same rows twice give two values"
     if drawn:
@@ -99,19 +101,6 @@ def draws(
     fresh = random_states()
     value = objective.reduced(leaves, batch)
     return value, random_states() != fresh
-
-
-class _WatchForDraws(TorchFunctionMode):
-    """Looks for random numbers from a generator that is handed in."""
-
-    drawn = False
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        self.drawn |= isinstance(kwargs.get("generator"), torch.Generator)
-        return function(*args, **kwargs)
 
 
 def sample_dim(objective: Objective, inputs: Any) -> int:
@@ -295,40 +284,27 @@ def broadcast(objective: Objective, outputs: Any, targets: Tensor) -> list[Tenso
 
     (N, 1) beside (N,) makes N x N, which nobody means who has not written it out.
     """
-    leaves, (outputs, at) = objective.pieces(objective.theta), _moving(outputs)
-    with torch.enable_grad(), _Watch() as watch:
+    leaves, (outputs, _) = objective.pieces(objective.theta), _moving(outputs)
+    stretched: list[Tensor] = []
+    with torch.enable_grad(), Calls(lambda *call: stretched.extend(_stretched(*call))):
         objective.loss_of(leaves, (None, targets), outputs)
-    return watch.stretched if at else []
+    return stretched[:2]
 
 
-class _Watch(TorchFunctionMode):
-    """Looks for an operation on two shapes that broadcast to more entries than both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stretched: list[Tensor] = []
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        two = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim]
-        if len(two) == 2 and two[0].requires_grad != two[1].requires_grad:
-            a, b = (tensor.shape for tensor in two)
-            if a != b and a.numel() == b.numel() and a[0] == b[0] and len(args) == 2:
-                self._check(function, result, two)
-        return result
-
-    def _check(self, function: Any, result: Any, two: list[Tensor]) -> None:
-        try:
-            shape = torch.broadcast_shapes(*(tensor.shape for tensor in two))
-        except RuntimeError:
-            return
+def _stretched(function: Any, args: Any, _: Any, result: Any) -> list[Tensor]:
+    """Outputs and targets, where a call broadcasts two shapes to more entries than both."""
+    two = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim]
+    if len(two) != 2 or len(args) != 2 or two[0].requires_grad == two[1].requires_grad:
+        return []
+    a, b = (tensor.shape for tensor in two)
+    if a == b or a.numel() != b.numel() or a[0] != b[0]:
+        return []
+    with suppress(RuntimeError):  # shapes that do not broadcast
+        shape = torch.broadcast_shapes(a, b)
         elementwise = is_elementwise(function) or getattr(result, "shape", None) == shape
-        if elementwise and shape.numel() > two[0].numel():
-            self.stretched = self.stretched or sorted(
-                two, key=lambda t: not t.requires_grad
-            )
+        if elementwise and shape.numel() > a.numel():
+            return sorted(two, key=lambda t: not t.requires_grad)
+    return []
 
 
 def _responses(

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors
+from sharpness.risk.calls import Calls
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ class _Line:
             size * torch.randn(size.shape, generator=draw).to(size) for _ in range(2)
         )
         self.f, self.theta = sample, sample.theta + _BESIDE * beside
-        with _TypesSeen() as seen:
+        types = {torch.float64}  # of what depends on theta
+        with Calls(lambda *call: types.update(_moving_types(call[-1]))):
             self.here = sample.value_and_gradient(self.theta)
-        self.eps = max(seen.eps, sample.eps)
+        self.eps = max(sample.eps, *(torch.finfo(dtype).eps for dtype in types))
         if not _is_finite(self.here):
             self.theta, self.here = sample.theta, sample.value_and_gradient(sample.theta)
 
@@ -182,29 +183,17 @@ class _Line:
             if scale < _LEAST or not rounding <= limits.resolved * size < math.inf:
                 continue
             apart = float(_tensors.norm64(found - claimed)) / size
-            numbers = (float(claimed), float(found)) if signed else sizes
-            if apart <= limits.agree:
-                return Comparison(True, *numbers, apart)
             moved = math.inf if last is None else float(_tensors.norm64(found - last))
-            if moved <= limits.settled * size:
-                return Comparison(False, *numbers, apart)
-            last = found
+            agrees, last = apart <= limits.agree, found
+            if agrees or moved <= limits.settled * size:
+                ours, theirs = map(float, (claimed, found)) if signed else sizes
+                return Comparison(agrees, ours, theirs, apart)
         return Comparison()
 
 
-class _TypesSeen(TorchFunctionMode):
-    """The coarsest type in which something that depends on theta is computed."""
-
-    eps = 0.0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for part in tree_leaves(result):
-            if isinstance(part, Tensor) and part.requires_grad:
-                self.eps = max(self.eps, torch.finfo(part.dtype).eps)
-        return result
+def _moving_types(result: Any) -> set[torch.dtype]:
+    tensors = (part for part in tree_leaves(result) if isinstance(part, Tensor))
+    return {tensor.dtype for tensor in tensors if tensor.requires_grad}
 
 
 def _sizes(sample: Sample) -> Tensor:

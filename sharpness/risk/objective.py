@@ -6,7 +6,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -188,7 +188,10 @@ class Objective:
         kind = tuple(kwargs) if self.closure is None else ()
         state = {**self.fixed, **moving}
         state, batch = self._safe_to_write(state, batch, self._written.get(kind))
-        with self._precision(), _compiled_parts_run_eagerly():
+        autocast = torch.autocast(
+            self.device.type, dtype=self._autocast, enabled=self._autocast is not None
+        )
+        with autocast, _compiled_parts_run_eagerly():
             result: Tensor = functional_call(self._whole, state, (batch,), kwargs)
         if kind not in self._written:
             self._written[kind] = _changed({**state, "batch": batch})
@@ -228,12 +231,6 @@ class Objective:
         for name, row in rows:
             pieces[name][row] = True
         return mask
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        on = self._autocast is not None
-        with torch.autocast(self.device.type, dtype=self._autocast, enabled=on):
-            yield
 
     def _copied_state(self) -> dict[str, Tensor]:
         """Everything a call needs beside theta: buffers, and parameters held fixed."""
@@ -301,14 +298,12 @@ def _changed(state: Mapping[str, Any]) -> set[str]:
     }
 
 
-@contextmanager
-def _compiled_parts_run_eagerly() -> Iterator[None]:
+def _compiled_parts_run_eagerly() -> AbstractContextManager[None]:
     """What `torch.compile` has made cannot be differentiated twice."""
     if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+        return nullcontext()
+    eagerly: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return eagerly
 
 
 def gradients(value: Tensor, leaves: Sequence[Tensor], **how: Any) -> Sequence[Tensor]:
