@@ -6,9 +6,9 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -47,7 +47,31 @@ if TYPE_CHECKING:
 BatchNorm = Literal["running", "batch", "recalibrated"]
 MATRICES: tuple[str, ...] = get_args(Matrix)
 _Computed = TypeVar("_Computed")
+_Asked = ParamSpec("_Asked")
 _FEWEST_CHECKED = 32  # samples on which derivatives are compared with differences
+
+
+def _fitting(
+    evaluate: Callable[Concatenate[EmpiricalRisk, _Asked], _Computed],
+) -> Callable[Concatenate[EmpiricalRisk, _Asked], _Computed]:
+    """A method that is called again, in smaller chunks, where the memory runs out."""
+
+    @wraps(evaluate)
+    @torch.inference_mode(False)
+    def fitted(
+        risk: EmpiricalRisk, /, *args: _Asked.args, **kwargs: _Asked.kwargs
+    ) -> _Computed:
+        while True:
+            try:
+                given = risk._mean.given
+                with risk._exact_arithmetic(), intake.explained(risk._objective, given):
+                    return evaluate(risk, *args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                trouble = str(error).split(". ")[0]
+            # Outside the handler, so that what the failed evaluation held is free.
+            risk._take_smaller_chunks(trouble)
+
+    return fitted
 
 
 class EmpiricalRisk:
@@ -220,7 +244,6 @@ class EmpiricalRisk:
         self._gradient: Tensor | None = None
         self._value: float | None = None  # at theta, once it is known
         self._derivatives = Derivatives() if check else None
-        self._checked = False  # that no layer is computed again in a backward pass
         if batchnorm == "recalibrated":
             self._objective.fixed |= self._statistics(self._pieces(None))
 
@@ -339,18 +362,16 @@ class EmpiricalRisk:
 
     # -- what it gives ---------------------------------------------------------------
 
-    @torch.inference_mode(False)
+    @_fitting
     def value(self, theta: Tensor | None = None) -> float:
         """The risk at `theta` (n,), by default the model's own. Cost: one forward pass."""
-        closed = self._objective.closure is not None  # may differentiate the model
+        closed = not self.has_outputs  # a closure may differentiate the model
+        leaves = [piece.requires_grad_(closed) for piece in self._pieces(theta)]
+        with self._evaluating(theta), torch.set_grad_enabled(closed):
+            parts = [part.detach().double() for part in self._mean.shares(leaves)]
+        return self._seen(theta, float(torch.stack(parts).sum()))
 
-        def evaluate() -> float:
-            leaves = [piece.requires_grad_(closed) for piece in self._pieces(theta)]
-            with self._evaluating(theta), torch.set_grad_enabled(closed):
-                parts = [part.detach().double() for part in self._mean.shares(leaves)]
-            return float(torch.stack(parts).sum())
-
-        value = self._fitting(evaluate)
+    def _seen(self, theta: Tensor | None, value: float) -> float:
         if theta is None:
             self._value = value
         return value
@@ -366,15 +387,13 @@ class EmpiricalRisk:
                 parameters. The derivative of that gradient is the Hessian; it parts from
                 the plain one with `batchnorm="recalibrated"` alone.
         """
-        held = self.batchnorm
-        if freeze_batchnorm and held == "recalibrated":
-            self.batchnorm = "running"
-        try:
-            return self.value_and_gradient(theta)[1]
-        finally:
-            self.batchnorm = held
+        risk = self
+        if freeze_batchnorm and self.batchnorm == "recalibrated":
+            risk = copy.copy(self)
+            risk.batchnorm = "running"
+        return risk.value_and_gradient(theta)[1]
 
-    @torch.inference_mode(False)
+    @_fitting
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
         """The risk and its gradient (n,) at `theta`. Cost: one pass over the data.
 
@@ -383,21 +402,15 @@ class EmpiricalRisk:
                 constructor gives it all the same).
         """
         self._require_gradient_of_f()
-
-        def evaluate() -> tuple[float, Tensor]:
-            leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
-            parts, gradient = [], torch.zeros_like(self.theta)
-            with self._evaluating(theta), torch.enable_grad():
-                for share in self._mean.shares(leaves):
-                    pieces = self._first_checked(share, leaves)
-                    gradient += _tensors.flatten(g.to(self.dtype) for g in pieces)
-                    parts.append(share.detach().double())
-            return float(torch.stack(parts).sum()), gradient
-
-        value, gradient = self._fitting(evaluate)
-        if theta is None:
-            self._value = value
-        return value, gradient
+        leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
+        parts, gradient = [], torch.zeros_like(self.theta)
+        with self._evaluating(theta), torch.enable_grad():
+            for share in self._mean.shares(leaves):
+                with no_layers_computed_again(self.model):
+                    pieces = gradients(share, leaves)
+                gradient += _tensors.flatten(g.to(self.dtype) for g in pieces)
+                parts.append(share.detach().double())
+        return self._seen(theta, float(torch.stack(parts).sum())), gradient
 
     def hvp(self, v: Tensor) -> Tensor:
         """Hessian of f times `v`: (n,) -> (n,), or (b, n) -> (b, n), row by row.
@@ -412,7 +425,7 @@ class EmpiricalRisk:
         """
         return self.product(v, "hessian")
 
-    @torch.inference_mode(False)
+    @_fitting
     def product(self, v: Tensor, matrix: Matrix = "hessian") -> Tensor:
         r"""A curvature matrix times `v`: (n,) -> (n,), or (b, n) -> (b, n).
 
@@ -448,14 +461,14 @@ class EmpiricalRisk:
         v = v.detach().to(device=self.device, dtype=self.dtype)
         if not self._is_finite():
             return torch.full_like(v, math.nan)
-        product = self._fitting(lambda: self._products_of(matrix, 1)(v))
+        product = self._products_of(matrix, 1)(v)
         if matrix != "gradient_covariance":
             return product
         if self._gradient is None:
             self._gradient = self.gradient()
         return product - (v @ self._gradient).unsqueeze(-1) * self._gradient
 
-    @torch.inference_mode(False)
+    @_fitting
     def product_and_error(
         self, v: Tensor, matrix: Matrix = "hessian"
     ) -> tuple[Tensor, Tensor]:
@@ -470,20 +483,19 @@ class EmpiricalRisk:
 
         Cost: that of `product`.
         """
-        rows = v.detach().to(device=self.device, dtype=self.dtype)
-
-        def measured() -> tuple[Tensor, Tensor] | None:
-            finite = self._is_finite()
-            return self._products_of(matrix, 1).with_errors(rows) if finite else None
-
-        found = self._fitting(measured)
+        found = self._measured(v, matrix)
         if found is not None:
             return found
         products = self.product(v, matrix)
         # The first product may have shown that differences are needed.
-        return self._fitting(measured) or (products, rounding(products))
+        return self._measured(v, matrix) or (products, rounding(products))
 
-    @torch.inference_mode(False)
+    def _measured(self, rows: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor] | None:
+        rows = rows.detach().to(device=self.device, dtype=self.dtype)
+        finite = self._is_finite()
+        return self._products_of(matrix, 1).with_errors(rows) if finite else None
+
+    @_fitting
     def gradient_and_product(self) -> tuple[Tensor, Tensor]:
         """The gradient g and the Hessian's product H g, (n,) each, of a risk met once.
 
@@ -492,30 +504,26 @@ class EmpiricalRisk:
 
         Cost: that of a gradient and a product, in one go where the data are one chunk.
         """
-
-        def evaluate() -> tuple[Tensor, Tensor]:
-            work, slope = (
-                self._mean.work("hessian", self.seed),
-                torch.zeros_like(self.theta),
-            )
-            if len(work.batches) > 1:
-                slope = self.gradient()
-                return slope, KeptGraph(work, 0)(slope)
-            apply = work.linearised(0)
-            assert isinstance(apply, Pullback)
-            product = torch.zeros_like(self.theta)
-            work.add(slope, apply.values, 0)
-            work.add(product, apply(work.split(slope)), 0)
-            return slope, product
-
         self._require_gradient_of_f()
         if self.engine != "differences" and not self._doubt():
             with suppress(NotImplementedError):
-                return self._fitting(evaluate)
+                return self._exact_gradient_and_product()
         slope = self.gradient()
         return slope, self.product(slope)
 
-    @torch.inference_mode(False)
+    def _exact_gradient_and_product(self) -> tuple[Tensor, Tensor]:
+        work = self._mean.work("hessian", self.seed)
+        if len(work.batches) > 1:
+            slope = self.gradient()
+            return slope, KeptGraph(work, 0)(slope)
+        apply = work.linearised(0)
+        assert isinstance(apply, Pullback)
+        slope, product = (torch.zeros_like(self.theta) for _ in range(2))
+        work.add(slope, apply.values, 0)
+        work.add(product, apply(work.split(slope)), 0)
+        return slope, product
+
+    @_fitting
     def block_products(
         self,
         blocks: Sequence[Sequence[str]],
@@ -542,7 +550,7 @@ class EmpiricalRisk:
         moved = [v.detach().to(device=self.device, dtype=self.dtype) for v in vectors]
         if not self._is_finite():
             return [torch.full_like(v, math.nan) for v in moved]
-        return self._fitting(lambda: self._products_of(matrix, 1).of_blocks(places, moved))
+        return self._products_of(matrix, 1).of_blocks(places, moved)
 
     def subset(self, index: Sequence[int] | Tensor) -> EmpiricalRisk:
         """The mean over some of the samples, at the same theta. They may repeat.
@@ -572,27 +580,23 @@ class EmpiricalRisk:
                 f"`index` must hold positions in [0, {self.num_samples}); got {wrong}. "
                 "They count from 0 and may repeat."
             )
-        return self._over(self._mean.subset(places))
+        return self._with(_mean=self._mean.subset(places))
 
     def parts(self) -> list[EmpiricalRisk]:
         """The means over what is evaluated at once: batches, BatchNorm parts, or chunks.
 
         Weighted by their terms they add up to f.
         """
-        return [self._over(part) for part in self._mean.parts()]
-
-    def _over(self, mean: ChunkedMean) -> EmpiricalRisk:
-        other = copy.copy(self)
-        other._mean = mean
-        other._forget()
-        return other
+        return [self._with(_mean=part) for part in self._mean.parts()]
 
     def unchecked(self) -> EmpiricalRisk:
         """The same risk with `check=False`: its derivatives as they come."""
+        return self._with(_derivatives=None, _again={**self._again, "check": False})
+
+    def _with(self, **changes: Any) -> EmpiricalRisk:
+        """A risk like this one, of which nothing has been computed yet."""
         other = copy.copy(self)
-        other._forget()
-        other._derivatives = None
-        other._again = {**self._again, "check": False}
+        vars(other).update(changes, _products={}, _gradient=None, _value=None)
         return other
 
     def sample_gradients(
@@ -641,11 +645,8 @@ class EmpiricalRisk:
         Cost: nothing yet; passes take about twice as long on a CPU, and up to 64 times on
         GPUs made for games.
         """
-        other = copy.copy(self)
-        other._objective = self._objective.double()
-        other.theta = other._objective.theta
-        other._mean = self._mean.of(other._objective)
-        other._forget()
+        wide = self._objective.double()
+        other = self._with(_objective=wide, theta=wide.theta, _mean=self._mean.of(wide))
         if other.batchnorm == "recalibrated":
             other._objective.fixed |= other._statistics(other._pieces(None))
         return other
@@ -709,7 +710,7 @@ class EmpiricalRisk:
         other = {**self._again, "params": params or self._again["params"]}
         return EmpiricalRisk(model, data=self._mean.given, **other)
 
-    @torch.inference_mode(False)
+    @_fitting
     def prepare(self, num_products: int = 1, matrix: Matrix = "hessian") -> Plan:
         """Get ready for so many products, and say how they will be carried out.
 
@@ -718,15 +719,11 @@ class EmpiricalRisk:
 
         Cost: nothing, or seconds for a trace and a compilation.
         """
+        products = self._products_of(matrix, num_products)
+        products.expect(num_products)
+        return products.plan
 
-        def evaluate() -> Plan:
-            products = self._products_of(matrix, num_products)
-            products.expect(num_products)
-            return products.plan
-
-        return self._fitting(evaluate)
-
-    @torch.inference_mode(False)
+    @_fitting
     def outputs(self, theta: Tensor | None = None) -> Tensor:
         """Model outputs (N, ...) at `theta`, in the order of the data.
 
@@ -735,18 +732,14 @@ class EmpiricalRisk:
         """
         self._refuse_closure("outputs")
         leaves = self._pieces(theta)
-
-        def evaluate() -> Tensor:
-            with self._evaluating(theta), torch.no_grad():
-                parts = [self._objective.outputs(leaves, batch) for batch in self.batches]
-            if not all(isinstance(part, Tensor) for part in parts):
-                raise TypeError(
-                    f"`model` must return one tensor; got {type(parts[0]).__name__} "
-                    "(its outputs cannot be joined)."
-                )
-            return torch.cat(parts)
-
-        return self._fitting(evaluate)
+        with self._evaluating(theta), torch.no_grad():
+            parts = [self._objective.outputs(leaves, batch) for batch in self.batches]
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(
+                f"`model` must return one tensor; got {type(parts[0]).__name__} "
+                "(its outputs cannot be joined)."
+            )
+        return torch.cat(parts)
 
     def accuracy(self, theta: Tensor | None = None) -> float:
         """Share of targets whose class has the largest output, in [0, 1].
@@ -780,17 +773,9 @@ class EmpiricalRisk:
             flat = torch.from_numpy(np.ascontiguousarray(v.reshape(-1)))
             return np.asarray(self.product(flat, matrix).cpu().numpy())
 
-        def matmat(columns: np.ndarray) -> np.ndarray:
-            return np.stack([matvec(column) for column in columns.T], axis=1)
-
-        products = {"matvec": matvec, "rmatvec": matvec, "matmat": matmat}
-        return LinearOperator((self.n, self.n), **products, rmatmat=matmat, dtype=dtype)
+        return LinearOperator((self.n, self.n), matvec, rmatvec=matvec, dtype=dtype)
 
     # -- inside ----------------------------------------------------------------------
-
-    def _forget(self) -> None:
-        """What was computed of another risk."""
-        self._products, self._gradient, self._value = {}, None, None
 
     def _sample(self, wide: bool) -> Sample:
         """A few rows of it, in float64 if asked for; BatchNorm's statistics held."""
@@ -802,14 +787,21 @@ class EmpiricalRisk:
         part._mean = self._mean.sample(max(_FEWEST_CHECKED, self.num_samples // 100))
         part = part.double() if wide else part
 
-        def product(theta: Tensor, v: Tensor) -> Tensor:
-            work = part._mean.of(part._objective.moved(theta)).work("hessian", 0)
-            return part._fitting(lambda: KeptGraph(work, 0)(v))
-
         eps = max(torch.finfo(dtype).eps for dtype in part._objective.dtypes)
         kind = type(self)  # a method that was replaced on this risk would evaluate this one
-        evaluate = partial(kind.value, part), partial(kind.value_and_gradient, part)
-        return Sample(part.theta, part.shapes, eps, *evaluate, product)
+        return Sample(
+            part.theta,
+            part.shapes,
+            eps,
+            partial(kind.value, part),
+            partial(kind.value_and_gradient, part),
+            partial(kind._exact_product, part),
+        )
+
+    @_fitting
+    def _exact_product(self, theta: Tensor, v: Tensor) -> Tensor:
+        work = self._mean.of(self._objective.moved(theta)).work("hessian", 0)
+        return KeptGraph(work, 0)(v)
 
     def beside_differences(self) -> tuple[Comparison, Comparison]:
         """The gradient beside differences of f, a product beside those of gradients.
@@ -858,22 +850,12 @@ class EmpiricalRisk:
             )
         return self._objective.pieces(theta.to(self.device))
 
-    def _first_checked(self, share: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self._checked:
-            return gradients(share, leaves)
-        with no_layers_computed_again(self.model):
-            pieces = gradients(share, leaves)
-        self._checked = True
-        return pieces
-
     @contextmanager
     def _evaluating(self, theta: Tensor | None) -> Iterator[None]:
         """Evaluation as `batchnorm` says, with the statistics of `theta`."""
-        with ExitStack() as stack:
-            if self.batchnorm == "recalibrated" and theta is not None:
-                buffers = self._statistics(self._pieces(theta))
-                stack.enter_context(self._objective.holding(buffers))
-            stack.enter_context(evaluation(self.model, self.batchnorm))
+        moved = self.batchnorm == "recalibrated" and theta is not None
+        buffers = self._statistics(self._pieces(theta)) if moved else {}
+        with self._objective.holding(buffers), evaluation(self.model, self.batchnorm):
             yield
 
     def _statistics(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -911,28 +893,19 @@ class EmpiricalRisk:
             compiling_seldom_pays=is_recurrent(self.model) or convolves(self.model),
         )
 
-    def _fitting(self, evaluate: Callable[[], _Computed]) -> _Computed:
-        """Evaluate; where the device runs out of memory, again in smaller chunks."""
-        while True:
-            try:
-                given = self._mean.given
-                with self._exact_arithmetic(), intake.explained(self._objective, given):
-                    return evaluate()
-            except torch.OutOfMemoryError as error:
-                trouble = str(error).split(". ")[0]
-            # Outside the handler, so that what the failed evaluation held is free.
-            self._products.clear()
-            self._mean.halve(trouble)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+    def _take_smaller_chunks(self, trouble: str) -> None:
+        self._products.clear()
+        self._mean.halve(trouble)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @contextmanager
     def _exact_arithmetic(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            # An autocast around the call would reach into backward passes.
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            if not self.tf32:
-                stack.enter_context(true_float32())
+        # An autocast around the call would reach into backward passes.
+        with (
+            torch.autocast(self.device.type, enabled=False),
+            nullcontext() if self.tf32 else true_float32(),
+        ):
             yield
 
     def _refuse_closure(self, what: str) -> None:

@@ -108,9 +108,9 @@ def no_layers_computed_again(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: a layer is called inside, that is, during a backward pass.
     """
-    names = {module: name for name, module in model.named_modules()}
 
     def refuse(module: nn.Module, *_: Any) -> None:
+        names = {module: name for name, module in model.named_modules()}
         if module in names:
             raise ValueError(
                 "`model` must not compute layers again in its backward pass; got "
