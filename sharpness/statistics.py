@@ -85,13 +85,15 @@ def _smallest_sign_flip(num: int) -> float:
     return 0.5**num if num <= 13 else 1e-4
 
 
-def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and sample standard deviation (NaN for one value)."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
     return float(np.mean(values)), sd
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+def mean_interval(
+    values: Sequence[float] | np.ndarray, confidence: float = 0.95
+) -> tuple[float, float]:
     """Where the mean behind some draws lies: at each end the wider of two intervals.
 
     Student's t falls short on the long side of a lopsided distribution: 89 % of 95 for

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from sharpness._arguments import is_whole, of_a_risk, whole_seed
@@ -28,6 +27,7 @@ from sharpness.measures.eigenvalues import product_name
 from sharpness.measures.multiplication import Multiplication
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.statistics import mean_and_sd, mean_interval
 
 Interval = tuple[float, float]
 Method = Literal["hutch++", "hutchinson", "xtrace"]
@@ -318,7 +318,7 @@ def _estimated(
             estimator.grow(multiply, _FEWEST)
         while True:
             estimator.grow(multiply, num)
-            value, _, (low, high) = _student(estimator.estimates, confidence)
+            value, _, (low, high) = _mean(estimator.estimates, confidence)
             inexact = effect(value, multiply.error)
             allowed = 2 * (tol * abs(value) - inexact)
             if not math.isfinite(value):
@@ -331,7 +331,7 @@ def _estimated(
             if len(estimator.estimates) == most:
                 run.stop(Status.MAX_HVPS)
             num = min(num, most)
-    value, error, (low, high) = _student(estimator.estimates, confidence)
+    value, error, (low, high) = _mean(estimator.estimates, confidence)
     inexact = effect(value, multiply.error)
     return StochasticEstimate(
         value=value,
@@ -352,36 +352,16 @@ def _estimated(
     )
 
 
-def _student(estimates: np.ndarray, confidence: float) -> tuple[float, float, Interval]:
-    """Mean, standard error, and at each end the wider of two intervals.
-
-    Quadratic forms are sums of few squares where few eigenvalues rule, and Student's t
-    interval then covers 89 % instead of 95. Hall (1992), J. R. Stat. Soc. B 54(1): a
-    monotone cubic of t takes the skewness out. Where both signs mix, it takes out what
-    is no skewness and covers 91 %. Together they cover 95 % (docs/decisions.md).
-    """
+def _mean(estimates: np.ndarray, confidence: float) -> tuple[float, float, Interval]:
+    """Mean, standard error, and an interval for quadratic forms, which are lopsided."""
     num = len(estimates)
     if not np.isfinite(estimates).all():
         return math.nan, math.nan, (math.nan, math.nan)
-    if num < 2:
+    if num < 3:  # interrupted
         value = float(estimates.mean()) if num else math.nan
         return value, math.inf, (-math.inf, math.inf)
-    value, spread = float(estimates.mean()), float(estimates.std(ddof=1))
-    error, t = spread / math.sqrt(num), float(stats.t.ppf((1 + confidence) / 2, num - 1))
-    # By hand: SciPy warns where estimates agree to rounding.
-    steps = (estimates - value) / spread if spread > 1e-12 * abs(value) else np.zeros(num)
-    skew = float((steps**3).sum()) * num / max(1, (num - 1) * (num - 2))
-    below = max(t, _without_skew(t, skew, num))
-    above = max(t, -_without_skew(-t, skew, num))
-    return value, error, (value - error * below, value + error * above)
-
-
-def _without_skew(t: float, skew: float, num: int) -> float:
-    if abs(skew) < 1e-6:
-        return t
-    root = math.sqrt(num)
-    inner = 1 + skew * (t / root - skew / (6 * num))
-    return 3 * root / skew * (math.cbrt(inner) - 1)
+    value, spread = mean_and_sd(estimates)
+    return value, spread / math.sqrt(num), mean_interval(estimates, confidence)
 
 
 def _next_look(num: int, ratio: float) -> int:

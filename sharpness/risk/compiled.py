@@ -110,29 +110,30 @@ class CompiledProduct:
 def trace_product(work: ChunkedSum, chunk: int) -> fx.GraphModule:
     """A chunk's product as a graph of (leaves, pieces, the batch's tensors)."""
     parts, spec = tree_flatten(work.batches[chunk])
+    num = len(work.leaves)
 
-    def product(
-        leaves: Sequence[Tensor], pieces: Sequence[Tensor], tensors: Sequence[Tensor]
-    ) -> list[Tensor]:
-        left = iter(tensors)
+    def product(*flat: Tensor) -> list[Tensor]:
+        left = iter(flat[2 * num :])
         filled = [next(left) if isinstance(part, Tensor) else part for part in parts]
-        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        return list(work.linearise(leaves, tree_unflatten(filled, spec))(pieces))
+        leaves = [leaf.detach().requires_grad_() for leaf in flat[:num]]
+        apply = work.linearise(leaves, tree_unflatten(filled, spec))
+        return list(apply(flat[num : 2 * num]))
 
     leaves = [leaf.detach() for leaf in work.leaves]
-    arguments = (leaves, [torch.ones_like(x) for x in leaves], _tensors_of(parts))
+    flat = [*leaves, *(torch.ones_like(x) for x in leaves), *_tensors_of(parts)]
     with work.evaluating():
         if nests_transforms(lambda: work.linearise(work.leaves, work.batches[chunk])):
             raise UnsuitableError("it uses the transforms of torch.func inside")
-        graph: fx.GraphModule = make_fx(product)(*arguments)
+        graph: fx.GraphModule = make_fx(product)(*flat)
     if any(_writes(node) for node in graph.graph.nodes):
-        flat = [tensor for group in arguments for tensor in group]
-        graph = make_fx(functionalize(_of_flat(graph, arguments), remove="mutations"))(
-            *flat
-        )
+        graph = make_fx(functionalize(graph, remove="mutations"))(*flat)
     if any(torch.Tag.dynamic_output_shape in _tags(n) for n in graph.graph.nodes):
-        _FixedShapes(graph).run(*(tensor for group in arguments for tensor in group))
-    drawing = [str(n.target) for n in graph.graph.nodes if _draws(n)]
+        _FixedShapes(graph).run(*flat)
+    drawing = [
+        str(n.target)
+        for n in graph.graph.nodes
+        if torch.Tag.nondeterministic_seeded in _tags(n)
+    ]
     if drawing:
         raise UnsuitableError(f"it draws random numbers ({drawing[0]})")
     return graph
@@ -149,13 +150,6 @@ class _FixedShapes(fx.Interpreter):
             if masks or not indices:
                 raise UnsuitableError(f"shapes depend on values ({target})")
         return super().call_function(target, args, kwargs)
-
-
-def _of_flat(graph: fx.GraphModule, arguments: Sequence[Sequence[Tensor]]) -> Any:
-    first, second = len(arguments[0]), len(arguments[0]) + len(arguments[1])
-    return lambda *flat: graph(
-        list(flat[:first]), list(flat[first:second]), list(flat[second:])
-    )
 
 
 def split(graph: fx.GraphModule, num_leaves: int) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -190,8 +184,7 @@ def split(graph: fx.GraphModule, num_leaves: int) -> tuple[fx.GraphModule, fx.Gr
 def _descendants(sources: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> set[fx.Node]:
     found = set(sources)
     for node in nodes:
-        if any(parent in found for parent in node.all_input_nodes):
-            found.add(node)
+        found |= {node} if found.intersection(node.all_input_nodes) else set()
     return found
 
 
@@ -226,10 +219,6 @@ def _base(node: fx.Node) -> fx.Node:
 def _tags(node: fx.Node) -> Sequence[torch.Tag]:
     tags: Sequence[torch.Tag] = getattr(node.target, "tags", ())
     return tags
-
-
-def _draws(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in _tags(node)
 
 
 def _is_view(node: fx.Node) -> bool:

@@ -14,29 +14,18 @@ from torch import Tensor, nn
 
 from sharpness import _tensors
 
-_CLASS_LOSSES = (nn.CrossEntropyLoss, nn.NLLLoss)
-_CLASS_FUNCTIONS = (F.cross_entropy, F.nll_loss)
-_ELEMENT_LOSSES = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.PoissonNLLLoss,
-    nn.SoftMarginLoss,
+_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
+_ELEMENTS = (
+    *(nn.MSELoss, F.mse_loss),
+    *(nn.L1Loss, F.l1_loss),
+    *(nn.SmoothL1Loss, F.smooth_l1_loss),
+    *(nn.HuberLoss, F.huber_loss),
+    *(nn.BCELoss, F.binary_cross_entropy),
+    *(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits),
+    *(nn.PoissonNLLLoss, F.poisson_nll_loss),
+    *(nn.SoftMarginLoss, F.soft_margin_loss),
 )
-_ELEMENT_FUNCTIONS = (
-    F.mse_loss,
-    F.l1_loss,
-    F.smooth_l1_loss,
-    F.huber_loss,
-    F.binary_cross_entropy,
-    F.binary_cross_entropy_with_logits,
-    F.poisson_nll_loss,
-    F.soft_margin_loss,
-)
-FUNCTIONS = (*_CLASS_FUNCTIONS, *_ELEMENT_FUNCTIONS)
+FUNCTIONS = [known for known in (*_CLASSES, *_ELEMENTS) if not isinstance(known, type)]
 
 
 @dataclass(frozen=True)
@@ -58,19 +47,23 @@ class LossTerms:
         return (count if self.reduction == "mean" else size) / of
 
 
-def _is_one_of(loss: Any, modules: tuple[type, ...]) -> bool:
-    """Whether a loss computes what one of PyTorch's does: a subclass may not."""
+def is_any(loss: Any, *known: Any) -> bool:
+    """Whether `loss` is one of these modules and functions, with whatever keywords.
+
+    A subclass with a `forward` of its own may compute something else.
+    """
+    modules = [kind for kind in known if isinstance(kind, type)]
     own = getattr(type(loss), "forward", None)
-    return any(isinstance(loss, m) and own is getattr(m, "forward", None) for m in modules)
+    return _unwrapped(loss)[0] in known or any(
+        isinstance(loss, m) and own is getattr(m, "forward", None) for m in modules
+    )
 
 
 def asked_reduction(loss: Any) -> str | None:
     """The reduction of one of PyTorch's own losses; None for any other callable."""
-    function, keywords = _unwrapped(loss)
-    known = (*_CLASS_LOSSES, *_ELEMENT_LOSSES)
-    if _is_one_of(loss, known) or function in FUNCTIONS:
-        return str(keywords.get("reduction", "mean"))
-    return None
+    if not is_any(loss, *_CLASSES, *_ELEMENTS):
+        return None
+    return str(keyword(loss, "reduction", "mean"))
 
 
 def known_terms(loss: Any) -> LossTerms | None:
@@ -112,17 +105,12 @@ def weighs_places(loss: Any, targets: Tensor) -> bool:
 
 def is_class_loss(loss: Any) -> bool:
     """Whether `loss` compares scores of classes along dimension 1 with a class."""
-    return _is_one_of(loss, _CLASS_LOSSES) or _unwrapped(loss)[0] in _CLASS_FUNCTIONS
+    return is_any(loss, *_CLASSES)
 
 
 def is_elementwise(loss: Any) -> bool:
     """Whether `loss` compares each output with the target in its place."""
-    return _is_one_of(loss, _ELEMENT_LOSSES) or _unwrapped(loss)[0] in _ELEMENT_FUNCTIONS
-
-
-def is_any(loss: Any, module: type, function: Callable[..., Tensor]) -> bool:
-    """Whether `loss` is PyTorch's `module` or `function`, with whatever keywords."""
-    return _is_one_of(loss, (module,)) or _unwrapped(loss)[0] is function
+    return is_any(loss, *_ELEMENTS)
 
 
 def keyword(loss: Any, name: str, default: Any = None) -> Any:
@@ -149,7 +137,6 @@ def num_rows(batch: Any) -> float:
 def _lengths(batch: Any) -> Iterator[int]:
     if isinstance(batch, Tensor):
         yield from batch.shape[:1]
-        return
     for part in _tensors.parts(batch) or ():
         if isinstance(part, list):
             yield from dict.fromkeys((*_lengths(part), len(part)))
