@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, whole_seed
+from sharpness._arguments import ensure, is_whole, require, whole_seed
 from sharpness._results import DerivativeDisagreesError, NotAvailableError
 from sharpness.risk import batches, batching, intake
 from sharpness.risk.chunks import ChunkedMean
@@ -324,8 +324,11 @@ class EmpiricalRisk:
     @property
     def can_be_cut(self) -> bool:
         """Whether `subset` works: no closure, and f does not depend on the batches."""
-        plain = self.batchnorm == "running" or not batchnorm_layers(self.model)
-        return self.has_outputs and plain and not self._mean.whole
+        return self.has_outputs and self._has_fixed_statistics and not self._mean.whole
+
+    @property
+    def _has_fixed_statistics(self) -> bool:
+        return self.batchnorm == "running" or not batchnorm_layers(self.model)
 
     def num_classes_seen(self) -> int:
         """How many classes the targets that count are of."""
@@ -454,10 +457,9 @@ class EmpiricalRisk:
         Cost: two gradients' worth of arithmetic a row, or less; once a gradient for the
         covariance, and a forward pass for the sampled targets.
         """
-        if v.ndim not in (1, 2) or v.shape[-1] != self.n:
-            raise ValueError(
-                f"`v` must have shape (n,) or (b, n) with n={self.n}; got {tuple(v.shape)}."
-            )
+        sound = v.ndim in (1, 2) and v.shape[-1] == self.n
+        contract = f"have shape (n,) or (b, n) with n={self.n}"
+        ensure(sound, "v", contract, str(tuple(v.shape)))
         v = v.detach().to(device=self.device, dtype=self.dtype)
         if not self._is_finite():
             return torch.full_like(v, math.nan)
@@ -540,11 +542,13 @@ class EmpiricalRisk:
         Cost: one sweep over the data; for each block at most a product, and for the
         Hessian only the part of the graph that lies behind the block.
         """
-        if matrix == "gradient_covariance":
-            raise ValueError(
-                "`matrix` must be another one for diagonal blocks; got "
-                "'gradient_covariance'. 'empirical_fisher' differs by g g^T."
-            )
+        require(
+            matrix != "gradient_covariance",
+            "matrix",
+            "be another one for diagonal blocks",
+            matrix,
+            "'empirical_fisher' differs by g g^T.",
+        )
         position = {name: i for i, name in enumerate(self.names)}
         places = [[position[name] for name in block] for block in blocks]
         moved = [v.detach().to(device=self.device, dtype=self.dtype) for v in vectors]
@@ -562,24 +566,28 @@ class EmpiricalRisk:
                 [0, num_samples).
         """
         self._refuse_closure("data")
-        if self.batchnorm != "running" and batchnorm_layers(self.model):
-            raise ValueError(
-                "`batchnorm` must be 'running' for a subset of the data; got "
-                f"{self.batchnorm!r} (its statistics would change with the samples)."
-            )
-        if self._mean.whole:
-            raise ValueError(
-                "`loss` must be a mean or a sum over rows for a subset of the data; got "
-                f"one that depends on how they are batched ({self._mean.whole})."
-            )
+        ensure(
+            self._has_fixed_statistics,
+            "batchnorm",
+            "be 'running' for a subset of the data",
+            f"{self.batchnorm!r} (its statistics would change with the samples)",
+        )
+        ensure(
+            not self._mean.whole,
+            "loss",
+            "be a mean or a sum over rows for a subset of the data",
+            f"one that depends on how they are batched ({self._mean.whole})",
+        )
         places = torch.as_tensor(index, device=self.device)
         inside = (places >= 0) & (places < self.num_samples)
-        if not len(places) or places.is_floating_point() or not bool(inside.all()):
-            wrong = places[~inside].tolist()[:1] if len(places) else "none"
-            raise ValueError(
-                f"`index` must hold positions in [0, {self.num_samples}); got {wrong}. "
-                "They count from 0 and may repeat."
-            )
+        sound = bool(len(places)) and not places.is_floating_point() and bool(inside.all())
+        ensure(
+            sound,
+            "index",
+            f"hold positions in [0, {self.num_samples})",
+            str(places[~inside].tolist()[:1]) if len(places) else "none",
+            "They count from 0 and may repeat.",
+        )
         return self._with(_mean=self._mean.subset(places))
 
     def parts(self) -> list[EmpiricalRisk]:
@@ -841,13 +849,11 @@ class EmpiricalRisk:
 
     def _pieces(self, theta: Tensor | None) -> list[Tensor]:
         """`theta` as separate tensors, none of which shares a graph with another."""
-        if theta is None:
-            theta = self.theta
+        theta = self.theta if theta is None else theta
         theta = _tensors.flat_like(theta, self.names, self.shapes)
-        if theta.shape != self.theta.shape:
-            raise ValueError(
-                f"`theta` must have shape (n,) with n={self.n}; got {tuple(theta.shape)}."
-            )
+        sound = theta.shape == self.theta.shape
+        contract = f"have shape (n,) with n={self.n}"
+        ensure(sound, "theta", contract, str(tuple(theta.shape)))
         return self._objective.pieces(theta.to(self.device))
 
     @contextmanager
@@ -869,10 +875,8 @@ class EmpiricalRisk:
         return len(self._mean.statistics_parts(self.batchnorm_batch))
 
     def _products_of(self, matrix: str, num_products: int) -> Products:
-        if matrix not in MATRICES:
-            raise ValueError(
-                f"`matrix` must be one of {', '.join(MATRICES)}; got {matrix!r}."
-            )
+        contract = f"be one of {', '.join(MATRICES)}"
+        require(matrix in MATRICES, "matrix", contract, matrix)
         if matrix not in self._products:
             self._require_gradient_of_f()
             self._products[matrix] = Products(self._task(matrix), num_products)
