@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpness._arguments import ensure
 from sharpness._results import NotAvailableError
 from sharpness.risk import batches, batching, curvature, memory
 from sharpness.risk.batching import FEW, Count
@@ -108,29 +109,21 @@ class ChunkedMean:
         """A few rows of a pair, or all of a batch that has to be whole."""
         return self.given[0] if self.whole else batches.rows(self.given[0], 0, most)
 
-    def subset(self, index: Tensor) -> ChunkedMean:
+    def subset(self, index: Tensor, chunk_size: int | None = None) -> ChunkedMean:
         """The mean over some samples, which may repeat, in chunks of the same size."""
         given, start = [], 0
         for pair in self.given:
             inside = (index >= start) & (index < start + len(pair[1]))
             given.append(batches.taken(pair, index[inside] - start))
             start += len(pair[1])
-        other = copy.copy(self)
-        other.given, other.num_samples = batches.joined(given), len(index)
-        size = self.chunk_size or len(index)
-        other._set([part for b in other.given for part in batches.cut(b, size)])
-        return other
+        given, size = batches.joined(given), chunk_size or self.chunk_size
+        parts = [part for pair in given for part in batches.cut(pair, size or len(index))]
+        return self._of_parts(parts, given=given, num_samples=len(index), chunk_size=size)
 
     def parts(self) -> list[ChunkedMean]:
         """The means over single chunks that hold a term."""
-        found = []
-        for chunk in self.counted:
-            if chunk.count:
-                part = copy.copy(self)
-                part.all, part.counted, part.num_terms = [chunk], [chunk], chunk.count
-                part.num_samples = int(num_rows(chunk.batch))
-                found.append(part)
-        return found
+        parts = [chunk.batch for chunk in self.counted if chunk.count]
+        return [self._of_parts([p], num_samples=int(num_rows(p))) for p in parts]
 
     def of(self, objective: Objective) -> ChunkedMean:
         """The mean of another function over the same data, in the same chunks."""
@@ -138,24 +131,28 @@ class ChunkedMean:
         other._objective = objective
         return other
 
+    def _of_parts(self, parts: Sequence[Any], **changes: Any) -> ChunkedMean:
+        """The mean over other batches."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        other._set(parts)
+        return other
+
     def sample(self, rows: int) -> ChunkedMean:
         """Some rows, spread evenly, as one batch, also where that is another f.
 
         Of batches that cannot be cut the first ones that hold so many rows.
         """
-        other = copy.copy(self)
+        parts = [chunk.batch for chunk in self.counted]
         if not self._has_rows:
-            ends = accumulate(num_rows(chunk.batch) for chunk in self.counted)
-            num = 1 + sum(end < rows for end in ends)
-            other._set([chunk.batch for chunk in self.counted[:num]])
-            return other
-        other.chunk_size = rows = min(rows, self.num_samples)
+            num = 1 + sum(end < rows for end in accumulate(map(num_rows, parts)))
+            return self._of_parts(parts[:num])
+        rows = min(rows, self.num_samples)
         spread = torch.arange(rows, device=self._objective.device)
         try:
-            return other.subset(spread * self.num_samples // rows)
+            return self.subset(spread * self.num_samples // rows, rows)
         except NoLossTermsError:  # of few rows, where most are masked
-            other._set([self.counted[0].batch])
-            return other
+            return self._of_parts(parts[:1], chunk_size=rows)
 
     def fits_in_float64(self) -> bool:
         """Whether twice the memory is there: batches that are whole may be large."""
@@ -276,9 +273,8 @@ class ChunkedMean:
         self._terms = known or LossTerms("mean", terms or num_rows, num_rows)
         with evaluation(self._objective.model, "batch"), torch.no_grad():
             self._widen_loss(batches.rows(parts[0], 0, FEW))
-        self._check_fits(parts, "batchnorm_batch", int(self.budget / memory.SHARE))
-        if known is None:
-            with evaluation(self._objective.model, "batch"), torch.no_grad():
+            self._check_fits(parts, "batchnorm_batch", int(self.budget / memory.SHARE))
+            if known is None:
                 seen = batching.seen_whole(self._objective, parts)
                 self._see_reduction(seen, parts[0])
         return parts
@@ -362,11 +358,13 @@ class ChunkedMean:
     def _batchnorm_parts(self, given: Sequence[Any], most: int) -> list[Any]:
         parts = [part for pair in given for part in batches.cut(pair, most)]
         smallest = min(len(part[1]) for part in parts)
-        if smallest < 2 and batchnorm_layers(self._objective.model):
-            raise ValueError(
-                "`batchnorm_batch` must leave at least two samples in each part; got "
-                f"{most} (a part has {smallest} sample). Choose another."
-            )
+        ensure(
+            smallest >= 2 or not batchnorm_layers(self._objective.model),
+            "batchnorm_batch",
+            "leave at least two samples in each part",
+            f"{most} (a part has {smallest} sample)",
+            "Choose another.",
+        )
         return parts
 
     def _check_fits(self, parts: Sequence[Any], what: str, free: int) -> None:
@@ -379,12 +377,14 @@ class ChunkedMean:
                 return
             raise
         rows = int(num_rows(largest))
-        if need > free:
-            raise ValueError(
-                f"`{what}` must come in parts that fit the memory; got {rows} samples that "
-                f"are evaluated at once and take {need / 1e9:.1f} of {free / 1e9:.1f} GB. "
-                f"Pass at most {max(2, int(rows * free / need))}."
-            )
+        ensure(
+            need <= free,
+            what,
+            "come in parts that fit the memory",
+            f"{rows} samples that are evaluated at once and take {need / 1e9:.1f} of "
+            f"{free / 1e9:.1f} GB",
+            f"Pass at most {max(2, int(rows * free / need))}.",
+        )
 
     def _bytes_of(self, batch: Any) -> Footprint:
         """Memory of the Hessian's product; of the gradient, where there is no second."""
@@ -453,15 +453,15 @@ class ChunkedMean:
                 f"`loss` must be a mean or a sum over rows for matrix={matrix!r}; got one "
                 "that couples them (not available: a sample has no gradient of its own)."
             )
-        if self._batchnorm == "batch" and batchnorm_layers(objective.model):
-            raise ValueError(
-                f"`batchnorm` must be 'running' for matrix={matrix!r}; got 'batch' (a "
-                "sample has no gradient of its own there)."
-            )
+        ensure(
+            self._batchnorm != "batch" or not batchnorm_layers(objective.model),
+            "batchnorm",
+            f"be 'running' for matrix={matrix!r}",
+            "'batch' (a sample has no gradient of its own there)",
+        )
+        terms = FisherTerms(evaluated(objective.loss))
         if matrix == "sampled_fisher":
             terms = FisherTerms(loss_of_sampled(objective.loss), elementwise=True)
-        else:
-            terms = FisherTerms(evaluated(objective.loss))
         return curvature.fisher(objective, self.mean, terms)
 
     def _with_sampled_targets(self, leaves: Sequence[Tensor], seed: int) -> list[Any]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharpness import _tensors
+from sharpness._arguments import ensure
 from sharpness._results import NotAvailableError
 from sharpness.risk import loss_terms
 
@@ -54,6 +55,7 @@ class FisherTerms:
 
 
 _ROUNDINGS = 100  # of a log-softmax, which sums over classes
+_SQUARED = (nn.MSELoss, F.mse_loss)
 _IGNORED = -100  # no class, unlike what a loss may ignore
 
 
@@ -104,8 +106,8 @@ def sampled_targets(
     _check_distribution(loss)
     generator = _tensors.seeded(seed)
     for outputs, targets in pairs:
-        classes = loss_terms.is_class_loss(loss)
-        shape = outputs.select(1, 0).shape if classes else outputs.shape
+        of_class = loss_terms.is_class_loss(loss)
+        shape = outputs.select(1, 0).shape if of_class else outputs.shape
         # One uniform number each, so that the sequence is the same in chunks of any size.
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         yield _drawn(loss, outputs.detach(), targets, uniform.to(outputs.device))
@@ -120,33 +122,26 @@ def _drawn(loss: Any, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tens
             return drawn
         ignored: int = loss_terms.keyword(loss, "ignore_index", -100)
         return torch.where(targets == ignored, _IGNORED, drawn)
-    if _is_squared(loss):
+    if loss_terms.is_any(loss, *_SQUARED):
         noise: Tensor = torch.special.ndtri(uniform)
         return outputs + noise.mul(0.5**0.5).to(outputs.dtype)
     return (uniform < outputs.double().sigmoid()).to(outputs.dtype)
 
 
-def _is_squared(loss: Any) -> bool:
-    return loss_terms.is_any(loss, nn.MSELoss, F.mse_loss)
-
-
 def _check_distribution(loss: Any) -> None:
     binary = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
-    known = (
-        loss_terms.is_class_loss(loss)
-        or _is_squared(loss)
-        or loss_terms.is_any(loss, *binary)
-    )
+    known = loss_terms.is_class_loss(loss) or loss_terms.is_any(loss, *_SQUARED, *binary)
     changed = [
         name
         for name in ("weight", "pos_weight", "label_smoothing")
         if isinstance(loss_terms.keyword(loss, name, 0), Tensor)
         or loss_terms.keyword(loss, name) not in (None, 0)
     ]
-    if not known or changed:
-        what = changed[0] + " set" if changed else type(loss).__name__
-        raise ValueError(
-            "`loss` must be the -log of a density to sample targets from (cross-entropy, "
-            f"NLL, binary cross-entropy on logits, squared error); got {what}. "
-            "Use matrix='gauss_newton' or 'empirical_fisher'."
-        )
+    ensure(
+        known and not changed,
+        "loss",
+        "be the -log of a density to sample targets from (cross-entropy, NLL, binary "
+        "cross-entropy on logits, squared error)",
+        changed[0] + " set" if changed else type(loss).__name__,
+        "Use matrix='gauss_newton' or 'empirical_fisher'.",
+    )

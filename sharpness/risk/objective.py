@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
+from sharpness._arguments import ensure
 from sharpness.risk import loss_terms
 from sharpness.risk.model_state import batchnorm_layers, seed_generators
 
@@ -235,12 +236,9 @@ class Objective:
     def _copied_state(self) -> dict[str, Tensor]:
         """Everything a call needs beside theta: buffers, and parameters held fixed."""
         moving = {"model." + name for name in self.names}
-        state: dict[str, Tensor] = dict(self._whole.named_parameters())
-        state |= dict(self._whole.named_buffers())
+        state = (*self._whole.named_parameters(), *self._whole.named_buffers())
         return {
-            k: v.detach().to(self.device, copy=True)
-            for k, v in state.items()
-            if k not in moving
+            k: v.detach().to(self.device, copy=True) for k, v in state if k not in moving
         }
 
 
@@ -336,9 +334,8 @@ def _check_model(model: nn.Module) -> None:
             wrong = "hold its values", "on the meta device", "Load its parameters"
         elif isinstance(tensor, nn.Parameter) and tensor.is_complex():
             wrong = "have real parameters", "complex", "Use real and imaginary parts"
-        if wrong:
-            must, got, advice = wrong
-            raise ValueError(f"`model` must {must}; got {name}, which is {got}. {advice}.")
+        must, got, advice = wrong or ("", "", "")
+        ensure(not wrong, "model", must, f"{name}, which is {got}", f"{advice}.")
 
 
 def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
@@ -349,12 +346,12 @@ def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]
     else:
         globs = [params] if isinstance(params, str) else list(params)
         names = [k for k in named if any(fnmatchcase(k, glob) for glob in globs)]
-    if not names:
-        frozen = params is None and bool(named)
-        there = "no requires_grad" if frozen else "model parameters"
-        raise ValueError(
-            "`params` must match at least one parameter of `model`; got "
-            f"{params!r} ({there}: {', '.join(list(named)[:3]) or 'none'}, …). "
-            "Use names or globs of `model.named_parameters()`."
-        )
+    there = "no requires_grad" if params is None and named else "model parameters"
+    ensure(
+        bool(names),
+        "params",
+        "match at least one parameter of `model`",
+        f"{params!r} ({there}: {', '.join(list(named)[:3]) or 'none'}, …)",
+        "Use names or globs of `model.named_parameters()`.",
+    )
     return names

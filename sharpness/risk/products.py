@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpness._arguments import ensure
 from sharpness._results import DerivativeDisagreesError
 from sharpness.risk.compiled import CompiledProduct, UnsuitableError
 from sharpness.risk.curvature import Linearise
@@ -124,13 +125,14 @@ class Products:
     ) -> list[Tensor]:
         if isinstance(self._engine, KeptGraph):
             return self._engine.of_blocks(blocks, vectors)
-        work, products = self._task.work, []
-        for block, v in zip(blocks, vectors, strict=True):
-            places = work.places(block)
-            whole = torch.zeros_like(self._task.theta)
-            whole[places] = v
-            products.append(self._engine(whole)[places])
-        return products
+        zeros, places = (
+            torch.zeros_like(self._task.theta),
+            map(self._task.work.places, blocks),
+        )
+        return [
+            self._engine(zeros.index_copy(0, at, v))[at]
+            for at, v in zip(places, vectors, strict=True)
+        ]
 
     def expect(self, num_products: int) -> None:
         """Compile, if so many more products repay it."""
@@ -168,13 +170,13 @@ class Products:
 
     def _use_differences(self, reason: str) -> None:
         task = self._task
-        if task.matrix != "hessian":
-            raise ValueError(
-                "`matrix` must be 'hessian' where products are differences of gradients; "
-                f"got {task.matrix!r} ({reason})."
-            )
-        engine = Differences(task.gradient, task.theta)
-        self._engine = engine
+        ensure(
+            task.matrix == "hessian",
+            "matrix",
+            "be 'hessian' where products are differences of gradients",
+            f"{task.matrix!r} ({reason})",
+        )
+        self._engine = engine = Differences(task.gradient, task.theta)
         plan = self._plan("differences", reason, Footprint(0, 0), 0, 1)
         self.plan = replace(plan, relative_error=engine.relative_error)
 
