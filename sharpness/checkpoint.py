@@ -12,6 +12,7 @@ import json
 import pickletools
 import re
 import warnings
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sharpness._arguments import ensure
+from sharpness._arguments import ensure, explained
 from sharpness._saving import write
 
 FORMAT, SCHEMA = "sharpness-checkpoint", 1
@@ -42,7 +43,6 @@ class Checkpoint:
     sha256: str = ""  # of the file it was read from
 
 
-_STATE_NAMES = ("state_dict", "model_state_dict", "model_state", "model", "net", "params")
 FIELDS = ("state_dict", "network", "data", "training", "start")
 
 
@@ -82,29 +82,103 @@ def load(path: str | Path) -> Checkpoint:
     return _checkpoint(Path(path), *_read(Path(path)))
 
 
-def load_any(path: str | Path) -> Checkpoint:
-    """A checkpoint of ours, or anybody's parameters: alone, or under a usual name.
+def load_any(path: str | Path, state: str | None = None) -> Checkpoint:
+    """A checkpoint of ours, or anybody's parameters: alone, or under a name in the file.
 
     Where somebody else has written the file, `network`, `data`, `training` and `start`
     are empty.
 
+    Args:
+        path: a file, an index of several (`*.index.json`), or a folder with one of these.
+        state: which state dict, where a file holds several: its name, `a.b` for one
+            inside of another.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, would run code, is of another schema, or holds no
-            tensors by name.
+        ValueError: it is damaged, would run code, is of another schema, holds no tensors
+            by name or quantised ones, or several state dicts and `state` names none.
     """
-    facts, digest = _read(Path(path))
+    place = weights_of(path)
+    facts, digest = _read_index(place) if place.suffix == ".json" else _read(place)
+    if isinstance(facts, dict) and facts.get("format") == FORMAT and state is None:
+        return _checkpoint(place, facts, digest)
+    found = _state_in(place, facts, state)
+    kinds = {str(value.dtype).removeprefix("torch.") for value in found.values()}
+    narrow = sorted(kinds & {"int8", "qint8", "quint8"})
+    got = f"quantised ones ({', '.join(narrow)})"
+    advice = "Save the network it was quantised from."
+    ensure(not narrow, path, "hold floating-point tensors", got, advice)
+    return Checkpoint(
+        state_dict=found, network={}, data={}, training={}, start={}, sha256=digest
+    )
+
+
+def _state_in(path: Path, facts: Any, asked: str | None) -> dict[str, Tensor]:
+    """The tensors by name: of the one state dict, or of the one that is asked for."""
     there = facts if isinstance(facts, dict) else {}
-    if there.get("format") == FORMAT:
-        return _checkpoint(Path(path), facts, digest)
-    nested = (there[name] for name in _STATE_NAMES if isinstance(there.get(name), dict))
-    found = next(nested, there).items()
-    state = {str(key): value for key, value in found if isinstance(value, Tensor)}
+    several = {str(k): v for k, v in there.items() if _is_state(v)} or {"": there}
+    if asked is None:
+        names = ", ".join(several)
+        advice = f"Say which: --state {next(iter(several))}."
+        ensure(len(several) == 1, path, "hold one state_dict", f"several: {names}", advice)
+        chosen = next(iter(several.values()))
+    else:
+        chosen = there
+        for part in asked.split("."):
+            chosen = chosen.get(part) if isinstance(chosen, dict) else None
+        got = f"{asked!r}, which it has not (it has {', '.join(map(str, there))})"
+        ensure(_is_state(chosen), "--state", f"name a state_dict of {path}", got)
+    state = {str(key): value for key, value in chosen.items() if isinstance(value, Tensor)}
     advice = "Save `model.state_dict()`, alone or under the name 'state_dict'."
     ensure(bool(state), path, "hold a state_dict", _described(facts), advice)
-    return Checkpoint(
-        state_dict=state, network={}, data={}, training={}, start={}, sha256=digest
+    return state
+
+
+def _is_state(value: Any) -> bool:
+    """Whether these are parameters by name: no optimizer's, no random generator's."""
+    return isinstance(value, dict) and any(
+        isinstance(v, Tensor) and v.ndim and (v.is_floating_point() or v.is_quantized)
+        for v in value.values()
     )
+
+
+_WEIGHTS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+def weights_of(path: str | Path) -> Path:
+    """The file with the tensors: the path itself, or what a folder holds.
+
+    Raises:
+        ValueError: a folder without one, or with several.
+    """
+    place = Path(path)
+    if not place.is_dir():
+        return place
+    names = sorted(file.name for file in place.iterdir())
+    files = [name for name in names if Path(name).suffix in _SUFFIXES]
+    found = [name for name in _WEIGHTS if name in names][:1] or files
+    held = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    got = f"a folder that holds {held or 'nothing'}, {'several' if files else 'no weights'}"
+    ensure(len(found) == 1, path, "be a checkpoint", got, "Name the file.")
+    return place / found[0]
+
+
+def _read_index(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of all files that an index names, beside it; their digest."""
+    check_file(path)
+    contract = 'be an index with a "weight_map" of files beside it'
+    with explained(path, contract, "something else"):
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ValueError(f"{outside[0]!r} lies elsewhere")
+    parts = [_read(path.with_name(name)) for name in names]
+    digest = hashlib.sha256("".join(digest for _, digest in parts).encode()).hexdigest()
+    return {key: value for state, _ in parts for key, value in state.items()}, digest
 
 
 def check_file(path: str | Path) -> None:
@@ -113,7 +187,7 @@ def check_file(path: str | Path) -> None:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    if not Path(path).is_file():
+    if not weights_of(path).is_file():
         raise FileNotFoundError(
             f"`{path}` must be a checkpoint file; got no such file. Train one with "
             "`python -m sharpness.train`."
@@ -161,16 +235,34 @@ def _first_global(content: bytes) -> str | None:
 
 
 def _unreadable(path: Path, content: bytes, blocked: str | None) -> ValueError:
+    if _is_torchscript(content):
+        return ValueError(
+            f"`{path}` must hold a state_dict; got a TorchScript program, which was not "
+            "executed. Save `torch.jit.load(path).state_dict()`."
+        )
+    if blocked and "quant" in blocked.lower():
+        return ValueError(
+            f"`{path}` must hold floating-point tensors; got quantised ones "
+            f"(`{blocked}`). Save the network it was quantised from."
+        )
     if blocked:
         return ValueError(
             f"`{path}` must hold plain tensors and values; got a pickle that needs "
-            f"`{blocked}`, which was not executed. Save the `state_dict` alone."
+            f"`{blocked}` (a whole module?), which was not executed. Save the "
+            "`state_dict` alone."
         )
     kind = "a damaged or truncated file" if content[:2] == b"PK" else "another file"
     return ValueError(
         f"`{path}` must be a checkpoint written by torch.save; got {kind} "
         f"({len(content)} bytes). Write it again, or pass the right file."
     )
+
+
+def _is_torchscript(content: bytes) -> bool:
+    with suppress(zipfile.BadZipFile):
+        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
+        return any(name.partition("/")[2].startswith("code/") for name in names)
+    return False
 
 
 def _check_facts(path: Path, facts: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,20 +19,19 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from sharpness import _tensors, checkpoint
+from sharpness import _tensors, checkpoint, state_dicts
 from sharpness._arguments import ensure, explained
-from sharpness._results import counted
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import data as lab_data
 from sharpness.lab import networks
 from sharpness.lab.data import at_random, class_balanced, has_classes
 from sharpness.lab.named import DATA, parsed
-from sharpness.risk.batches import taken
+from sharpness.risk import intake
+from sharpness.risk.batches import as_pair, taken
 from sharpness.risk.objective import call_model
 
 Pair = tuple[Any, Tensor]
 USUAL_SAMPLES = 1000
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 _SPEC = "package.module:factory or file.py:factory, with ?name=value&... for arguments"
 
 
@@ -48,6 +48,7 @@ class LoadedCheckpoint:
     data: dict[str, Any]  # name and, for a named set, sha256
     start: Tensor | None = field(repr=False)  # the parameters training began with
     facts: dict[str, Any]  # what a record says of the checkpoint
+    notes: tuple[str, ...] = ()  # what was done to make them fit, a line each
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +97,7 @@ def load_checkpoint(
     path: str | Path,
     *,
     network: str | None = None,
+    state: str | None = None,
     data: str | None = None,
     loss: str | None = None,
     data_dir: str | Path | None = None,
@@ -107,10 +109,13 @@ def load_checkpoint(
     names. Nothing in a checkpoint is executed; factories are the caller's own code.
 
     Args:
-        path: a `.pt`, `.pth`, `.bin` or `.safetensors` file.
+        path: a `.pt`, `.pth`, `.bin` or `.safetensors` file, the index of several, or a
+            folder with one, such as `save_pretrained` writes.
         network: `package.module:factory` or `file.py:factory`, with arguments as in
             `?depth=20&width=16`; `timm:resnet18?num_classes=10`; or
-            `transformers:FOLDER`, a folder with a configuration of a classifier.
+            `transformers:FOLDER`, a folder with the configuration of a classifier or a
+            causal language model; the checkpoint's own folder is known without it.
+        state: name of a state dict, where the file holds several.
         data: a set of `lab.named.DATA`; an `.npz` file with x and y (or x_train,
             y_train, x_test, y_test); or a factory that returns a pair (inputs, targets),
             a list of such batches or a loader, or a dict of these by split.
@@ -122,7 +127,9 @@ def load_checkpoint(
         ValueError: a file that is no checkpoint or would run code, a factory that is not
             there or does not fit, parameters of another network, missing data.
     """
-    saved = checkpoint.load_any(path)
+    saved = checkpoint.load_any(path, state)
+    if network is None and Path(path, "config.json").is_file():
+        network = f"transformers:{path}"
     name: Any = network or saved.network.get("name")
     ensure(
         name is not None,
@@ -132,7 +139,7 @@ def load_checkpoint(
         f"Give {_SPEC}.",
     )
     model = made_network(network) if network else networks.build(saved.network)
-    _load_parameters(model, saved.state_dict, path, name)
+    done = [_load_parameters(model, saved.state_dict, path, name)]
     source: Any = data or saved.data.get("name")
     ensure(
         source is not None,
@@ -141,9 +148,11 @@ def load_checkpoint(
         "none",
         f"Give a named set ({', '.join(DATA)}), an .npz file, or {_SPEC}.",
     )
-    splits, about = _made_data(source, data_dir, as_trained=not data)
+    splits, about = _made_data(source, data_dir, model, done, as_trained=not data)
     for pair in splits.values():
         _check_lengths(pair, source)
+    if isinstance(model, _NextTokens):
+        splits = {split: model.shifted(pair, source) for split, pair in splits.items()}
     ensure(
         bool(data) or saved.data.get("sha256") in (None, about.get("sha256")),
         path,
@@ -168,7 +177,9 @@ def load_checkpoint(
             "network": saved.network or {"name": name},
             "start": saved.start,
             "training": training,
+            "notes": list(filter(None, done)),
         },
+        notes=tuple(filter(None, done)),
     )
     _check_fit(subject, source)
     return subject
@@ -211,7 +222,7 @@ def made_network(spec: str) -> nn.Module:
         create = _package("timm", spec).create_model
         model = _called("--network", spec, partial(create, name, **arguments))
     elif kind == "transformers":
-        model = _classifier(spec, rest)
+        model = _of_transformers(spec, rest)
     else:
         model = _called("--network", spec, _factory("--network", spec))
     got = f"{type(model).__name__} from {spec}"
@@ -231,26 +242,52 @@ class _Logits(nn.Module):
         return cast(Tensor, self.model(*args, **kwargs).logits)
 
 
-def _classifier(spec: str, folder: str) -> nn.Module:
+class _NextTokens(_Logits):
+    """A causal language model that returns scores (N, V, T - 1) of tokens 2 to T."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)[:, :-1].transpose(1, 2)
+
+    @staticmethod
+    def shifted(pair: Pair, source: str) -> Pair:
+        """Labels (N, T) as transformers has them, without the first: (N, T - 1)."""
+        inputs, labels = pair
+        tokens = inputs["input_ids"] if isinstance(inputs, dict) else inputs
+        sound = isinstance(tokens, Tensor) and labels.shape == tokens.shape
+        sound = sound and labels.ndim == 2 and not labels.is_floating_point()
+        contract = "give labels (N, T) for a causal model, the tokens themselves"
+        ensure(sound, "--data", contract, f"{tuple(labels.shape)} from {source}")
+        moved = torch.equal(labels[:, :-1], tokens[:, 1:]) and not labels.equal(tokens)
+        got = f"labels from {source} that were moved by one already"
+        ensure(not moved, "--data", contract, got, "They are moved here.")
+        return inputs, labels[:, 1:]
+
+
+_CAUSAL = ("LMHeadModel", "ForCausalLM")
+
+
+def _of_transformers(spec: str, folder: str) -> nn.Module:
     transformers = _package("transformers", spec)
-    contract, advice = "name a folder with the config.json of a classifier", "Save it with "
+    contract = "name a folder with the config.json of a classifier or a causal model"
     there = Path(folder, "config.json").is_file()
-    ensure(there, "--network", contract, repr(folder), f"{advice}`save_pretrained`.")
+    ensure(there, "--network", contract, repr(folder), "Save it with `save_pretrained`.")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with explained("--network", contract, repr(folder)):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
         name = (config.architectures or [""])[0]
-        if name and not name.endswith(("Classification", "LMHeadModel", "ForCausalLM")):
+        if name and not name.endswith(("Classification", *_CAUSAL)):
             raise TypeError(f"{name} is no classifier")
+        kind = _NextTokens if name.endswith(_CAUSAL) else _Logits
         if hasattr(transformers, name):
-            return _Logits(getattr(transformers, name)(config))
+            return kind(getattr(transformers, name)(config))
         automatic = transformers.AutoModelForSequenceClassification
-        return _Logits(automatic.from_config(config, trust_remote_code=False))
+        return kind(automatic.from_config(config, trust_remote_code=False))
 
 
 def _load_parameters(
     model: nn.Module, state: Mapping[str, Tensor], path: str | Path, name: str
-) -> None:
+) -> str:
+    """Put them in; returns what was done for that, in one line."""
     ensure(
         not any(isinstance(p, UninitializedParameter) for p in model.parameters()),
         "--network",
@@ -258,34 +295,12 @@ def _load_parameters(
         f"{name}, which waits for a first batch (lazy layers)",
         "Run it on one in the factory.",
     )
-    ours = model.state_dict()
-    theirs = _matching(state, ours)
-    shapes = [{k: v.shape for k, v in some.items()} for some in (ours, theirs)]
-    wrong = [key for key in {**ours, **theirs} if shapes[0].get(key) != shapes[1].get(key)]
-    ensure(
-        not wrong,
-        path,
-        f"hold the parameters of {name}",
-        f"others: {counted(len(wrong), 'tensor')} differ{'s' if len(wrong) == 1 else ''}, "
-        f"first {wrong[0] if wrong else None}",
-        "Name the network it was trained with.",
-    )
+    theirs, done = state_dicts.matched(state, model, path, name)
     kinds = {value.dtype for value in theirs.values() if value.is_floating_point()}
     if kinds == {torch.float64}:
         model.double()  # a factory makes float32; loading would round
-    model.load_state_dict(dict(theirs))
-
-
-def _matching(state: Mapping[str, Tensor], ours: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The tensors under the model's names; prefixes of wrappers are removed or added."""
-    while set(state) != set(ours):
-        shared = [p for p in _PREFIXES if state and all(k.startswith(p) for k in state)]
-        if not shared:
-            break
-        state = {key.removeprefix(shared[0]): value for key, value in state.items()}
-    if {f"model.{key}" for key in state} == set(ours):
-        state = {f"model.{key}": value for key, value in state.items()}
-    return state
+    model.load_state_dict(theirs, strict=False)
+    return done
 
 
 def _start(saved: Checkpoint) -> Tensor | None:
@@ -301,9 +316,16 @@ def _start(saved: Checkpoint) -> Tensor | None:
 
 
 def _made_data(
-    source: str, data_dir: str | Path | None, *, as_trained: bool
+    source: str,
+    data_dir: str | Path | None,
+    model: nn.Module,
+    done: list[str],
+    *,
+    as_trained: bool,
 ) -> tuple[dict[str, Pair], dict[str, Any]]:
     """The splits, and what a record says of them; `as_trained` scales bytes."""
+    if isinstance(model, _NextTokens) and Path(source.partition("?")[0]).is_file():
+        return {"train": _from_text(source, model, done)}, {"name": source}
     if source.endswith(".npz") and not as_trained:
         return _from_npz(source), {"name": source}
     if ":" not in source or as_trained:
@@ -316,6 +338,45 @@ def _made_data(
     made = _called("--data", source, _factory("--data", source))
     splits = made if isinstance(made, Mapping) and "train" in made else {"train": made}
     return {k: _as_pair(v, source) for k, v in splits.items()}, {"name": source}
+
+
+def _from_text(source: str, model: _NextTokens, done: list[str]) -> Pair:
+    """Blocks (N, T) of a text file's tokens, as inputs and as labels."""
+    path, arguments = parsed(source)
+    config: Any = model.model.config
+    length = int(arguments.get("length", min(128, config.max_position_embeddings)))
+    tokenizer = _tokenizer(Path(config.name_or_path or "."))
+    content = Path(path).read_bytes()
+    if tokenizer is None:
+        ensure(
+            config.vocab_size >= 256,
+            "--data",
+            "be tokens for a vocabulary of less than 256",
+            f"{path}, and there is no tokenizer beside the checkpoint",
+            "Save one there, or pass a factory.",
+        )
+        numbers = list(content)
+    else:
+        numbers = tokenizer(content.decode())["input_ids"]
+    tokens = torch.tensor(numbers)
+    num = len(tokens) // length
+    got = f"{len(tokens)} in {path}"
+    ensure(num > 0 and length > 1, "--data", f"hold at least {length} tokens", got)
+    kind = "bytes, for want of a tokenizer" if tokenizer is None else "tokens"
+    done.append(f"text: {num} blocks of {length} {kind}")
+    blocks = tokens[: num * length].view(num, length)
+    return blocks, blocks
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer that a folder holds, if it holds one; its files are data, not code."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        return None
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with explained("--data", "have a tokenizer that loads", str(folder)):
+        return _package("transformers", str(folder)).AutoTokenizer.from_pretrained(
+            folder, **local
+        )
 
 
 _named_set = lru_cache(maxsize=1)(lab_data.load)  # many checkpoints of one set are usual
@@ -337,7 +398,10 @@ def _as_pair(made: Any, source: str) -> Pair:
     """A pair as it is; batches and loaders joined into one."""
     if isinstance(made, tuple | list) and len(made) == 2 and isinstance(made[1], Tensor):
         return _plain(made[0]), made[1]
-    parts = list(made) if hasattr(made, "__iter__") else []
+    if isinstance(made, tuple | list):
+        parts = [as_pair(part) for part in made]
+    else:
+        parts = _read(made, source)
     paired = all(isinstance(part, tuple | list) and len(part) == 2 for part in parts)
     contract = "give a pair (inputs, targets), a list of such batches, or a loader"
     got = f"{type(made).__name__} from {source}"
@@ -346,6 +410,15 @@ def _as_pair(made: Any, source: str) -> Pair:
     for pair in pairs:
         _check_lengths(pair, source)
     return cast(Pair, tree_map(lambda *several: torch.cat(several), *pairs))
+
+
+def _read(made: Any, source: str) -> list[Any]:
+    """The batches of a loader or a data set."""
+    try:
+        return intake.batches_of(made, torch.device("cpu"), pairs=True)
+    except (ValueError, TypeError) as error:
+        flag = f"`--data {source}`"
+        raise ValueError(str(error).replace("`data`", flag, 1)) from error
 
 
 def _plain(inputs: Any) -> Any:
@@ -367,12 +440,27 @@ def _check_lengths(pair: Pair, source: str) -> None:
 def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
     if spec is None:
         spec = "mse" if targets.is_floating_point() else "cross-entropy"
-    if spec in ("cross-entropy", "mse"):
-        return nn.CrossEntropyLoss() if spec == "cross-entropy" else nn.MSELoss()
-    made = _called("--loss", spec, _factory("--loss", spec))
+    if ":" not in spec:
+        try:
+            return cast(nn.Module, intake.made_loss(spec))
+        except (ValueError, TypeError) as error:
+            raise ValueError(str(error).replace("`loss`", "`--loss`")) from None
+    factory = _factory("--loss", spec)
+    made = factory if _takes_two(factory) else _called("--loss", spec, factory)
     got = f"{type(made).__name__} from {spec}"
     ensure(callable(made), "--loss", "make a loss to be called", got)
     return cast(nn.Module, made)
+
+
+def _takes_two(factory: partial[Any]) -> bool:
+    """Whether a function is a loss of (outputs, targets) itself, and makes none."""
+    try:
+        signature = inspect.signature(factory)
+        signature.bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    required = [p for p in signature.parameters.values() if p.default is p.empty]
+    return sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in required) == 2
 
 
 # -- factories -------------------------------------------------------------------------
@@ -384,9 +472,12 @@ def _factory(flag: str, spec: str) -> Callable[[], Any]:
     where, colon, name = head.rpartition(":")
     arguments = parsed(f"{name}{mark}{query}")[1]
     ensure(bool(where and colon and name), flag, f"be {_SPEC}", repr(spec))
-    factory: Any = getattr(_module(flag, where), name, None)
+    module = _module(flag, where)
+    factory: Any = getattr(module, name, None)
+    what = f"is a {type(factory).__name__}" if hasattr(module, name) else "is not there"
     contract = f"name a function or class of {where}"
-    ensure(callable(factory), flag, contract, f"{name!r}, which is not there")
+    advice = f"Write `def {name}(): return ...`."
+    ensure(callable(factory), flag, contract, f"{name!r}, which {what}", advice)
     return partial(factory, **arguments)
 
 

@@ -67,6 +67,7 @@ def add_options(parser: _command.Parser) -> None:
         help="for a checkpoint of your own: package.module:factory or file.py:factory, "
         "with arguments as in '?depth=20&width=16'; timm:NAME; transformers:FOLDER",
     )
+    add("--state", help="which state dict, where a file holds several")
     add(
         "--data",
         help="a named set, an .npz file with x and y, or a factory as for --network that "
@@ -136,7 +137,7 @@ def loaded(path: str, options: Any) -> LoadedCheckpoint:
     """The checkpoint with the network and data that the options name."""
     from sharpness.loading import load_checkpoint
 
-    names = ("network", "data", "loss", "data_dir")
+    names = ("network", "state", "data", "loss", "data_dir")
     return load_checkpoint(path, **{name: getattr(options, name) for name in names})
 
 
@@ -199,6 +200,7 @@ def _print(found: Measurement, extra: list[Reading], audited: str, output: Path)
     parts = (
         tables.headline(found.record),
         tables.loss_line(found.record),
+        *found.record["checkpoint"].get("notes", []),
         f"doctor: {found.checkup}" if found.checkup else "",
         tables.readings_table([*summary.readings(), *extra]),
         audited,

@@ -28,7 +28,7 @@ RANKS = [
     {"risk"},
     {"measures", "compat"},
     {"tracking", "results"},
-    {"checkpoint", "record"},
+    {"checkpoint", "record", "state_dicts"},
     {"lab"},
     {"loading", "measurement"},
     {"reproduce"},

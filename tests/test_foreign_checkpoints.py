@@ -1,0 +1,370 @@
+"""Checkpoints as other programs write them: read, with one line on what was done."""
+
+import copy
+import json
+import re
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from helpers.checkpoints import saved, trained, user_folder
+from torch import nn
+
+from sharpness import measure
+from sharpness.loading import load_checkpoint
+
+MORE = """
+from torch.nn.utils.parametrizations import weight_norm
+def normed():
+    return nn.Sequential(weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 3))
+def norm(): return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+class Stateful(nn.Sequential):
+    def get_extra_state(self): return {"scale": 2}
+    def set_extra_state(self, state): pass
+def stateful(): return Stateful(*mlp())
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+        self.head, self.second.weight = nn.Linear(5, 3), self.first.weight
+    def forward(self, x): return self.head(self.second(torch.tanh(self.first(x))))
+class Placed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("position_ids", torch.arange(4))
+    def forward(self, x): return self.net(x)
+def my_loss(outputs, targets): return nn.functional.cross_entropy(outputs, targets)
+dicts = lambda: DataLoader(
+    [{"input": x, "labels": y} for x, y in zip(*points())], batch_size=7)
+plain_set = lambda: TensorDataset(*points())
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    with user_folder(tmp_path, monkeypatch, MORE) as module:
+        yield module
+
+
+def net(nets, name="mlp"):
+    return trained(getattr(nets, name)(), nets.points())
+
+
+def loaded(path="net.pt", network="mlp", data="points", **options):
+    names = {"network": f"nets.py:{network}", "data": f"nets.py:{data}"}
+    return load_checkpoint(path, **{**names, **options})
+
+
+def same(subject, model):
+    found, expected = subject.model.state_dict(), model.state_dict()
+    return all(torch.equal(found[k], v) for k, v in expected.items() if hasattr(v, "shape"))
+
+
+def refusal(*arguments, **options):
+    with pytest.raises(ValueError, match=r"must.*got") as caught:
+        loaded(*arguments, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line.replace(str(arguments[:1]), "")) <= 240
+    return line
+
+
+def inside(state, wrapper):
+    return {re.sub(r"^(\w+)\.", rf"\1.{wrapper}.", k): v for k, v in state.items()}
+
+
+def lightning(state):
+    more = {"criterion.weight": torch.ones(3), "acc.confmat": torch.zeros(3, 3)}
+    return {
+        "state_dict": {**{f"backbone.{k}": v for k, v in state.items()}, **more},
+        "pytorch-lightning_version": "2.5.0",
+        "optimizer_states": [{"state": {0: {"step": torch.ones(())}}}],
+    }
+
+
+AVERAGED = torch.optim.swa_utils.AveragedModel
+# What the file holds, made of a state dict; a word of the line.
+FILES = {
+    "fsdp": (lambda s: inside(s, "_fsdp_wrapped_module"), "_fsdp_wrapped_module"),
+    "activation checkpointing": (
+        lambda s: inside(s, "_checkpoint_wrapped_module"),
+        "_checkpoint_wrapped_module",
+    ),
+    "compiled inside": (lambda s: inside(s, "_orig_mod"), "_orig_mod"),
+    "all of them": (
+        lambda s: inside(
+            inside({f"module.{k}": v for k, v in s.items()}, "_orig_mod"), "module"
+        ),
+        "module",
+    ),
+    "lightning": (lightning, r"backbone\. taken off.*criterion.weight, acc.confmat"),
+    "extra state": (lambda s: {**s, "0._extra_state": torch.ones(2)}, "_extra_state"),
+    "old positions": (lambda s: {**s, "position_ids": torch.arange(4)}, "position_ids"),
+    "old masks": (
+        lambda s: {
+            **s,
+            "0.attn.bias": torch.ones(1, 1, 4, 4),
+            "0.masked_bias": torch.ones(()),
+        },
+        "attn.bias, 0.masked_bias",
+    ),
+    "profiled": (lambda s: {**s, "total_ops": torch.zeros(1)}, "total_ops"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_as_others_write_it_is_read_and_what_was_done_is_said(nets, name):
+    change, said = FILES[name]
+    model = net(nets)
+    torch.save(change(model.state_dict()), "net.pt")
+    subject = loaded()
+    assert same(subject, model)
+    assert len(subject.notes) == 1
+    assert re.search(said, subject.notes[0]), subject.notes
+    assert subject.facts["notes"] == list(subject.notes)
+
+
+def test_a_plain_file_needs_nothing_said(nets):
+    saved(net(nets))
+    assert loaded().notes == ()
+
+
+def test_an_averaged_model_is_read(nets):
+    model = AVERAGED(net(nets))
+    torch.save(model.state_dict(), "net.pt")
+    subject = loaded()
+    assert same(subject, model.module)
+    assert "n_averaged" in subject.notes[0]
+
+
+def test_batchnorm_without_a_counter_is_read(nets):
+    model = net(nets, "norm")
+    state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
+    torch.save(state, "net.pt")
+    subject = loaded(network="norm")
+    assert torch.equal(subject.model[1].running_mean, model[1].running_mean)
+    assert "num_batches_tracked" in subject.notes[0]
+
+
+def test_a_network_with_extra_state_takes_a_file_without(nets):
+    model = net(nets)
+    saved(model)
+    assert same(loaded(network="stateful"), model)
+
+
+def test_a_buffer_of_positions_may_be_absent(nets):
+    model = net(nets, "Placed")
+    state = {k: v for k, v in model.state_dict().items() if k != "position_ids"}
+    torch.save(state, "net.pt")
+    assert same(loaded(network="Placed"), model)
+
+
+@pytest.mark.parametrize("network", ["normed", "mlp"])
+def test_the_old_names_of_weight_norm_are_read(nets, network):
+    model = net(nets, "normed")
+    head = "0.parametrizations.weight.original"
+    names = {f"{head}0": "0.weight_g", f"{head}1": "0.weight_v"}
+    torch.save({names.get(k, k): v for k, v in model.state_dict().items()}, "net.pt")
+    subject = loaded(network=network)
+    x = nets.points()[0]
+    assert torch.allclose(subject.model(x), model(x), atol=1e-6)
+    assert ("folded" in " ".join(subject.notes)) == (network == "mlp")
+
+
+def test_tied_weights_are_in_a_file_once(nets):
+    model = net(nets, "Tied")
+    safetensors.torch.save_model(model, "net.safetensors")
+    assert len(safetensors.torch.load_file("net.safetensors")) == 3
+    subject = loaded("net.safetensors", "Tied")
+    assert same(subject, model)
+    assert "tied" in subject.notes[0]
+
+
+def test_one_of_several_state_dicts_is_never_taken_silently(nets):
+    first, second = net(nets), nets.mlp()
+    file = {"model": first.state_dict(), "model_ema": second.state_dict(), "epoch": 3}
+    torch.save({**file, "deep": {"er": first.state_dict()}}, "net.pt")
+    assert "several: model, model_ema" in refusal()
+    assert same(loaded(state="model_ema"), second)
+    assert same(loaded(state="deep.er"), first)
+    assert "'ema'" in refusal(state="ema")
+
+
+def test_two_networks_under_two_prefixes_are_told_apart(nets):
+    state = nets.mlp().state_dict()
+    both = {f"{p}.{k}": v for p in ("student", "teacher") for k, v in state.items()}
+    torch.save(both, "net.pt")
+    assert "'student.' and 'teacher.'" in refusal()
+
+
+def test_a_parameter_that_is_missing_or_too_many_is_refused(nets):
+    state = nets.mlp().state_dict()
+    torch.save({k: v for k, v in state.items() if k != "2.bias"}, "net.pt")
+    assert "first 2.bias" in refusal()
+    torch.save({**state, "4.weight": torch.ones(2)}, "net.pt")
+    assert "first 4.weight" in refusal()
+
+
+def sharded(state, suffix, folder):
+    save = torch.save if suffix == "bin" else safetensors.torch.save_file
+    stem = "pytorch_model" if suffix == "bin" else "model"
+    names = list(state)
+    files = {k: f"{stem}-0000{1 + (i > 1)}-of-00002.{suffix}" for i, k in enumerate(names)}
+    for file in set(files.values()):
+        save({k: state[k] for k in names if files[k] == file}, folder / file)
+    index = folder / f"{stem}.{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_a_sharded_checkpoint_is_read_by_its_index_or_its_folder(nets, tmp_path, suffix):
+    model, folder = net(nets), tmp_path / "model"
+    folder.mkdir()
+    index = sharded(model.state_dict(), suffix, folder)
+    by_index, by_folder = loaded(index), loaded(folder)
+    assert same(by_index, model)
+    assert same(by_folder, model)
+    assert by_index.facts["sha256"] == by_folder.facts["sha256"]
+
+
+def test_an_index_reads_nothing_from_elsewhere_R37(nets, tmp_path):
+    saved(net(nets))
+    (tmp_path / "sub").mkdir()
+    index = tmp_path / "sub" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"0.weight": "../net.pt"}}))
+    assert "lies elsewhere" in refusal(index)
+
+
+def test_a_folder_that_is_no_checkpoint_says_what_it_holds(nets, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert "holds config.json, no weights" in refusal("model")
+    for name in ("a.pt", "b.pt"):
+        saved(net(nets), f"model/{name}")
+    assert "holds a.pt, b.pt, config.json, several" in refusal("model")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_state_dict_is_refused_by_its_kind_and_never_executed_R37(nets):
+    model = net(nets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(model, nets.points()[0]).save("script.pt")
+        torch.save(torch.ao.quantization.quantize_dynamic(model, {nn.Linear}), "q.pt")
+        narrow = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}).state_dict()
+        torch.save(narrow, "narrow.pt")
+    torch.save(model, "whole.pt")
+    torch.save(
+        {"0.weight": torch.ones(2, 2, dtype=torch.int8), "s": torch.ones(2)}, "int8.pt"
+    )
+    assert "TorchScript program" in refusal("script.pt")
+    assert "a whole module?" in refusal("whole.pt")
+    assert "a whole module?" in refusal("q.pt")
+    for name in ("narrow.pt", "int8.pt"):
+        assert "quantised" in refusal(name)
+
+
+# -- what stands beside the checkpoint ---------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["dicts", "plain_set"])
+def test_loaders_of_dicts_and_data_sets_are_data(nets, data):
+    saved(net(nets))
+    x, y = nets.points()
+    found, targets = loaded(data=data).train if data == "plain_set" else (None, None)
+    if data == "dicts":
+        inputs, targets = loaded(data=data).train
+        found = inputs["input"]
+    assert torch.equal(found, x)
+    assert torch.equal(targets, y)
+
+
+@pytest.mark.parametrize("loss", ["nets.py:my_loss", "torch.nn.functional:cross_entropy"])
+def test_a_plain_function_is_a_loss(nets, loss):
+    saved(net(nets))
+    x, y = nets.points()
+    subject = loaded(loss=loss)
+    expected = nn.functional.cross_entropy(subject.model(x), y)
+    assert torch.equal(subject.loss(subject.model(x), y), expected)
+
+
+def test_losses_have_pytorchs_names(nets):
+    saved(net(nets))
+    assert isinstance(loaded(loss="CrossEntropyLoss").loss, nn.CrossEntropyLoss)
+
+
+def test_a_variable_is_no_factory(nets):
+    saved(net(nets))
+    assert "'constant', which is a int" in refusal(network="constant")
+
+
+# -- transformers ------------------------------------------------------------------------
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 30
+
+
+@pytest.fixture
+def gpt2(nets, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=256, n_positions=32, n_embd=8, n_layer=1, n_head=2
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "corpus.txt").write_text(TEXT)
+    return model
+
+
+def test_a_folder_of_a_causal_model_is_measured_on_a_text_file(gpt2, capsys):
+    command = "gpt2 --data corpus.txt --measures norms --json --num-samples all"
+    assert measure.main(command.split()) == 0
+    record = json.loads(capsys.readouterr().out)
+    tokens = torch.tensor(list(TEXT.encode()))
+    blocks = tokens[: len(tokens) // 32 * 32].view(-1, 32)
+    expected = float(gpt2(input_ids=blocks, labels=blocks).loss.detach())
+    assert record["value"] == pytest.approx(expected, rel=1e-5)
+    notes = record["checkpoint"]["notes"]
+    assert "tied: lm_head.weight" in notes[0].replace("model.", "")
+    assert notes[1] == f"text: {len(blocks)} blocks of 32 bytes, for want of a tokenizer"
+    assert record["settings"]["risk"]["num_terms"] == len(blocks) * 31
+
+
+def test_what_was_done_is_a_line_of_the_output(gpt2, capsys):
+    command = "gpt2 --data corpus.txt?length=16 --measures norms"
+    assert measure.main(command.split()) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^text: \d+ blocks of 16 bytes", out, re.MULTILINE)
+
+
+def test_labels_that_were_moved_already_are_refused(gpt2, nets, tmp_path):
+    (tmp_path / "moved.py").write_text(
+        "import torch\n"
+        "t = torch.arange(60).view(5, 12)\n"
+        "def pair(): return t[:, :-1], t[:, 1:]\n"
+        "def same(): return [{'input_ids': t, 'labels': t}]\n"
+    )
+    with pytest.raises(ValueError, match="moved by one already"):
+        load_checkpoint("gpt2", data="moved.py:pair")
+    inputs, labels = load_checkpoint("gpt2", data="moved.py:same").train
+    assert labels.shape == (5, 11)
+    assert torch.equal(labels, inputs["input_ids"][:, 1:])
+    with pytest.raises(ValueError, match="causal model"):
+        load_checkpoint("gpt2", data="nets.py:words")
+
+
+def test_a_text_that_is_too_short_is_one_line(gpt2, tmp_path):
+    (tmp_path / "short.txt").write_text("no")
+    with pytest.raises(ValueError, match="hold at least 32 tokens; got 2"):
+        load_checkpoint("gpt2", data="short.txt")
+
+
+def test_copies_of_models_stay_apart(gpt2):
+    """Tied weights are one parameter, of the model as of the folder."""
+    subject = load_checkpoint("gpt2", data="corpus.txt")
+    inner = copy.deepcopy(subject.model).model
+    assert inner.lm_head.weight is inner.transformer.wte.weight
+    assert torch.equal(inner.lm_head.weight, gpt2.lm_head.weight)
