@@ -103,11 +103,6 @@ def load_any(path: str | Path, state: str | None = None) -> Checkpoint:
     if isinstance(facts, dict) and facts.get("format") == FORMAT and state is None:
         return _checkpoint(place, facts, digest)
     found = _state_in(place, facts, state)
-    kinds = {str(value.dtype).removeprefix("torch.") for value in found.values()}
-    narrow = sorted(kinds & {"int8", "qint8", "quint8"})
-    got = f"quantised ones ({', '.join(narrow)})"
-    advice = "Save the network it was quantised from."
-    ensure(not narrow, path, "hold floating-point tensors", got, advice)
     return Checkpoint(
         state_dict=found, network={}, data={}, training={}, start={}, sha256=digest
     )
@@ -128,10 +123,19 @@ def _state_in(path: Path, facts: Any, asked: str | None) -> dict[str, Tensor]:
             chosen = chosen.get(part) if isinstance(chosen, dict) else None
         got = f"{asked!r}, which it has not (it has {', '.join(map(str, there))})"
         ensure(_is_state(chosen), "--state", f"name a state_dict of {path}", got)
+    narrow = next((str(k) for k, v in chosen.items() if _is_quantised(str(k), v)), None)
+    advice = "Save the network it was quantised from."
+    got = f"quantised ones, first {narrow}"
+    ensure(narrow is None, path, "hold floating-point tensors", got, advice)
     state = {str(key): value for key, value in chosen.items() if isinstance(value, Tensor)}
     advice = "Save `model.state_dict()`, alone or under the name 'state_dict'."
     ensure(bool(state), path, "hold a state_dict", _described(facts), advice)
     return state
+
+
+def _is_quantised(name: str, value: Any) -> bool:
+    narrow = isinstance(value, Tensor) and (value.dtype == torch.int8 or value.is_quantized)
+    return narrow or "_packed_params" in name
 
 
 def _is_state(value: Any) -> bool:
@@ -187,7 +191,7 @@ def check_file(path: str | Path) -> None:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    if not weights_of(path).is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(
             f"`{path}` must be a checkpoint file; got no such file. Train one with "
             "`python -m sharpness.train`."

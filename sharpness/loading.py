@@ -452,7 +452,7 @@ def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
     return cast(nn.Module, made)
 
 
-def _takes_two(factory: partial[Any]) -> bool:
+def _takes_two(factory: Callable[..., Any]) -> bool:
     """Whether a function is a loss of (outputs, targets) itself, and makes none."""
     try:
         signature = inspect.signature(factory)

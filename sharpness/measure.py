@@ -106,13 +106,13 @@ def _measure(options: Any) -> int:
 
 def check_options(options: Any, paths: Sequence[str]) -> None:
     """Refuse wrong options before any work is done."""
-    from sharpness.checkpoint import check_file
+    from sharpness.checkpoint import check_file, weights_of
     from sharpness.measures.summary import selected
 
     selected(options.measures)
     measure_settings(options)
     for path in paths:
-        check_file(path)
+        check_file(weights_of(path))
         _command.check_writable("--output", output_of(options, path))
 
 

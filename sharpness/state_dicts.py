@@ -54,9 +54,9 @@ def matched(
     mine = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in mine.items()}:
         return dict(state), ""
-    ours, theirs = _by_plain_name(mine), _by_plain_name(state)
-    theirs = {name: state[key] for name, key in theirs.items()}
-    theirs, folded = _folded(theirs, ours)
+    ours = _by_plain_name(mine)
+    plain_state = {name: state[key] for name, key in _by_plain_name(state).items()}
+    theirs, folded = _folded(plain_state, ours)
     tied = _tied(mine)
     shapes = {name: mine[key].shape for name, key in ours.items()}
     tries = {

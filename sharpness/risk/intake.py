@@ -96,7 +96,7 @@ def _plain(name: str) -> str:
 _CLASSES: list[Any] = [c for c in vars(torch_losses).values() if inspect.isclass(c)]
 _CLASSES = [c for c in _CLASSES if issubclass(c, torch_losses._Loss)]
 _NAMED: dict[str, Any] = {
-    _plain(each.__name__): each for each in [*_CLASSES, *loss_terms.FUNCTIONS]
+    _plain(each.__name__): each for each in [*loss_terms.FUNCTIONS, *_CLASSES]
 }
 
 
