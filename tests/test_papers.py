@@ -1108,7 +1108,8 @@ def test_a_findings_command_says_with_how_many_starting_points():
 def test_a_findings_command_names_the_paper_the_item_and_the_study():
     found = found_in("keskar2017", "table2")
     assert found.command == (
-        "python -m sharpness.reproduce keskar2017 table2 --preset reduced --study F1-mnist"
+        "python -m sharpness.reproduce keskar2017 --items table2 --preset reduced "
+        "--study F1-mnist"
     )
 
 

@@ -10,6 +10,8 @@ from sharpness import read_records
 from sharpness.lab import data
 from sharpness.reproduce import __main__ as reproduce
 from sharpness.reproduce import runner, serialisation
+from sharpness.reproduce.claims import effect_of, moves
+from sharpness.reproduce.keskar2017 import in_short
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import Runner
 
@@ -93,7 +95,10 @@ def test_list_names_every_item_and_study_and_does_nothing(paper, tmp_path, capsy
 
 def test_a_plan_says_what_would_be_done_and_does_nothing(tmp_path, capsys, studies):
     studies(TINIER)
-    assert reproduce.main(["keskar2017", "table2", "--plan", "--device", "cpu"]) == 0
+    assert (
+        reproduce.main(["keskar2017", "--items", "table2", "--plan", "--device", "cpu"])
+        == 0
+    )
     out, err = capsys.readouterr()
     assert "tinier, preset quick: MLP?width=8&depth=1&out_features=10 on digits[" in out
     assert "Reduced: everything." in out
@@ -106,7 +111,7 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(tmp_path, capsys, studi
 
 def test_a_plan_of_everything_counts_each_network_and_observation_once(capsys, studies):
     studies(TINIER)
-    assert reproduce.main(["keskar2017", "--plan", "--preset", "quick"]) == 0
+    assert reproduce.main(["keskar2017", "--items", "all", "--plan"]) == 0
     out = capsys.readouterr().out
     # Tables and distance: 4 accuracies and 4 looks; beyond: 4 looks and 2 at matched
     # networks; figures 2 and 6: 2 more accuracies and 4 phi; 3 and 7: 2 joinings each.
@@ -115,12 +120,14 @@ def test_a_plan_of_everything_counts_each_network_and_observation_once(capsys, s
 
 def test_without_items_quick_leaves_out_what_takes_long(capsys, studies):
     studies(replace(TINIER, swept=(10, 60), epochs_swept=1, epochs_warm=1))
-    assert reproduce.main(["keskar2017", "--plan"]) == 0
+    assert reproduce.main(["keskar2017", "--items", "all", "--plan"]) == 0
     assert (
         "Items: table2, table3, table4, beyond, distance, figure2, figure3, figure6, "
         in words(capsys.readouterr().out)
     )
-    assert reproduce.main(["keskar2017", "figure4", "table7", "figure4", "--plan"]) == 0
+    assert (
+        reproduce.main(["keskar2017", "--items", "figure4,table7,figure4", "--plan"]) == 0
+    )
     assert "Items: figure4, table7." in capsys.readouterr().out
 
 
@@ -128,7 +135,10 @@ def test_a_plan_with_fewer_starting_points_is_shorter(capsys, studies):
     studies(replace(TINIER, num_seeds=6))
     lines = {}
     for seeds in ("2", "3", "6"):
-        assert reproduce.main(["keskar2017", "table2", "--plan", "--seeds", seeds]) == 0
+        assert (
+            reproduce.main(["keskar2017", "--items", "table2", "--plan", "--seeds", seeds])
+            == 0
+        )
         lines[seeds] = capsys.readouterr().out
     for seeds, out in lines.items():
         assert f"To do: {2 * int(seeds)} training runs" in out
@@ -136,7 +146,7 @@ def test_a_plan_with_fewer_starting_points_is_shorter(capsys, studies):
 
 def test_a_plan_names_what_stands_in(capsys, studies):
     studies(replace(TINIER, stand_in="digits for MNIST"), TINIER)
-    assert reproduce.main(["keskar2017", "table2", "--plan"]) == 0
+    assert reproduce.main(["keskar2017", "--items", "table2", "--plan"]) == 0
     assert capsys.readouterr().out.count("Stand-in: digits for MNIST.") == 1
 
 
@@ -144,8 +154,9 @@ def test_a_plan_names_what_stands_in(capsys, studies):
 
 REFUSED = [
     (["nobody2020"], "invalid choice: 'nobody2020'"),
-    (["keskar2017", "table9"], "`ITEM` must be one of table2, table3"),
-    (["keskar2017", "table2", "table9"], "got 'table9'"),
+    (["keskar2017", "--items", "table9"], "`--items` must be of table2, table3"),
+    (["keskar2017", "--items", "table2,table9"], "got 'table9'"),
+    (["keskar2017", "table2"], "unrecognized arguments: table2"),
     (["keskar2017", "--study", "nowhere"], "`--study` must be of F1-mnist"),
     (["keskar2017", "--study", "C1-cifar10"], "(preset quick); got C1-cifar10"),
     (["keskar2017", "--seeds", "1"], "at least 2 for a paired comparison; got 1"),
@@ -156,7 +167,6 @@ REFUSED = [
     (["keskar2017", "--preset", "huge"], "invalid choice: 'huge'"),
     (["keskar2017", "--device", "abacus"], "got 'abacus'"),
     (["keskar2017", "--frobnicate"], "unrecognized arguments: --frobnicate"),
-    ([], "the following arguments are required: paper"),
 ]
 
 
@@ -191,8 +201,56 @@ def test_a_preset_that_a_paper_has_no_study_for_is_refused(tmp_path, capsys, stu
 
 def test_an_item_that_no_study_of_the_preset_has_is_refused(tmp_path, capsys, studies):
     studies(TINIER)
-    err = refused(["keskar2017", "figure4"], tmp_path, capsys)
-    assert "`ITEM` must be part of this preset's studies; got figure4" in err
+    err = refused(["keskar2017", "--items", "figure4"], tmp_path, capsys)
+    assert "`--items` must be part of this preset's studies; got figure4" in err
+
+
+# -- the question in short ---------------------------------------------------------------
+
+
+def test_without_a_paper_the_papers_are_listed(capsys):
+    for arguments in ([], ["--list"]):
+        assert reproduce.main(arguments) == 0
+        lines = capsys.readouterr().out
+        assert all(f"{name}: " in lines for name in PAPERS)
+
+
+def test_quick_answers_the_question_in_its_first_lines(tmp_path, capsys, studies):
+    studies(replace(TINIER, num_seeds=3), TINY)
+    assert reproduce.main([*CALL, str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    answer = out.splitlines()[:6]
+    assert answer[0].startswith("By Keskar's phi(1e-3) the large batch is ")
+    assert answer[1].startswith("By lambda_max it is ")
+    assert answer[2].startswith("Test accuracy: ")
+    assert "Three pairs decide " in " ".join(answer)
+    assert err.count("sharpness.reproduce: trained ") == 6  # piped: a line a network
+    assert "made 12 of 12 observations" in err
+    table = out[out.index("small batch") :]
+    rows = [line for line in table.splitlines() if "→" in line or " – " in f"{line} "]
+    assert 7 <= len(rows) <= 10
+    assert (tmp_path / "run/keskar2017-tinier.png").read_bytes().startswith(PNG)
+    assert "tiny:" not in out  # the first study alone
+    assert "--items all" in out
+    records = read_records(tmp_path / "run/records.jsonl")
+    assert {record["observation"]["kind"] for record in records} == {"Accuracy", "Measured"}
+
+
+def test_the_answer_says_what_the_numbers_say():
+    rises = [2.0, 4.0, 8.0], [20.0, 40.0, 80.0]
+    assert in_short._compared(*rises) == "sharper in 3 of 3 pairs, 10 times on average"
+    assert in_short._compared(*rises[::-1]).startswith("flatter in 3 of 3 pairs, 10 times")
+    mixed = in_short._compared([1.0, 2.0, 3.0], [2.0, 4.0, 2.9])
+    assert mixed.startswith("sharper in 2 of 3 pairs, 1.57 times")
+    assert in_short._compared([-1.0, 2.0], [1.0, 4.0]) == "sharper in 2 of 2 pairs"
+    assert in_short._gap([90.0, 91.0, 92.0], [91.0, 90.5, 92.2]).startswith("no difference")
+    fell = in_short._gap([90.0, 91.0, 92.0], [88.0, 88.9, 90.1])
+    assert fell == "the large batch's is lower (-2.00 points, 95 % interval -2.25 to -1.75)"
+    effect = effect_of(*moves(*rises, True))
+    assert in_short._how_sure(3, effect).startswith("Three pairs decide the order")
+    assert "nothing" in in_short._how_sure(2, effect)
+    wide = effect_of(*moves([1.0, 1.0, 1.0], [9.0, 0.5, 1.1], True))
+    assert in_short._how_sure(3, wide).startswith("Three pairs decide not even the order")
 
 
 # -- what is done ------------------------------------------------------------------------
@@ -202,10 +260,10 @@ def test_a_tiny_reproduction_from_end_to_end(tmp_path, capsys, studies):
     studies(TINIER)
     folder = tmp_path / "run"
     items = ["table2", "figure2", "figure3"]
-    call = ["keskar2017", *items, *CALL[1:], str(folder)]
+    call = ["keskar2017", "--items", ",".join(items), *CALL[1:], str(folder)]
     assert reproduce.main(call) == 0
     first, err = capsys.readouterr()
-    assert err == ""
+    assert all(line.startswith("sharpness.reproduce: ") for line in err.splitlines())
     said = words(first)
     assert "To do: 4 training runs, 8 of 8 observations" in said
     assert said.count("Verdict: ") == len(items)
@@ -266,7 +324,7 @@ def test_an_interrupted_run_carries_on(
 ):
     studies(TINIER)
     items = ["table2", "figure2", "figure6"]
-    whole = ["keskar2017", *items, *CALL[1:], str(tmp_path / "whole")]
+    whole = ["keskar2017", "--items", ",".join(items), *CALL[1:], str(tmp_path / "whole")]
     assert reproduce.main(whole) == 0
     expected = capsys.readouterr().out
 
@@ -276,8 +334,9 @@ def test_an_interrupted_run_carries_on(
         interrupting(patch, target, name, after)
         assert reproduce.main(call) == 130
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1
-    assert "interrupted; the same command carries on where it stopped" in err
+    *progress, last = err.splitlines()
+    assert all(re.search(r": (trained|made) ", line) for line in progress)
+    assert "interrupted; the same command carries on where it stopped" in last
     assert "Verdict" not in out
     networks = {p.name: p.read_bytes() for p in (folder / "networks").glob("*.pt")}
     there = folder / "records.jsonl"
@@ -297,10 +356,10 @@ def test_an_interrupted_run_carries_on(
 def test_what_one_item_made_is_not_made_again_for_another(tmp_path, capsys, studies):
     studies(TINIER)
     folder = tmp_path / "run"
-    assert reproduce.main([*CALL[:1], "table3", *CALL[1:], str(folder)]) == 0
+    assert reproduce.main([*CALL[:1], "--items", "table3", *CALL[1:], str(folder)]) == 0
     before = (folder / "records.jsonl").read_bytes()
     capsys.readouterr()
-    assert reproduce.main([*CALL[:1], "table4", *CALL[1:], str(folder)]) == 0
+    assert reproduce.main([*CALL[:1], "--items", "table4", *CALL[1:], str(folder)]) == 0
     assert "To do: 0 training runs, 0 of 4 observations" in capsys.readouterr().out
     assert (folder / "records.jsonl").read_bytes() == before
 
@@ -309,7 +368,7 @@ def test_a_stand_in_is_said_to_be_one_and_no_verdict_says_reproduced_alone(
     tmp_path, capsys, studies
 ):
     studies(replace(TINIER, stand_in="digits for MNIST"))
-    call = [*CALL[:1], "table2", "figure2", *CALL[1:], str(tmp_path / "run")]
+    call = [*CALL[:1], "--items", "table2,figure2", *CALL[1:], str(tmp_path / "run")]
     assert reproduce.main(call) == 0
     out = capsys.readouterr().out
     assert "Stand-in: digits for MNIST." in out
@@ -320,7 +379,7 @@ def test_a_stand_in_is_said_to_be_one_and_no_verdict_says_reproduced_alone(
 
 def test_a_record_can_be_made_again_to_the_same_numbers(tmp_path, capsys, studies):
     studies(TINIER)
-    call = [*CALL[:1], "table3", *CALL[1:], str(tmp_path / "run")]
+    call = [*CALL[:1], "--items", "table3", *CALL[1:], str(tmp_path / "run")]
     assert reproduce.main(call) == 0
     capsys.readouterr()
     record = read_records(tmp_path / "run" / "records.jsonl")[0]
@@ -356,7 +415,7 @@ def test_runs_that_diverge_are_recorded_once_and_count_as_0_percent(
     )
     studies(study, paper="masters2018")
     folder = tmp_path / "run"
-    call = ["masters2018", "grid", *CALL[1:], str(folder)]
+    call = ["masters2018", "--items", "grid", *CALL[1:], str(folder)]
     assert reproduce.main(call) == 0
     first = capsys.readouterr().out
     records = read_records(folder / "records.jsonl")
@@ -383,7 +442,8 @@ def test_a_plan_needs_no_data(tmp_path, capsys, monkeypatch, study):
     monkeypatch.setattr(data, "_folder", absent)
     monkeypatch.setattr(data, "_spoken_digits", absent)
     monkeypatch.chdir(tmp_path)
-    call = ["keskar2017", "table2", "--preset", "full", "--study", study, "--plan"]
+    call = ["keskar2017", "--preset", "full", "--study", study, "--plan"]
+    call += ["--items", "table2"]
     assert reproduce.main([*call, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"To do: 12 training runs, 12 of 12 observations; about \d+ min", out)

@@ -585,7 +585,7 @@ def test_a_torn_line_is_looked_at_again(runner):
 def test_other_records_in_the_file_are_passed_over(runner):
     carried_out(runner, [LOOK])
     with runner.records.open("a") as file:
-        file.write('{"schema": 1, "kind": "findings", "findings": []}\n')
+        file.write('{"schema": 2, "kind": "findings", "findings": []}\n')
     assert len(runner.store()) == 1
 
 

@@ -53,7 +53,7 @@ def draw_forest(
     *,
     groups: Sequence[tuple[str, Sequence[str]]],
     markers: dict[str, tuple[str, int]],
-    hatched: str,
+    hatched: str = "",
 ) -> Path:
     """Draw panels that share their rows, as PNG.
 
@@ -62,7 +62,7 @@ def draw_forest(
         panels: from left to right; the first is the widest, and rows are named for it.
         groups: (heading, names of rows) from the top; a heading takes a row of its own.
         markers: for each label its marker and its colour.
-        hatched: what hatched rows mean.
+        hatched: what hatched rows mean; empty where none are.
     """
     names = [name for heading, rows in groups for name in ("", *rows)]
     size = (15.0, 1.6 + _ROW * len(names))
@@ -88,10 +88,13 @@ def draw_forest(
         Line2D([], [], linestyle="", marker=marker, color=COLOURS[colour], label=label)
         for label, (marker, colour) in markers.items()
     ]
-    handles.append(Patch(facecolor="white", edgecolor="0.5", hatch="////", label=hatched))
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9
-    )
+    if hatched:
+        patch = Patch(facecolor="white", edgecolor="0.5", hatch="////", label=hatched)
+        handles.append(patch)
+    if len(handles) > 1:
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -15,7 +15,7 @@ from sharpness.reproduce import PAPER_NAMES, PRESETS
 if TYPE_CHECKING:
     from sharpness.reproduce.claims import Finding
     from sharpness.reproduce.observations import Observation
-    from sharpness.reproduce.paper import Item, Paper, Study
+    from sharpness.reproduce.paper import InShort, Item, Paper, Study
     from sharpness.reproduce.runner import Runner
 
 _ADVICE = (
@@ -37,8 +37,14 @@ def _parser() -> _command.Parser:
         "again: an interrupted run carries on.",
     )
     add = parser.add_argument
-    add("paper", choices=sorted(PAPER_NAMES), help="which paper")
-    add("item", nargs="*", help="tables or figures (default: all; --list names them)")
+    add("paper", nargs="?", choices=sorted(PAPER_NAMES), help="which paper")
+    add(
+        "--items",
+        type=_command.names,
+        default=(),
+        help="tables or figures, with commas, or 'all' (--list names them; default: the "
+        "paper's question in short where it can be had, else all)",
+    )
     add("--preset", choices=PRESETS, default="quick", help="size of the job")
     add(
         "--quick",
@@ -70,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from sharpness.reproduce.runner import Runner
         from sharpness.reproduce.shown import print_verdicts
 
+        if options.paper is None:
+            return _list_papers()
         paper = PAPERS[options.paper]
         if options.list:
             return _list(paper)
@@ -81,21 +89,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=_command.chosen_device(options.device),
             jobs=options.jobs,
         )
+        if paper.in_short and options.preset == "quick" and not options.items:
+            study = _studies(paper, options)[0]
+            return _in_short(paper.in_short, study, runner, options)
         findings = []
         for study in _studies(paper, options):
-            if items := _items(paper, options.item, study):
+            if items := _items(paper, options.items, study):
                 findings += _reproduced(paper, items, study, runner, options.plan)
         if findings:
             print_verdicts(tables.console(), with_holm(findings))
             tables.console().print(f"\n{_ADVICE}\nWritten to {runner.folder}.")
         elif not options.plan:
             raise ValueError(
-                "`ITEM` must be part of this preset's studies; got "
-                f"{', '.join(options.item)}. See --list."
+                "`--items` must be part of this preset's studies; got "
+                f"{', '.join(options.items)}. See --list."
             )
         return _command.OK
 
     return _command.guarded("sharpness.reproduce", command)
+
+
+def _list_papers() -> int:
+    from sharpness.report import tables
+    from sharpness.reproduce.papers import PAPERS
+
+    for name, paper in PAPERS.items():
+        tables.console().print(f"{name}: {paper.citation}")
+    return _command.OK
+
+
+def _in_short(
+    question: InShort, study: Study, runner: Runner, options: argparse.Namespace
+) -> int:
+    """The answer in sentences, one table, one picture, and what to run for more."""
+    from sharpness.report import tables
+    from sharpness.reproduce.shown import plain
+
+    out, wanted = tables.console(), question.observations(study)
+    plan = _plan(study, (), runner, wanted).strip()
+    print(plan, file=None if options.plan else sys.stderr)
+    if options.plan:
+        return _command.OK
+    store = runner.carry_out(wanted, said=_piped)
+    for sentence in question.sentences(study, store):
+        out.print(sentence)
+    out.print(f"\n{study.name}: {study.about}")
+    out.print(plain(question.columns, question.rows(study, store), right=1))
+    path = runner.folder / f"{options.paper}-{study.name}.png"
+    out.print(f"Picture: {question.draw(path, study, store)}")
+    command = f"python -m sharpness.reproduce {options.paper}"
+    out.print(f"Tables and figures with verdicts: {command} --items all (--plan: how long)")
+    out.print(f"Six starting points, hours: {command} --preset reduced")
+    return _command.OK
+
+
+def _piped(line: str) -> None:
+    """Progress for those who see no bar."""
+    if not sys.stderr.isatty():
+        print(f"sharpness.reproduce: {line}", file=sys.stderr, flush=True)
 
 
 def _list(paper: Paper) -> int:
@@ -137,7 +188,7 @@ def _studies(paper: Paper, options: argparse.Namespace) -> list[Study]:
 
 
 def _items(paper: Paper, names: Sequence[str], study: Study) -> list[Item]:
-    asked = [paper.item(name) for name in dict.fromkeys(names)]
+    asked = [paper.item(name) for name in dict.fromkeys(names) if name != "all"]
     everything = [i for i in paper.items if i.in_quick or study.preset != "quick"]
     return [item for item in asked or everything if item.applies(study)]
 
@@ -154,7 +205,7 @@ def _reproduced(
     out, findings = tables.console(), []
     wanted = [o for item in items for o in item.observations(study)]
     out.print(_plan(study, items, runner, wanted))
-    store = ObservationStore(()) if only_plan else runner.carry_out(wanted)
+    store = ObservationStore(()) if only_plan else runner.carry_out(wanted, said=_piped)
     for item in () if only_plan else items:
         found = finding(paper, item, study, store)
         print_finding(out, found)
@@ -183,7 +234,7 @@ def _plan(
         study.about,
         f"Stand-in: {study.stand_in}." if study.stand_in else "",
         f"Reduced: {study.reduced}." if study.reduced else "",
-        f"Items: {', '.join(item.name for item in items)}.",
+        f"Items: {', '.join(item.name for item in items)}." if items else "",
         f"To do: {sum(map(len, stages))} training runs, {len(missing)} of "
         f"{len(set(wanted))} observations; "
         f"{time if runner.device == 'cpu' else 'less than on a CPU'}.",

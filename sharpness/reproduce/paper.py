@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Self
 
 from sharpness.report.panels import Panel
@@ -79,6 +80,17 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InShort:
+    """A paper's question answered by little work: sentences, one table, one picture."""
+
+    observations: Callable[[Any], Sequence[Observation]]
+    sentences: Callable[[Any, ObservationStore], Sequence[str]]
+    columns: Sequence[str]
+    rows: Callable[[Any, ObservationStore], Sequence[Sequence[str]]]
+    draw: Callable[[Path, Any, ObservationStore], Path]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Paper:
     """A paper with its items and the studies of every preset."""
 
@@ -86,6 +98,7 @@ class Paper:
     citation: str
     items: Sequence[Item]
     studies: Sequence[Study] = field(repr=False)
+    in_short: InShort | None = field(default=None, repr=False)
 
     def item(self, name: str) -> Item:
         """An item by its name.
@@ -95,7 +108,7 @@ class Paper:
         """
         by_name = {item.name: item for item in self.items}
         if name not in by_name:
-            raise ValueError(f"`ITEM` must be one of {', '.join(by_name)}; got {name!r}.")
+            raise ValueError(f"`--items` must be of {', '.join(by_name)}; got {name!r}.")
         return by_name[name]
 
 
@@ -115,7 +128,7 @@ def finding(paper: Paper, item: Item, study: Study, store: ObservationStore) -> 
         study=study.name,
         data=study.data,
         preset=study.preset,
-        command=f"python -m sharpness.reproduce {paper.name} {item.name} "
+        command=f"python -m sharpness.reproduce {paper.name} --items {item.name} "
         f"--preset {study.preset} --study {study.name}{seeds}",
         stand_in=study.stand_in if wanted else None,
         made=sum(observation in store for observation in wanted),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import timeit
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,9 +103,20 @@ class Runner:
         return [stage for stage in stages if stage], missing
 
     def carry_out(
-        self, wanted: Sequence[Observation], *, progress: bool | None = None
+        self,
+        wanted: Sequence[Observation],
+        *,
+        progress: bool | None = None,
+        said: Callable[[str], None] = lambda line: None,
     ) -> ObservationStore:
-        """Make every observation that has not been made; each is kept at once."""
+        """Make every observation that has not been made; each is kept at once.
+
+        Args:
+            wanted: what is asked for; networks that it needs are trained first.
+            progress: show a bar; by default on a terminal.
+            said: called with a line for each network that was trained, and at the end of
+                every tenth of the observations.
+        """
         stages, missing = self.lacking(wanted)
         self.bench.folder.mkdir(parents=True, exist_ok=True)
         layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} to go"
@@ -121,9 +132,12 @@ class Runner:
                 stage.sort(key=costs.of_run, reverse=True)
                 for run in self._each(_train, stage):
                     bar.update(round(costs.of_run(run)))
-            for observation, record in self._each(_observe, missing):
+                    said(f"trained {run[-1]}")
+            for i, (observation, record) in enumerate(self._each(_observe, missing), 1):
                 append_record(self.records, record)
                 bar.update(round(costs.of(observation)))
+                if i * 10 // len(missing) > (i - 1) * 10 // len(missing):
+                    said(f"made {i} of {len(missing)} observations")
         return self.store()
 
     def again(self, record: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,15 @@ others) unless they say otherwise.
 
 from __future__ import annotations
 
-from sharpness.reproduce.keskar2017 import between_minima, by_training, remedies, tables
+from sharpness.reproduce.keskar2017 import (
+    between_minima,
+    by_training,
+    in_short,
+    remedies,
+    tables,
+)
 from sharpness.reproduce.keskar2017.study import STUDIES
-from sharpness.reproduce.paper import Paper
+from sharpness.reproduce.paper import InShort, Paper
 
 _MODULES = (tables, by_training, between_minima, remedies)
 
@@ -28,4 +34,11 @@ PAPER = Paper(
         key=lambda item: _ORDER.index(item.name),
     ),
     studies=STUDIES,
+    in_short=InShort(
+        observations=in_short.observations,
+        sentences=in_short.sentences,
+        columns=("", "small batch", "large batch", "large / small", "paper"),
+        rows=in_short.rows,
+        draw=in_short.draw,
+    ),
 )
