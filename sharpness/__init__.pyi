@@ -15,6 +15,8 @@ from .measures.flatness import relative_flatness as relative_flatness
 from .measures.gradient_noise import gradient_noise as gradient_noise
 from .measures.landscape import interpolation as interpolation
 from .measures.layers import layerwise_eigenpairs as layerwise_eigenpairs
+from .measures.models import compare_models as compare_models
+from .measures.models import measure_model as measure_model
 from .measures.perturbation import average_case_sharpness as average_case_sharpness
 from .measures.perturbation import worst_case_sharpness as worst_case_sharpness
 from .measures.preconditioner import adam_preconditioner as adam_preconditioner

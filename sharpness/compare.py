@@ -120,11 +120,9 @@ def _record(path: str, options: Any, device: str) -> Record:
 
 def _numbers(records: list[Record]) -> list[Any]:
     from sharpness.results import readings_of
+    from sharpness.statistics import numbers_of
 
-    return [
-        {r.name: {"value": r.value, "error": r.error} for r in readings_of(record)}
-        for record in records
-    ]
+    return [numbers_of(readings_of(record)) for record in records]
 
 
 def _question(record: Record) -> Record | None:

@@ -24,6 +24,7 @@ from sharpness.measures.flatness import AccuracyRadius, Norms, RelativeFlatness
 from sharpness.measures.gradient_noise import GradientNoise
 from sharpness.measures.landscape import Interpolation
 from sharpness.measures.layers import BlockEigenpairs, LayerwiseEigenpairs
+from sharpness.measures.models import ModelComparison
 from sharpness.measures.perturbation import AverageCaseSharpness, WorstCaseSharpness
 from sharpness.measures.sampling import LambdaMaxSampling
 from sharpness.measures.spectrum import SpectralDensity, SpectralIntegral
@@ -48,6 +49,7 @@ __all__ = [
     "Interpolation",
     "LambdaMaxSampling",
     "LayerwiseEigenpairs",
+    "ModelComparison",
     "NondeterministicRiskError",
     "Norms",
     "NotAvailableError",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+
+from sharpness._results import Reading
 
 LEVEL = 0.025  # of every test, on each side
 
@@ -160,6 +163,17 @@ class ReadingComparison:
     beyond_error: bool | None  # one pair: whether it differs by more than both errors
     kendall_tau: float | None  # with the gap, over all checkpoints; None below four
     kendall_p: float | None  # two-sided; with ties exact up to 8 checkpoints
+    bound: str = ""  # "≥" or "≤" where the values are bounds by construction
+
+    @property
+    def first_text(self) -> str:
+        """`≥ 35 ± 15`: sign of a bound, mean and standard deviation."""
+        return f"{self.bound} {mean_sd(*self.first)}".strip()
+
+    @property
+    def second_text(self) -> str:
+        """The same of the second group."""
+        return f"{self.bound} {mean_sd(*self.second)}".strip()
 
     @property
     def ratio(self) -> float:
@@ -173,7 +187,8 @@ class ReadingComparison:
         """In words: larger, smaller, or no difference shown.
 
         Differences that are all the same have no spread for a t test: there it is the
-        sign flips that show something, from six pairs on.
+        sign flips that show something, from six pairs on. Two pairs show nothing by any
+        test but one of their own likeness: there only the signs are told.
         """
         if self.num_pairs == 1:
             if self.beyond_error is False or self.first == self.second:
@@ -181,6 +196,11 @@ class ReadingComparison:
             side = "larger" if self.num_larger else "smaller"
             known = "" if self.beyond_error else " (no error known)"
             return f"second {side}{known}"
+        if self.num_pairs == 2 and 2 in (self.num_larger, self.num_smaller):
+            side = "larger" if self.num_larger else "smaller"
+            return f"second {side} in both pairs, too few to test"
+        if self.num_pairs == 2:
+            return "no difference shown"
         is_larger, shown = self.p_value < 0.5, min(self.p_value, 1 - self.p_value) < LEVEL
         if math.isnan(self.p_value):
             is_larger = self.num_larger == self.num_pairs
@@ -193,7 +213,13 @@ class ReadingComparison:
         return f"second {'larger' if is_larger else 'smaller'}{everywhere}"
 
 
-Readings = Mapping[str, Mapping[str, float | None]]  # name -> {"value", "error"}
+Readings = Mapping[str, Mapping[str, Any]]  # name -> {"value", "error", "bound"}
+
+
+def numbers_of(readings: Iterable[Reading]) -> dict[str, dict[str, Any]]:
+    """What of readings is compared, by their names."""
+    kept = ("value", "error", "bound")
+    return {r.name: {name: getattr(r, name) for name in kept} for r in readings}
 
 
 def compare_readings(
@@ -229,7 +255,8 @@ def compare_readings(
         if any(value is None or not math.isfinite(value) for value in (*a, *b)):
             continue
         errors = [r[name].get("error") for r in (first[0], second[0])]
-        found.append(_compared(name, np.array(a, float), np.array(b, float), errors, gaps))
+        row = _compared(name, np.array(a, float), np.array(b, float), errors, gaps)
+        found.append(replace(row, bound=first[0][name].get("bound", "")))
     return found
 
 

@@ -443,7 +443,23 @@ def test_differences_without_a_spread_are_judged_by_their_signs(num, change):
     side = "larger" if change == "times 2" else "smaller"
     is_shown = num >= 6 and change != "none"  # 2 ** -6 is below 2.5 %
     said = f"second {side} in every pair" if is_shown else "no difference shown"
+    if num == 2 and change != "none":
+        said = f"second {side} in both pairs, too few to test"
     assert compare_values(a, b).verdict == said
+
+
+def test_two_pairs_are_told_alike_however_like_their_differences_are():
+    """A t test of two differences finds what is alike, not what is large."""
+    alike, apart = ([0.5, 0.50001], [0.5, 0.01])
+    said = {compare_values([1.0, 1.0], b).verdict for b in (alike, apart)}
+    assert said == {"second smaller in both pairs, too few to test"}
+    assert compare_values([1.0, 1.0], [0.5, 2.0]).verdict == "no difference shown"
+
+
+def test_a_bound_keeps_its_sign_in_a_comparison():
+    low = [{"phi": {"value": 2.0, "error": None, "bound": "≥"}}]
+    (row,) = compare_readings(low, low, [None, None])
+    assert (row.first_text, row.second_text) == ("≥ 2", "≥ 2")
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])

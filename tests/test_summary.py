@@ -248,8 +248,9 @@ def test_names_and_families_give_measures_in_the_order_of_the_list():
     ]
     assert selected(FAMILIES) == list(RUNS)
     families = {MEASURES[name].family for name in selected(None)}
-    assert families == {"curvature", "epsilon", "perturbation", "flatness", "norms"}
+    assert families == {"curvature", "epsilon"}
     assert set(DEFAULT_FAMILIES) == families
+    assert selected("all") == selected(["phi", "all"]) == list(RUNS)
     assert not set(FAMILIES) & set(RUNS) - {"norms"}
 
 
@@ -294,6 +295,18 @@ def test_a_setting_outside_its_range_is_refused_by_name(name, settings):
     with pytest.raises(ValueError, match=f"`{next(iter(settings))}` must") as error:
         sh.summary(risk_of("classifier"), name, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_measured_by_default_are_at_most_ten_numbers():
+    assert len(sh.summary(risk_of("classifier")).readings()) <= 10
+
+
+def test_numbers_come_as_they_are_done():
+    told: list[list[Reading]] = []
+    risk, measures = risk_of("classifier"), ["lambda_max", "phi", "norms"]
+    found = sh.summary(risk, measures, on_readings=told.append)
+    assert [rows[0].name for rows in told] == ["lambda_max", "phi(1e-3)", "gradient_norm"]
+    assert [row for rows in told for row in rows] == found.readings()
 
 
 def test_a_single_radius_is_a_list_of_one():
@@ -396,19 +409,27 @@ def test_an_exact_minimum_is_not_called_a_constant_loss():
     assert not noted(quadratic([3.0, 1.0]), "does not depend on the parameters")
 
 
-# 1/2 h d^2 above the bottom: what the note says could be gained along the gradient.
-@pytest.mark.parametrize(
-    ("h", "offset", "told"),
-    [
-        ([2.0], 0.0, True),
-        ([2.0], 8.0, True),
-        ([2.0], 10.0, False),
-        ([-2.0, -1.0], 5.0, True),
-    ],
-)
-def test_a_point_far_from_a_minimum_is_noted(h, offset, told):
-    risk = quadratic(h, at=torch.ones(len(h)), offset=offset)
-    assert noted(risk, "Not a minimum") is told
+# f = h/2 t^2, held at t = d: the rise to d + e is h d e + h e^2 / 2, of which the slope
+# explains 1 / (1 + e / 2 d); the box of phi is e = epsilon (d + 1).
+@pytest.mark.parametrize("share", [0.05, 0.095, 0.105, 0.5, 0.9])
+@pytest.mark.parametrize("offset", [0.0, 8.0])
+def test_a_slope_that_explains_a_tenth_of_a_rise_is_noted(share, offset):
+    epsilon = 1e-2
+    odds = share / (1 - share) * epsilon / 2  # d / (d + 1)
+    risk = quadratic([2.0], at=torch.tensor([odds / (1 - odds)]), offset=offset)
+    found = sh.summary(risk, ["lambda_max", "phi"], epsilon=epsilon)
+    told = [note for note in found.notes if "Not a minimum" in note]
+    assert bool(told) is (share > 0.1)
+    if told:
+        assert f"explains {share:.0%} of phi(0.01)" in told[0] or share == 0.105
+        assert "Train until" in told[0]
+
+
+def test_a_curvature_without_a_rise_is_noted_only_where_nothing_curves_upwards():
+    away = quadratic([2.0], at=torch.ones(1))
+    assert not noted(away, "Not a minimum", "lambda_max")
+    assert noted(quadratic([-2.0, -1.0], at=torch.ones(2)), "Not a minimum", "lambda_max")
+    assert noted(away, "explains 9", ["worst_l2", "norms"])
 
 
 # -- time and interrupts -------------------------------------------------------------

@@ -120,7 +120,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     if family != "tracking"
 }
 """The measures of `summary`, by family."""
-DEFAULT_FAMILIES = ("curvature", "epsilon", "perturbation", "flatness", "norms")
+DEFAULT_FAMILIES = ("curvature", "epsilon")
 TRACKED = (
     *("lambda_max", "lambda_max_preconditioned", "phi"),
     *("batch_sharpness", "noise_scale"),

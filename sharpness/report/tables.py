@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sharpness._results import Reading, number
-from sharpness.statistics import ReadingComparison, mean_sd
+from sharpness.statistics import ReadingComparison
 
 _PIPED_WIDTH = 124  # columns when the output is no terminal
 
@@ -136,8 +136,8 @@ def comparison_table(rows: Sequence[ReadingComparison]) -> Table:
     for row in rows:
         cells = (
             row.name,
-            mean_sd(*row.first),
-            mean_sd(*row.second),
+            row.first_text,
+            row.second_text,
             number(row.ratio),
             number(row.effect_size),
             f"{row.num_larger} of {row.num_pairs}",
