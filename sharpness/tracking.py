@@ -222,7 +222,10 @@ class SharpnessTracker:
         if "batch_sharpness" in self._measures:
             self._batch_size = whole("batch_size", self._batch_size, 1, "As in the loop.")
         self._data = batches.materialised(
-            data, torch.device("cpu"), pairs=risk.get("closure") is None
+            data,
+            torch.device("cpu"),
+            pairs=risk.get("closure") is None,
+            num_samples=risk.get("num_samples"),
         )
         self.history: list[TrackedPoint] = []
         self.num_updates = 0

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharpness import _tensors
 from sharpness._arguments import of_a_risk
 from sharpness._results import Cost, Reading, Result, Status, counted
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.model_state import unwrapped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,7 @@ class Interpolation(Result):
 @of_a_risk
 def interpolation(
     risk: EmpiricalRisk,
-    other: Tensor | Mapping[str, Tensor],
+    other: Tensor | Mapping[str, Tensor] | nn.Module,
     alphas: Iterable[float] | None = None,
     *,
     arc: bool = False,
@@ -61,7 +62,8 @@ def interpolation(
 
     Args:
         risk: f and theta, the point at alpha = 0 (in the paper: small batch).
-        other: parameters at alpha = 1 (large batch): (n,), or a state dict.
+        other: parameters at alpha = 1 (large batch): (n,), a state dict, or the
+            other network.
         alphas: where to look; by default 25 points from -1 to 2.
         arc: look at cos(alpha pi/2) theta + sin(alpha pi/2) `other` instead.
 
@@ -75,6 +77,8 @@ def interpolation(
         Keskar et al. (2017), figures 3 and 7 (the arc); Goodfellow et al. (2015),
         arXiv:1412.6544.
     """
+    if isinstance(other, nn.Module):
+        other = unwrapped(other)[0].state_dict()
     end = _tensors.flat_like(other, risk.names, risk.shapes)
     if end.shape != risk.theta.shape:
         raise ValueError(

@@ -187,14 +187,18 @@ def summary(
             bar.update(min(expected[name], bar.total - bar.n))
             if any(r.status is Status.INTERRUPTED for r in results[name]):
                 break
+    ended = [r.status for found in results.values() for r in found]
+    notes: list[str] = []
+    try:
+        notes += _notes(risk, accuracy, results)
+    except KeyboardInterrupt:  # nothing that was measured is lost
+        ended.append(Status.INTERRUPTED)
     return Summary(
         value=value,
         accuracy=accuracy,
         results=results,
-        notes=list(_notes(risk, accuracy, results)),
-        status=Status.worst(
-            Status.COMPLETED, *(r.status for found in results.values() for r in found)
-        ),
+        notes=notes,
+        status=Status.worst(Status.COMPLETED, *ended),
         cost=replace(
             sum((r.cost for found in results.values() for r in found), Cost()),
             seconds=time.monotonic() - began,
@@ -290,8 +294,9 @@ def _of_the_slope(risk: EmpiricalRisk, results: dict[str, list[Result]]) -> Iter
     pairs = [r for r in results.get("lambda_max", []) if isinstance(r, HessianEigenpairs)]
     tops = [r for r in pairs if math.isfinite(r.lambda_max)]
     rises = list(_rises(results))
-    if not tops and not rises:
-        return
+    ended = (r.status for found in results.values() for r in found)
+    if not (tops or rises) or Status.INTERRUPTED in ended:
+        return  # nothing to be explained, or no time for it
     try:
         gradient = risk.gradient()
     except (ArithmeticError, NotImplementedError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from sharpness import _tensors
 from sharpness.risk import memory
+from sharpness.risk.loss_terms import num_rows
 from sharpness.risk.model_state import random_generators_kept
 
 Batch = Any  # (inputs, targets), or whatever a closure takes
@@ -23,12 +25,18 @@ _LABELS = ("labels", "label")  # what batches that are dicts call their targets
 
 
 def materialised(
-    data: Any, device: torch.device, *, pairs: bool, seed: int = 0
+    data: Any,
+    device: torch.device,
+    *,
+    pairs: bool,
+    seed: int = 0,
+    num_samples: int | None = None,
 ) -> list[Batch]:
     """`data` as a list of batches on `device`: one (x, y), a list of them, a loader.
 
     A loader is run through once, so shuffling, augmentation or a one-shot generator
     cannot change the risk from one evaluation to the next. `seed` is that of its draws.
+    No batch is asked for once there are `num_samples`.
     """
     if pairs:
         if hasattr(data, "shape"):
@@ -49,11 +57,7 @@ def materialised(
         random_generators_kept(seed),
         _own_generators_kept(data),
     ):  # a loader draws a seed as it starts
-        move = partial(_tensors.mapped, partial(_moved, device=device))
-        batches = [move(batch) for batch in _within(data, device)]
-    if pairs:
-        checked = [_checked_pair(as_pair(batch)) for batch in batches]
-        batches = [pair for pair in checked if len(pair[1])]
+        batches = list(_read(data, device, pairs, num_samples))
     if not batches:
         raise ValueError(
             "`data` must hold at least one sample; got none. Pass (inputs, targets), "
@@ -133,6 +137,25 @@ def as_pair(batch: Batch) -> Batch:
     if name is None:
         return batch
     return {key: value for key, value in batch.items() if key != name}, batch[name]
+
+
+def _read(
+    data: Iterable[Batch], device: torch.device, pairs: bool, most: int | None
+) -> Iterator[Batch]:
+    """Batches on `device`, until `most` samples are there; only pairs are cut for it."""
+    move, left = partial(_moved, device=device), math.inf if most is None else most
+    for given in _within(data, device):
+        batch = _tensors.mapped(move, given)
+        if pairs:
+            batch = _checked_pair(as_pair(batch))
+            if len(batch[1]) > left:
+                batch = taken(batch, torch.arange(int(left)))
+        num = len(batch[1]) if pairs else num_rows(batch) if most else 1
+        if num:
+            yield batch
+        left -= num
+        if left <= 0:
+            return
 
 
 def _within(data: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
-from sharpness._arguments import ensure, is_whole, require, whole_seed
+from sharpness._arguments import ensure, is_whole, require, whole, whole_seed
 from sharpness._results import DerivativeDisagreesError, NotAvailableError
 from sharpness.risk import batches, batching, intake
 from sharpness.risk.chunks import ChunkedMean
@@ -112,6 +112,8 @@ class EmpiricalRisk:
             inputs: a tuple, called as `model(*inputs)`, or a dict, called as
             `model(**inputs)`; a batch may be a dict with `labels`. Kept on `device`, in
             at most half of the memory that is free.
+        num_samples: the first so many of the data; reading stops there, so that a stream
+            may be endless. With a closure the last batch is kept whole. None: all.
         closure: `closure(model, batch)` -> loss, instead of `loss`, for dict batches
             or losses that differentiate the model. Each batch is then evaluated whole
             and weighs by its samples: along its first dimension, or the second (time
@@ -173,6 +175,7 @@ class EmpiricalRisk:
         loss: Callable[..., Tensor] | None = None,
         data: Any = None,
         *,
+        num_samples: int | None = None,
         closure: Callable[[nn.Module, Any], Tensor] | None = None,
         params: str | Sequence[str] | None = None,
         batchnorm: BatchNorm = "running",
@@ -191,6 +194,8 @@ class EmpiricalRisk:
             chunk_size = engine.get("chunk_size") or "auto"
         _check_arguments(loss, closure, batchnorm, batchnorm_batch, chunk_size)
         seed = whole_seed(seed)
+        if num_samples is not None:
+            num_samples = whole("num_samples", num_samples, 1, "None means all.")
         intake.check_roles(model, loss, data)
         self.model, of_model = unwrapped(model)
         loss, of_loss = original(intake.made_loss(loss))
@@ -209,8 +214,10 @@ class EmpiricalRisk:
         )
         self.device, self.theta = self._objective.device, self._objective.theta
         _check_batchnorm(self.model, batchnorm)
-        self.source = data
-        given = intake.batches_of(data, self.device, pairs=closure is None)
+        self.source, self._most = data, num_samples
+        given = intake.batches_of(
+            data, self.device, pairs=closure is None, num_samples=num_samples
+        )
         with self._exact_arithmetic():
             if closure is None:
                 given, changes = intake.fitted(self._objective, given, batchnorm)
@@ -682,7 +689,11 @@ class EmpiricalRisk:
     def read_again(self, seed: int) -> list[Any]:
         """The data that `source` gives on another pass, as the risk takes them."""
         again = intake.batches_of(
-            self.source, self.device, pairs=self.has_outputs, seed=seed
+            self.source,
+            self.device,
+            pairs=self.has_outputs,
+            seed=seed,
+            num_samples=self._most,
         )
         if self.has_outputs:
             again, _ = intake.fitted(self._objective, again, self.batchnorm)

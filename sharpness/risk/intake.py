@@ -125,7 +125,12 @@ def made_loss(loss: Any) -> Any:
 
 
 def batches_of(
-    data: Any, device: torch.device, *, pairs: bool, seed: int = 0
+    data: Any,
+    device: torch.device,
+    *,
+    pairs: bool,
+    seed: int = 0,
+    num_samples: int | None = None,
 ) -> list[batches.Batch]:
     """Batches on `device` from a pair, batches, a loader, a data set or a file.
 
@@ -134,6 +139,7 @@ def batches_of(
         device: where they go.
         pairs: whether (inputs, targets) are asked for; else whatever a closure takes.
         seed: of what a loader draws.
+        num_samples: where to stop reading; None for the end.
 
     Raises:
         TypeError: data of another kind.
@@ -143,8 +149,11 @@ def batches_of(
         data = [data]
     is_set = _is_data_set(data)
     if is_set:
-        data = DataLoader(data, batch_size=_READ_AT_ONCE)
-    given = batches.materialised(data, device, pairs=pairs, seed=seed)
+        at_once = min(num_samples or _READ_AT_ONCE, _READ_AT_ONCE)
+        data = DataLoader(data, batch_size=at_once)
+    given = batches.materialised(
+        data, device, pairs=pairs, seed=seed, num_samples=num_samples
+    )
     return batches.joined(given) if is_set and pairs else given
 
 
