@@ -252,8 +252,8 @@ def _unreadable(path: Path, content: bytes, blocked: str | None) -> ValueError:
     if blocked:
         return ValueError(
             f"`{path}` must hold plain tensors and values; got a pickle that needs "
-            f"`{blocked}` (a whole module?), which was not executed. Save the "
-            "`state_dict` alone."
+            f"`{blocked}`, which was not executed. Save the `state_dict` alone, not the "
+            "whole module."
         )
     kind = "a damaged or truncated file" if content[:2] == b"PK" else "another file"
     return ValueError(

@@ -26,7 +26,7 @@ from sharpness.lab import data as lab_data
 from sharpness.lab import networks
 from sharpness.lab.data import at_random, class_balanced, has_classes
 from sharpness.lab.named import DATA, parsed
-from sharpness.risk import intake
+from sharpness.risk import files, intake
 from sharpness.risk.batches import as_pair, taken
 from sharpness.risk.objective import call_model
 
@@ -117,8 +117,10 @@ def load_checkpoint(
             causal language model; the checkpoint's own folder is known without it.
         state: name of a state dict, where the file holds several.
         data: a set of `lab.named.DATA`; an `.npz` file with x and y (or x_train,
-            y_train, x_test, y_test); or a factory that returns a pair (inputs, targets),
-            a list of such batches or a loader, or a dict of these by split.
+            y_train, x_test, y_test); a `.csv` or `.parquet` table or a folder of
+            `datasets` (`risk.files.read`); for a causal model a text file; or a factory
+            that returns a pair (inputs, targets), a list of such batches, a loader or a
+            data set, or a dict of these by split.
         loss: `cross-entropy`, `mse`, or a factory; None goes by the targets' type.
         data_dir: where the files of named sets lie.
 
@@ -328,6 +330,10 @@ def _made_data(
         return {"train": _from_text(source, model, done)}, {"name": source}
     if source.endswith(".npz") and not as_trained:
         return _from_npz(source), {"name": source}
+    if files.is_file(source) and not as_trained:
+        pair = _as_pair(_read(source, source), source)
+        done += files.notes(source)
+        return {"train": pair}, {"name": source}
     if ":" not in source or as_trained:
         try:
             dataset = _named_set(source, data_dir=data_dir)
@@ -384,7 +390,7 @@ _named_set = lru_cache(maxsize=1)(lab_data.load)  # many checkpoints of one set 
 
 def _from_npz(source: str) -> dict[str, Pair]:
     try:
-        parts = lab_data.read_npz(source)
+        parts = files.read_npz(source)
     except (OSError, ValueError) as error:
         raise ValueError(str(error).replace(f"`{source}`", f"`--data {source}`")) from None
     return {split: (x, _targets(y)) for split, (x, y) in parts.items()}
@@ -417,8 +423,10 @@ def _read(made: Any, source: str) -> list[Any]:
     try:
         return intake.batches_of(made, torch.device("cpu"), pairs=True)
     except (ValueError, TypeError) as error:
-        flag = f"`--data {source}`"
-        raise ValueError(str(error).replace("`data`", flag, 1)) from error
+        flag, text = f"`--data {source}`", str(error)
+        for name in ("data", source.partition("?")[0]):
+            text = text.replace(f"`{name}`", flag, 1)
+        raise ValueError(text) from error
 
 
 def _plain(inputs: Any) -> Any:

@@ -70,8 +70,9 @@ def add_options(parser: _command.Parser) -> None:
     add("--state", help="which state dict, where a file holds several")
     add(
         "--data",
-        help="a named set, an .npz file with x and y, or a factory as for --network that "
-        "returns (inputs, targets), batches, a loader, or these by split",
+        help="a named set, an .npz file with x and y, a .csv or .parquet table "
+        "(?target=COLUMN), a text file for a causal model, or a factory as for --network "
+        "that returns (inputs, targets), batches, a loader, or these by split",
     )
     add("--data-dir", help="folder of a named set's files (also $SHARPNESS_DATA)")
     add("--loss", help="'cross-entropy', 'mse' or a factory (default: by the targets)")

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import sharpness as sh
 from sharpness import EmpiricalRisk
-from sharpness.risk import memory
+from sharpness.risk import files, memory
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
@@ -429,6 +429,113 @@ def test_data_beyond_half_of_the_free_memory_are_refused_before_it_is_full(monke
         risk_of(batches())
     each = X.nbytes + Y.nbytes
     assert len(taken) == 10_000 // each + 1
+
+
+# -- files -------------------------------------------------------------------------------
+
+
+def table(**columns):
+    return pd.DataFrame(X.numpy(), columns=list("abc")).assign(**columns)
+
+
+def npz(folder):
+    np.savez(folder / "d.npz", x=X.numpy(), y=Y.numpy())
+    return folder / "d.npz"
+
+
+def csv(folder, **columns):
+    path = folder / "d.csv"
+    table(**(columns or {"label": Y.numpy()})).to_csv(path, index=False)
+    return path
+
+
+def parquet(folder):
+    pytest.importorskip("pyarrow")
+    table(first=Y.numpy()).to_parquet(folder / "d.parquet")
+    return folder / "d.parquet"
+
+
+def saved_set(folder, monkeypatch):
+    """A folder of `datasets`, or of a stand-in where that is not installed."""
+    rows = [{"x": x.tolist(), "labels": int(y)} for x, y in zip(X, Y, strict=True)]
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        (folder / "dataset_info.json").write_text("{}")
+        stored = SimpleNamespace(with_format={"torch": Labelled()}.get)
+        monkeypatch.setitem(
+            sys.modules, "datasets", SimpleNamespace(load_from_disk=lambda _: stored)
+        )
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("written", [npz, csv, parquet])
+@pytest.mark.parametrize("rows", [7, 4096])
+def test_a_file_is_data(tmp_path, written, rows, monkeypatch):
+    monkeypatch.setattr(files, "_ROWS_AT_ONCE", rows)
+    path = written(tmp_path)
+    for name in (path, str(path)):
+        risk = risk_of(name)
+        assert risk.value() == pytest.approx(EXPECTED, rel=1e-6)
+        assert torch.equal(risk.targets, Y)
+    assert any("targets: column" in n for n in risk.notes) == (path.suffix != ".npz")
+
+
+def test_a_data_set_on_disk_is_data(tmp_path, monkeypatch):
+    risk = risk_of(saved_set(tmp_path, monkeypatch), model=ByName())
+    assert risk.value() == pytest.approx(EXPECTED, rel=1e-6)
+    assert risk.num_samples == 40
+
+
+def test_the_targets_of_a_table_may_be_named(tmp_path):
+    path = csv(tmp_path, price=X[:, 0].numpy() * 2, label=Y.numpy())
+    model = nn.Linear(4, 1)
+    risk = risk_of(f"{path}?target=price", "mse", model)
+    inputs = torch.cat([X, Y[:, None].float()], 1)
+    expected = float((model(inputs).detach() - 2 * X[:, :1]).square().mean())
+    assert risk.value() == pytest.approx(expected, rel=1e-5)
+    assert risk.notes[0] == "targets: column 'price' of d.csv"
+
+
+BAD_FILES = {
+    "no such column": (
+        lambda p: f"{csv(p)}?target=gone",
+        "no column 'gone'.*a, b, c, label",
+    ),
+    "words": (lambda p: csv(p, name=["a"] * 40, y=Y.numpy()), "words in name"),
+    "words as targets": (lambda p: csv(p, y=["a"] * 40), "numbers as targets"),
+    "no file": (lambda p: p / "gone.csv", "no such file"),
+    "another file": (lambda p: p / "notes.doc", ".csv or .parquet"),
+    "a folder": (lambda p: p, ".csv or .parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_line(tmp_path, name):
+    make, expected = BAD_FILES[name]
+    with pytest.raises((ValueError, FileNotFoundError), match=expected) as caught:
+        risk_of(make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_num_samples_reads_no_more_of_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_ROWS_AT_ONCE", 8)
+    path = csv(tmp_path)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * 12 * 40)
+    with pytest.raises(ValueError, match="half of the free memory"):
+        risk_of(path, num_samples=40)
+    risk = risk_of(path, num_samples=12, chunk_size=12)
+    assert torch.equal(risk.targets, Y[:12])
+
+
+@pytest.mark.parametrize("written", [npz, csv])
+def test_a_file_beyond_half_of_the_free_memory_is_refused(tmp_path, written, monkeypatch):
+    path = written(tmp_path)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 900)
+    with pytest.raises(ValueError, match=r"half of the free memory.*num_samples="):
+        risk_of(path)
 
 
 def test_workers_end(tmp_path):

@@ -4,7 +4,9 @@ import copy
 import json
 import re
 import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -261,8 +263,8 @@ def test_what_is_no_state_dict_is_refused_by_its_kind_and_never_executed_R37(net
         {"0.weight": torch.ones(2, 2, dtype=torch.int8), "s": torch.ones(2)}, "int8.pt"
     )
     assert "TorchScript program" in refusal("script.pt")
-    assert "a whole module?" in refusal("whole.pt")
-    assert "a whole module?" in refusal("q.pt")
+    assert "not the whole module" in refusal("whole.pt")
+    assert "not the whole module" in refusal("q.pt")
     for name in ("narrow.pt", "int8.pt"):
         assert "quantised" in refusal(name)
 
@@ -280,6 +282,23 @@ def test_loaders_of_dicts_and_data_sets_are_data(nets, data):
         found = inputs["input"]
     assert torch.equal(found, x)
     assert torch.equal(targets, y)
+
+
+def test_a_table_is_data_and_its_target_is_said(nets):
+    saved(net(nets))
+    x, y = nets.points()
+    header = ",".join([*"abcde", "label"])
+    np.savetxt(
+        "d.csv", torch.column_stack([x, y]), delimiter=",", header=header, comments=""
+    )
+    text = Path("d.csv").read_text()
+    Path("d.csv").write_text(re.sub(r"(\d)\.0+e\+00$", r"\1", text, flags=re.MULTILINE))
+    subject = load_checkpoint("net.pt", network="nets.py:mlp", data="d.csv")
+    assert torch.allclose(subject.train[0].float(), x)
+    assert torch.equal(subject.train[1], y)
+    assert subject.notes == ("targets: column 'label' of d.csv",)
+    with pytest.raises(ValueError, match=r"`--data d.csv\?target=z` must .*'z'"):
+        load_checkpoint("net.pt", network="nets.py:mlp", data="d.csv?target=z")
 
 
 @pytest.mark.parametrize("loss", ["nets.py:my_loss", "torch.nn.functional:cross_entropy"])

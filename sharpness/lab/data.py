@@ -36,8 +36,8 @@ from torch import Tensor
 from sharpness import _tensors
 from sharpness._arguments import ensure, is_whole, known, package, require
 from sharpness.lab.named import DATA
+from sharpness.risk.files import Part, read_npz
 
-Part = tuple[Tensor, Tensor]  # inputs (N, ...), targets (N, ...)
 _Bytes = NDArray[np.uint8]
 
 
@@ -225,42 +225,6 @@ def has_classes(targets: Tensor) -> bool:
     return whole and targets.ndim == 1 and bool((targets >= 0).all())
 
 
-def read_npz(path: str | Path) -> dict[str, Part]:
-    """The inputs and targets of an `.npz` file by split, values as they are.
-
-    The arrays are `x` and `y`, or `x_train` and `y_train`; beside them, if there is a
-    test part, `x_test` and `y_test`; `train_x` and the like are the same. Others are left
-    alone. Nothing is unpickled.
-
-    Returns:
-        `{"train": (x, y)}`, with "test" where the file has one: at least one sample, and
-        as many inputs as targets.
-
-    Raises:
-        ValueError: a damaged file, arrays that are missing, of different lengths, empty
-            or not of numbers.
-        FileNotFoundError: no such file.
-    """
-    arrays, names = _arrays(path)
-    found = {
-        split: [pair for pair in spellings if names & set(pair)]
-        for split, spellings in _SPELLINGS.items()
-    }
-    once = len(found["train"]) == 1 and len(found["test"]) <= 1
-    whole = all(names.issuperset(pair) for pairs in found.values() for pair in pairs)
-    contract = "hold arrays x and y, or x_train, y_train, x_test and y_test"
-    ensure(once and whole, path, contract, ", ".join(sorted(names)) or "none", _WRITE)
-    parts = {
-        split: (arrays[x], arrays[y]) for split, pairs in found.items() for x, y in pairs
-    }
-    for x, y in parts.values():
-        even = x.ndim > 0 and x.shape[:1] == y.shape[:1]
-        contract = "hold as many inputs as targets, and at least one"
-        got = f"shapes {tuple(x.shape)} and {tuple(y.shape)}"
-        ensure(even and x.numel() > 0 < y.numel(), path, contract, got, _WRITE)
-    return parts
-
-
 # -- from a name to a set --------------------------------------------------------------
 
 
@@ -393,33 +357,7 @@ def _bundled(
 
 # -- .npz files ------------------------------------------------------------------------
 
-_SPELLINGS = {
-    "train": [("x", "y"), ("x_train", "y_train"), ("train_x", "train_y")],
-    "test": [("x_test", "y_test"), ("test_x", "test_y")],
-}
 _WRITE = "Write it with `numpy.savez`."
-
-
-def _arrays(path: str | Path) -> tuple[dict[str, Tensor], set[str]]:
-    """The arrays that `_SPELLINGS` knows, and the names of all."""
-    place = Path(path).expanduser()
-    if not place.is_file():
-        raise FileNotFoundError(
-            f"`{path}` must be an .npz file; got no such file. Check the path."
-        )
-    ours = {name for pairs in _SPELLINGS.values() for pair in pairs for name in pair}
-    arrays, names, problem = {}, set(), ""
-    try:
-        with place.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            names = set(file.files)
-            arrays = {name: torch.from_numpy(file[name]) for name in ours & names}
-    except Exception as error:  # damaged archives raise half a dozen kinds
-        problem = f"{place.stat().st_size} bytes that are none ({type(error).__name__})"
-    if any(array.is_complex() for array in arrays.values()):
-        problem = "complex ones"
-    contract = "be an .npz file with plain arrays of real numbers"
-    ensure(not problem, path, contract, problem, _WRITE)
-    return arrays, names
 
 
 def _from_npz(name: str, path: str | Path) -> Dataset:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map
 from sharpness import _tensors
 from sharpness._arguments import ensure, is_whole, require, whole, whole_seed
 from sharpness._results import DerivativeDisagreesError, NotAvailableError
-from sharpness.risk import batches, batching, intake
+from sharpness.risk import batches, batching, files, intake
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix, Pullback
 from sharpness.risk.derivatives import Comparison, Derivatives, Sample
@@ -108,7 +109,8 @@ class EmpiricalRisk:
             other callable has one term for each target row, and whether it averages or
             adds them is seen on the data.
         data: a pair (inputs, targets) of tensors, arrays, tables or sparse matrices; a
-            list of batches; a loader, which is run through once; a data set. Several
+            list of batches; a loader, which is run through once; a data set; an `.npz`,
+            `.csv` or `.parquet` file, or a folder of `datasets` (`risk.files`). Several
             inputs: a tuple, called as `model(*inputs)`, or a dict, called as
             `model(**inputs)`; a batch may be a dict with `labels`. Kept on `device`, in
             at most half of the memory that is free.
@@ -199,7 +201,8 @@ class EmpiricalRisk:
         intake.check_roles(model, loss, data)
         self.model, of_model = unwrapped(model)
         loss, of_loss = original(intake.made_loss(loss))
-        self.notes = [*of_model, *of_loss]
+        of_data = files.notes(data) if isinstance(data, str | Path) else []
+        self.notes = [*of_model, *of_loss, *of_data]
         self.batchnorm: BatchNorm = batchnorm
         self.batchnorm_batch = batchnorm_batch
         self.autocast, self.tf32, self.seed = autocast, tf32, seed

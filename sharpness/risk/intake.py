@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch.nn.modules import loss as torch_losses
 from torch.utils.data import DataLoader, Dataset
 
 from sharpness import _tensors
-from sharpness._arguments import known
-from sharpness.risk import batches, loss_terms
+from sharpness._arguments import ensure, known
+from sharpness.risk import batches, files, loss_terms
 from sharpness.risk.batching import FEW, few_rows
 from sharpness.risk.model_state import deep_copy, evaluation, random_generators_kept
 from sharpness.risk.objective import Objective, gradients
@@ -148,7 +149,12 @@ def batches_of(
     if pairs and isinstance(data, Mapping) and batches.as_pair(data) is not data:
         data = [data]
     is_set = _is_data_set(data)
-    if is_set:
+    if isinstance(data, str | Path):
+        got = repr(str(data))
+        contract = "be tensors, a loader, an .npz, .csv or .parquet file, or a data set"
+        ensure(files.is_file(data), "data", contract, got)
+        data, is_set = files.read(data), True
+    elif is_set:
         at_once = min(num_samples or _READ_AT_ONCE, _READ_AT_ONCE)
         data = DataLoader(data, batch_size=at_once)
     given = batches.materialised(
