@@ -523,7 +523,9 @@ def test_a_bad_file_is_one_line(tmp_path, name):
 def test_num_samples_reads_no_more_of_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_ROWS_AT_ONCE", 8)
     path = csv(tmp_path)
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * 12 * 40)
+    monkeypatch.setattr(
+        memory, "free_bytes", lambda _: 2 * 32 * 20
+    )  # bytes of twenty rows, twice
     with pytest.raises(ValueError, match="half of the free memory"):
         risk_of(path, num_samples=40)
     risk = risk_of(path, num_samples=12, chunk_size=12)
