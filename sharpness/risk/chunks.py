@@ -18,6 +18,7 @@ from sharpness.risk import batches, batching, curvature, memory
 from sharpness.risk.batching import FEW, Count
 from sharpness.risk.curvature import Linearise
 from sharpness.risk.fisher_terms import FisherTerms, loss_of_sampled, sampled_targets
+from sharpness.risk.footprints import Footprints
 from sharpness.risk.kept_graph import ChunkedSum
 from sharpness.risk.loss_terms import (
     LossTerms,
@@ -29,22 +30,8 @@ from sharpness.risk.loss_terms import (
     weighs_places,
 )
 from sharpness.risk.memory import Footprint
-from sharpness.risk.model_state import (
-    batchnorm_layers,
-    evaluation,
-    no_layers_computed_again,
-)
-from sharpness.risk.objective import Objective, gradients
-
-# Samples whose graph is measured to predict the memory of a chunk, at least and at most:
-# few show the parameters' part of the peak only.
-_PROBE, _MOST_PROBED = 16, 128
-# Larger chunks fall out of the processor's cache; docs/decisions.md has the timings.
-_CPU_CHUNK = 1024
-# Larger tensors the C library takes from the system anew each time (glibc: from 32 MB
-# on), which costs more than computing with them: C1 by 64 samples at a time takes three
-# quarters of the time it takes by 128.
-_CPU_TENSOR = 1 << 24
+from sharpness.risk.model_state import batchnorm_layers, evaluation
+from sharpness.risk.objective import Objective
 
 
 class NoLossTermsError(ValueError):
@@ -158,7 +145,7 @@ class ChunkedMean:
         """Whether twice the memory is there: batches that are whole may be large."""
         if not self._has_rows and self._peak is None:
             largest = max((chunk.batch for chunk in self.counted), key=num_rows)
-            self._peak = self._bytes_of(largest).peak
+            self._peak = self._footprints.of(largest).peak
         return self._peak is None or 2 * self._peak <= self.budget
 
     @property
@@ -205,8 +192,8 @@ class ChunkedMean:
         For a batch that is not to be cut its own graph is built and measured.
         """
         if self._closed or self.whole:
-            return self._measured(linearise, batch)
-        return self._predicted(linearise, batch)
+            return self._footprints.measured(linearise, batch)
+        return self._footprints.predicted(linearise, batch)
 
     def halve(self, trouble: str) -> None:
         """Chunks of half the size; the mean stays what it is.
@@ -273,7 +260,9 @@ class ChunkedMean:
         self._terms = known or LossTerms("mean", terms or num_rows, num_rows)
         with evaluation(self._objective.model, "batch"), torch.no_grad():
             self._widen_loss(batches.rows(parts[0], 0, FEW))
-            self._check_fits(parts, "batchnorm_batch", int(self.budget / memory.SHARE))
+            self._footprints.require_room(
+                parts, "batchnorm_batch", int(self.budget / memory.SHARE)
+            )
             if known is None:
                 seen = batching.seen_whole(self._objective, parts)
                 self._see_reduction(seen, parts[0])
@@ -300,11 +289,13 @@ class ChunkedMean:
                 self.whole = self.whole or "the loss weighs rows by their places"
         if self.whole:
             self.chunk_size = None
-            self._check_fits(given, "data", memory.free_bytes(objective.device))
+            self._footprints.require_room(
+                given, "data", memory.free_bytes(objective.device)
+            )
             return given
         self.given = batches.joined(given)
         if self.chunk_size is None:
-            self.chunk_size = self._chosen_chunk_size(self.given[0], chunk_size)
+            self.chunk_size = self._chosen(self.given[0], chunk_size)
         return [part for b in self.given for part in batches.cut(b, self.chunk_size)]
 
     def _widen_loss(self, pair: Any) -> None:
@@ -316,12 +307,14 @@ class ChunkedMean:
         """Whether a loss that is not PyTorch's own is a mean or a sum over rows."""
         objective, given = self._objective, self.given
         if self.whole:
-            self._check_fits(given, "data", memory.free_bytes(objective.device))
+            self._footprints.require_room(
+                given, "data", memory.free_bytes(objective.device)
+            )
             self._see_reduction(batching.seen_whole(objective, given), given[0])
             return
         outputs = objective.outputs(objective.pieces(objective.theta), few)
         if batching.reductions(objective, outputs, few[1], self._terms.count):
-            self.chunk_size = self._chosen_chunk_size(first, chunk_size)
+            self.chunk_size = self._chosen(first, chunk_size)
             most = batching.most_rows(outputs, len(few[1]), self.budget)
             seen = batching.seen_in_chunks(objective, given, self.chunk_size, most)
             self._see_reduction(seen, few)
@@ -345,15 +338,14 @@ class ChunkedMean:
             reduction = asked_reduction(objective.loss) or values
         self._terms = replace(self._terms, reduction=reduction)
 
-    def _chosen_chunk_size(self, first: Any, asked: int | str) -> int:
+    def _chosen(self, first: Any, asked: int | str) -> int:
         if not isinstance(asked, str):
             return asked
-        rows = min(len(first[1]), _CPU_CHUNK)
-        chunk = self._bytes_of(batches.rows(first, 0, rows))
-        most = max(1, int(self.budget / 4 / chunk.peak * rows))
-        if self._objective.device.type != "cpu":
-            return most
-        return max(1, min(most, _CPU_CHUNK, rows * _CPU_TENSOR // max(1, chunk.largest)))
+        return self._footprints.rows_at_once(first, self.budget)
+
+    @property
+    def _footprints(self) -> Footprints:
+        return Footprints(self._objective, self._batchnorm, self.mean)
 
     def _batchnorm_parts(self, given: Sequence[Any], most: int) -> list[Any]:
         parts = [part for pair in given for part in batches.cut(pair, most)]
@@ -366,74 +358,6 @@ class ChunkedMean:
             "Choose another.",
         )
         return parts
-
-    def _check_fits(self, parts: Sequence[Any], what: str, free: int) -> None:
-        """Refuse parts that must be whole and do not fit the memory, by a few rows."""
-        largest = max(parts, key=num_rows)
-        try:
-            need = self._bytes_of(largest).peak
-        except Exception:
-            if what == "data":  # a few rows cannot be evaluated
-                return
-            raise
-        rows = int(num_rows(largest))
-        ensure(
-            need <= free,
-            what,
-            "come in parts that fit the memory",
-            f"{rows} samples that are evaluated at once and take {need / 1e9:.1f} of "
-            f"{free / 1e9:.1f} GB",
-            f"Pass at most {max(2, int(rows * free / need))}.",
-        )
-
-    def _bytes_of(self, batch: Any) -> Footprint:
-        """Memory of the Hessian's product; of the gradient, where there is no second."""
-        try:
-            return self._predicted(self._linearise("hessian"), batch)
-        except (RuntimeError, NotImplementedError):
-            return self._predicted(self._gradient_only, batch)
-
-    def _gradient_only(self, leaves: Sequence[Tensor], batch: Any) -> curvature.Matvec:
-        with torch.enable_grad():
-            value = self.mean(self._objective.reduced(leaves, batch), batch)
-        return lambda _: gradients(value, leaves, retain_graph=True)
-
-    def _predicted(self, linearise: Linearise, batch: Any) -> Footprint:
-        rows = int(num_rows(batch))
-        if rows <= _PROBE:
-            return self._measured(linearise, batch)
-        probed = min(max(_PROBE, rows // 4), _MOST_PROBED)
-        first = self._measured(linearise, batches.rows(batch, 0, _PROBE))
-        if first.held > 4 * self._objective.theta.nbytes:  # the rows' part rules already
-            probed = _PROBE
-        sizes = (probed // 2, probed)
-        few, many = (
-            first if n == _PROBE else self._measured(linearise, batches.rows(batch, 0, n))
-            for n in sizes
-        )
-        return many.at(rows, few, sizes)
-
-    def _measured(self, linearise: Linearise, batch: Any) -> Footprint:
-        objective = self._objective
-        leaves = objective.leaves(objective.theta)
-        ones = [torch.ones_like(leaf) for leaf in leaves]
-
-        def build() -> Callable[[], Any]:
-            apply = linearise(leaves, batch)
-
-            def work() -> Any:
-                with no_layers_computed_again(objective.model):
-                    return apply(ones)
-
-            return work
-
-        with evaluation(objective.model, self._batchnorm):
-            if not memory.nests_transforms(build):
-                return memory.footprint(build, (leaf.nbytes for leaf in leaves))
-            with torch.enable_grad():
-                value = self.mean(objective.reduced(leaves, batch), batch)
-                held = memory.saved_bytes(gradients(value, leaves, create_graph=True))
-            return Footprint(held, 2 * held)  # the peak is a guess
 
     # -- matrices ----------------------------------------------------------------------
 
