@@ -1250,3 +1250,39 @@ def test_differences_hold_recalibrated_statistics_fixed():
     by_differences = problem.risk(batchnorm="recalibrated", engine="differences")
     v = directions(1, exact.n)[0]
     assert_near(by_differences.hvp(v), exact.hvp(v), 1e-6)
+
+
+# -- what the doctor reads -------------------------------------------------------------
+
+
+def test_the_batches_are_the_data_in_chunks_and_come_from_the_source():
+    x, y = normal(generator(1), 23, 3), normal(generator(2), 23, 2)
+    risk = EmpiricalRisk(nn.Linear(3, 2).double(), F.mse_loss, (x, y), chunk_size=7)
+    inputs, targets = zip(*risk.batches, strict=True)
+    assert [len(part) for part in inputs] == [6, 6, 6, 5]
+    assert torch.equal(torch.cat(inputs), x)
+    assert torch.equal(torch.cat(targets), y)
+    assert risk.source[0] is x
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_a_risk_knows_whether_its_forward_pass_draws_numbers(draws):
+    class Model(nn.Linear):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.5, training=draws)
+
+    data = normal(generator(1), 8, 3), normal(generator(2), 8, 2)
+    risk = EmpiricalRisk(Model(3, 2).double(), F.mse_loss, data)
+    assert risk.draws_random_numbers is draws
+
+
+def test_derivatives_are_seen_beside_differences_also_where_nothing_is_checked():
+    class Model(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + super().forward(x).detach()
+
+    data = normal(generator(1), 8, 3), normal(generator(2), 8, 2)
+    right = EmpiricalRisk(nn.Linear(3, 2).double(), F.mse_loss, data, check=False)
+    wrong = EmpiricalRisk(Model(3, 2).double(), F.mse_loss, data, check=False)
+    assert all(seen.agrees for seen in right.beside_differences())
+    assert all(seen.disagrees for seen in wrong.beside_differences())

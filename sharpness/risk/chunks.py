@@ -259,7 +259,7 @@ class ChunkedMean:
         known = None if terms is not None else known_terms(self._objective.loss)
         self._terms = known or LossTerms("mean", terms or num_rows, num_rows)
         with evaluation(self._objective.model, "batch"), torch.no_grad():
-            self._widen_loss(batches.rows(parts[0], 0, FEW))
+            self._objective.widen_loss(batches.rows(parts[0], 0, FEW))
             self._footprints.require_room(
                 parts, "batchnorm_batch", int(self.budget / memory.SHARE)
             )
@@ -276,7 +276,7 @@ class ChunkedMean:
             most = FEW if isinstance(chunk_size, str) else min(FEW, max(2, chunk_size))
             few = batching.few_rows(given, most)
             self.whole = batching.why_whole(objective, few, given[0])
-            self._widen_loss(given[0] if self.whole == batching.UNCUT else few)
+            self._objective.widen_loss(given[0] if self.whole == batching.UNCUT else few)
             count = terms or num_rows
             if self.whole == batching.COUPLED:
                 dim = batching.sample_dim(objective, given[0][0])
@@ -297,11 +297,6 @@ class ChunkedMean:
         if self.chunk_size is None:
             self.chunk_size = self._chosen(self.given[0], chunk_size)
         return [part for b in self.given for part in batches.cut(b, self.chunk_size)]
-
-    def _widen_loss(self, pair: Any) -> None:
-        leaves = self._objective.pieces(self._objective.theta)
-        outputs = self._objective.outputs(leaves, pair)
-        self._objective.widen_loss(leaves, pair, outputs)
 
     def _see_loss(self, few: Any, first: Any, chunk_size: int | str) -> None:
         """Whether a loss that is not PyTorch's own is a mean or a sum over rows."""

@@ -349,12 +349,15 @@ class EmpiricalRisk:
         known = sorted(self._products, key=lambda matrix: matrix != "hessian")
         plans = [self._products[matrix].plan for matrix in known]
         has_batchnorm = bool(batchnorm_layers(self.model))
+        parts = None
+        if has_batchnorm and self.batchnorm != "running":
+            parts = len(self._mean.statistics_parts(self.batchnorm_batch))
         return {
             "num_samples": self.num_samples,
             "num_terms": self.num_terms,
             "num_parameters": self.n,
             "batchnorm": self.batchnorm if has_batchnorm else None,
-            "batchnorm_parts": self._num_batchnorm_parts() if has_batchnorm else None,
+            "batchnorm_parts": parts,
             "chunk_size": self.chunk_size,
             "engine": plans[0].to_dict() if plans else {"engine": self.engine},
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -883,11 +886,6 @@ class EmpiricalRisk:
         with evaluation(self.model, "estimating"):
             return self._objective.estimated_statistics(leaves, parts)
 
-    def _num_batchnorm_parts(self) -> int | None:
-        if self.batchnorm == "running":
-            return None
-        return len(self._mean.statistics_parts(self.batchnorm_batch))
-
     def _products_of(self, matrix: str, num_products: int) -> Products:
         contract = f"be one of {', '.join(MATRICES)}"
         require(matrix in MATRICES, "matrix", contract, matrix)
@@ -949,11 +947,13 @@ def _check_batchnorm(model: nn.Module, batchnorm: str) -> None:
         for name, m in model.named_modules()
         if isinstance(m, _BatchNorm) and m.running_mean is None
     ]
-    if batchnorm != "batch" and untracked:
-        raise ValueError(
-            "`batchnorm` must be 'batch' for layers with track_running_stats=False; got "
-            f"{batchnorm!r} ({untracked[0]} has no running averages). Pass 'batch'."
-        )
+    ensure(
+        batchnorm == "batch" or not untracked,
+        "batchnorm",
+        "be 'batch' for layers with track_running_stats=False",
+        f"{batchnorm!r} ({', '.join(untracked[:1])} has no running averages)",
+        "Pass 'batch'.",
+    )
 
 
 def _check_arguments(
@@ -965,24 +965,27 @@ def _check_arguments(
             f"`loss` must be given, or `closure` instead of it; got {both}. "
             "Pass `loss(outputs, targets)`, or `closure(model, batch)`."
         )
-    if batchnorm not in get_args(BatchNorm):
-        raise ValueError(
-            "`batchnorm` must be 'running', 'batch' or 'recalibrated'; got "
-            f"{batchnorm!r}. 'running' is evaluation mode."
-        )
-    if batchnorm_batch < 2:
-        raise ValueError(
-            f"`batchnorm_batch` must be at least 2; got {batchnorm_batch}. "
-            "A batch of one has no variance."
-        )
-    if chunk_size == "auto":
-        return
-    if not is_whole(chunk_size) or chunk_size < 1:
-        raise ValueError(
-            f"`chunk_size` must be a whole number >= 1 or 'auto'; got {chunk_size!r}."
-        )
-    if batchnorm == "batch":
-        raise ValueError(
-            f"`chunk_size` must be 'auto' with batchnorm='batch'; got {chunk_size} "
-            "(the parts BatchNorm sees define the risk). Set `batchnorm_batch`."
+    require(
+        batchnorm in get_args(BatchNorm),
+        "batchnorm",
+        "be 'running', 'batch' or 'recalibrated'",
+        batchnorm,
+        "'running' is evaluation mode.",
+    )
+    ensure(
+        batchnorm_batch >= 2,
+        "batchnorm_batch",
+        "be at least 2",
+        str(batchnorm_batch),
+        "A batch of one has no variance.",
+    )
+    if chunk_size != "auto":
+        sound = is_whole(chunk_size) and chunk_size >= 1
+        require(sound, "chunk_size", "be a whole number >= 1 or 'auto'", chunk_size)
+        ensure(
+            batchnorm != "batch",
+            "chunk_size",
+            "be 'auto' with batchnorm='batch'",
+            f"{chunk_size} (the parts BatchNorm sees define the risk)",
+            "Set `batchnorm_batch`.",
         )

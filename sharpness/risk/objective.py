@@ -75,12 +75,14 @@ class Objective:
         """Type that the loss is computed in; the outputs' own unless it was widened."""
         return torch.float64 if self._whole.widens else self.theta.dtype
 
-    def widen_loss(self, leaves: Sequence[Tensor], batch: Any, outputs: Any) -> None:
+    def widen_loss(self, batch: Any) -> None:
         """Compute the loss in float64 from the outputs on, where it takes them.
 
         A softmax in float32 knows 1 - p to 6e-8 only. At a cross-entropy of 1e-7 a tenth
         of f and some percent of gradients and products are then rounding.
         """
+        leaves = self.pieces(self.theta)
+        outputs: Any = self.outputs(leaves, batch)
         is_narrow = isinstance(outputs, Tensor) and outputs.is_floating_point()
         if not is_narrow or outputs.dtype == torch.float64 or self.device.type == "mps":
             return

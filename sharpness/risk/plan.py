@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from sharpness._arguments import require
-
 Engine = Literal["kept_graph", "compiled", "differences"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 
@@ -46,9 +44,11 @@ def asked_engine(asked: str | Mapping[str, Any]) -> str:
         ValueError: neither.
     """
     name = asked.get("engine") if isinstance(asked, Mapping) else asked
-    names = ", ".join(map(repr, ("auto", *ENGINES)))
-    contract = f"be {names}, or the plan of an earlier risk"
-    require(name in ("auto", *ENGINES), "engine", contract, asked)
+    if name not in ("auto", *ENGINES):
+        raise ValueError(
+            f"`engine` must be 'auto', {', '.join(map(repr, ENGINES))}, or the plan of an "
+            f"earlier risk; got {asked!r}."
+        )
     return str(name)
 
 
