@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from sharpness._arguments import (
     setting,
     whole,
 )
+from sharpness.risk.model_state import held
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -197,19 +197,10 @@ REMEDIES: dict[str, Callable[..., Callable[[Step], Tensor]]] = {
 }
 
 
-@contextmanager
-def frozen_averages(model: nn.Module) -> Iterator[None]:
+def frozen_averages(model: nn.Module) -> AbstractContextManager[None]:
     """BatchNorm normalises with batch statistics, but its running averages stay."""
-    layers: list[Any] = [
-        m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
-    ]
-    for layer in layers:
-        layer.track_running_stats = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.track_running_stats = True
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    return held([(m, "track_running_stats", False) for m in norms])
 
 
 def _unit(vectors: list[Tensor]) -> list[Tensor]:

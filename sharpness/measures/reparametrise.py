@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness._arguments import positive
+from sharpness.risk.model_state import held
 from sharpness.risk.objective import call_model
 
 # Powers of two: scaling by them is exact in floating point, so that what moves is moved
@@ -331,17 +332,10 @@ def _watched(network: nn.Module, inputs: Any) -> dict[str, _Call]:
     return {name: c[0] for name, c in calls.items() if len(c) == 1 and c[0] is not None}
 
 
-@contextmanager
-def _out_of_place(network: nn.Module) -> Iterator[None]:
+def _out_of_place(network: nn.Module) -> AbstractContextManager[None]:
     """With every in-place activation writing into a tensor of its own."""
     changed = [m for m in network.modules() if getattr(m, "inplace", False) is True]
-    for module in changed:
-        module.inplace = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.inplace = True  # type: ignore[assignment]
+    return held([(module, "inplace", False) for module in changed])
 
 
 def _drift(network: nn.Module, other: nn.Module, inputs: Any) -> float:

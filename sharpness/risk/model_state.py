@@ -35,13 +35,13 @@ def evaluation(model: nn.Module, batchnorm: str) -> Iterator[None]:
         sdpa_kernel(SDPBackend.MATH),
         _one_path_of_encoders(),
         _tensors_kept(model),
-        _held([*_modes(model, batchnorm), *_hindrances(model)]),
+        held([*_modes(model, batchnorm), *_hindrances(model)]),
     ):
         yield
 
 
 @contextmanager
-def _held(settings: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+def held(settings: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
     """With these attributes of these objects; afterwards as they were."""
     before = [(holder, name, getattr(holder, name)) for holder, name, _ in settings]
     try:

@@ -6,7 +6,7 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from sharpness import _tensors
 from sharpness._arguments import ensure
 from sharpness.risk import loss_terms
-from sharpness.risk.model_state import batchnorm_layers, seed_generators
+from sharpness.risk.model_state import batchnorm_layers, held, seed_generators
 
 
 class Objective:
@@ -146,12 +146,8 @@ class Objective:
         """The loss, or another one, of outputs that are already there."""
         if loss is None or loss is self.loss:
             return self._call(leaves, batch, outputs=outputs)
-        value: Tensor = loss(*self.as_compared(outputs, batch[1]))
+        value: Tensor = loss(*self._whole.as_compared(outputs, batch[1]))
         return value
-
-    def as_compared(self, outputs: Any, targets: Any) -> tuple[Any, Any]:
-        """Outputs and targets in the type that the loss is computed in."""
-        return self._whole.as_compared(outputs, targets)
 
     def estimated_statistics(
         self, leaves: Sequence[Tensor], parts: Sequence[Any]
@@ -173,15 +169,9 @@ class Objective:
                 self._call(leaves, part, outputs_only=True)
         return found
 
-    @contextmanager
-    def holding(self, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    def holding(self, buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """With these in place of the buffers that were copied."""
-        before = self.fixed
-        self.fixed = {**before, **buffers}
-        try:
-            yield
-        finally:
-            self.fixed = before
+        return held([(self, "fixed", {**self.fixed, **buffers})])
 
     def _call(self, leaves: Sequence[Tensor], batch: Any, **kwargs: Any) -> Tensor:
         seed_generators()  # what a batch draws does not depend on the batches before
