@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from sharpness._arguments import ensure
+from sharpness._progress import duration
 
 _DEVICES = "Use 'auto' or 'cpu'."
 OK, NOT_CONVERGED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
@@ -27,7 +28,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(WRONG_CALL, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def add_flags(group: Any, settings: type, as_text: Sequence[str] | None = None) -> None:
+def add_flags(
+    group: Any,
+    settings: type,
+    as_text: Sequence[str] | None = None,
+    only: Container[str] | None = None,
+) -> None:
     """A flag for each field of a dataclass that has a help text, with its default.
 
     Args:
@@ -35,10 +41,12 @@ def add_flags(group: Any, settings: type, as_text: Sequence[str] | None = None) 
         settings: the dataclass; its fields' types say what a value is read as.
         as_text: fields whose values are taken as they are typed. Where this is given, a
             flag that was not used is None instead of the field's default.
+        only: fields to take; None means all.
     """
     hints = get_type_hints(settings)
     for field in fields(settings):
-        if text := field.metadata.get("help"):
+        text = field.metadata.get("help")
+        if text and (only is None or field.name in only):
             read = {} if field.name in (as_text or ()) else _read_as(hints[field.name])
             group.add_argument(
                 f"--{field.name.replace('_', '-')}",
@@ -133,7 +141,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def announce(seconds: float) -> None:
     """Say on stderr how long a measurement will take."""
-    say("measuring", f"about {seconds:.{(1 if seconds < 10 else 2)}g} s")
+    say("measuring", duration(seconds))
 
 
 def samples_or_all(text: str) -> int | None:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
 with warnings.catch_warnings():  # in a notebook without ipywidgets; there is a text bar
     warnings.simplefilter("ignore")
     from tqdm.auto import tqdm
+
+
+def duration(seconds: float) -> str:
+    """`about 8 s`, `about 1 minute`, `about 13 minutes`."""
+    if seconds < 60:
+        return f"about {seconds:.{(1 if seconds < 10 else 2)}g} s"
+    minutes = round(seconds / 60)
+    return "about 1 minute" if minutes == 1 else f"about {minutes} minutes"
+
+
+def foretell(description: str, seconds: float) -> None:
+    """One line on stderr where no bar tells how long it will take."""
+    print(f"sharpness: {description}: {duration(seconds)}", file=sys.stderr, flush=True)
 
 
 def bar(description: str, total: int | None, shown: bool | None, **options: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 from sharpness import _progress
 from sharpness._results import DerivativeDisagreesError, NonFiniteProductError, Status
 
+_LONG = 60.0  # seconds: what takes longer says so beforehand, also where no bar is seen
+
 
 class Run:
     """The frame of a measure's loop.
@@ -71,9 +73,19 @@ class Run:
         raise _Stopped(self)
 
     def _count(self) -> None:
+        if self.num_steps == 0 < self._begun:
+            self._foretell()
         self.num_steps += self._begun
         self._bar.update(self._begun)
         self._begun = 0
+
+    def _foretell(self) -> None:
+        """After the first step: how long all will take, where nobody sees a bar."""
+        unit, total, progress = self._shown
+        most = self.seconds * (total or 0) / self._begun
+        if progress is None and self._bar.disable and most > _LONG:
+            seconds = min(most, self._most_seconds)
+            _progress.foretell(f"{total} {unit}", seconds)
 
     def __enter__(self) -> Run:
         self._bar = _progress.bar(*self._shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sharpness import _command
 from sharpness._arguments import ensure
 from sharpness._json import as_plain, to_line
-from sharpness.measures.registry import DEFAULT_FAMILIES, FAMILIES
+from sharpness.measures.registry import DEFAULT_FAMILIES, FAMILIES, MEASURES
 from sharpness.measures.settings import MeasurementSettings, MeasureSettings
 from sharpness.record import append_record
 
@@ -25,21 +26,20 @@ _USUAL = object()  # the number of samples, where none is given
 
 
 def _parser() -> _command.Parser:
-    families = (f"{family}: {', '.join(names)}" for family, names in FAMILIES.items())
     parser = _command.Parser(
         prog="python -m sharpness.measure",
-        description="Measure checkpoints by every measure of sharpness, on the same data, "
-        "each with its evidence and cost.",
-        epilog=f"Families of measures: {'; '.join(families)}. "
-        f"By default: {', '.join(DEFAULT_FAMILIES)}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Measure how sharp checkpoints are: curvature and Keskar's phi by "
+        "default, on the\nsame data, each number with its evidence and cost.",
+        epilog=_measures_by_family(),
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "checkpoint",
         nargs="+",
         help="a .pt or .safetensors file, several, or a glob in quotes",
     )
     add_options(parser)
+    add = parser.add_argument_group("more about a checkpoint").add_argument
     add(
         "--audit",
         action="store_true",
@@ -59,9 +59,23 @@ def _parser() -> _command.Parser:
     return parser
 
 
+def _measures_by_family() -> str:
+    """Every measure with its definition, below the family that also names it."""
+    lines = ["families and measures, as --measures takes them ('all' for every one):"]
+    for family, names in FAMILIES.items():
+        default = " (by default)" if family in DEFAULT_FAMILIES else ""
+        lines += [f"  {family}{default}"]
+        lines += [f"    {name:<25} {MEASURES[name].definition}" for name in names]
+    return "\n".join(lines)
+
+
+_WHICH = ("k", "tol", "epsilon", "subspace_dim", "num_starts", "rho", "shard_size")
+_WHICH += ("batch_size", "accuracy_drop")
+
+
 def add_options(parser: _command.Parser) -> None:
     """What is measured and how: shared with `compare`."""
-    add = parser.add_argument
+    add = parser.add_argument_group("a network and data of your own").add_argument
     add(
         "--network",
         help="for a checkpoint of your own: package.module:factory or file.py:factory, "
@@ -75,16 +89,27 @@ def add_options(parser: _command.Parser) -> None:
         "that returns (inputs, targets), batches, a loader, or these by split",
     )
     add("--data-dir", help="folder of a named set's files (also $SHARPNESS_DATA)")
-    add("--loss", help="'cross-entropy', 'mse' or a factory (default: by the targets)")
     add(
+        "--loss",
+        help="'cross-entropy', 'mse', another of torch.nn, or a function of (outputs, "
+        "targets) as for --network (default: by the targets)",
+    )
+    which = parser.add_argument_group("which measures")
+    _command.add_flags(which, MeasurementSettings, only=("measures",))
+    _command.add_flags(which, MeasureSettings, only=_WHICH)
+    how = parser.add_argument_group("on which samples, and how")
+    how.add_argument(
         "--num-samples",
         type=_command.samples_or_all,
         default=_USUAL,
         help="class-balanced samples, or 'all' (default: 1000, or all if fewer)",
     )
-    _command.add_flags(parser, MeasurementSettings)
-    _command.add_flags(parser, MeasureSettings)
-    add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    others = {field.name for field in fields(MeasurementSettings)} - {"measures"}
+    _command.add_flags(how, MeasurementSettings, only=others)
+    others = {field.name for field in fields(MeasureSettings)} - set(_WHICH)
+    _command.add_flags(how, MeasureSettings, only=others)
+    how.add_argument("--device", default="auto", help="'auto', 'cpu', ... (default: auto)")
+    add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print JSON, one line a record")
     add("--output", help="record file to append to (default: beside the checkpoint)")
 
@@ -170,8 +195,9 @@ def _one(path: str, options: Any, device: str) -> int:
     if options.cross_check:  # first: where it fails, nothing has been spent
         risk = measurement.risk_of(subject, settings, device)
         extra = measurement.pyhessian_readings(risk, seed=options.seed)
+    shown: dict[str, Any] = {} if options.json else _shown_as_it_comes(settings)
     found = measurement.measured(
-        subject, settings, device=device, on_estimate=_command.announce
+        subject, settings, device=device, on_estimate=_command.announce, **shown
     )
     found.record["cross_check"] = as_plain(extra)
     text, output = "", output_of(options, path)
@@ -192,24 +218,40 @@ def _one(path: str, options: Any, device: str) -> int:
     return _command.OK if found.ok else _command.NOT_CONVERGED
 
 
+def _shown_as_it_comes(settings: MeasurementSettings) -> dict[str, Any]:
+    """What prints the head when it is known, and each row when it is done."""
+    from sharpness.measures.summary import selected
+    from sharpness.report import tables
+
+    def begin(known: dict[str, Any]) -> None:
+        checkup = known["doctor"]
+        parts = (
+            tables.headline(known),
+            tables.loss_line(known),
+            *known["checkpoint"].get("notes", []),
+            f"doctor: {checkup}" if checkup else "",
+        )
+        tables.console().print(*filter(None, parts), "", sep="\n")
+
+    rows = tables.ReadingRows(selected(settings.measures))
+    return {"on_begin": begin, "on_readings": rows.add}
+
+
 def _print(found: Measurement, extra: list[Reading], audited: str, output: Path) -> None:
+    """What stands below the rows."""
     from sharpness.report import tables
 
     summary = found.summary
     results = [r for results in summary.results.values() for r in results]
     bad = dict.fromkeys(r.status for r in results if not r.status.ok)
     parts = (
-        tables.headline(found.record),
-        tables.loss_line(found.record),
-        *found.record["checkpoint"].get("notes", []),
-        f"doctor: {found.checkup}" if found.checkup else "",
-        tables.readings_table([*summary.readings(), *extra]),
+        tables.readings_table(extra) if extra else "",
         audited,
         *summary.notes,
         *(f"{status}: {status.advice}" for status in bad),
-        f"Appended to {output} · what these mean: docs/concepts/measures.md",
+        f"Appended to {output} · what these mean: docs/concepts/which_measure.md",
     )
-    tables.console().print(*filter(None, parts), sep="\n")
+    tables.console().print("", *filter(None, parts), sep="\n")
 
 
 if __name__ == "__main__":

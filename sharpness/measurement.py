@@ -61,8 +61,19 @@ def measured(
     device: str = "cpu",
     progress: bool | None = None,
     on_estimate: Callable[[float], None] | None = None,
+    on_begin: Callable[[dict[str, Any]], None] | None = None,
+    on_readings: Callable[[list[Reading]], None] | None = None,
 ) -> Measurement:
     """Measure a checkpoint.
+
+    Args:
+        subject: the checkpoint with its network, data and loss.
+        settings: what is measured, and on what.
+        device: where to compute.
+        progress: show a bar with the expected time; by default on a terminal.
+        on_estimate: called with the expected seconds before anything is measured.
+        on_begin: called before that with the part of the record that is known by then.
+        on_readings: called with the numbers of each measure as soon as it is done.
 
     Raises:
         ValueError: f(theta) is not finite, or a setting is out of range.
@@ -84,28 +95,41 @@ def measured(
         "Its parameters or the data hold NaN or infinite values.",
     )
     checkup = doctor(risk) if settings.doctor else None
+    accuracy = risk.accuracy() if risk.is_classification else None
+    known = {
+        "checkpoint": subject.facts,
+        "data": data_facts(subject, settings),
+        "settings": {**asdict(settings), "risk": risk.settings()},
+        "value": value,
+        "accuracy": accuracy,
+        "doctor": checkup,
+        "generalisation": _generalisation(subject, settings, value, accuracy, device),
+    }
+
+    def begin(seconds: float) -> None:  # once `summary` has refused what is wrong
+        if on_begin is not None:
+            on_begin(known)
+        if on_estimate is not None:
+            on_estimate(seconds)
+
     fits = subject.start is not None and subject.start.shape == risk.theta.shape
     found = summary(
         risk,
         settings.measures,
         start=subject.start if fits else None,
         progress=progress,
-        on_estimate=on_estimate,
+        on_estimate=begin,
+        on_readings=on_readings,
         **vars(settings.of_measures),
     )
+    known["settings"] = {**asdict(settings), "risk": risk.settings()}  # with the engine
     record = new_record(
         "measurement",
-        checkpoint=subject.facts,
-        data=data_facts(subject, settings),
+        **known,
         status=str(found.status),
-        settings={**asdict(settings), "risk": risk.settings()},
-        value=found.value,
-        accuracy=found.accuracy,
         notes=found.notes,
         measures=found.results,
         cost=found.cost,
-        doctor=checkup,
-        generalisation=_generalisation(subject, settings, found, device),
     )
     return Measurement(summary=found, record=record, checkup=checkup)
 
@@ -131,7 +155,11 @@ def data_facts(subject: LoadedCheckpoint, settings: MeasurementSettings) -> dict
 
 
 def _generalisation(
-    subject: LoadedCheckpoint, settings: MeasurementSettings, found: Summary, device: str
+    subject: LoadedCheckpoint,
+    settings: MeasurementSettings,
+    value: float,
+    accuracy: float | None,
+    device: str,
 ) -> dict[str, Any] | None:
     """Loss and accuracy on test samples, and how much worse they are."""
     if subject.test is None or settings.split == "test":
@@ -139,10 +167,10 @@ def _generalisation(
     num = None if len(subject.test[1]) <= _MOST_TEST_SAMPLES else _MOST_TEST_SAMPLES
     risk = _risk(subject, settings, "test", num, device)
     loss = risk.value()
-    facts: dict[str, Any] = {"test_loss": loss, "loss_gap": loss - found.value}
-    if found.accuracy is not None:
-        accuracy = risk.accuracy()
-        facts |= {"test_accuracy": accuracy, "accuracy_gap": found.accuracy - accuracy}
+    facts: dict[str, Any] = {"test_loss": loss, "loss_gap": loss - value}
+    if accuracy is not None:
+        on_test = risk.accuracy()
+        facts |= {"test_accuracy": on_test, "accuracy_gap": accuracy - on_test}
     return facts
 
 

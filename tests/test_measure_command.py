@@ -26,6 +26,8 @@ from torch import nn
 from sharpness import EmpiricalRisk, compare, measure, measurement, read_records
 from sharpness.loading import load_checkpoint
 from sharpness.measurement import MeasurementSettings, measured, pyhessian_readings
+from sharpness.measures import summary
+from sharpness.measures.registry import MEASURES
 from sharpness.results import readings_of
 
 MORE = """
@@ -616,3 +618,30 @@ def test_a_cross_check_that_cannot_be_is_refused_at_once(nets, refused, monkeypa
     assert "'batch'" in err
     monkeypatch.setitem(sys.modules, "pyhessian", None)
     assert "pip install pyhessian" in refused(*call, "--cross-check")
+
+
+def test_rows_are_printed_as_they_are_done(nets, monkeypatch, capsys):
+    """An interrupt in the second measure: the head and the first row stand there."""
+
+    def interrupted(*_):
+        print("NOW")
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(summary.RUNS, "trace", (interrupted, summary.RUNS["trace"][1]))
+    options = ["--measures", "lambda_max,trace"]
+    assert measure.main(["net.pt", *CALL, *options]) == 130
+    before, after = capsys.readouterr().out.split("NOW")
+    assert before.startswith("nets.py:mlp")
+    assert "evidence" in before
+    assert "lambda_max" in before
+    assert "lambda_max" not in after
+
+
+def test_help_has_a_line_for_each_measure_and_flags_in_groups(capsys):
+    with pytest.raises(SystemExit):
+        measure.main(["--help"])
+    out = capsys.readouterr().out
+    for name, about in MEASURES.items():
+        assert f"{name:<25} {about.definition}" in out or about.family == "tracking"
+    order = [out.index(text) for text in ("which measures:", "  --epsilon ", "output:")]
+    assert order == sorted(order)

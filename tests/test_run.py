@@ -9,6 +9,7 @@ from torch import nn
 
 import sharpness as sh
 from sharpness import _run
+from sharpness._progress import duration
 from sharpness._results import NonFiniteProductError, Status
 from sharpness._run import Deadline, Run
 
@@ -183,3 +184,29 @@ def test_a_bar_that_was_never_entered_is_never_shown(capsys):
     with pytest.raises(ValueError, match="matrix"):
         sh.lambda_max_sampling(mlp_risk(), matrix="nonsense", progress=True)
     assert "folds" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "progress", "said"),
+    [(0.5, None, "800 products: about 7 minutes"), (0.01, None, ""), (0.5, False, "")],
+)
+def test_what_takes_long_says_so_after_its_first_step(
+    seconds, progress, said, monkeypatch, capsys
+):
+    now = [0.0]
+    monkeypatch.setattr("sharpness._run.time.monotonic", lambda: now[0])
+    with Run("products", total=800, progress=progress) as run:
+        for _ in range(3):
+            run.step()
+            now[0] += seconds
+    err = capsys.readouterr().err
+    assert err.count("about") == bool(said)
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(7.6, "8 s"), (59, "59 s"), (61, "1 minute"), (140, "2 minutes")],
+)
+def test_a_duration_is_grammatical(seconds, text):
+    assert duration(seconds) == f"about {text}"

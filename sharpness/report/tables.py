@@ -57,6 +57,33 @@ def readings_table(readings: Sequence[Reading]) -> Table:
     return table
 
 
+class ReadingRows:
+    """That table with rows that are printed as they come.
+
+    Args:
+        names: what will be measured, from which the first column has its width.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._console = console()
+        radius = len("(1e-3, p=100)")
+        first = min(30, max(map(len, names), default=0) + radius)
+        value, cost = 13, 22
+        rest = self._console.width - first - value - cost - 3
+        self._widths = (first, value, max(20, rest), cost)
+        self._headed = False
+
+    def add(self, readings: Sequence[Reading]) -> None:
+        """Print these, below the head of the table if they are the first."""
+        table = readings_table(readings)
+        table.show_header, table.show_edge = not self._headed, False
+        for column, width in zip(table.columns, self._widths, strict=True):
+            column.width = width
+        self._console.print(table)
+        self._console.file.flush()
+        self._headed = True
+
+
 def readings_text(readings: Sequence[Reading], notes: Sequence[str]) -> str:
     """The table as plain text, notes below."""
     return _as_text(readings_table(readings), *notes)
