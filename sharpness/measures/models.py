@@ -150,11 +150,11 @@ def compare_models(
     made = EmpiricalRisk(first, loss, data, **(risk or {}))
     risks = (made, made.with_model(second))
     a, b = (summary(each, measures, progress=progress, **settings) for each in risks)
-    numbers = [[numbers_of(each.readings())] for each in (a, b)]
+    of_a, of_b = ([numbers_of(each.readings())] for each in (a, b))
     return ModelComparison(
         first=a,
         second=b,
-        rows=tuple(compare_readings(*numbers, gaps=[None, None])),
+        rows=tuple(compare_readings(of_a, of_b, [None, None])),
         status=Status.worst(a.status, b.status),
         cost=a.cost + b.cost,
         settings=a.settings,
