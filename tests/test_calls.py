@@ -168,6 +168,10 @@ ACCEPTED = {
     "own dataset": lambda: risk_of(Samples()),
     "dataset by duck typing": lambda: risk_of(Counted()),
     "stream": lambda: risk_of(Stream()),
+    "list of samples": lambda: risk_of(list(zip(X, Y, strict=True))),
+    "list of samples with plain labels": lambda: risk_of(
+        list(zip(X.numpy(), Y.tolist(), strict=True))
+    ),
     "loader of dicts": lambda: risk_of(
         DataLoader(Labelled(), batch_size=7), model=ByName()
     ),
@@ -184,6 +188,9 @@ ACCEPTED = {
     "frame and series": lambda: risk_of((frame(), pd.Series(Y.numpy(), frame().index))),
     "closure of encodings": lambda: closure_risk(
         lambda m, b: F.cross_entropy(m(b.x), b.labels), Encoding(x=X, labels=Y)
+    ),
+    "closure of tensors and numbers": lambda: closure_risk(
+        lambda m, b: F.cross_entropy(m(b[0][0]), b[0][1]) * b[1], ((X, Y), 1)
     ),
     "closure of objects": lambda: closure_risk(
         lambda m, b: F.cross_entropy(m(b.x), b.y), Graph(X, Y)
@@ -308,6 +315,19 @@ REFUSED = {
         lambda: risk_of((X, Y[:, None].expand(40, 7)), model=MODEL),
         "a class for each row",
     ),
+    "scores of a language model": (
+        lambda: risk_of((Y.view(5, 8), Y.view(5, 8)), model=nn.Embedding(9, 50)),
+        r"\(N, C, ...\); got outputs float32 of shape \(5, 8, 50\)",
+    ),
+    "scores for probabilities": (
+        lambda: risk_of((9 * X, (Y[:, None] % 2).float()), nn.BCELoss(), ONE),
+        "probabilities.*bce_with_logits",
+    ),
+    "three weights for four classes": (
+        lambda: risk_of(loss=nn.CrossEntropyLoss(weight=torch.ones(3))),
+        "a weight for each class",
+    ),
+    "a class for a model": (lambda: risk_of(model=nn.Linear), "got the class Linear"),
     "floats into an embedding": (
         lambda: risk_of((X, Y), model=nn.Sequential(nn.Embedding(5, 4), nn.Flatten())),
         "whole numbers",
@@ -331,6 +351,10 @@ REFUSED = {
     ),
     "measure of a model": (lambda: sh.eigenpairs(MODEL, CE, (X, Y)), "EmpiricalRisk.model"),
     "summary of a model": (lambda: sh.summary(MODEL), "EmpiricalRisk.model"),
+    "no such measure": (
+        lambda: sh.summary(risk_of(), measures="norms,lambda_mx"),
+        r"got 'lambda_mx'. Did you mean lambda_max\?",
+    ),
     "three in a tuple": (lambda: risk_of((X, X, Y)), r"Several inputs: \(\(a, b\)"),
     "three in a batch": (lambda: risk_of([(X, X, Y)]), r"tuple \(3\)"),
     "lone tensor": (lambda: risk_of(X), "Tensor .*alone"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import loss as torch_losses
@@ -41,7 +42,7 @@ def check_roles(model: Any, loss: Any, data: Any) -> None:
         TypeError: with what stands in the model's place.
         ValueError: layers of whole numbers, which have no derivative.
     """
-    got = type(model).__name__
+    got = f"the class {model.__name__}" if inspect.isclass(model) else type(model).__name__
     advice = "Pass the network itself, then the loss, then the data."
     is_loss = isinstance(model, torch_losses._Loss)
     if is_loss or (callable(data) and not isinstance(data, Iterable | Sized | Dataset)):
@@ -148,7 +149,7 @@ def batches_of(
     """
     if pairs and isinstance(data, Mapping) and batches.as_pair(data) is not data:
         data = [data]
-    is_set = _is_data_set(data)
+    is_set = _is_data_set(data) or (pairs and _lists_samples(data))
     if isinstance(data, str | Path):
         got = repr(str(data))
         contract = "be tensors, a loader, an .npz, .csv or .parquet file, or a data set"
@@ -169,6 +170,12 @@ def _is_data_set(data: Any) -> bool:
         return True
     by_number = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     return by_number and not isinstance(data, Iterable) and not hasattr(data, "shape")
+
+
+def _lists_samples(data: Any) -> bool:
+    """[(x, y), ...] where y is a single number, so that it is no batch."""
+    first = data[0] if isinstance(data, list) and data else None
+    return isinstance(first, tuple) and len(first) == 2 and np.ndim(first[1]) == 0
 
 
 # -- model, loss and data together -------------------------------------------------------
@@ -319,7 +326,10 @@ def _check_labels(loss: Any, outputs: Any, given: Sequence[Pair]) -> None:
     if not (loss_terms.is_class_loss(loss) and isinstance(outputs, Tensor)):
         return
     targets = [y for _, y in given]
-    if outputs.ndim < 2 or any(y.is_floating_point() for y in targets):
+    rest = outputs.shape[2:]  # scores are (N, C, ...), labels (N, ...)
+    if outputs.ndim < 2 or any(
+        y.is_floating_point() or y.numel() != len(y) * rest.numel() for y in targets
+    ):
         return
     labels = torch.cat([y.reshape(-1) for y in targets])
     ignored, classes = loss_terms.keyword(loss, "ignore_index", -100), outputs.shape[1]
@@ -452,6 +462,15 @@ _LINES: tuple[tuple[Callable[[_Trouble], bool], str], ...] = (
         ),
         "`data` must have floating-point targets for {loss}; got {targets}. Pass "
         "`y.float()`.",
+    ),
+    (
+        lambda t: t.outputs is not None and "between 0 and 1" in str(t.error),
+        "`loss` must get probabilities for {loss}; got outputs outside of [0, 1]. Use "
+        "'bce_with_logits', or end the model in a sigmoid.",
+    ),
+    (
+        lambda t: t.scores_classes and "weight tensor" in str(t.error),
+        "`loss` must have a weight for each class; got outputs {outputs} ({cause}).",
     ),
     (
         lambda t: _says(t, "indices", "Indices"),
