@@ -133,7 +133,7 @@ def _in_short(
     store = runner.carry_out(wanted, said=_piped)
     for sentence in question.sentences(study, store):
         out.print(sentence)
-    out.print(f"\n{study.name}: {study.about}")
+    out.print(f"\n{study.name}: {question.about(study)}")
     out.print(plain(question.columns, question.rows(study, store), right=1))
     path = runner.folder / f"{options.paper}-{study.name}.png"
     out.print(f"Picture: {question.draw(path, study, store)}")

@@ -83,6 +83,7 @@ class Item:
 class InShort:
     """A paper's question answered by little work: sentences, one table, one picture."""
 
+    about: Callable[[Any], str]
     observations: Callable[[Any], Sequence[Observation]]
     sentences: Callable[[Any, ObservationStore], Sequence[str]]
     columns: Sequence[str]

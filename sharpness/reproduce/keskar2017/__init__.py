@@ -35,6 +35,7 @@ PAPER = Paper(
     ),
     studies=STUDIES,
     in_short=InShort(
+        about=lambda study: study.about_ends,
         observations=in_short.observations,
         sentences=in_short.sentences,
         columns=("", "small batch", "large batch", "large / small", "paper"),

@@ -153,6 +153,7 @@ def draw(path: Path, study: KeskarStudy, store: ObservationStore) -> Path:
                 estimates=ratios,
                 lines=(1, 10),
                 log=True,
+                ticks=(0.01, 0.1, 1, 10, 100),
             ),
             ForestPanel(
                 title="test accuracy: large − small",

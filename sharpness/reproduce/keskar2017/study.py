@@ -67,7 +67,14 @@ class KeskarStudy(paper.Study):
             f"figure 4: {self.epochs_swept:g} epochs" if self.swept else "",
             f"figure 5: {self.epochs_warm:g} after each start" if self.epochs_warm else "",
         ]
-        more = "".join(f"; {one}" for one in several if one)
+        return self._about("".join(f"; {one}" for one in several if one))
+
+    @property
+    def about_ends(self) -> str:
+        """The same of the networks at the end of training alone."""
+        return self._about("")
+
+    def _about(self, more: str) -> str:
         samples = self.num_samples or "all"
         how = ", with their batch statistics in BatchNorm" if self.batchnorm else ""
         draws = (
