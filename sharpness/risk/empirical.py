@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
@@ -249,7 +249,6 @@ class EmpiricalRisk:
             "seed": seed,
             "check": check,
         }
-        self._classifies: bool | None = None  # found out when asked for
         self._products: dict[str, Products] = {}
         self._gradient: Tensor | None = None
         self._value: float | None = None  # at theta, once it is known
@@ -310,19 +309,16 @@ class EmpiricalRisk:
         """Whether the model's outputs can be seen: not with a closure."""
         return self._objective.closure is None
 
-    @property
+    @cached_property
     def is_classification(self) -> bool:
         """Whether outputs are scores of classes (N, C, ...) and targets class numbers."""
         if not self.has_outputs:
             return False
-        if self._classifies is None:
-            inputs, targets = self._mean.first(2)
-            with self._evaluating(None), torch.no_grad():
-                outputs = self._objective.outputs(self._pieces(None), (inputs, targets))
-            self._classifies = _are_classes(outputs, targets) and bool(
-                (self.targets < outputs.shape[1]).all()
-            )
-        return self._classifies
+        inputs, targets = self._mean.first(2)
+        with self._evaluating(None), torch.no_grad():
+            outputs = self._objective.outputs(self._pieces(None), (inputs, targets))
+        of_classes = _are_classes(outputs, targets)
+        return of_classes and bool((self.targets < outputs.shape[1]).all())
 
     @property
     def draws_random_numbers(self) -> bool:
