@@ -35,7 +35,8 @@ its "math" kernel where a network has attention. curvlinops is wrong on LayerNor
 Prints a table for each case and writes every timing to `products.json` beside this file
 (`products-cuda.json` on a GPU). A case that is there already, with the same versions,
 sizes and threads, is not run again. `--readme` puts the table between the markers in
-README.md. The number of threads is set by the environment: `OMP_NUM_THREADS=1 python …`.
+docs/benchmarks.md. The number of threads is set by the environment:
+`OMP_NUM_THREADS=1 python …`.
 The peers come with `pip install -e '.[bench]'`.
 """
 
@@ -711,7 +712,7 @@ def main() -> None:
     options = parse()
     warnings.simplefilter("ignore")
     if options.readme:
-        write_readme(load(target(options)), stem(options), ROOT / "README.md")
+        write_readme(load(target(options)), stem(options), ROOT / "docs" / "benchmarks.md")
         return
     get_ready()
     if options.only:
@@ -769,7 +770,11 @@ def parse() -> argparse.Namespace:
     add("--quick", action="store_true", help="tiny sizes, 2 rounds, into runs/: a trial")
     add("--again", action="store_true", help="measure anew what is in the JSON already")
     add("--no-memory", action="store_true", help="leave out the processes for memory")
-    add("--readme", action="store_true", help="only rewrite README.md from the JSON")
+    add(
+        "--readme",
+        action="store_true",
+        help="only rewrite the page from the JSON",
+    )
     add("--only", metavar="CASE:CONTENDER", help="run one contender, print its peak memory")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else ROUNDS)

@@ -471,7 +471,7 @@ def caption(cells: dict[str, Outcome]) -> str:
 
 def write_readme(cells: dict[str, Outcome]) -> None:
     begin, end = "<!-- spectra:begin -->", "<!-- spectra:end -->"
-    readme = ROOT / "README.md"
+    readme = ROOT / "docs" / "benchmarks.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     text = f"{before}{begin}\n\n{table(cells)}\n\n{caption(cells)}\n\n{end}{after}"
@@ -533,7 +533,11 @@ def parse() -> argparse.Namespace:
     add("cells", nargs="*", metavar="CELL", help="CASE:TASK:CONTENDER, or its beginning")
     add("--cap", type=float, default=600.0, help="seconds of a cell (default: 600)")
     add("--again", action="store_true", help="measure anew what is in the JSON already")
-    add("--readme", action="store_true", help="only rewrite README.md from the JSON")
+    add(
+        "--readme",
+        action="store_true",
+        help="only rewrite the page from the JSON",
+    )
     add("--inside", metavar="CELL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not wanted(options.cells):

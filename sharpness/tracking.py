@@ -107,6 +107,9 @@ class TrackedPoint(Result):
         return f"{self.batchnorm} statistics of up to {self.batchnorm_batch} samples"
 
 
+OnPoint = Callable[[TrackedPoint], object]
+
+
 class SharpnessTracker:
     r"""Measures a network every so many updates and leaves its training as it is.
 
@@ -161,7 +164,8 @@ class SharpnessTracker:
         seed: of every measure's random starts.
         at_start: whether update 0 is measured now. Pass False before `load_state_dict`,
             and for the callbacks, which measure it when the training begins.
-        on_point: called with each new `TrackedPoint`, to log or to write it.
+        on_point: called with each new `TrackedPoint`, to log or to write it; or several.
+            `sharpness.track_writers` has them for CSV, TensorBoard and Weights & Biases.
         **risk: keywords of `EmpiricalRisk`: `closure`, `params`, `device`, .... Two have
             other defaults here. `batchnorm` is what the training minimises: `"batch"`
             while a BatchNorm layer is in training mode, else `"running"`.
@@ -199,7 +203,7 @@ class SharpnessTracker:
         confidence: float | None = 0.95,
         seed: int = 0,
         at_start: bool = True,
-        on_point: Callable[[TrackedPoint], object] | None = None,
+        on_point: OnPoint | Iterable[OnPoint] | None = None,
         **risk: Any,
     ) -> None:
         self._every = whole("every", every, 1, "1 measures after each update.")
@@ -209,12 +213,13 @@ class SharpnessTracker:
         check_confidence(confidence)
         self._confidence = confidence
         self._seed = whole("seed", seed, 0)
-        if on_point is not None and not callable(on_point):
+        given = [on_point] if callable(on_point) else on_point or ()
+        self._on_point = list(given)
+        if not all(map(callable, self._on_point)):
             raise TypeError(
                 "`on_point` must be a function of a TrackedPoint; got "
                 f"{type(on_point).__name__}. To write to a file, pass one that appends."
             )
-        self._on_point = on_point
         self._optimizer = self._checked(optimizer)
         self._model, self._loss, self._risk_settings = model, loss, risk
         self._batchnorm_batch = _batch_size(data)
@@ -279,8 +284,8 @@ class SharpnessTracker:
             **_statistics(risk),
         )
         self.history.append(point)
-        if self._on_point is not None:
-            self._on_point(point)
+        for function in self._on_point:
+            function(point)
         if point.status is Status.INTERRUPTED:
             raise KeyboardInterrupt
         return point

@@ -27,7 +27,7 @@ RANKS = [
     {"krylov", "optimize"},
     {"risk"},
     {"measures", "compat"},
-    {"tracking", "results"},
+    {"tracking", "track_writers", "results"},
     {"checkpoint", "record", "state_dicts"},
     {"lab"},
     {"loading", "measurement"},
