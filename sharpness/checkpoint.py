@@ -90,8 +90,8 @@ def load_any(path: str | Path, state: str | None = None) -> Checkpoint:
 
     Args:
         path: a file, an index of several (`*.index.json`), or a folder with one of these.
-        state: which state dict, where a file holds several: its name, `a.b` for one
-            inside of another.
+        state: which state dict, where a file holds several: its name, or the first part of
+            its tensors' names; `a.b` for one inside of another.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -120,7 +120,7 @@ def _state_in(path: Path, facts: Any, asked: str | None) -> dict[str, Tensor]:
     else:
         chosen = there
         for part in asked.split("."):
-            chosen = chosen.get(part) if isinstance(chosen, dict) else None
+            chosen = _under(chosen, part) if isinstance(chosen, dict) else None
         got = f"{asked!r}, which it has not (it has {', '.join(map(str, there))})"
         ensure(_is_state(chosen), "--state", f"name a state_dict of {path}", got)
     narrow = next((str(k) for k, v in chosen.items() if _is_quantised(str(k), v)), None)
@@ -131,6 +131,13 @@ def _state_in(path: Path, facts: Any, asked: str | None) -> dict[str, Tensor]:
     advice = "Save `model.state_dict()`, alone or under the name 'state_dict'."
     ensure(bool(state), path, "hold a state_dict", _described(facts), advice)
     return state
+
+
+def _under(facts: dict[Any, Any], part: str) -> Any:
+    """What has that name, or the tensors whose names begin with it and a dot."""
+    head = f"{part}."
+    some = {k[len(head) :]: v for k, v in facts.items() if str(k).startswith(head)}
+    return facts.get(part, some)
 
 
 def _is_quantised(name: str, value: Any) -> bool:

@@ -485,7 +485,8 @@ def _factory(flag: str, spec: str) -> Callable[[], Any]:
     what = f"is a {type(factory).__name__}" if hasattr(module, name) else "is not there"
     contract = f"name a function or class of {where}"
     advice = f"Write `def {name}(): return ...`."
-    ensure(callable(factory), flag, contract, f"{name!r}, which {what}", advice)
+    sound = callable(factory) and not isinstance(factory, nn.Module)
+    ensure(sound, flag, contract, f"{name!r}, which {what}", advice)
     return partial(factory, **arguments)
 
 

@@ -24,6 +24,7 @@ def norm(): return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6
 class Stateful(nn.Sequential):
     def get_extra_state(self): return {"scale": 2}
     def set_extra_state(self, state): pass
+made = mlp()
 def stateful(): return Stateful(*mlp())
 class Tied(nn.Module):
     def __init__(self):
@@ -196,9 +197,12 @@ def test_one_of_several_state_dicts_is_never_taken_silently(nets):
 
 def test_two_networks_under_two_prefixes_are_told_apart(nets):
     state = nets.mlp().state_dict()
-    both = {f"{p}.{k}": v for p in ("student", "teacher") for k, v in state.items()}
-    torch.save(both, "net.pt")
+    model = nets.mlp()
+    both = {f"teacher.{k}": v for k, v in state.items()}
+    both |= {f"student.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": both}, "net.pt")
     assert "'student.' and 'teacher.'" in refusal()
+    assert same(loaded(state="state_dict.student"), model)
 
 
 def test_a_parameter_that_is_missing_or_too_many_is_refused(nets):
@@ -318,6 +322,7 @@ def test_losses_have_pytorchs_names(nets):
 def test_a_variable_is_no_factory(nets):
     saved(net(nets))
     assert "'constant', which is a int" in refusal(network="constant")
+    assert "'made', which is a Sequential" in refusal(network="made")
 
 
 # -- transformers ------------------------------------------------------------------------
