@@ -225,7 +225,7 @@ def selected(measures: str | Sequence[str] | None) -> list[str]:
     asked = [name.strip() for name in asked]
     if "all" in asked:
         return list(RUNS)
-    contract = f"be families (all, {', '.join(FAMILIES)}) or measures"
+    contract = f"be of all, {', '.join(FAMILIES)} or single measures"
     for name in asked or ["none"]:
         known("measures", name, [*RUNS, *FAMILIES], contract)
     return [n for n in RUNS if n in asked or MEASURES[n].family in asked]
