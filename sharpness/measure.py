@@ -69,8 +69,10 @@ def _measures_by_family() -> str:
     return "\n".join(lines)
 
 
-_WHICH = ("k", "tol", "epsilon", "subspace_dim", "num_starts", "rho", "shard_size")
-_WHICH += ("batch_size", "accuracy_drop")
+_WHICH = (
+    *("k", "tol", "epsilon", "subspace_dim", "num_starts", "rho", "shard_size"),
+    *("batch_size", "accuracy_drop"),
+)
 
 
 def add_options(parser: _command.Parser) -> None:

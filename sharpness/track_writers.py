@@ -45,14 +45,19 @@ def csv_writer(path: str | Path) -> Write:
 
 
 def _row(point: TrackedPoint) -> dict[str, Any]:
-    row = {
+    row: dict[str, Any] = {
         "update": point.step,
         "loss": point.loss,
         "learning_rate": point.learning_rate,
         "seconds": point.cost.seconds,
     }
     for name, value in point.values().items():
-        told = (value.value, value.error, value.status, point.thresholds.get(name))
+        told: tuple[Any, ...] = (
+            value.value,
+            value.error,
+            value.status,
+            point.thresholds.get(name),
+        )
         row |= {f"{name}{of}": each for of, each in zip(_OF_EACH, told, strict=True)}
     return row
 
@@ -71,7 +76,7 @@ def tensorboard_writer(to: Any = None) -> Write:
         package("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(to)  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(to)
 
     def write(point: TrackedPoint) -> None:
         for name, number in _scalars(point).items():
