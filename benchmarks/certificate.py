@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import sharpness
-from sharpness.krylov.search import Search
+from sharpness.krylov.eigenpair_search import Search
 from sharpness.lab import data
 
 TOL, CONFIDENCE = 1e-2, 0.95

@@ -28,7 +28,7 @@ from .measures.traces import frobenius_norm as frobenius_norm
 from .measures.traces import trace as trace
 from .record import read_records as read_records
 from .results import load_result as load_result
-from .risk.checks import doctor as doctor
+from .risk.doctor import doctor as doctor
 from .risk.empirical import EmpiricalRisk as EmpiricalRisk
 from .tracking import SharpnessTracker as SharpnessTracker
 

@@ -1,4 +1,4 @@
-"""Checks that many measures share: one line that names the argument and the value."""
+"""Checks of what is passed in: one line that names the argument, the value, the way out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of an iteration: its clock, Ctrl-C, its bar, its counts, and how it ended."""
+"""One run of an iteration: its clock (`max_seconds`), Ctrl-C, bar, counts, and its end."""
 
 from __future__ import annotations
 

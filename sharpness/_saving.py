@@ -1,4 +1,4 @@
-"""Results in files and out of them: plain tensors and JSON, nothing that is executed."""
+"""Results, and other tensors with JSON, in files and out of them: nothing is executed."""
 
 from __future__ import annotations
 

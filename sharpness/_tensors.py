@@ -1,4 +1,4 @@
-"""Flat vectors and named parameters: the one place that knows how they correspond."""
+"""Flat vectors and named parameters, seeds and random vectors: one place for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only reader and writer of model files: plain tensors and plain values.
+"""Model files, ours and anybody's: the only reader, and the only writer.
 
 A `.pt` file is read with `weights_only=True`, so nothing in it is ever executed; a
 `.safetensors` file carries the same facts as JSON in its header.

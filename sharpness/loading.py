@@ -1,4 +1,4 @@
-"""Anybody's checkpoint made ready to be measured: its network, its data, its loss."""
+"""The network, data and loss a checkpoint is measured with; `checkpoint` reads the file."""
 
 from __future__ import annotations
 

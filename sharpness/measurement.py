@@ -21,7 +21,7 @@ from sharpness.loading import LoadedCheckpoint, as_type
 from sharpness.measures.settings import MeasurementSettings
 from sharpness.measures.summary import Summary, selected, summary
 from sharpness.record import new_record
-from sharpness.risk.checks import Checkup, doctor
+from sharpness.risk.doctor import Checkup, doctor
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.model_state import random_generators_kept
 

@@ -1,4 +1,4 @@
-"""The classes of results and errors, for annotations; each stands beside its measure."""
+"""The classes of results and errors; reading a saved result, and a record's readings."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ from sharpness.measures.sampling import LambdaMaxSampling
 from sharpness.measures.spectrum import SpectralDensity, SpectralIntegral
 from sharpness.measures.summary import Summary
 from sharpness.measures.traces import DiagonalEstimate, StochasticEstimate
-from sharpness.risk.checks import Checkup
+from sharpness.risk.doctor import Checkup
 from sharpness.tracking import TrackedPoint
 
 __all__ = [

@@ -10,8 +10,8 @@ from scipy.stats import binom, chi2
 from torch import Tensor
 
 from sharpness.krylov.certificate import Kernel, hiding, largest, log_limit
+from sharpness.krylov.eigenpair_search import Search
 from sharpness.krylov.lanczos import Lanczos, christoffel, ritz_pairs, thick
-from sharpness.krylov.search import Search
 
 OUTLIERS = np.append(np.linspace(-0.2, 1, 50), [2.0, 2.4, 3.0, 5.0, 7.5])
 

@@ -230,7 +230,7 @@ def test_a_forward_pass_that_changes_the_model_behind_its_back_fails():
 
 
 def test_the_guarantee_is_tried_after_an_exception_too(monkeypatch):
-    from sharpness.risk import checks as module
+    from sharpness.risk import doctor as module
 
     seen = []
     original = module._fail_once

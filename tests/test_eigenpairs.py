@@ -32,7 +32,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 import sharpness as sh
-from sharpness.krylov import search
+from sharpness.krylov import eigenpair_search
 from sharpness.results import HessianEigenpairs, Status
 from sharpness.risk import memory
 
@@ -516,13 +516,13 @@ def test_a_start_at_the_second_does_not_hide_the_first():
 
 def test_the_random_half_of_a_warm_start_follows_seed_and_bits(monkeypatch):
     starts = []
-    original = search.Lanczos
+    original = eigenpair_search.Lanczos
 
     def noted(v0, *args, **kwargs):
         starts.append(v0.clone())
         return original(v0, *args, **kwargs)
 
-    monkeypatch.setattr(search, "Lanczos", noted)
+    monkeypatch.setattr(eigenpair_search, "Lanczos", noted)
     v = torch.ones(60, dtype=torch.float64)
     near = v.clone()
     near[0] = np.nextafter(1.0, 2.0)
@@ -1207,13 +1207,13 @@ def test_progress_is_shown_on_stderr_only(capsys):
 
 def test_without_a_confidence_the_rule_is_met_twice_in_a_row(monkeypatch):
     asked = []
-    meets = search.meets
+    meets = eigenpair_search.meets
 
     def noted(*args):
         asked.append(meets(*args))
         return asked[-1]
 
-    monkeypatch.setattr(search, "meets", noted)
+    monkeypatch.setattr(eigenpair_search, "meets", noted)
     found = sh.eigenpairs(quadratic(GAPPED), confidence=None)
     assert found.status == "converged"
     assert found.hidden is None

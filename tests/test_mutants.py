@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import test_audit
 import test_augment
-import test_batching
+import test_batch_dependence
 import test_blocks
 import test_certificate
 import test_compare
@@ -43,7 +43,7 @@ import torch
 from helpers.problems import second_minimum
 
 from sharpness import _tensors, compat, statistics, tracking
-from sharpness.krylov import basis, certificate, lanczos, search
+from sharpness.krylov import basis, certificate, eigenpair_search, lanczos
 from sharpness.lab import augment, ghost, remedies, run, schedules
 from sharpness.measures import (
     audit,
@@ -58,11 +58,11 @@ from sharpness.measures import (
 from sharpness.optimize import lbfgsb, line_search
 from sharpness.optimize.ball import Ball
 from sharpness.risk import (
+    batch_dependence,
     batches,
-    batching,
-    checks,
     chunks,
     curvature,
+    doctor,
     empirical,
     fisher_terms,
     loss_terms,
@@ -168,9 +168,9 @@ def a_graph_that_was_cut_is_trusted(patch):
 @seen_by(test_doctor.test_a_model_that_varies_from_call_to_call_is_named_and_raised)
 def two_evaluations_are_not_compared(patch):
     def deterministic(values, first, second):
-        return checks.CheckResult("deterministic", "ok", "not looked at")
+        return doctor.CheckResult("deterministic", "ok", "not looked at")
 
-    patch.setattr(checks, "_deterministic", deterministic)
+    patch.setattr(doctor, "_deterministic", deterministic)
 
 
 @seen_by(test_float32.test_no_shortcut_is_taken_forth_or_back)
@@ -307,24 +307,28 @@ def rows_are_combined_one_after_another(patch):
 
 @seen_by(test_eigenpairs.test_a_close_pair_of_opposite_signs_keeps_signs_and_order_r6, "LA")
 def the_largest_magnitude_is_taken_for_the_largest_value(patch):
-    original = search.wanted
-    patch.setattr(search, "wanted", lambda theta, k, which: original(theta, k, "LM"))
+    original = eigenpair_search.wanted
+    patch.setattr(
+        eigenpair_search, "wanted", lambda theta, k, which: original(theta, k, "LM")
+    )
 
 
 @seen_by(test_eigenpairs.test_a_close_pair_of_opposite_signs_keeps_signs_and_order_r6, "LM")
 def the_largest_value_is_taken_for_the_largest_magnitude(patch):
-    original = search.wanted
-    patch.setattr(search, "wanted", lambda theta, k, which: original(theta, k, "LA"))
+    original = eigenpair_search.wanted
+    patch.setattr(
+        eigenpair_search, "wanted", lambda theta, k, which: original(theta, k, "LA")
+    )
 
 
 @seen_by(test_eigenpairs.test_both_ends_with_an_odd_k_have_one_more_at_the_top, 3)
 def both_ends_have_one_more_at_the_bottom(patch):
-    original = search.wanted
+    original = eigenpair_search.wanted
 
     def mirrored(theta, k, which):
         return len(theta) - 1 - original(-theta[::-1], k, which)[::-1]
 
-    patch.setattr(search, "wanted", mirrored)
+    patch.setattr(eigenpair_search, "wanted", mirrored)
 
 
 @seen_by(test_eigenpairs.test_without_a_confidence_the_rule_is_met_twice_in_a_row)
@@ -807,28 +811,28 @@ def images_turn_the_other_way(patch):
 # -- what f owes to the batches ----------------------------------------------------
 
 
-@seen_by(test_batching.test_a_risk_says_where_f_depends_on_the_batches)
+@seen_by(test_batch_dependence.test_a_risk_says_where_f_depends_on_the_batches)
 def every_loss_is_a_mean_over_rows(patch):
-    patch.setattr(batching, "reductions", lambda *_: frozenset({"mean"}))
+    patch.setattr(batch_dependence, "reductions", lambda *_: frozenset({"mean"}))
 
 
-@seen_by(test_batching.test_a_dependence_that_only_the_curvature_has_is_seen)
+@seen_by(test_batch_dependence.test_a_dependence_that_only_the_curvature_has_is_seen)
 def only_values_and_gradients_are_compared(patch):
-    original = batching._responses
-    patch.setattr(batching, "_responses", lambda *args: (*original(*args)[:2], []))
+    original = batch_dependence._responses
+    patch.setattr(batch_dependence, "_responses", lambda *args: (*original(*args)[:2], []))
 
 
 @seen_by(
-    test_batching.test_a_layer_that_mixes_rows_sees_the_batches_as_given,
-    test_batching.mean_square,
+    test_batch_dependence.test_a_layer_that_mixes_rows_sees_the_batches_as_given,
+    test_batch_dependence.mean_square,
 )
 def no_layer_mixes_rows(patch):
-    patch.setattr(batching, "_are_apart", lambda *_: True)
+    patch.setattr(batch_dependence, "_are_apart", lambda *_: True)
 
 
-@seen_by(test_batching.test_random_draws_are_the_same_in_chunks_of_any_size, "loss")
+@seen_by(test_batch_dependence.test_random_draws_are_the_same_in_chunks_of_any_size, "loss")
 def draws_are_not_noticed(patch):
-    patch.setattr(batching, "random_states", lambda: ())
+    patch.setattr(batch_dependence, "random_states", lambda: ())
 
 
 # -- the line between two points ---------------------------------------------------

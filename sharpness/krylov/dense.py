@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sharpness._results import NonFiniteProductError
+from sharpness.krylov.eigenpair_search import Found
 from sharpness.krylov.lanczos import wanted
-from sharpness.krylov.search import Found
 
 
 class Dense:

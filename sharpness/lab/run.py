@@ -1,4 +1,4 @@
-"""A training carried out: the loop, what is saved, and how a killed run goes on."""
+"""A training carried out: the loop, when it is over, and how a killed run goes on."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.certificate import Intervals
 from sharpness.krylov.dense import Dense
+from sharpness.krylov.eigenpair_search import Found, Search
 from sharpness.krylov.lanczos import WHICH, Which, allowed
-from sharpness.krylov.search import Found, Search
 from sharpness.risk import memory
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk

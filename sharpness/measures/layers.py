@@ -14,8 +14,8 @@ from sharpness import _tensors
 from sharpness._arguments import is_whole, of_a_risk
 from sharpness._results import Cost, NonFiniteProductError, Reading, Result, Status
 from sharpness._run import Run
+from sharpness.krylov.eigenpair_search import Search
 from sharpness.krylov.lanczos import WHICH, Which
-from sharpness.krylov.search import Search
 from sharpness.measures.eigenvalues import HessianEigenpairs, check_confidence, nothing
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk

@@ -1,4 +1,4 @@
-"""The data of a risk: fixed once, on one device, and cut into chunks."""
+"""Tensors, arrays and loaders as batches, fixed once, on one device."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sharpness._arguments import ensure
 from sharpness._results import NotAvailableError
-from sharpness.risk import batches, batching, curvature, memory
-from sharpness.risk.batching import FEW, Count
+from sharpness.risk import batch_dependence, batches, curvature, memory
+from sharpness.risk.batch_dependence import FEW, Count
 from sharpness.risk.curvature import Linearise
 from sharpness.risk.fisher_terms import FisherTerms, loss_of_sampled, sampled_targets
 from sharpness.risk.footprints import Footprints
@@ -244,10 +244,10 @@ class ChunkedMean:
         """Batches as they are, weighted by their samples."""
         with evaluation(self._objective.model, self._batchnorm), torch.enable_grad():
             largest = max(self.given, key=num_rows)
-            dim = batching.closure_dim(self._objective, largest, terms)
+            dim = batch_dependence.closure_dim(self._objective, largest, terms)
         if dim is None and len(self.given) > 1:
             self.whole = "the closure was not seen to be a mean over rows"
-        size = partial(batching.length, dim=dim or 0)
+        size = partial(batch_dependence.length, dim=dim or 0)
         self._terms = LossTerms("mean", terms or size, size)
         self.num_samples = sum(size(batch) for batch in self.given)
         return self.given
@@ -264,7 +264,7 @@ class ChunkedMean:
                 parts, "batchnorm_batch", int(self.budget / memory.SHARE)
             )
             if known is None:
-                seen = batching.seen_whole(self._objective, parts)
+                seen = batch_dependence.seen_whole(self._objective, parts)
                 self._see_reduction(seen, parts[0])
         return parts
 
@@ -274,13 +274,15 @@ class ChunkedMean:
         known = None if terms is not None else known_terms(objective.loss)
         with evaluation(objective.model, self._batchnorm), torch.no_grad():
             most = FEW if isinstance(chunk_size, str) else min(FEW, max(2, chunk_size))
-            few = batching.few_rows(given, most)
-            self.whole = batching.why_whole(objective, few, given[0])
-            self._objective.widen_loss(given[0] if self.whole == batching.UNCUT else few)
+            few = batch_dependence.few_rows(given, most)
+            self.whole = batch_dependence.why_whole(objective, few, given[0])
+            self._objective.widen_loss(
+                given[0] if self.whole == batch_dependence.UNCUT else few
+            )
             count = terms or num_rows
-            if self.whole == batching.COUPLED:
-                dim = batching.sample_dim(objective, given[0][0])
-                self.num_samples = sum(batching.length(b[0], dim) for b in given)
+            if self.whole == batch_dependence.COUPLED:
+                dim = batch_dependence.sample_dim(objective, given[0][0])
+                self.num_samples = sum(batch_dependence.length(b[0], dim) for b in given)
                 count = terms or torch.numel  # the first dimension may be time
             self._terms = known or LossTerms("mean", count, num_rows)
             if known is None:
@@ -305,28 +307,28 @@ class ChunkedMean:
             self._footprints.require_room(
                 given, "data", memory.free_bytes(objective.device)
             )
-            self._see_reduction(batching.seen_whole(objective, given), given[0])
+            self._see_reduction(batch_dependence.seen_whole(objective, given), given[0])
             return
         outputs = objective.outputs(objective.pieces(objective.theta), few)
-        if batching.reductions(objective, outputs, few[1], self._terms.count):
+        if batch_dependence.reductions(objective, outputs, few[1], self._terms.count):
             self.chunk_size = self._chosen(first, chunk_size)
-            most = batching.most_rows(outputs, len(few[1]), self.budget)
-            seen = batching.seen_in_chunks(objective, given, self.chunk_size, most)
+            most = batch_dependence.most_rows(outputs, len(few[1]), self.budget)
+            seen = batch_dependence.seen_in_chunks(objective, given, self.chunk_size, most)
             self._see_reduction(seen, few)
         else:
             self._set_reduction(None, few)
 
-    def _see_reduction(self, seen: Iterator[batching.Seen], example: Any) -> None:
-        reduction = batching.observed(self._objective, seen, self._terms.count)
+    def _see_reduction(self, seen: Iterator[batch_dependence.Seen], example: Any) -> None:
+        reduction = batch_dependence.observed(self._objective, seen, self._terms.count)
         self._set_reduction(reduction, example)
 
     def _set_reduction(self, reduction: str | None, pair: Any) -> None:
         objective = self._objective
         if reduction is None:
-            self.whole = self.whole or batching.LOSS_COUPLED
+            self.whole = self.whole or batch_dependence.LOSS_COUPLED
             leaves = objective.pieces(objective.theta)
             outputs = objective.outputs(leaves, pair)
-            if two := batching.broadcast(objective, outputs, pair[1]):
+            if two := batch_dependence.broadcast(objective, outputs, pair[1]):
                 refuse_broadcast(*two)
             value = objective.loss_of(leaves, pair, outputs)
             values = "sum" if value.numel() > 1 else "mean"
@@ -367,7 +369,7 @@ class ChunkedMean:
             )
         if matrix == "gauss_newton":
             return curvature.gauss_newton(objective, self.mean)
-        if self.whole == batching.LOSS_COUPLED:
+        if self.whole == batch_dependence.LOSS_COUPLED:
             raise NotAvailableError(
                 f"`loss` must be a mean or a sum over rows for matrix={matrix!r}; got one "
                 "that couples them (not available: a sample has no gradient of its own)."

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from sharpness import _tensors
 from sharpness._arguments import ensure, is_whole, require, whole, whole_seed
 from sharpness._results import DerivativeDisagreesError, NotAvailableError
-from sharpness.risk import batches, batching, files, intake
+from sharpness.risk import batch_dependence, batches, files, intake
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix, Pullback
 from sharpness.risk.derivatives import Comparison, Derivatives, Sample
@@ -325,7 +325,9 @@ class EmpiricalRisk:
         """Whether a forward pass draws some, the same at each. Cost: one of a batch."""
         leaves = self._objective.leaves(self.theta)
         with self._evaluating(None):
-            return batching.draws(self._objective, leaves, self._mean.counted[0].batch)[1]
+            return batch_dependence.draws(
+                self._objective, leaves, self._mean.counted[0].batch
+            )[1]
 
     @property
     def can_be_cut(self) -> bool:

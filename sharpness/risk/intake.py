@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from sharpness import _tensors
 from sharpness._arguments import ensure, known
 from sharpness.risk import batches, files, loss_terms
-from sharpness.risk.batching import FEW, few_rows
+from sharpness.risk.batch_dependence import FEW, few_rows
 from sharpness.risk.model_state import deep_copy, evaluation, random_generators_kept
 from sharpness.risk.objective import Objective, gradients
 

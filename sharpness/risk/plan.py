@@ -1,4 +1,4 @@
-"""Which engine multiplies, and how much it keeps: a rule without a clock."""
+"""What a plan of products says, and what each engine would cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with the matrices of a risk: one door before three engines."""
+"""Products with a risk's matrices: exact or by differences is chosen and done here."""
 
 from __future__ import annotations
 
