@@ -334,18 +334,18 @@ def both_ends_have_one_more_at_the_bottom(patch):
 @seen_by(test_eigenpairs.test_without_a_confidence_the_rule_is_met_twice_in_a_row)
 def the_rule_is_met_once(patch):
     met_once = property(lambda self: self._settled >= 1)
-    patch.setattr(search.Search, "is_converged", met_once)
+    patch.setattr(eigenpair_search.Search, "is_converged", met_once)
 
 
 @seen_by(test_eigenpairs.test_the_upper_bound_holds_for_19_starts_in_20, 5, 3.0)
 def the_upper_bound_holds_for_half_of_the_starts(patch):
-    original = search.Search.upper
-    patch.setattr(search.Search, "upper", lambda self, miss: original(self, 0.5))
+    original = eigenpair_search.Search.upper
+    patch.setattr(eigenpair_search.Search, "upper", lambda self, miss: original(self, 0.5))
 
 
 @seen_by(test_eigenpairs.test_a_start_at_the_second_does_not_hide_the_first)
 def nothing_is_ever_hidden(patch):
-    patch.setattr(search.Search, "hidden", lambda self: ())
+    patch.setattr(eigenpair_search.Search, "hidden", lambda self: ())
 
 
 @seen_by(
