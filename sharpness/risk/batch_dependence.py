@@ -50,6 +50,11 @@ _ROUNDINGS = 1e3
 # -- the forward pass --------------------------------------------------------------------
 
 
+def num_few(chunk_size: int | str) -> int:
+    """Rows of an early look: no more than are evaluated at once, but a pair."""
+    return FEW if isinstance(chunk_size, str) else min(FEW, max(2, chunk_size))
+
+
 def few_rows(pairs: Sequence[batches.Pair], most: int) -> batches.Pair:
     """Rows from all over the data, of the first batch's kind."""
     alike = [p for p in pairs if batches.row_kind(p) == batches.row_kind(pairs[0])]

@@ -273,8 +273,7 @@ class ChunkedMean:
         objective, given = self._objective, self.given
         known = None if terms is not None else known_terms(objective.loss)
         with evaluation(objective.model, self._batchnorm), torch.no_grad():
-            most = FEW if isinstance(chunk_size, str) else min(FEW, max(2, chunk_size))
-            few = batch_dependence.few_rows(given, most)
+            few = batch_dependence.few_rows(given, batch_dependence.num_few(chunk_size))
             self.whole = batch_dependence.why_whole(objective, few, given[0])
             self._objective.widen_loss(
                 given[0] if self.whole == batch_dependence.UNCUT else few

@@ -223,7 +223,8 @@ class EmpiricalRisk:
         )
         with self._exact_arithmetic():
             if closure is None:
-                given, changes = intake.fitted(self._objective, given, batchnorm)
+                most = batch_dependence.num_few(chunk_size)
+                given, changes = intake.fitted(self._objective, given, batchnorm, most)
                 self.notes += changes
             self._mean = ChunkedMean(
                 self._objective,
@@ -700,7 +701,8 @@ class EmpiricalRisk:
             num_samples=self._most,
         )
         if self.has_outputs:
-            again, _ = intake.fitted(self._objective, again, self.batchnorm)
+            most = batch_dependence.num_few(self._again["chunk_size"])
+            again, _ = intake.fitted(self._objective, again, self.batchnorm, most)
         return again
 
     def full_batch(self) -> Any:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from sharpness import _tensors
 from sharpness._arguments import ensure, known
 from sharpness.risk import batches, files, loss_terms
-from sharpness.risk.batch_dependence import FEW, few_rows
+from sharpness.risk.batch_dependence import few_rows
 from sharpness.risk.model_state import deep_copy, evaluation, random_generators_kept
 from sharpness.risk.objective import Objective, gradients
 
@@ -225,7 +225,7 @@ def _described(value: Any) -> str:
 
 
 def fitted(
-    objective: Objective, given: list[Pair], batchnorm: str
+    objective: Objective, given: list[Pair], batchnorm: str, most: int
 ) -> tuple[list[Pair], list[str]]:
     """The batches as the model and the loss take them, and what was changed for that.
 
@@ -237,29 +237,29 @@ def fitted(
         ValueError: labels that no output belongs to; NaN or infinite data that make f so;
             a failure that `_LINES` knows.
 
-    Cost: the model and the loss on a few rows; on a batch where a few rows fail.
+    Cost: the model and the loss on `most` rows; on a batch where they fail.
     """
     notes: list[str] = []
-    changed, trouble = given, _trouble(objective, given, batchnorm)
+    changed, trouble = given, _trouble(objective, given, batchnorm, most)
     for change in _CHANGES:
         if trouble and (found := change(trouble, changed)):
             changed, note = found
             notes.append(note)
-            trouble = _trouble(objective, changed, batchnorm)
+            trouble = _trouble(objective, changed, batchnorm, most)
     if trouble is not None:  # not because there were few rows?
         objective.take(lambda outputs: outputs)
         changed, notes = given, []
-        if whole := _trouble(objective, given, batchnorm, whole=True):
+        if whole := _trouble(objective, given, batchnorm, None):
             _refuse(whole)
             return given, []  # who evaluates it will say what it is
-    _check_finite(objective, changed, batchnorm)
+    _check_finite(objective, changed, batchnorm, most)
     return changed, notes
 
 
 def _trouble(
-    objective: Objective, given: list[Pair], batchnorm: str, *, whole: bool = False
+    objective: Objective, given: list[Pair], batchnorm: str, most: int | None
 ) -> _Trouble | None:
-    batch = given[0] if whole else few_rows(given, FEW)
+    batch = few_rows(given, most) if most else given[0]
     leaves, outputs = objective.pieces(objective.theta), None
     with evaluation(objective.model, batchnorm), torch.no_grad():
         try:
@@ -343,7 +343,9 @@ def _check_labels(loss: Any, outputs: Any, given: Sequence[Pair]) -> None:
     )
 
 
-def _check_finite(objective: Objective, given: list[Pair], batchnorm: str) -> None:
+def _check_finite(
+    objective: Objective, given: list[Pair], batchnorm: str, most: int
+) -> None:
     """Refuse rows with NaN or infinite values, where f is that because of them."""
     wrong = [_not_finite(pair) for pair in given]
     rows = torch.cat(wrong).nonzero().flatten().tolist()
@@ -353,7 +355,7 @@ def _check_finite(objective: Objective, given: list[Pair], batchnorm: str) -> No
     leaves = objective.leaves(objective.theta)
     with evaluation(objective.model, batchnorm), torch.enable_grad():
         try:
-            few = batches.taken(pair, some.nonzero().flatten()[:FEW])
+            few = batches.taken(pair, some.nonzero().flatten()[:most])
             value = objective.reduced(leaves, few).sum()
         except Exception:  # rows that are evaluated whole
             value = objective.reduced(leaves, pair).sum()
