@@ -307,7 +307,12 @@ class Centred(nn.Module):
         return self.inner(x - x.mean(0))
 
 
-@pytest.mark.parametrize("loss", [nn.MSELoss(), mean_square, root], ids=str)
+def named(loss) -> str:
+    """A test's name must be the same in every process."""
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), mean_square, root], ids=named)
 def test_a_layer_that_mixes_rows_sees_the_batches_as_given(loss):
     model = Centred()
     risk = EmpiricalRisk(model, loss, BATCHES, chunk_size=7)
@@ -480,7 +485,7 @@ class Squeezed(nn.Linear):
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 1025])
-@pytest.mark.parametrize("loss", [nn.MSELoss(), mean_square], ids=str)
+@pytest.mark.parametrize("loss", [nn.MSELoss(), mean_square], ids=named)
 def test_no_chunk_has_a_single_row(rows, loss):
     model = Squeezed(4, 1).double()
     x, t = normal(generator(0), rows, 4), normal(generator(1), rows)
@@ -522,7 +527,9 @@ def closure_of(loss):
 DICTS = [{"step": torch.tensor(3), "x": x, "y": t} for x, t in BATCHES]
 
 
-@pytest.mark.parametrize("terms", [None, lambda batch: (batch["y"] > 0.3).sum()])
+@pytest.mark.parametrize(
+    "terms", [None, lambda batch: (batch["y"] > 0.3).sum()], ids=["none", "kept"]
+)
 def test_a_closure_that_is_no_mean_over_rows_says_so(terms):
     model, closure = network(), closure_of(masked)
     risk = EmpiricalRisk(model, closure=closure, data=DICTS, terms=terms)
