@@ -9,6 +9,7 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 import torch
+from helpers.problems import Pole
 from helpers.untouched import assert_same, assert_states, fingerprint, random_states
 from torch import Tensor, nn
 
@@ -355,10 +356,6 @@ def test_the_scale_of_signs_holds_its_truth():
 
 
 def test_rows_that_are_not_numbers_are_counted_and_named():
-    class Pole(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x) / (x[:, :1] - 9.0)
-
     risk = classifier()
     x, y = risk.full_batch()
     x = x.clone()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.intervals import mean_ends
 from helpers.maximum import ball_maximum, dense_quadratic, reference
-from helpers.problems import ONE_SAMPLE, Point, mlp_data, mlp_risk
+from helpers.problems import ONE_SAMPLE, Point, Pole, mlp_data, mlp_risk
 from scipy import stats
 from torch import Tensor, nn
 
@@ -273,8 +273,8 @@ def test_shards_weigh_as_much_as_their_loss_terms(shard_size):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_shard_that_is_nan_is_not_hidden_by_one_without_a_gradient(seed):
     x = torch.zeros(4, 2, dtype=torch.float64)
-    x[1] = math.nan
-    model = nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    x[1] = 9.0
+    model = Pole(nn.Linear(2, 1, bias=False, dtype=torch.float64))
     risk = sh.EmpiricalRisk(model, nn.MSELoss(), (x, torch.zeros(4, 1).double()))
     found = sh.worst_case_sharpness(risk, 0.1, shard_size=1, seed=seed)
     assert found.status == "non_finite"
@@ -370,10 +370,13 @@ def test_time_stops_after_the_evaluation_that_passes_it(
         assert math.isnan(found.value) == (not expected)
 
 
-@pytest.mark.parametrize("where", ["data", "theta"])
+@pytest.mark.parametrize("where", ["model", "theta"])
 def test_a_risk_that_is_nan_says_so(where):
     model, (x, y) = mlp_risk(20).model, mlp_data()
-    (model.last.bias.data[:1] if where == "theta" else x[3]).fill_(math.nan)
+    if where == "theta":
+        model.last.bias.data[:1].fill_(math.nan)
+    else:
+        x[3, 0], model = 9.0, Pole(model)
     risk = sh.EmpiricalRisk(model, nn.CrossEntropyLoss(), (x, y))
     for measure in (sh.worst_case_sharpness, sh.average_case_sharpness):
         found = measure(risk, 0.1)

@@ -243,6 +243,13 @@ def with_products(matrix: Tensor) -> EmpiricalRisk:
     return risk
 
 
+class Pole(nn.Sequential):
+    """Layers whose outputs have a pole where the first input is 9."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / (x[:, :1] - 9.0)
+
+
 class Tanh(nn.Module):
     """Two layers and a tanh."""
 
