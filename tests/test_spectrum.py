@@ -823,7 +823,10 @@ def test_both_texts_are_one_short_line():
     )
     count = found.count_above(0.3)
     low, high = count.interval
-    assert str(count) == f"{count.value:.4g}   (95%: {low:.4g} to {high:.4g})"
+    assert str(count) == (
+        f"{count.value:.4g} ± {count.standard_error:.1g}   (standard error; "
+        f"95%: {low:.4g} to {high:.4g})"
+    )
 
 
 def test_a_record_is_strict_json_without_big_arrays():
