@@ -220,8 +220,12 @@ class Effect:
 
 
 def effect_of(moved: Sequence[float], is_ratio: bool) -> Effect:
-    """The mean of paired differences (of logarithms), with Student's interval."""
-    low, high = student_interval(moved)
+    """The mean of paired differences (of logarithms), with Student's interval.
+
+    Of fewer than three starting points it is unbounded: of two it spans decades.
+    """
+    known = len(moved) >= MIN_STARTS
+    low, high = student_interval(moved) if known else (-math.inf, math.inf)
     mean = float(np.mean(moved))
     return Effect(middle=mean, low=low, high=high, n=len(moved), is_ratio=is_ratio)
 

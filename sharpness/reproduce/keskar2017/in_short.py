@@ -102,8 +102,8 @@ def _gap(small: Sequence[float], large: Sequence[float]) -> str:
     """`no difference found (-0.1 points, -0.9 to +0.7)`, or lower, or higher."""
     effect = _effect(small, large, ratio=False)
     interval = f", 95 % interval {effect.low:+.2f} to {effect.high:+.2f}"
-    told = f"{effect.middle:+.2f} points{interval if len(small) > 1 else ''}"
-    if len(small) < MIN_STARTS or effect.low <= 0 <= effect.high:
+    told = f"{effect.middle:+.2f} points{interval if len(small) >= MIN_STARTS else ''}"
+    if effect.low <= 0 <= effect.high:
         return f"no difference found ({told})"
     return f"the large batch's is {'lower' if effect.middle < 0 else 'higher'} ({told})"
 
