@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.intervals import mean_ends
-from helpers.problems import ONE_SAMPLE, Point, mlp_hessian, mlp_risk
+from helpers.problems import ONE_SAMPLE, Point, Pole, mlp_hessian, mlp_risk
 from scipy import stats
 from torch import Tensor, nn
 
@@ -406,9 +406,10 @@ def test_no_time_at_all_stops_after_the_first_search():
 
 
 def test_a_risk_that_is_nan_says_so():
-    x = heavy_tailed(30, 0)
-    x[3, 2] = np.nan
-    found = sh.lambda_max_sampling(linear_regression(x))
+    x = torch.from_numpy(heavy_tailed(30, 0))
+    x[3, 0] = 9.0
+    model = Pole(nn.Linear(x.shape[1], 1, bias=False, dtype=torch.float64))
+    found = sh.lambda_max_sampling(sh.EmpiricalRisk(model, nn.MSELoss(), (x, x[:, :1])))
     assert found.status == "non_finite"
     assert math.isnan(found.plug_in)
     assert "non_finite" in str(found)

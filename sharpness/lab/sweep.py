@@ -186,8 +186,9 @@ class _Worker:
             keep_every=self.keep_every,
             on_epoch=lambda epoch, loss: self._show(unit, epoch),
         )
+        spent = time.monotonic() - began  # on all of them together
         return [
-            Outcome(run=run, seconds=(time.monotonic() - began), facts=done.training)
+            Outcome(run=run, seconds=spent, facts=done.training)
             for run, done in zip(runs, trained, strict=True)
         ]
 
