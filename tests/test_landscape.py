@@ -65,9 +65,27 @@ def test_a_point_of_the_wrong_length_is_refused(other):
             sh.interpolation(mlp_risk(), wrong)
 
 
-def test_a_closure_has_no_accuracies():
-    with pytest.raises(TypeError, match="got one with a `closure`"):
-        sh.interpolation(quadratic([1.0, 2.0]), torch.ones(2))
+def test_a_closure_has_a_loss_and_no_accuracies(tmp_path):
+    line = sh.interpolation(quadratic([1.0, 2.0]), torch.ones(2), [0.0, 0.5, 1.0])
+    assert line.values == pytest.approx([0.0, 1.5 / 4, 1.5])
+    assert line.accuracies == ()
+    assert line.cost.forwards == 3
+    assert "accuracy" not in [axes.get_ylabel() for axes in line.plot().axes]
+
+
+def test_the_barrier_is_the_rise_above_the_higher_end_between_the_two():
+    risk = quadratic([-2.0])  # f = -theta^2: highest at 0, which lies between -1 and 1
+    risk = risk.with_model(risk.network())
+    start = sh.EmpiricalRisk.network(risk)
+    with torch.no_grad():
+        next(start.parameters()).fill_(-1.0)
+    hill = risk.with_model(start)
+    line = sh.interpolation(hill, torch.ones(1), [-2.0, 0.0, 0.5, 1.0, 2.0])
+    barrier, largest = line.readings()
+    assert (barrier.name, barrier.value, barrier.bound) == ("barrier", 1.0, "≥")
+    assert (largest.name, largest.value) == ("largest f", 0.0)
+    (alone,) = sh.interpolation(hill, torch.ones(1), [0.0, 0.5]).readings()
+    assert alone.name == "largest f"
 
 
 def test_a_float32_point_is_taken_in_the_type_of_the_risk(other):

@@ -28,10 +28,16 @@ class Interpolation(Result):
 
     alphas: tuple[float, ...]
     values: tuple[float, ...]  # f at each alpha
-    accuracies: tuple[float, ...]  # in [0, 1]
+    accuracies: tuple[float, ...]  # in [0, 1]; none where targets are no classes
 
     def _rows(self) -> Iterable[Reading]:
-        """The largest value on the way."""
+        """How far f rises between the two above the higher of them, and the largest f."""
+        at = dict(zip(self.alphas, self.values, strict=True))
+        between = [value for alpha, value in at.items() if 0 <= alpha <= 1]
+        if {0.0, 1.0} <= at.keys():
+            barrier = max(between) - max(at[0.0], at[1.0])
+            evidence = f"of {counted(len(between), 'point')} from 0 to 1"
+            yield Reading(name="barrier", value=barrier, evidence=evidence, bound="≥")
         value, alpha = max(zip(self.values, self.alphas, strict=True))
         evidence = f"at alpha {alpha:g}, of {counted(len(self.alphas), 'point')}"
         yield Reading(name="largest f", value=value, evidence=evidence)
@@ -69,9 +75,8 @@ def interpolation(
 
     Raises:
         ValueError: `other` has another length than theta.
-        TypeError: the risk was built from a closure, which hides the outputs.
 
-    Cost: two forward passes a point.
+    Cost: a forward pass a point, and one more for the accuracy of a classifier.
 
     References:
         Keskar et al. (2017), figures 3 and 7 (the arc); Goodfellow et al. (2015),
@@ -89,12 +94,13 @@ def interpolation(
     way, end = _on_arc if arc else _on_line, end.to(risk.theta)
     thetas, began = [way(risk.theta, end, alpha) for alpha in points], time.monotonic()
     values = tuple(risk.value(theta) for theta in thetas)
+    classes = risk.is_classification
     return Interpolation(
         alphas=points,
         values=values,
-        accuracies=tuple(risk.accuracy(theta) for theta in thetas),
+        accuracies=tuple(map(risk.accuracy, thetas)) if classes else (),
         status=Status.worst(finite=all(map(math.isfinite, values))),
-        cost=Cost(forwards=2 * len(points), seconds=time.monotonic() - began),
+        cost=Cost(forwards=(1 + classes) * len(points), seconds=time.monotonic() - began),
         settings={"arc": arc},
     )
 
