@@ -225,6 +225,7 @@ def test_jobs_are_a_whole_number_of_at_least_1(jobs):
 def test_processes_give_the_same_bits_and_outcomes(tmp_path, two_cores):
     """One thread each, as in this process."""
     (tmp_path / "one").mkdir()
+    PLACE.dataset()  # the first time it imports packages, one of which draws (rich)
     before, threads = generators(), torch.get_num_threads()
     for folder, jobs in (("one", 1), ("two", 2)):
         place = replace(PLACE, jobs=jobs)
