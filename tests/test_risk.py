@@ -1286,3 +1286,18 @@ def test_derivatives_are_seen_beside_differences_also_where_nothing_is_checked()
     wrong = EmpiricalRisk(Model(3, 2).double(), F.mse_loss, data, check=False)
     assert all(seen.agrees for seen in right.beside_differences())
     assert all(seen.disagrees for seen in wrong.beside_differences())
+
+
+@pytest.mark.parametrize("wrong", ["a parameter", "parameters", "a module"])
+def test_parameters_are_chosen_by_name_and_never_by_themselves(wrong):
+    model = nn.Linear(3, 2)
+    given = {
+        "a parameter": model.weight,
+        "parameters": model.parameters(),
+        "a module": model,
+    }[wrong]
+    with pytest.raises(ValueError, match="`params` must be names or globs; got") as error:
+        EmpiricalRisk(
+            model, nn.MSELoss(), (torch.randn(4, 3), torch.randn(4, 2)), params=given
+        )
+    assert "\n" not in str(error.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
@@ -330,13 +330,19 @@ def _check_model(model: nn.Module) -> None:
         ensure(not wrong, "model", must, f"{name}, which is {got}", f"{advice}.")
 
 
+_NAMES = "Use names or globs of `model.named_parameters()`."
+
+
 def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]:
     """Names of the parameters in theta, in `named_parameters()` order."""
     named = dict(model.named_parameters())
     if params is None:
         names = [name for name, p in named.items() if p.requires_grad]
     else:
-        globs = [params] if isinstance(params, str) else list(params)
+        several = isinstance(params, Iterable) and not isinstance(params, str | Tensor)
+        globs: list[Any] = list(params) if several else [params]
+        wrong = [type(glob).__name__ for glob in globs if not isinstance(glob, str)]
+        ensure(not wrong, "params", "be names or globs", "".join(wrong[:1]), _NAMES)
         names = [k for k in named if any(fnmatchcase(k, glob) for glob in globs)]
     there = "no requires_grad" if params is None and named else "model parameters"
     ensure(
@@ -344,6 +350,6 @@ def _selected(model: nn.Module, params: str | Sequence[str] | None) -> list[str]
         "params",
         "match at least one parameter of `model`",
         f"{params!r} ({there}: {', '.join(list(named)[:3]) or 'none'}, …)",
-        "Use names or globs of `model.named_parameters()`.",
+        _NAMES,
     )
     return names
