@@ -115,8 +115,11 @@ def lambda_max_sampling(
     The samples fall at random into folds. For each fold g the top eigenvector $v_{-g}$
     comes from all the others, and $v_{-g}^T H_g v_{-g}$ from the fold. Its expectation is
     at most lambda_max of the distribution, and that of the plug-in value at least
-    (Jensen). The interval reaches from the mean of the former less Student's t times its
-    standard error over folds, to the latter plus the same of $v^T H_g v$.
+    (Jensen). The interval reaches from the lower end of the former's interval over folds
+    to the upper end of that of $v^T H_g v$; each end is the wider of Student's and Hall's.
+
+    Of 400 intervals that claim 95 %, 97 and 99 % held the truth where one direction or two
+    lead, 91.5 % where all variances are equal (docs/concepts/coverage.md).
 
     The interval holds what inexact products may have moved the folds' values by. It says
     nothing of the solver's error (at most `tol`, for which see `eigenpairs`), and takes the
