@@ -13,7 +13,7 @@ from sharpness.batchsize.problem import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateTimes(Result):
-    """Seconds and memory of a whole update, by batch size; all arrays (S,), rising sizes."""
+    """Seconds and memory of a whole update, by batch size; arrays (S,), rising."""
 
     batch_sizes: np.ndarray  # as asked for
     seconds: np.ndarray  # median over repeats; NaN where a size did not survive
@@ -33,7 +33,7 @@ class UpdateTimes(Result):
 
     @property
     def knee(self) -> float:
-        """a / c: the batch size from which on time grows with the samples."""
+        """The batch size a / c, from which on time grows with the samples."""
         raise NotImplementedError
 
     @property
