@@ -357,6 +357,39 @@ REFUSED = {
     ),
     "three in a tuple": (lambda: risk_of((X, X, Y)), r"Several inputs: \(\(a, b\)"),
     "three in a batch": (lambda: risk_of([(X, X, Y)]), r"tuple \(3\)"),
+    "several targets": (lambda: risk_of((X, (Y, X))), "'targets' of type tuple.*closure"),
+    "targets in a list": (lambda: risk_of([(X, [Y, [1]])]), "'targets' of type list"),
+    "targets in a dict": (lambda: risk_of((X, {"y": Y})), "'targets' of type dict"),
+    "weights of samples": (
+        lambda: risk_of(DataLoader(TensorDataset(X, Y, X[:, 0]), 8)),
+        r"list \(3\).*Weights.*closure=lambda",
+    ),
+    "a dict without labels": (
+        lambda: risk_of([{"x": X, "z": Y}]),
+        "dict of x, z.*'labels'",
+    ),
+    "words beside numbers": (
+        lambda: risk_of({"x": X, "text": ["a"] * 40, "labels": Y}),
+        "words in 'text'",
+    ),
+    "single samples": (
+        lambda: risk_of(DataLoader(TensorDataset(X, Y), batch_size=None)),
+        "single samples.*`batch_size`",
+    ),
+    "single samples in dicts": (
+        lambda: risk_of({"x": x, "labels": int(y)} for x, y in zip(X, Y, strict=True)),
+        "single samples.*`batch_size`",
+    ),
+    "a loss of three": (lambda: risk_of(loss=nn.GaussianNLLLoss()), "input, target, var"),
+    "a class of such a loss": (
+        lambda: risk_of(loss=nn.TripletMarginLoss),
+        "TripletMarginLoss, which takes.*closure=lambda",
+    ),
+    "a loss of sequences": (
+        lambda: risk_of([(X, (Y, Y, Y))], nn.CTCLoss()),
+        "CTCLoss, which takes.*closure=lambda",
+    ),
+    "a function of one": (lambda: risk_of(loss=lambda z: z.sum()), r"takes \(z\)"),
     "lone tensor": (lambda: risk_of(X), "Tensor .*alone"),
     "lone array": (lambda: risk_of(X.numpy()), "ndarray .*alone"),
     "lone frame": (lambda: risk_of(frame()), "DataFrame .*alone"),
@@ -395,7 +428,14 @@ REFUSED = {
         "hold `0.weight`",
     ),
 }
-CAUSED = {"float labels", "narrow inputs", "bytes", "a loss in training mode", "no cuda"}
+CAUSED = {
+    "a loss of three",
+    "float labels",
+    "narrow inputs",
+    "bytes",
+    "a loss in training mode",
+    "no cuda",
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,10 @@ def materialised(
     """
     if pairs:
         if hasattr(data, "shape"):
-            raise TypeError(_NO_PAIR.format(f"{_kind(data)} alone"))
-        if is_pair(data):
+            raise TypeError(_NO_PAIR.format(f"{_kind(data)} alone", _OTHERS))
+        if (isinstance(data, tuple) and data and hasattr(data[0], "shape")) or is_pair(
+            data
+        ):
             data = [data]
     if not pairs and isinstance(data, tuple) and is_pair(data):
         raise TypeError(
@@ -202,10 +205,40 @@ def _moved(part: Any, device: torch.device) -> Any:
     return torch.tensor(array, device=device)
 
 
-_NO_PAIR = (
-    "`data` must give pairs (inputs, targets) of tensors; got a batch of type {}. Several "
-    "inputs: ((a, b), targets). Pass `closure=` for any other kind."
+_NO_PAIR = "`data` must give pairs (inputs, targets) of tensors; got {}. {}"
+_OTHERS = (
+    "Several inputs: ((a, b), y). Weights, more targets: `data=[batch]`, "
+    "`closure=lambda model, batch: ...`."
 )
+
+
+def _no_pair(batch: Batch) -> TypeError:
+    """What stands where a tensor should be, and the way out."""
+    got, advice = f"a batch of type {_kind(batch)}", _OTHERS
+    if isinstance(batch, Mapping):
+        got = f"a dict of {', '.join(map(str, batch))}"
+        got = shorten(got, 60, placeholder=" …")
+        advice = "Name the targets 'labels', or pass `closure=lambda model, batch: ...`."
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, targets = batch
+        several = dict(enumerate(inputs)) if isinstance(inputs, tuple | list) else None
+        named = inputs if isinstance(inputs, Mapping) else several or {"inputs": inputs}
+        named = {**named, "targets": targets}
+        if is_number(targets):
+            got = "single samples"
+            advice = "Pass the data set itself, or a loader with a `batch_size`."
+        elif wrong := [name for name, part in named.items() if not hasattr(part, "shape")]:
+            name, part = wrong[0], named[wrong[0]]
+            got = f"{name!r} of type {_kind(part)}"
+            if any(isinstance(leaf, str) for leaf in _tensors.leaves(part)):
+                got = f"words in {name!r}"
+                advice = "Leave that column out, or encode it as numbers."
+    return TypeError(_NO_PAIR.format(got, advice))
+
+
+def is_number(part: Any) -> bool:
+    """One number: Python's, or a tensor or array without dimensions."""
+    return isinstance(part, int | float) or getattr(part, "ndim", None) == 0
 
 
 def _kind(batch: Batch) -> str:
@@ -215,8 +248,8 @@ def _kind(batch: Batch) -> str:
 
 
 def _checked_pair(batch: Batch) -> Pair:
-    if not is_pair(batch):
-        raise TypeError(_NO_PAIR.format(_kind(batch)))
+    if not is_pair(batch) or is_number(batch[1]):
+        raise _no_pair(batch)
     inputs, targets = batch
     for part in tree_leaves(inputs):
         if len(part) != len(targets):

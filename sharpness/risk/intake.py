@@ -15,7 +15,6 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import loss as torch_losses
@@ -107,19 +106,37 @@ def made_loss(loss: Any) -> Any:
 
     Raises:
         ValueError: no loss of PyTorch's has that name.
-        TypeError: a class that needs arguments.
+        TypeError: a class that needs arguments, or one that takes more than two tensors.
     """
     if isinstance(loss, str):
         known("loss", _plain(loss), _NAMED, "be the name of a loss of torch.nn")
         loss = _NAMED[_plain(loss)]
-    if not inspect.isclass(loss):
-        return loss
+    if inspect.isclass(loss):
+        try:
+            loss = loss()
+        except TypeError as error:
+            raise TypeError(
+                f"`loss` must be made where it needs arguments; got the class "
+                f"{loss.__name__}. Pass {loss.__name__}(...)."
+            ) from error
+    _check_takes_two(loss)
+    return loss
+
+
+def _check_takes_two(loss: Any) -> None:
+    """Refuse a loss that cannot be called with outputs and targets alone."""
     try:
-        return loss()
+        takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError):  # no Python code, or no loss
+        return
+    try:
+        takes.bind(None, None)
     except TypeError as error:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        names = shorten(", ".join(takes.parameters), 60, placeholder=" …")
         raise TypeError(
-            f"`loss` must be made where it needs arguments; got the class "
-            f"{loss.__name__}. Pass {loss.__name__}(...)."
+            f"`loss` must be a function of (outputs, targets); got {name}, which takes "
+            f"({names}). Pass `closure=lambda model, batch: ...` and `data=[batch]`."
         ) from error
 
 
@@ -175,7 +192,7 @@ def _is_data_set(data: Any) -> bool:
 def _lists_samples(data: Any) -> bool:
     """[(x, y), ...] where y is a single number, so that it is no batch."""
     first = data[0] if isinstance(data, list) and data else None
-    return isinstance(first, tuple) and len(first) == 2 and np.ndim(first[1]) == 0
+    return isinstance(first, tuple) and len(first) == 2 and batches.is_number(first[1])
 
 
 # -- model, loss and data together -------------------------------------------------------
