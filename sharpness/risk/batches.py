@@ -42,9 +42,8 @@ def materialised(
     if pairs:
         if hasattr(data, "shape"):
             raise TypeError(_NO_PAIR.format(f"{_kind(data)} alone", _OTHERS))
-        if (isinstance(data, tuple) and data and hasattr(data[0], "shape")) or is_pair(
-            data
-        ):
+        lone = isinstance(data, tuple) and hasattr(next(iter(data), None), "shape")
+        if lone or is_pair(data):
             data = [data]
     if not pairs and isinstance(data, tuple) and is_pair(data):
         raise TypeError(
@@ -221,9 +220,12 @@ def _no_pair(batch: Batch) -> TypeError:
         advice = "Name the targets 'labels', or pass `closure=lambda model, batch: ...`."
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         inputs, targets = batch
-        several = dict(enumerate(inputs)) if isinstance(inputs, tuple | list) else None
-        named = inputs if isinstance(inputs, Mapping) else several or {"inputs": inputs}
-        named = {**named, "targets": targets}
+        named: dict[Any, Any] = {"inputs": inputs}
+        if isinstance(inputs, Mapping):
+            named = dict(inputs)
+        elif isinstance(inputs, tuple | list):
+            named = dict(enumerate(inputs))
+        named["targets"] = targets
         if is_number(targets):
             got = "single samples"
             advice = "Pass the data set itself, or a loader with a `batch_size`."
