@@ -1,7 +1,8 @@
 """Model files, ours and anybody's: the only reader, and the only writer.
 
 A `.pt` file is read with `weights_only=True`, so nothing in it is ever executed; a
-`.safetensors` file carries the same facts as JSON in its header.
+`.safetensors` file carries the same facts as JSON in its header. Which of them a file is
+is told by its bytes.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickletools
 import re
 import warnings
-import zipfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sharpness import foreign_files
 from sharpness._arguments import ensure, explained
 from sharpness._saving import write
 
@@ -41,6 +42,7 @@ class Checkpoint:
     optimizer: dict[str, Any] = field(repr=False, default_factory=dict)
     progress: dict[str, Any] = field(repr=False, default_factory=dict)  # to carry on from
     sha256: str = ""  # of the file it was read from
+    unread: tuple[str, ...] = ()  # classes whose objects were passed over
 
 
 FIELDS = ("state_dict", "network", "data", "training", "start")
@@ -50,7 +52,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write to a temporary name in the same folder, then rename: never half a file."""
     path = Path(path)
     facts = {"format": FORMAT, "schema": SCHEMA, **asdict(checkpoint)}
-    del facts["sha256"]
+    del facts["sha256"], facts["unread"]
     written = _safetensors_content if path.suffix == ".safetensors" else _pt_content
     write(path, written(path, facts))
 
@@ -86,7 +88,8 @@ def load_any(path: str | Path, state: str | None = None) -> Checkpoint:
     """A checkpoint of ours, or anybody's parameters: alone, or under a name in the file.
 
     Where somebody else has written the file, `network`, `data`, `training` and `start`
-    are empty.
+    are empty; objects beside the tensors, such as the `argparse.Namespace` of a training
+    script, are passed over and named in `unread`.
 
     Args:
         path: a file, an index of several (`*.index.json`), or a folder with one of these.
@@ -99,16 +102,28 @@ def load_any(path: str | Path, state: str | None = None) -> Checkpoint:
             by name or quantised ones, or several state dicts and `state` names none.
     """
     place = weights_of(path)
-    facts, digest = _read_index(place) if place.suffix == ".json" else _read(place)
+    unread: list[str] = []
+    if place.suffix == ".json":
+        facts, digest = _read_index(place)
+    else:
+        facts, digest = _read(place, unread)
     if isinstance(facts, dict) and facts.get("format") == FORMAT and state is None:
         return _checkpoint(place, facts, digest)
-    found = _state_in(place, facts, state)
+    found = _state_in(place, facts, state, unread)
     return Checkpoint(
-        state_dict=found, network={}, data={}, training={}, start={}, sha256=digest
+        state_dict=found,
+        network={},
+        data={},
+        training={},
+        start={},
+        sha256=digest,
+        unread=tuple(unread),
     )
 
 
-def _state_in(path: Path, facts: Any, asked: str | None) -> dict[str, Tensor]:
+def _state_in(
+    path: Path, facts: Any, asked: str | None, unread: Sequence[str]
+) -> dict[str, Tensor]:
     """The tensors by name: of the one state dict, or of the one that is asked for."""
     there = facts if isinstance(facts, dict) else {}
     several = {str(k): v for k, v in there.items() if _is_state(v)} or {"": there}
@@ -128,6 +143,8 @@ def _state_in(path: Path, facts: Any, asked: str | None) -> dict[str, Tensor]:
     got = f"quantised ones, first {narrow}"
     ensure(narrow is None, path, "hold floating-point tensors", got, advice)
     state = {str(key): value for key, value in chosen.items() if isinstance(value, Tensor)}
+    if unread and not state:
+        raise _pickled(path, unread[0])
     advice = "Save `model.state_dict()`, alone or under the name 'state_dict'."
     ensure(bool(state), path, "hold a state_dict", _described(facts), advice)
     return state
@@ -157,7 +174,7 @@ _WEIGHTS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
 def weights_of(path: str | Path) -> Path:
@@ -172,6 +189,9 @@ def weights_of(path: str | Path) -> Path:
     names = sorted(file.name for file in place.iterdir())
     files = [name for name in names if Path(name).suffix in _SUFFIXES]
     found = [name for name in _WEIGHTS if name in names][:1] or files
+    other = None if set(found) & set(_WEIGHTS) else foreign_files.folder_of(names)
+    if other:
+        ensure(False, path, "hold one state_dict", *other)
     held = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     got = f"a folder that holds {held or 'nothing'}, {'several' if files else 'no weights'}"
     ensure(len(found) == 1, path, "be a checkpoint", got, "Name the file.")
@@ -211,69 +231,82 @@ def _checkpoint(path: Path, facts: Any, digest: str) -> Checkpoint:
     return Checkpoint(**{**known, "sha256": digest})
 
 
-def _read(path: Path) -> tuple[Any, str]:
-    """What a file holds, and its digest."""
+def _read(path: Path, unread: list[str] | None = None) -> tuple[Any, str]:
+    """What a file holds, and its digest.
+
+    Where there is a list, objects of classes are passed over, and it gets their names.
+    """
     check_file(path)
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pt
     content = path.read_bytes()
-    return read(path, content), hashlib.sha256(content).hexdigest()
+    of_tensors = content[8:9] == b"{" or path.suffix == ".safetensors"
+    if of_tensors and not content.startswith(b"PK"):
+        facts = _read_safetensors(path, content)
+    else:
+        facts = _read_pt(path, content, unread)
+    return facts, hashlib.sha256(content).hexdigest()
 
 
-def _read_pt(path: Path, content: bytes) -> Any:
-    try:
-        with warnings.catch_warnings():  # about pickle protocols
-            warnings.simplefilter("ignore")
-            stream = io.BytesIO(content)
-            return torch.load(stream, map_location="cpu", weights_only=True)
-    except Exception as error:  # PyTorch's reader raises a dozen kinds on damaged bytes
-        named = re.search(r"(?:Unsupported global: |unsupported )GLOBAL (\S+)", str(error))
-        blocked = named[1] if named else _first_global(content)
-        raise _unreadable(path, content, blocked) from None
+def _read_pt(path: Path, content: bytes, unread: list[str] | None = None) -> Any:
+    with warnings.catch_warnings():  # about pickle protocols
+        warnings.simplefilter("ignore")
+        try:
+            return _plain_values(content)
+        except Exception as error:  # PyTorch's reader raises a dozen kinds on damaged bytes
+            named = re.search(
+                r"(?:Unsupported global: |unsupported )GLOBAL (\S+)", str(error)
+            )
+            blocked = named[1] if named else foreign_files.first_global(content)
+        if unread is not None and blocked:
+            with suppress(Exception):
+                listed = torch.serialization.get_unsafe_globals_in_checkpoint
+                others = set(listed(io.BytesIO(content))) - {blocked}
+                unread += [blocked, *sorted(others)]
+                return _plain_values(content, [(_Inert, name) for name in unread])
+    raise _unreadable(path, content, blocked)
 
 
-def _first_global(content: bytes) -> str | None:
-    """The first name a bare pickle would import; nothing is executed."""
-    texts: list[str] = []
-    with suppress(Exception):  # no pickle
-        for code, argument, _ in pickletools.genops(content):
-            if code.name == "GLOBAL":
-                return str(argument).replace(" ", ".")
-            if code.name == "STACK_GLOBAL":
-                return ".".join(texts[-2:])
-            if isinstance(argument, str):
-                texts.append(argument)
-    return None
+def _plain_values(content: bytes, allowed: Sequence[Any] = ()) -> Any:
+    with torch.serialization.safe_globals(list(allowed)):
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+class _Inert(dict[Any, Any]):
+    """Stands for an object of any class that a file names: takes all, does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
 
 
 def _unreadable(path: Path, content: bytes, blocked: str | None) -> ValueError:
-    if _is_torchscript(content):
-        return ValueError(
-            f"`{path}` must hold a state_dict; got a TorchScript program, which was not "
-            "executed. Save `torch.jit.load(path).state_dict()`."
-        )
-    if blocked and "quant" in blocked.lower():
-        return ValueError(
-            f"`{path}` must hold floating-point tensors; got quantised ones "
-            f"(`{blocked}`). Save the network it was quantised from."
-        )
+    kind = foreign_files.kind_of(content)
+    if kind:
+        return ValueError("`{}` must hold a state_dict; got {}. {}".format(path, *kind))
     if blocked:
-        return ValueError(
-            f"`{path}` must hold plain tensors and values; got a pickle that needs "
-            f"`{blocked}`, which was not executed. Save the `state_dict` alone, not the "
-            "whole module."
-        )
-    kind = "a damaged or truncated file" if content[:2] == b"PK" else "another file"
+        return _pickled(path, blocked)
+    known = "a damaged or truncated file" if content[:2] == b"PK" else "another file"
     return ValueError(
-        f"`{path}` must be a checkpoint written by torch.save; got {kind} "
+        f"`{path}` must be a checkpoint written by torch.save; got {known} "
         f"({len(content)} bytes). Write it again, or pass the right file."
     )
 
 
-def _is_torchscript(content: bytes) -> bool:
-    with suppress(zipfile.BadZipFile):
-        names = zipfile.ZipFile(io.BytesIO(content)).namelist()
-        return any(name.partition("/")[2].startswith("code/") for name in names)
-    return False
+def _pickled(path: Path, blocked: str) -> ValueError:
+    if "quant" in blocked.lower():
+        return ValueError(
+            f"`{path}` must hold floating-point tensors; got quantised ones "
+            f"(`{blocked}`). Save the network it was quantised from."
+        )
+    return ValueError(
+        f"`{path}` must hold plain tensors and values; got a pickle that needs "
+        f"`{blocked}`, which was not executed. Save the `state_dict` alone, not the "
+        "whole module."
+    )
 
 
 def _check_facts(path: Path, facts: Any) -> None:
@@ -335,6 +368,8 @@ def _read_safetensors(path: Path, content: bytes) -> Any:
             return tensors
         return _with_tensors(json.loads(header[FORMAT]), tensors)
     except (SafetensorError, ValueError, KeyError, TypeError):
+        if foreign_files.kind_of(content):
+            raise _unreadable(path, content, None) from None
         raise ValueError(
             f"`{path}` must be a .safetensors file; got a damaged or other file "
             f"({len(content)} bytes). Write it again, or pass the right file."

@@ -141,7 +141,9 @@ def load_checkpoint(
         f"Give {_SPEC}.",
     )
     model = made_network(network) if network else networks.build(saved.network)
+    unread = ", ".join(saved.unread[:3]) + (", …" if len(saved.unread) > 3 else "")
     done = [_load_parameters(model, saved.state_dict, path, name)]
+    done += [f"not read, since they are no tensors: {unread}"] if unread else []
     source: Any = data or saved.data.get("name")
     ensure(
         source is not None,

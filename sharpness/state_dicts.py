@@ -19,13 +19,16 @@ _RENAMED = (
     (re.compile(rf"(?<![^.])(?:{_WRAPPERS})\."), ""),
     (re.compile(r"(?<![^.])weight_g$"), "parametrizations.weight.original0"),
     (re.compile(r"(?<![^.])weight_v$"), "parametrizations.weight.original1"),
+    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),  # BERT of 2018
+    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
 )
 # The network's own will do: counters that evaluation does not read, positions 0, 1, ...
 _OWN = re.compile(r"(?<![^.])(?:num_batches_tracked|position_ids|_extra_state)$")
-# No parameters: counters, and the triangular masks of old GPT-2 files.
+# No parameters: counters, the triangular masks of old GPT-2 files, a loss's weights.
 _SPARE = re.compile(
     r"(?<![^.])(?:num_batches_tracked|position_ids|_extra_state|n_averaged|masked_bias|"
     r"attn\.bias|rotary_emb\.inv_freq|total_ops|total_params)$"
+    r"|^(?:criterion|loss|loss_fn|loss_func|loss_function|metrics?)\."
 )
 
 
@@ -75,11 +78,15 @@ def matched(
     spare = [k for k, name in inside.items() if name not in ours]
     extra = [k for k in spare if inside[k] is not None and not _is_spare(k, theirs[k])]
     wrong = [*tries[prefix], *extra]
+    first = wrong[0] if wrong else ""
+    there = {name: value.shape for name, value in theirs.items()}
+    there |= {name: there[k] for k, name in inside.items() if name in shapes}
+    sides = f"{_size(there.get(first))} in the file, {_size(shapes.get(first))} wanted"
     ensure(
         not wrong,
         path,
         f"hold the parameters of {network}",
-        f"others: {len(wrong)} tensors differ, first {wrong[0] if wrong else None}",
+        f"others: {len(wrong)} tensors differ, first {first} ({sides})",
         "Name the network it was trained with.",
     )
     found = {ours[n]: theirs[k] for k, n in inside.items() if n is not None and n in ours}
@@ -104,6 +111,10 @@ def _said(
         "weight norm folded into the weights" if folded else "",
     )
     return "; ".join(part for part in parts if part)
+
+
+def _size(shape: torch.Size | None) -> str:
+    return "none" if shape is None else str(tuple(shape))
 
 
 def _few(names: list[str]) -> str:

@@ -1,8 +1,13 @@
 """Checkpoints as other programs write them: read, with one line on what was done."""
 
+import argparse
+import collections
 import copy
+import fractions
 import json
+import pathlib
 import re
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -32,6 +37,16 @@ class Tied(nn.Module):
         self.first, self.second = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
         self.head, self.second.weight = nn.Linear(5, 3), self.first.weight
     def forward(self, x): return self.head(self.second(torch.tanh(self.first(x))))
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.LayerNorm = nn.LayerNorm(5)
+    def forward(self, x): return self.LayerNorm(x)
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = Norm(), nn.Linear(5, 3)
+    def forward(self, x): return self.head(self.norm(x))
 class Placed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -113,6 +128,10 @@ FILES = {
         },
         "attn.bias, 0.masked_bias",
     ),
+    "a loss with weights": (
+        lambda s: {**s, "criterion.pos_weight": torch.tensor(3.2)},
+        "left out: criterion.pos_weight",
+    ),
     "profiled": (lambda s: {**s, "total_ops": torch.zeros(1)}, "total_ops"),
 }
 
@@ -127,6 +146,111 @@ def test_a_file_as_others_write_it_is_read_and_what_was_done_is_said(nets, name)
     assert len(subject.notes) == 1
     assert re.search(said, subject.notes[0]), subject.notes
     assert subject.facts["notes"] == list(subject.notes)
+
+
+class Config:
+    """Of somebody's module."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+class Caller:
+    """Unpickled by Python's own reader, it writes a file."""
+
+    def __reduce__(self):
+        return pathlib.Path("executed").write_text, ("",)
+
+
+class Runner:
+    def __reduce__(self):
+        return subprocess.check_call, (["touch", "executed"],)
+
+
+BESIDE = {
+    "argparse.Namespace": argparse.Namespace(lr=0.1, out=pathlib.Path("runs")),
+    "multiarray.scalar": np.float64(0.93),
+    "multiarray._reconstruct": np.arange(3.0),
+    "Config": Config(depth=3, inner=[Config(width=2)]),
+    "Fraction": fractions.Fraction(1, 3),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_objects_beside_the_tensors_are_passed_over_and_named(nets, name):
+    model = net(nets)
+    torch.save({"model": model.state_dict(), "beside": BESIDE[name]}, "net.pt")
+    subject = loaded()
+    assert same(subject, model)
+    assert re.search(f"not read, since they are no tensors: .*{name}", subject.notes[-1])
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+def test_calls_beside_the_tensors_are_never_made_R37(nets, tmp_path, name):
+    beside = {"first": Caller(), "second": fractions.Fraction(1, 3)}
+    torch.save({"model": nets.mlp().state_dict(), **beside}, name)
+    assert "not executed" in refusal(name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_dict_of_ones_own_beside_the_tensors_is_one_line(nets):
+    state = nets.mlp().state_dict()
+    torch.save({"model": state, "more": collections.defaultdict(int, a=1)}, "net.pt")
+    assert "`collections.defaultdict`" in refusal()
+
+
+KINDS = {
+    "net.safetensors": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+        "git-lfs pointer.*git lfs pull",
+    ),
+    "net.bin": (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+    "page.pt": (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
+    "net.gguf": (b"GGUF\x03\x00\x00\x00", "GGUF file"),
+    "net.h5": (b"\x89HDF\r\n\x1a\n", "Keras"),
+    "net.pt.gz": (b"\x1f\x8b\x08\x00", "gzip archive. Unpack"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_of_another_kind_is_called_by_its_name(nets, name):
+    content, expected = KINDS[name]
+    Path(name).write_bytes(content)
+    assert re.search(expected, refusal(name))
+
+
+def test_arrays_and_exported_programs_are_no_checkpoints(nets):
+    np.savez("net.npz", x=np.ones(3))
+    assert "NumPy arrays" in refusal("net.npz")
+    program = torch.export.export(net(nets), nets.points()[:1])
+    torch.export.save(program, "net.pt2")
+    assert "torch.export program" in refusal("net.pt2")
+    torch.save(program.state_dict, "net.pt")  # the way out
+    assert loaded().notes == ()
+
+
+FOLDERS = {
+    "__0_0.distcp": "format_utils dcp_to_torch",
+    "zero_to_fp32.py": "DeepSpeed",
+    "adapter_model.safetensors": "merge_and_unload",
+    "tf_model.h5": "another framework",
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_of_another_kind_is_called_by_its_name(nets, tmp_path, name):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).write_bytes(b"")
+    assert FOLDERS[name] in refusal("model")
+
+
+def test_what_a_file_is_is_told_by_its_bytes(nets):
+    """A name that lies is no obstacle."""
+    model = net(nets)
+    safetensors.torch.save_file(model.state_dict(), "net.bin")
+    torch.save(model.state_dict(), "net.safetensors")
+    assert same(loaded("net.bin"), model)
+    assert same(loaded("net.safetensors"), model)
 
 
 def test_a_plain_file_needs_nothing_said(nets):
@@ -155,6 +279,24 @@ def test_a_network_with_extra_state_takes_a_file_without(nets):
     model = net(nets)
     saved(model)
     assert same(loaded(network="stateful"), model)
+
+
+def test_the_names_of_the_first_bert_are_read(nets):
+    model = net(nets, "Normed")
+    state = model.state_dict()
+    old = {"norm.LayerNorm.weight": "gamma", "norm.LayerNorm.bias": "beta"}
+    renamed = {f"norm.LayerNorm.{old[k]}" if k in old else k: v for k, v in state.items()}
+    torch.save(renamed, "net.pt")
+    assert same(loaded(network="Normed"), model)
+
+
+def test_a_call_that_a_file_asks_for_is_named_and_not_made_R37(nets, tmp_path):
+    model = net(nets)
+    torch.save({"model": model.state_dict(), "beside": Runner()}, "net.pt")
+    subject = loaded()
+    assert same(subject, model)
+    assert "check_call" in subject.notes[-1]
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_buffer_of_positions_may_be_absent(nets):
@@ -208,9 +350,11 @@ def test_two_networks_under_two_prefixes_are_told_apart(nets):
 def test_a_parameter_that_is_missing_or_too_many_is_refused(nets):
     state = nets.mlp().state_dict()
     torch.save({k: v for k, v in state.items() if k != "2.bias"}, "net.pt")
-    assert "first 2.bias" in refusal()
+    assert "first 2.bias (none in the file, (3,) wanted)" in refusal()
     torch.save({**state, "4.weight": torch.ones(2)}, "net.pt")
-    assert "first 4.weight" in refusal()
+    assert "first 4.weight ((2,) in the file, none wanted)" in refusal()
+    torch.save({**state, "2.weight": torch.ones(4, 6)}, "net.pt")
+    assert "first 2.weight ((4, 6) in the file, (3, 6) wanted)" in refusal()
 
 
 def sharded(state, suffix, folder):

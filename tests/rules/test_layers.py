@@ -31,7 +31,7 @@ RANKS = [
         *("tracking", "track_writers", "results"),
         *("batchsize.problem", "batchsize.updates", "batchsize.race"),
     },
-    {"checkpoint", "record", "state_dicts"},
+    {"checkpoint", "record", "state_dicts", "foreign_files"},
     {"lab"},
     {"loading", "measurement", "batchsize"},
     {"reproduce"},
