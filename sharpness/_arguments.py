@@ -182,16 +182,17 @@ _R = TypeVar("_R")
 
 
 def of_a_risk(measure: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Refuse, in one line, to measure what is no risk: a model, say."""
+    """Refuse, in one line, what is no risk: a model, say; a result gets a risk's notes."""
 
     @wraps(measure)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        risk = args[0] if args else kwargs.get("risk")
+        risk: Any = args[0] if args else kwargs.get("risk")
         if risk is not None and not hasattr(risk, "hvp"):
             raise TypeError(
                 f"`risk` must be an EmpiricalRisk; got {type(risk).__name__}. Write "
                 f"{measure.__name__}(EmpiricalRisk(model, loss, data))."
             )
-        return measure(*args, **kwargs)
+        found = measure(*args, **kwargs)
+        return found.noted(risk.notes) if hasattr(found, "noted") else found
 
     return checked

@@ -188,6 +188,8 @@ class Result:
     status: Status
     cost: Cost = Cost()
     settings: Mapping[str, Any] = field(default_factory=dict)  # as asked for
+    # Of the risk: how its model, loss and data were understood.
+    notes: Sequence[str] = field(default=(), repr=False, compare=False)
 
     def __init_subclass__(cls) -> None:
         Result.kinds[cls.__name__] = cls
@@ -206,6 +208,10 @@ class Result:
     def seconds(self) -> float:
         """From the call to its end."""
         return self.cost.seconds
+
+    def noted(self, notes: Iterable[str]) -> Self:
+        """The same result with these notes."""
+        return replace(self, notes=tuple(notes))
 
     def raise_for_status(self) -> Self:
         """The result itself when its status is fine, else `NotConvergedError`."""
@@ -250,7 +256,11 @@ class Result:
             yield f"{row.name.partition('(')[0]} {row.bound}".strip(), row.value, error
 
     def __str__(self) -> str:
-        """One line: the numbers, then in brackets their evidence and the cost."""
+        """One line, and one for each of the notes."""
+        return "\n".join([self._line(), *_noted(self.notes)])
+
+    def _line(self) -> str:
+        """The numbers, then in brackets their evidence and the cost."""
         rows = self.readings()
         shown, more = rows[:_MOST_SHOWN], len(rows) - _MOST_SHOWN
         numbers = [*map(str, shown), *([f"{more} more"] if more > 0 else [])]
@@ -260,7 +270,7 @@ class Result:
         return f"{', '.join(numbers)}   ({words.removeprefix('; ')})"
 
     def _repr_html_(self) -> str:
-        return _html(self.readings())
+        return _html(self.readings(), self.notes)
 
     def to_frame(self) -> Any:
         """A pandas data frame with a row for each of the `readings()`."""
@@ -287,12 +297,21 @@ class Results(list[_One]):
         """The numbers of all of them, in order."""
         return [reading for result in self for reading in result.readings()]
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Of the risk, as each of them has them."""
+        return self[0].notes if self else ()
+
+    def noted(self, notes: Iterable[str]) -> Results[_One]:
+        """The same results with these notes."""
+        return Results(result.noted(notes) for result in self)
+
     def __str__(self) -> str:
-        """A line for each."""
-        return "\n".join(map(str, self))
+        """A line for each, and one for each of the notes."""
+        return "\n".join([*(each._line() for each in self), *_noted(self.notes)])
 
     def _repr_html_(self) -> str:
-        return _html(self.readings())
+        return _html(self.readings(), self.notes)
 
     def to_frame(self) -> Any:
         """A pandas data frame with a row for each of the `readings()`."""
@@ -325,9 +344,15 @@ def _frame(readings: Iterable[Reading]) -> Any:
     return package("pandas").DataFrame(map(asdict, readings), columns=columns)
 
 
-def _html(readings: Iterable[Reading]) -> str:
+def _noted(notes: Iterable[str] | None) -> list[str]:
+    """A line for each; of a result that was read from a record there are none."""
+    return [f"note: {note}" for note in notes or ()]
+
+
+def _html(readings: Iterable[Reading], notes: Iterable[str] | None) -> str:
     rows = [(r.name, r.value_text, r.evidence_text, r.cost) for r in readings]
-    return html_table(("", "value", "evidence", "cost"), rows)
+    table = html_table(("", "value", "evidence", "cost"), rows)
+    return table + "".join(f"<p>{html.escape(line)}</p>" for line in _noted(notes))
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

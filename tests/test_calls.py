@@ -280,6 +280,21 @@ def test_a_state_dict_stands_for_a_flat_theta():
     assert len({float(line.values[0]) for line in lines}) == 1
 
 
+def test_the_notes_of_a_risk_stand_beside_each_number(tmp_path):
+    risk = risk_of((X, Y.int()))
+    (note,) = risk.notes
+    found = sh.norms(risk)
+    found.save(tmp_path / "norms")
+    several = sh.worst_case_sharpness(risk, rho=[0.01, 0.02])
+    for each in (found, sh.load_result(tmp_path / "norms"), several):
+        assert str(each).splitlines()[-1] == f"note: {note}"
+        assert str(each).count(note) == each._repr_html_().count(note) == 1
+    everything = sh.summary(risk, "norms,trace")
+    for text in (str(everything), everything.table(), everything._repr_html_()):
+        assert text.count(note) == 1
+    assert "note" not in str(sh.norms(risk_of()))
+
+
 # -- one line ----------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ class Audit(Result):
                 evidence=f"moved by {_movers(row)}" if moved else row.verdict,
             )
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
         maps = ", ".join(f"{name} (drift {d:.1g})" for name, d in self.drifts.items())
         if not self.drifts:
             return f"audit: no map applies to this network   ({self.cost})"

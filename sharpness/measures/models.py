@@ -78,7 +78,7 @@ class ModelComparison(Result):
                 axis="second / first",
             )
 
-    def __str__(self) -> str:
+    def _line(self) -> str:
         """A line for each number, after one that says what is below."""
         lines = (
             f"{row.name}: {row.first_text} and {row.second_text}, {row.verdict}"
@@ -95,12 +95,8 @@ class ModelComparison(Result):
             (r.name, r.first_text, r.second_text, number(r.ratio), r.verdict)
             for r in self.rows
         ]
-        notes = [
-            *(f"first: {note}" for note in self.first.notes),
-            *(f"second: {note}" for note in self.second.notes),
-            "One pair: a difference beyond both errors, not a statistical test.",
-        ]
-        return table_text(columns, cells, *notes)
+        pair = "One pair: a difference beyond both errors, not a statistical test."
+        return table_text(columns, cells, *self.notes, pair)
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """The ratio of every number, on a logarithmic axis; a matplotlib figure.
@@ -158,4 +154,8 @@ def compare_models(
         status=Status.worst(a.status, b.status),
         cost=a.cost + b.cost,
         settings=a.settings,
+        notes=[
+            *(f"first: {note}" for note in a.notes),
+            *(f"second: {note}" for note in b.notes),
+        ],
     )

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -85,7 +85,7 @@ class Summary(Result):
     value: float  # f(theta)
     accuracy: float | None  # in [0, 1]; None where targets are no classes
     results: dict[str, list[Result]]
-    notes: list[str]  # what makes numbers doubtful: not a minimum, one class only, ...
+    notes: Sequence[str]  # what makes numbers doubtful: not a minimum, one class only, ...
 
     def __getitem__(self, name: str) -> Any:
         """One measure's result, or list of results for several radii."""
@@ -102,8 +102,12 @@ class Summary(Result):
     def __str__(self) -> str:
         accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.1%}"
         head = f"f {self.value:.4g}{accuracy}   ({self.cost})"
-        results = (str(result) for found in self.results.values() for result in found)
+        results = (result._line() for found in self.results.values() for result in found)
         return "\n".join([head, *results, *self.notes])
+
+    def noted(self, notes: Iterable[str]) -> Self:
+        """Itself: it has the risk's notes and more."""
+        return self
 
     def table(self) -> str:
         """Value, evidence and cost of every measure, as text."""
