@@ -57,6 +57,16 @@ def whole(name: str, value: Any, least: int, advice: str = "") -> int:
     return int(value)
 
 
+def fraction(name: str, value: Any, advice: str = "Pass 0.95.") -> float:
+    """A number in (0, 1), such as a confidence.
+
+    Raises:
+        ValueError: it is none.
+    """
+    require(0 < value < 1, name, "lie in (0, 1)", value, advice)
+    return float(value)
+
+
 def whole_seed(seed: Any) -> int:
     """A seed: a whole number of either sign.
 
@@ -77,14 +87,21 @@ def require(sound: bool, name: str, contract: str, value: Any, advice: str = "")
     ensure(sound, name, contract, repr(value), advice)
 
 
-def ensure(sound: bool, name: object, contract: str, got: str, advice: str = "") -> None:
+def ensure(
+    sound: bool,
+    name: object,
+    contract: str,
+    got: object,
+    advice: str = "",
+    kind: type[Exception] = ValueError,
+) -> None:
     """As `require`, where words say what was got.
 
     Raises:
-        ValueError: it is not sound.
+        ValueError: it is not sound; or another `kind` of error.
     """
     if not sound:
-        raise ValueError(f"`{name}` must {contract}; got {got}. {advice}".rstrip())
+        raise kind(f"`{name}` must {contract}; got {got}. {advice}".rstrip())
 
 
 def known(argument: str, name: Any, names: Iterable[str], contract: str = "") -> None:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from sharpness._arguments import package
+from sharpness._arguments import ensure, package
 
 if TYPE_CHECKING:
     from sharpness.report.figures import Figure
@@ -172,6 +172,17 @@ class DerivativeDisagreesError(ArithmeticError):
 
 class NotAvailableError(TypeError):
     """A measure has no meaning for a risk: a closure, no classes, too few samples."""
+
+
+def ensure_available(
+    sound: bool, name: str, contract: str, got: str, advice: str = ""
+) -> None:
+    """As `_arguments.ensure`, of what the kind of risk allows.
+
+    Raises:
+        NotAvailableError: it is not sound.
+    """
+    ensure(sound, name, contract, got, advice, NotAvailableError)
 
 
 @dataclass(frozen=True, kw_only=True)

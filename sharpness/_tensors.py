@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpness._arguments import whole_seed
+from sharpness._arguments import ensure, whole_seed
 
 _STRETCH = 1 << 18  # entries; fits a processor's cache
 
@@ -54,22 +54,26 @@ def is_object(value: Any) -> bool:
     return movable and not isinstance(value, Tensor | torch.nn.Module)
 
 
-def flat_like(theta: Any, names: Sequence[str], shapes: Sequence[torch.Size]) -> Any:
+def flat_like(
+    theta: Any, names: Sequence[str], shapes: Sequence[torch.Size], argument: str = "theta"
+) -> Tensor:
     """A flat vector (n,): a state dict's tensors of these names, or the vector itself.
 
     Raises:
-        ValueError: a state dict that lacks one of them, or has it in another shape.
+        ValueError: a vector of another length; a state dict that lacks one of the
+            tensors, or has it in another shape.
     """
-    if not isinstance(theta, Mapping):
-        return theta
-    for name, shape in zip(names, shapes, strict=True):
-        found = getattr(theta.get(name), "shape", "nothing")
-        if found != shape:
-            raise ValueError(
-                f"`theta` must hold `{name}` of shape {tuple(shape)}; got {found} "
-                "(a state dict of another network?)."
-            )
-    return flatten(theta[name].detach() for name in names)
+    if isinstance(theta, Mapping):
+        for name, shape in zip(names, shapes, strict=True):
+            found = getattr(theta.get(name), "shape", "nothing")
+            got = f"{found} (a state dict of another network?)"
+            ensure(found == shape, argument, f"hold `{name}` of shape {tuple(shape)}", got)
+        return flatten(theta[name].detach() for name in names)
+    n = sum(shape.numel() for shape in shapes)
+    sound, got = theta.shape == (n,), str(tuple(theta.shape))
+    ensure(sound, argument, f"have shape (n,) with n={n}", got)
+    flat: Tensor = theta
+    return flat
 
 
 def flatten(tensors: Iterable[Tensor]) -> Tensor:

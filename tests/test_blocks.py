@@ -354,7 +354,7 @@ def test_a_block_that_is_not_finite_says_so_and_the_others_go_on():
     ("options", "message"),
     [
         ({"k": 0}, "`k` must be at least 1; got 0"),
-        ({"k": 1.5}, "`k` must be at least 1; got 1.5"),
+        ({"k": 1.5}, "`k` must be a whole number; got 1.5"),
         ({"which": "LR"}, "`which` must be .* got 'LR'"),
         ({"confidence": 1}, "`confidence` must lie in"),
         ({"tol": 0.0}, "`tol` must be positive; got 0.0"),

@@ -11,7 +11,7 @@ import torch
 
 from sharpness import _tensors
 from sharpness._arguments import of_a_risk, whole, whole_seed
-from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status, ensure_available
 from sharpness._run import Run
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -129,19 +129,23 @@ def _batches(
 ) -> Iterator[EmpiricalRisk]:
     if batch_size is None:
         parts = risk.parts()[:num]
-        if len(parts) < 2:
-            raise NotAvailableError(
-                f"`risk` must have at least 2 batches; got {len(parts)} (not available). "
-                "Pass `batch_size`, or smaller batches."
-            )
+        ensure_available(
+            len(parts) >= 2,
+            "risk",
+            "have at least 2 batches",
+            f"{len(parts)} (not available)",
+            "Pass `batch_size`, or smaller batches.",
+        )
         yield from parts
         return
-    if not risk.can_be_cut or batch_size > risk.num_samples:
-        raise NotAvailableError(
-            f"`risk` must have samples that can be drawn for batch_size={batch_size}; got "
-            f"{risk.num_samples} (not available with a closure, or where BatchNorm or the "
-            "loss depends on the batch). Pass None for the batches as given."
-        )
+    ensure_available(
+        risk.can_be_cut and batch_size <= risk.num_samples,
+        "risk",
+        f"have samples that can be drawn for batch_size={batch_size}",
+        f"{risk.num_samples} (not available with a closure, or where BatchNorm or the loss "
+        "depends on the batch)",
+        "Pass None for the batches as given.",
+    )
     generator = _tensors.seeded(seed)
     for _ in range(num):
         order = torch.randperm(risk.num_samples, generator=generator)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, of_a_risk, whole_seed
+from sharpness._arguments import (
+    ensure,
+    is_whole,
+    of_a_risk,
+    positive,
+    require,
+    whole,
+    whole_seed,
+)
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.certificate import Intervals
@@ -50,8 +58,7 @@ def product_name(matrix: str) -> str:
     Raises:
         ValueError: an unknown matrix.
     """
-    if matrix not in PRODUCTS:
-        raise ValueError(f"`matrix` must be one of {', '.join(PRODUCTS)}; got {matrix!r}.")
+    require(matrix in PRODUCTS, "matrix", f"be one of {', '.join(PRODUCTS)}", matrix)
     return PRODUCTS[matrix]
 
 
@@ -260,15 +267,23 @@ def eigenpairs(
         Dorsselaer, Hochstenbach, van der Vorst (2000), SIAM J. Matrix Anal. Appl. 22(3),
         section 3, for bounds from a random start.
     """
-    _check(risk, k, which, tol, max_hvps)
-    check_confidence(confidence)
+    of_n = f"k={k} (n={risk.n} parameters)"
+    sound = is_whole(k) and 1 <= k <= risk.n
+    ensure(sound, "k", "lie in [1, n]", of_n, "Ask for between 1 and n eigenpairs.")
+    check_search(which, tol, confidence, max_hvps=max_hvps)
     k, dense = int(k), _is_dense(method, risk.n, max_hvps)
     most = max_hvps or (risk.n if dense else 100 + 10 * k)
     held_on = torch.device(basis_device) if basis_device is not None else risk.device
     start, generator = _start(risk, v0, seed)
     start = start.to(held_on)
     multiply = _multiplication(risk, matrix, preconditioner, held_on)
-    _check_basis_size(basis_size, k, risk.n)
+    ensure(
+        basis_size is None or basis_size >= min(risk.n, k + _SPARE),
+        "basis_size",
+        f"be at least k + {_SPARE} (or n={risk.n})",
+        f"{basis_size} (k={k})",
+        "Leave it out for what the memory holds.",
+    )
     search: Search | Dense | None = None
     plan = None
     run = Run(
@@ -392,12 +407,13 @@ def _multiplication(
     if preconditioner is None:
         return lambda v: risk.product(v, matrix).to(held_on)
     p = preconditioner.detach().to(risk.theta)
-    if p.shape != risk.theta.shape or not bool(((p > 0) & p.isfinite()).all()):
-        raise ValueError(
-            f"`preconditioner` must be positive, finite and of shape (n,) with n={risk.n}; "
-            f"got shape {tuple(p.shape)}, smallest {float(p.min()) if len(p) else 0:.3g}. "
-            "`adam_preconditioner(risk, optimizer.state_dict())` gives one."
-        )
+    ensure(
+        p.shape == risk.theta.shape and bool(((p > 0) & p.isfinite()).all()),
+        "preconditioner",
+        f"be positive, finite and of shape (n,) with n={risk.n}",
+        f"shape {tuple(p.shape)}, smallest {float(p.min()) if len(p) else 0:.3g}",
+        "`adam_preconditioner(risk, optimizer.state_dict())` gives one.",
+    )
     scale = p.rsqrt()
     return lambda v: (
         risk.product(v.to(scale.device) * scale, matrix).mul_(scale).to(held_on)
@@ -413,21 +429,16 @@ def _affordable(
     if held_on == risk.device:
         free -= plan.predicted_bytes
     fit = int(free / 2 / risk.theta.nbytes)
-    if 2 * fit < needed:
-        raise MemoryError(
-            f"`k` must leave room for a basis of {needed} vectors; got k={k}, and memory "
-            f"for {max(0, 2 * fit)} of {risk.theta.nbytes / 1e9:.2f} GB each on {held_on}. "
-            "Pass a smaller `k` or another `basis_device`."
-        )
+    ensure(
+        2 * fit >= needed,
+        "k",
+        f"leave room for a basis of {needed} vectors",
+        f"k={k}, and memory for {max(0, 2 * fit)} of {risk.theta.nbytes / 1e9:.2f} GB each "
+        f"on {held_on}",
+        "Pass a smaller `k` or another `basis_device`.",
+        MemoryError,
+    )
     return max(needed, min(risk.n, most, fit))
-
-
-def _check_basis_size(basis_size: int | None, k: int, n: int) -> None:
-    if basis_size is not None and basis_size < min(n, k + _SPARE):
-        raise ValueError(
-            f"`basis_size` must be at least k + {_SPARE} (or n={n}); got {basis_size} "
-            f"(k={k}). Leave it out for what the memory holds."
-        )
 
 
 def nothing(like: Tensor, confidence: float | None) -> Found:
@@ -445,11 +456,13 @@ def _start(
         generator = _tensors.seeded(seed)
         return _tensors.random_normal(risk.theta, generator), generator
     v = (v0.sum(0) if v0.ndim == 2 else v0).to(risk.theta)
-    if v.shape != risk.theta.shape or not float(_tensors.norm64(v)) > 0:
-        raise ValueError(
-            f"`v0` must be a nonzero vector (n,) or (j, n) with n={risk.n}; "
-            f"got shape {tuple(v0.shape)}. Leave it out for a random start."
-        )
+    ensure(
+        v.shape == risk.theta.shape and float(_tensors.norm64(v)) > 0,
+        "v0",
+        f"be a nonzero vector (n,) or (j, n) with n={risk.n}",
+        f"shape {tuple(v0.shape)}",
+        "Leave it out for a random start.",
+    )
     # The g that led to v0 is not independent of it, so another one is drawn.
     generator = _tensors.seeded(_tensors.mixed(whole_seed(seed), v0))
     # Half of it random: an old eigenvector alone is blind to a new one.
@@ -458,19 +471,23 @@ def _start(
 
 
 def _is_dense(method: str, n: int, max_hvps: int | None) -> bool:
-    if method not in get_args(Method):
-        raise ValueError(f"`method` must be 'lanczos' or 'dense'; got {method!r}.")
-    if method == "dense" and n > _LARGEST_DENSE:
-        raise ValueError(
-            f"`method` must be 'lanczos' for more than {_LARGEST_DENSE} parameters; got "
-            f"'dense' (n={n}). Ask for a higher `confidence` or another `seed` instead."
-        )
-    if method == "dense" and max_hvps is not None and max_hvps < n:
-        raise ValueError(
-            f"`max_hvps` must be at least n for method='dense'; got {max_hvps} (n={n}). "
-            "Leave it out, or use 'lanczos'."
-        )
-    return method == "dense"
+    dense = method == "dense"
+    require(method in get_args(Method), "method", "be 'lanczos' or 'dense'", method)
+    ensure(
+        not dense or n <= _LARGEST_DENSE,
+        "method",
+        f"be 'lanczos' for more than {_LARGEST_DENSE} parameters",
+        f"'dense' (n={n})",
+        "Ask for a higher `confidence` or another `seed` instead.",
+    )
+    ensure(
+        not dense or max_hvps is None or max_hvps >= n,
+        "max_hvps",
+        "be at least n for method='dense'",
+        f"{max_hvps} (n={n})",
+        "Leave it out, or use 'lanczos'.",
+    )
+    return dense
 
 
 def check_confidence(confidence: float | None) -> None:
@@ -479,29 +496,27 @@ def check_confidence(confidence: float | None) -> None:
     Raises:
         ValueError: it does not.
     """
-    if not (confidence is None or 0 < confidence < 1):
-        raise ValueError(
-            f"`confidence` must lie in (0, 1) or be None; got {confidence}. "
-            "The default is 0.95."
-        )
+    sound, contract = confidence is None or 0 < confidence < 1, "lie in (0, 1) or be None"
+    require(sound, "confidence", contract, confidence, "The default is 0.95.")
 
 
-def _check(
-    risk: EmpiricalRisk, k: int, which: str, tol: float, max_hvps: int | None
+def check_search(
+    which: str, tol: float, confidence: float | None, **limit: int | None
 ) -> None:
-    if not (is_whole(k) and 1 <= k <= risk.n):
-        raise ValueError(
-            f"`k` must lie in [1, n]; got k={k} (n={risk.n} parameters). "
-            "Ask for between 1 and n eigenpairs."
-        )
-    if which not in WHICH:
-        raise ValueError(
-            "`which` must be 'LA' (largest algebraic), 'SA' (smallest), 'LM' (largest in "
-            f"modulus) or 'BE' (both ends); got {which!r}."
-        )
-    if not tol > 0:
-        raise ValueError(f"`tol` must be positive; got {tol}. The default is 1e-2.")
-    if max_hvps is not None and not (is_whole(max_hvps) and max_hvps >= 1):
-        raise ValueError(
-            f"`max_hvps` must be at least 1; got {max_hvps}. Leave it out for the default."
-        )
+    """That the arguments of a search for eigenpairs are in their range.
+
+    Args:
+        which: as in `eigenpairs`.
+        tol: as in `eigenpairs`.
+        confidence: as in `eigenpairs`.
+        limit: the one on the number of steps, under its name.
+
+    Raises:
+        ValueError: one is not.
+    """
+    kinds = "'LA' (largest algebraic), 'SA' (smallest), 'LM' (largest in modulus)"
+    require(which in WHICH, "which", f"be {kinds} or 'BE' (both ends)", which)
+    positive("tol", tol, "The default is 1e-2.")
+    check_confidence(confidence)
+    for name, most in limit.items():
+        whole(name, 1 if most is None else most, 1, "Leave it out for the default.")

@@ -7,7 +7,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, Unpack, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypedDict,
+    Unpack,
+    get_args,
+    overload,
+)
 
 import numpy as np
 import torch
@@ -15,14 +24,22 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, of_a_risk, positive_list, whole, whole_seed
+from sharpness._arguments import (
+    ensure,
+    is_whole,
+    of_a_risk,
+    positive_list,
+    require,
+    whole,
+    whole_seed,
+)
 from sharpness._results import (
     Cost,
-    NotAvailableError,
     Reading,
     Result,
     Results,
     Status,
+    ensure_available,
     short,
 )
 from sharpness._run import Deadline, Run
@@ -209,10 +226,12 @@ def epsilon_sharpness(
     """
     epsilons, several = positive_list("epsilon", epsilon, _USUAL)
     seed = whole_seed(seed)
-    _check(risk, subspace_dim, columns, solver, max_iter, num_starts)
-    subspace_dim = None if subspace_dim is None else int(subspace_dim)
-    if start not in ("random", "zero"):
-        raise ValueError(f"`start` must be 'random' or 'zero'; got {start!r}.")
+    max_iter = whole("max_iter", max_iter, 1)
+    num_starts = whole("num_starts", num_starts, 1)
+    require(columns in get_args(Columns), "columns", "be 'normal' or 'unit'", columns)
+    known = f"be one of {', '.join(_SOLVERS)}, or None"
+    require(solver is None or solver in _SOLVERS, "solver", known, solver)
+    require(start in get_args(Start), "start", "be 'random' or 'zero'", start)
     corners = _checked_corners(risk, corners)
     manifold = _Manifold(risk, subspace_dim, columns, seed)
     options = _Options(
@@ -358,11 +377,18 @@ class _Manifold:
         self, risk: EmpiricalRisk, p: int | None, columns: Columns, seed: int
     ) -> None:
         self.theta, self.columns = risk.theta, columns if p is not None else None
-        self.p = p
+        self.p = None if p is None else int(p)
         self.a: Tensor | None = None
         preimage = risk.theta
         if p is not None:
-            self.a = _random_columns(risk, p, columns, seed)
+            ensure(
+                is_whole(p) and 1 <= p <= risk.n,
+                "subspace_dim",
+                "lie in [1, n]",
+                f"{p} (n={risk.n} parameters)",
+                "Leave it out for the full space.",
+            )
+            self.a = _random_columns(risk, int(p), columns, seed)
             preimage = _least_squares(self.a, risk.theta)
         self.half_widths = preimage.abs() + 1  # (n,) or (p,)
 
@@ -384,11 +410,13 @@ class _Manifold:
 
 def _random_columns(risk: EmpiricalRisk, p: int, columns: Columns, seed: int) -> Tensor:
     size = p * risk.n * risk.theta.element_size()
-    if 2 * size > memory.budget_bytes(risk.device):
-        raise ValueError(
-            f"`subspace_dim` must leave A in memory; got {p} (A would take "
-            f"{size / 1e9:.1f} GB for n={risk.n}). Ask for fewer columns."
-        )
+    ensure(
+        2 * size <= memory.budget_bytes(risk.device),
+        "subspace_dim",
+        "leave A in memory",
+        f"{p} (A would take {size / 1e9:.1f} GB for n={risk.n})",
+        "Ask for fewer columns.",
+    )
     generator = _tensors.seeded(seed)
     a = torch.randn((risk.n, p), generator=generator).to(risk.theta)
     return a / a.norm(dim=0) if columns == "unit" else a
@@ -506,11 +534,13 @@ class _Search:
         one = torch.ones_like(self.half_widths)
         self._box = Box(-one, one)
         self.value = risk.value()
-        if self.value <= -1:
-            raise NotAvailableError(
-                "`risk` must lie above -1 for Metric 2.1, which divides by 1 + f; got f = "
-                f"{self.value:.4g} (not available). Add a constant to the loss."
-            )
+        ensure_available(
+            not self.value <= -1,
+            "risk",
+            "lie above -1 for Metric 2.1, which divides by 1 + f",
+            f"f = {self.value:.4g} (not available)",
+            "Add a constant to the loss.",
+        )
         self.is_finite = math.isfinite(self.value)
         self.solver, self.message = "none", "theta itself"
         self.is_first_start = True
@@ -631,34 +661,7 @@ def _checked_corners(risk: EmpiricalRisk, corners: Any) -> Tensor | None:
     if isinstance(corners, list | tuple):
         corners = torch.stack([torch.as_tensor(vector) for vector in corners])
     vectors = torch.as_tensor(corners).detach().to(risk.theta)
-    if vectors.ndim not in (1, 2) or vectors.shape[-1] != risk.n:
-        raise ValueError(
-            f"`corners` must have shape (n,) or (j, n) with n={risk.n}; got "
-            f"{tuple(vectors.shape)}."
-        )
+    sound = vectors.ndim in (1, 2) and vectors.shape[-1] == risk.n
+    contract = f"have shape (n,) or (j, n) with n={risk.n}"
+    ensure(sound, "corners", contract, tuple(vectors.shape))
     return vectors.reshape(-1, risk.n)
-
-
-def _check(
-    risk: EmpiricalRisk,
-    subspace_dim: int | None,
-    columns: str,
-    solver: str | None,
-    max_iter: int,
-    num_starts: int,
-) -> None:
-    if subspace_dim is not None and not (
-        is_whole(subspace_dim) and 1 <= subspace_dim <= risk.n
-    ):
-        raise ValueError(
-            f"`subspace_dim` must lie in [1, n]; got {subspace_dim} "
-            f"(n={risk.n} parameters). Leave it out for the full space."
-        )
-    if columns not in ("normal", "unit"):
-        raise ValueError(f"`columns` must be 'normal' or 'unit'; got {columns!r}.")
-    if solver is not None and solver not in _SOLVERS:
-        raise ValueError(
-            f"`solver` must be one of {', '.join(_SOLVERS)}, or None; got {solver!r}."
-        )
-    whole("max_iter", max_iter, 1)
-    whole("num_starts", num_starts, 1)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import of_a_risk, positive, whole
-from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
+from sharpness._arguments import ensure, fraction, of_a_risk, positive, require, whole
+from sharpness._results import Cost, Reading, Result, Status, ensure_available
 from sharpness._run import Run
 from sharpness.measures.perturbation import mean_and_error, normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
@@ -300,11 +300,10 @@ def norms(
 
     Cost: one gradient, one Gauss-Newton product.
     """
-    origin = _tensors.flat_like(start, risk.names, risk.shapes)
-    if origin is not None and origin.shape != risk.theta.shape:
-        raise ValueError(
-            f"`start` must have shape (n,) with n={risk.n}; got {tuple(origin.shape)}."
-        )
+    distance = None
+    if start is not None:
+        origin = _tensors.flat_like(start, risk.names, risk.shapes, "start")
+        distance = float(_tensors.norm64(risk.theta - origin.to(risk.theta)))
     fisher_rao, gradient_norm = None, math.nan
     with Run("norms", progress=False) as run:
         gradient_norm = float(_tensors.norm64(risk.gradient()))
@@ -312,9 +311,6 @@ def norms(
         with suppress(ValueError, TypeError):
             product = risk.product(risk.theta, "gauss_newton")
             fisher_rao = float(_tensors.dot64(product, risk.theta))
-    distance = None
-    if origin is not None:
-        distance = float(_tensors.norm64(risk.theta - origin.to(risk.theta)))
     lengths = (gradient_norm, fisher_rao or 0.0, distance or 0.0)
     is_finite = all(math.isfinite(length) for length in lengths)
     return Norms(
@@ -406,20 +402,18 @@ def relative_flatness(
     chosen = [name for name, shape in shapes.items() if len(shape) > 1]
     if layers is not None:
         layers = [layers] if isinstance(layers, str) else list(layers)
-        if not layers:
-            raise ValueError("`layers` must name at least one weight; got none.")
-        unknown = [name for name in layers if name not in chosen]
-        if unknown:
-            raise ValueError(
-                f"`layers` must name weights of two dimensions or more; got {unknown[0]!r}."
-                f" There are {', '.join(chosen[:5])}."
-            )
+        ensure(bool(layers), "layers", "name at least one weight", "none")
+        unknown = next((name for name in layers if name not in chosen), None)
+        contract = "name weights of two dimensions or more"
+        there = f"There are {', '.join(chosen[:5])}."
+        require(unknown is None, "layers", contract, unknown, there)
         chosen = layers
-    if not chosen:
-        raise NotAvailableError(
-            "`risk` must have a weight of two dimensions or more; got none (not available "
-            "for this network)."
-        )
+    ensure_available(
+        bool(chosen),
+        "risk",
+        "have a weight of two dimensions or more",
+        "none (not available for this network)",
+    )
     num_probes = whole("num_probes", num_probes, 2)
     weights = dict(zip(risk.names, _tensors.split(risk.theta, risk.shapes), strict=True))
     is_finite = all(bool(weights[name].isfinite().all()) for name in chosen)
@@ -601,13 +595,11 @@ def _scale(risk: EmpiricalRisk, magnitude_aware: bool) -> Tensor:
 
 
 def _check(risk: EmpiricalRisk, accuracy_drop: float, tol: float) -> None:
-    if not 0 < accuracy_drop < 1:
-        raise ValueError(
-            f"`accuracy_drop` must lie in (0, 1); got {accuracy_drop}. 0.1 is usual."
-        )
+    fraction("accuracy_drop", accuracy_drop, "0.1 is usual.")
     positive("tol", tol)
-    if not risk.is_classification:
-        raise NotAvailableError(
-            "`risk` must classify, with class numbers as targets; got another loss or "
-            "targets (not available for regression or a closure)."
-        )
+    ensure_available(
+        risk.is_classification,
+        "risk",
+        "classify, with class numbers as targets",
+        "another loss or targets (not available for regression or a closure)",
+    )

@@ -19,8 +19,8 @@ from scipy import stats
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import of_a_risk, require, whole, whole_seed
-from sharpness._results import Cost, NotAvailableError, Reading, Result, Status
+from sharpness._arguments import fraction, of_a_risk, require, whole, whole_seed
+from sharpness._results import Cost, Reading, Result, Status, ensure_available
 from sharpness._run import Run
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -160,8 +160,7 @@ def gradient_noise(
         ("population", population, get_args(Population)),
     ):
         require(value in known, name, f"be of {', '.join(known)}", value)
-    sound = 0 < confidence < 1
-    require(sound, "confidence", "lie in (0, 1)", confidence, "Pass 0.95.")
+    fraction("confidence", confidence)
     num_batches, seed = whole("num_batches", num_batches, FEWEST), whole_seed(seed)
     if num_samples is not None:
         num_samples = whole("num_samples", num_samples, FEWEST, "Fewer have no variance.")
@@ -169,11 +168,13 @@ def gradient_noise(
     run = Run("gradients", max_seconds=max_seconds, progress=progress)
     seen: _Vectors | _Halves | None = None
     with run:
-        if unit == "term" and metric != "identity":
-            raise NotAvailableError(
-                f"`metric` must be 'identity' with unit='term'; got {metric!r} (not "
-                "available). Take samples as units."
-            )
+        ensure_available(
+            unit == "sample" or metric == "identity",
+            "metric",
+            "be 'identity' with unit='term'",
+            f"{metric!r} (not available)",
+            "Take samples as units.",
+        )
         if not risk.can_be_cut:
             seen = _of_batches(draw, (metric, unit), run)
         elif metric == "identity":
@@ -323,10 +324,10 @@ def _interval(
 def _of_samples(draw: _Draw, unit: Unit, run: Run) -> _Vectors:
     (index,) = draw.groups([draw.num_samples])
     found = draw.risk.sample_gradients(index, unit)
-    if len(found) < FEWEST:
-        raise NotAvailableError(
-            f"`risk` must have at least {FEWEST} {unit}s; got {len(found)} (not available)."
-        )
+    contract = f"have at least {FEWEST} {unit}s"
+    ensure_available(
+        len(found) >= FEWEST, "risk", contract, f"{len(found)} (not available)"
+    )
     mean = draw.risk.subset(index).gradient()
     draw.spend(2 * len(index))
     vectors = _streamed(iter(found), len(found), mean, draw, run)
@@ -339,17 +340,19 @@ def _of_batches(draw: _Draw, asked: tuple[str, str], run: Run) -> _Vectors:
     usual = Counter(part.num_samples for part in parts).most_common(1)[0][0]
     parts = [part for part in parts if abs(part.num_samples - usual) <= 1]
     parts = parts[: max(FEWEST, draw.num_samples // usual)]
-    if asked != ("identity", "sample"):
-        raise NotAvailableError(
-            "`metric` and `unit` must be 'identity' and 'sample' where samples have no "
-            f"gradients of their own; got {asked} (not available)."
-        )
-    if len(parts) < FEWEST:
-        raise NotAvailableError(
-            f"`risk` must have {FEWEST} batches of one size where samples have no gradient "
-            f"of their own; got {len(parts)} (not available). Pass more, or a smaller "
-            "`batchnorm_batch`."
-        )
+    ensure_available(
+        asked == ("identity", "sample"),
+        "metric` and `unit",
+        "be 'identity' and 'sample' where samples have no gradients of their own",
+        f"{asked} (not available)",
+    )
+    ensure_available(
+        len(parts) >= FEWEST,
+        "risk",
+        f"have {FEWEST} batches of one size where samples have no gradient of their own",
+        f"{len(parts)} (not available)",
+        "Pass more, or a smaller `batchnorm_batch`.",
+    )
     mean = torch.zeros_like(draw.risk.theta)
     for part in parts:
         run.step()
@@ -408,11 +411,13 @@ def _in_curvature(
 ) -> _Vectors:
     """Gradients of batches in the inner product of a matrix of the other samples."""
     size = draw.num_samples // 2 // num
-    if not size:
-        raise NotAvailableError(
-            f"`risk` must have {2 * num} samples for {num} batches and a matrix of others; "
-            f"got {draw.num_samples} (not available). Pass a smaller `num_batches`."
-        )
+    ensure_available(
+        size > 0,
+        "risk",
+        f"have {2 * num} samples for {num} batches and a matrix of others",
+        f"{draw.num_samples} (not available)",
+        "Pass a smaller `num_batches`.",
+    )
     rest = draw.num_samples - num * size
     *groups, others = draw.groups([*[size] * num, rest])
     other = draw.risk.subset(others)

@@ -84,11 +84,7 @@ def interpolation(
     """
     if isinstance(other, nn.Module):
         other = unwrapped(other)[0].state_dict()
-    end = _tensors.flat_like(other, risk.names, risk.shapes)
-    if end.shape != risk.theta.shape:
-        raise ValueError(
-            f"`other` must have shape (n,) with n={risk.n}; got {tuple(end.shape)}."
-        )
+    end = _tensors.flat_like(other, risk.names, risk.shapes, "other")
     default = (i / 8 - 1 for i in range(25))
     points = tuple(float(alpha) for alpha in (default if alphas is None else alphas))
     way, end = _on_arc if arc else _on_line, end.to(risk.theta)

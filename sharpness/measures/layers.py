@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, of_a_risk
+from sharpness._arguments import ensure, of_a_risk, whole
 from sharpness._results import Cost, NonFiniteProductError, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.eigenpair_search import Search
-from sharpness.krylov.lanczos import WHICH, Which
-from sharpness.measures.eigenvalues import HessianEigenpairs, check_confidence, nothing
+from sharpness.krylov.lanczos import Which
+from sharpness.measures.eigenvalues import HessianEigenpairs, check_search, nothing
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -120,9 +120,8 @@ def layerwise_eigenpairs(
     Cost: 8 to 35 sweeps; in each, a block costs the part of a Hessian-vector product
     that lies behind it. Memory (sweeps) n in all.
     """
-    _check(k, which, tol, max_sweeps)
-    check_confidence(confidence)
-    k = int(k)
+    k = whole("k", k, 1, "Ask for 1 or more.")
+    check_search(which, tol, confidence, max_sweeps=max_sweeps)
     named = _named_blocks(risk.names, blocks)
     miss = None if confidence is None else (1 - confidence) / (k * len(named))
     generator = _tensors.seeded(seed)
@@ -238,25 +237,12 @@ def _named_blocks(names: Sequence[str], blocks: Blocks | None) -> dict[str, list
         found = {glob: [n for n in names if fnmatchcase(n, glob)] for glob in blocks}
     for block, parameters in found.items():
         unknown = [name for name in parameters if name not in names]
-        if not parameters or unknown:
-            raise ValueError(
-                f"`blocks` must name parameters of theta; got {block!r} with "
-                f"{unknown[0] if unknown else 'none'}. They are {', '.join(names[:4])}, …"
-            )
-    if not found:
-        raise ValueError("`blocks` must give at least one block; got none.")
-    return found
-
-
-def _check(k: int, which: str, tol: float, max_sweeps: int | None) -> None:
-    if not (is_whole(k) and k >= 1):
-        raise ValueError(f"`k` must be at least 1; got {k}. Ask for 1 or more.")
-    if which not in WHICH:
-        raise ValueError(f"`which` must be 'LA', 'SA', 'LM' or 'BE'; got {which!r}.")
-    if not tol > 0:
-        raise ValueError(f"`tol` must be positive; got {tol}. The default is 1e-2.")
-    if max_sweeps is not None and max_sweeps < 1:
-        raise ValueError(
-            f"`max_sweeps` must be at least 1; got {max_sweeps}. Leave it out for the "
-            "default."
+        ensure(
+            bool(parameters) and not unknown,
+            "blocks",
+            "name parameters of theta",
+            f"{block!r} with {unknown[0] if unknown else 'none'}",
+            f"They are {', '.join(names[:4])}, …",
         )
+    ensure(bool(found), "blocks", "give at least one block", "none")
+    return found

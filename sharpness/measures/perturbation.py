@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpness import _tensors
-from sharpness._arguments import of_a_risk, positive_list, whole
+from sharpness._arguments import of_a_risk, positive_list, require, whole
 from sharpness._results import Cost, Reading, Result, Results, Status, short
 from sharpness._run import Deadline, Run
 from sharpness.optimize.auto_pgd import auto_pgd
@@ -481,9 +481,7 @@ def _name(what: str, settings: Mapping[str, Any], rest: str = "") -> str:
 
 
 def _check_choices(norm: str, adaptive: str | None) -> None:
-    if norm not in get_args(Norm):
-        raise ValueError(f"`norm` must be 'l2' or 'linf'; got {norm!r}.")
-    if adaptive is not None and adaptive not in get_args(Adaptive):
-        raise ValueError(
-            f"`adaptive` must be None, 'elementwise' or 'filterwise'; got {adaptive!r}."
-        )
+    require(norm in get_args(Norm), "norm", "be 'l2' or 'linf'", norm)
+    known = (None, *get_args(Adaptive))
+    contract = "be None, 'elementwise' or 'filterwise'"
+    require(adaptive in known, "adaptive", contract, adaptive)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import of_a_risk
+from sharpness._arguments import ensure, of_a_risk
 from sharpness.risk.empirical import EmpiricalRisk
 
 
@@ -37,13 +37,14 @@ def adam_preconditioner(risk: EmpiricalRisk, optimizer_state: Mapping[str, Any])
 
     Cost: none; memory n.
     """
-    groups = optimizer_state.get("param_groups")
-    states = optimizer_state.get("state")
-    if not groups or not states:
-        raise ValueError(
-            "`optimizer_state` must be the state_dict of an Adam optimizer that has made "
-            f"steps; got keys {', '.join(map(str, list(optimizer_state)[:4])) or 'none'}."
-        )
+    groups = optimizer_state.get("param_groups", ())
+    states = optimizer_state.get("state", {})
+    ensure(
+        bool(groups and states),
+        "optimizer_state",
+        "be the state_dict of an Adam optimizer that has made steps",
+        f"keys {', '.join(map(str, list(optimizer_state)[:4])) or 'none'}",
+    )
     shapes = dict(zip(risk.names, risk.shapes, strict=True))
     found: dict[str, Tensor] = {}
     everything = [name for name, _ in risk.model.named_parameters()]
@@ -55,12 +56,13 @@ def adam_preconditioner(risk: EmpiricalRisk, optimizer_state: Mapping[str, Any])
             if name in shapes:
                 found[name] = _divisor(name, shapes[name], states.get(i), group)
     missing = [name for name in shapes if name not in found]
-    if missing:
-        raise ValueError(
-            "`optimizer_state` must hold every parameter of theta; got none for "
-            f"{missing[0]} ({len(missing)} missing). Build the risk with `params=` of "
-            "those that were trained."
-        )
+    ensure(
+        not missing,
+        "optimizer_state",
+        "hold every parameter of theta",
+        f"none for {' '.join(missing[:1])} ({len(missing)} missing)",
+        "Build the risk with `params=` of those that were trained.",
+    )
     flat = _tensors.flatten(found[name] for name in risk.names)
     return flat.to(risk.theta)
 
@@ -68,17 +70,21 @@ def adam_preconditioner(risk: EmpiricalRisk, optimizer_state: Mapping[str, Any])
 def _divisor(
     name: str, shape: torch.Size, state: Mapping[str, Any] | None, group: Mapping[str, Any]
 ) -> Tensor:
-    if state is None or "exp_avg_sq" not in state:
-        raise ValueError(
-            f"`optimizer_state` must hold Adam's second moments; got none for {name}. "
-            "Only Adam, AdamW and NAdam keep them."
-        )
+    state = state or {}
+    ensure(
+        "exp_avg_sq" in state,
+        "optimizer_state",
+        "hold Adam's second moments",
+        f"none for {name}",
+        "Only Adam, AdamW and NAdam keep them.",
+    )
     second = state.get("max_exp_avg_sq", state["exp_avg_sq"]).double()
-    if second.shape != shape:
-        raise ValueError(
-            f"`optimizer_state` must belong to this model; got shape {tuple(second.shape)} "
-            f"for {name}, which has {tuple(shape)}."
-        )
+    ensure(
+        second.shape == shape,
+        "optimizer_state",
+        "belong to this model",
+        f"shape {tuple(second.shape)} for {name}, which has {tuple(shape)}",
+    )
     (beta1, beta2), step = group["betas"], float(state["step"])
     unbiased = (second / (1 - beta2**step)).sqrt()
     divisor: Tensor = (1 - beta1**step) * (unbiased + group["eps"])

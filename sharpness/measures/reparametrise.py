@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
-from sharpness._arguments import positive
+from sharpness._arguments import ensure, positive
 from sharpness.risk.model_state import held
 from sharpness.risk.objective import call_model
 
@@ -136,10 +136,8 @@ def scaled_by(
         if applied and _drift(network, candidate, inputs) <= _TOLERANCE:
             current = candidate
             layers += [pair.source, pair.consumer]
-    if not layers:
-        raise ValueError(
-            "`network` must have two layers with ReLU or pooling between; found none."
-        )
+    contract = "have two layers with ReLU or pooling between"
+    ensure(bool(layers), "network", contract, "none")
     return current, tuple(dict.fromkeys(layers))
 
 
@@ -347,8 +345,7 @@ def _drift(network: nn.Module, other: nn.Module, inputs: Any) -> float:
 def _call(network: nn.Module, inputs: Any) -> Tensor:
     inputs = tree_map(lambda part: part.clone(), inputs)  # the model may write on them
     result = call_model(network, inputs)
-    if not isinstance(result, Tensor):
-        raise TypeError(
-            f"`model` must return one tensor for an audit; got {type(result).__name__}."
-        )
-    return result
+    sound, got = isinstance(result, Tensor), type(result).__name__
+    ensure(sound, "model", "return one tensor for an audit", got, kind=TypeError)
+    outputs: Tensor = result
+    return outputs

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, of_a_risk, whole_seed
+from sharpness._arguments import (
+    ensure,
+    fraction,
+    is_whole,
+    of_a_risk,
+    positive,
+    whole_seed,
+)
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
@@ -57,10 +64,7 @@ class LambdaMaxSampling(Result):
 
         By the law 1 / sqrt(N) of standard errors; the bracket shrinks no slower.
         """
-        if not relative > 0:
-            raise ValueError(
-                f"`relative` must be positive; got {relative}. 0.05 means ± 5 %."
-            )
+        positive("relative", relative, "0.05 means ± 5 %.")
         return math.ceil(self.num_samples * (self.relative_width / relative) ** 2)
 
     def _rows(self) -> Iterable[Reading]:
@@ -148,7 +152,14 @@ def lambda_max_sampling(
     Cost: a search for lambda_max, and one for each fold: about 10 products each. None
     starts at what another has found, which would let the fold into its own eigenvector.
     """
-    _check(risk, num_folds, confidence)
+    ensure(
+        is_whole(num_folds) and 3 <= num_folds <= risk.num_samples,
+        "num_folds",
+        "lie in [3, num_samples]",
+        f"{num_folds} ({risk.num_samples} samples)",
+        "The default is 10.",
+    )
+    fraction("confidence", confidence)
     num_folds, seed = int(num_folds), whole_seed(seed)
     run = Run("folds", max_seconds=max_seconds, total=num_folds, progress=progress)
     deadline = Deadline(max_seconds)
@@ -216,13 +227,3 @@ def _mean_and_error(values: list[float]) -> tuple[float, float]:
     if len(values) < 3:
         return math.nan, math.nan
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-
-
-def _check(risk: EmpiricalRisk, num_folds: int, confidence: float) -> None:
-    if not (is_whole(num_folds) and 3 <= num_folds <= risk.num_samples):
-        raise ValueError(
-            f"`num_folds` must lie in [3, num_samples]; got {num_folds} "
-            f"({risk.num_samples} samples). The default is 10."
-        )
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie in (0, 1); got {confidence}. Pass 0.95.")

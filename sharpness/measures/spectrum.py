@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, of_a_risk
+from sharpness._arguments import ensure, fraction, is_whole, of_a_risk, positive, whole
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.lanczos import Lanczos, Tridiagonal
@@ -179,8 +179,7 @@ class SpectralDensity(Result):
         How many directions the data determine against a ridge (or prior precision) alpha
         (MacKay 1992; Maddox, Benton, Wilson 2020).
         """
-        if not ridge > 0:
-            raise ValueError(f"`ridge` must be positive; got {ridge}. It is a curvature.")
+        positive("ridge", ridge, "It is a curvature.")
         return self.integral(lambda x: np.maximum(x, 0) / (np.maximum(x, 0) + ridge))
 
     def _part(self, function: Callable[[np.ndarray], np.ndarray]) -> _Part:
@@ -225,11 +224,8 @@ class SpectralDensity(Result):
         )
 
     def _need_a_start(self) -> None:
-        if not self.rules:
-            raise ValueError(
-                f"`density` must have a completed start; got none ({self.status}). "
-                "Give it more time."
-            )
+        contract, got = "have a completed start", f"none ({self.status})"
+        ensure(bool(self.rules), "density", contract, got, "Give it more time.")
 
     def plot(self, path: str | Path | None = None, *, title: str = "") -> Figure:
         """A figure of density and band, logarithmic; written to `path` as PNG if given."""
@@ -301,8 +297,10 @@ def spectral_density(
         (2019) for networks. The band is ours: Var(z^T F z) = 2 / (n + 2) Var(F) for z on
         the sphere, and the chi^2 approximation of Satterthwaite (1946).
     """
-    _check(num_starts, num_steps, sigma, confidence)
-    num_starts, num_steps = int(num_starts), int(num_steps)
+    num_starts = whole("num_starts", num_starts, 1, "Pass 10.")
+    num_steps = whole("num_steps", num_steps, 2, "Pass 80.")
+    positive("sigma", 1 if sigma is None else sigma, "Leave it out for 1 %.")
+    fraction("confidence", confidence)
     generator = _tensors.seeded(seed)
     done: list[Tridiagonal] = []
     run = Run(
@@ -421,14 +419,3 @@ def _grid(grid: np.ndarray | int, rules: tuple[Rule, ...], sigma: float) -> np.n
     nodes = np.concatenate([rule.nodes for rule in rules])
     low, high = nodes.min() - _MARGIN * sigma, nodes.max() + _MARGIN * sigma
     return np.linspace(low, high, int(grid))
-
-
-def _check(num_starts: int, num_steps: int, sigma: float | None, confidence: float) -> None:
-    if not is_whole(num_starts) or num_starts < 1:
-        raise ValueError(f"`num_starts` must be at least 1; got {num_starts}. Pass 10.")
-    if not is_whole(num_steps) or num_steps < 2:
-        raise ValueError(f"`num_steps` must be at least 2; got {num_steps}. Pass 80.")
-    if sigma is not None and not sigma > 0:
-        raise ValueError(f"`sigma` must be positive; got {sigma}. Leave it out for 1 %.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie in (0, 1); got {confidence}. Pass 0.95.")

@@ -11,8 +11,16 @@ from typing import Any, Self, TypedDict, Unpack
 from torch import Tensor
 
 from sharpness import _progress, _tensors
-from sharpness._arguments import known, of_a_risk, positive_list
-from sharpness._results import Cost, NotAvailableError, Reading, Result, Results, Status
+from sharpness._arguments import ensure, known, of_a_risk, positive_list
+from sharpness._results import (
+    Cost,
+    NotAvailableError,
+    Reading,
+    Result,
+    Results,
+    Status,
+    ensure_available,
+)
 from sharpness.measures.batch_sharpness import batch_sharpness
 from sharpness.measures.eigenvalues import HessianEigenpairs, eigenpairs
 from sharpness.measures.epsilon import (
@@ -162,17 +170,12 @@ def summary(
     """
     shared = MeasureSettings(**{**settings, **_as_tuples(settings)})  # type: ignore[arg-type]
     chosen = selected(measures)
-    if not 1 <= shared.k <= risk.n:
-        raise ValueError(
-            f"`k` must lie in [1, n]; got k={shared.k} (n={risk.n} parameters)."
-        )
+    sound, got = 1 <= shared.k <= risk.n, f"k={shared.k} (n={risk.n} parameters)"
+    ensure(sound, "k", "lie in [1, n]", got)
     began = time.monotonic()
     value = risk.value()
-    if not math.isfinite(value):
-        raise ValueError(
-            f"`risk` must be finite; got f(theta) = {value}. Its parameters or the data "
-            "hold NaN or infinite values."
-        )
+    advice = "Its parameters or the data hold NaN or infinite values."
+    ensure(math.isfinite(value), "risk", "be finite", f"f(theta) = {value}", advice)
     accuracy = risk.accuracy() if risk.is_classification else None
     expected = expected_seconds(risk, chosen, shared)
     if on_estimate is not None:
@@ -390,12 +393,13 @@ def _sharded(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> A
 
 def _refuse_parts(risk: EmpiricalRisk, least: int) -> None:
     """Raise where the samples cannot be cut, or are too few for it."""
-    if risk.num_samples < least or not risk.can_be_cut:
-        raise NotAvailableError(
-            f"`risk` must have at least {least} samples that can be cut into parts; got "
-            f"{risk.num_samples} (not available with a closure, or where BatchNorm "
-            "depends on the batch)."
-        )
+    ensure_available(
+        risk.num_samples >= least and risk.can_be_cut,
+        "risk",
+        f"have at least {least} samples that can be cut into parts",
+        f"{risk.num_samples} (not available with a closure, or where BatchNorm depends on "
+        "the batch)",
+    )
 
 
 def _noise(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
@@ -447,10 +451,8 @@ def _box(magnitude_aware: bool) -> _Run:
 
 
 def _normalised(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
-    if not risk.is_classification:
-        raise NotAvailableError(
-            "`risk` must classify to have logits (not available otherwise)."
-        )
+    sound, got = risk.is_classification, "other outputs (not available)"
+    ensure_available(sound, "risk", "classify to have logits", got)
     other = risk.with_model(
         NormalisedLogits(risk.network()), [f"model.{name}" for name in risk.names]
     )

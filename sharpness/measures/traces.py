@@ -11,7 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpness._arguments import is_whole, of_a_risk, whole_seed
+from sharpness._arguments import (
+    fraction,
+    is_whole,
+    of_a_risk,
+    positive,
+    require,
+    whole_seed,
+)
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.stochastic_trace import (
@@ -128,11 +135,8 @@ def trace(
     Cost: 30 to 250 products (291 for ± 2 % on a trained F1), hundreds where eigenvalues
     of both signs cancel; memory 2 n, and n more for each sketched direction.
     """
-    if method not in _METHODS:
-        raise ValueError(
-            f"`method` must be one of {', '.join(map(repr, get_args(Method)))}; got "
-            f"{method!r}."
-        )
+    contract = f"be one of {', '.join(map(repr, get_args(Method)))}"
+    require(method in _METHODS, "method", contract, method)
     estimator = _METHODS[method](risk.theta, whole_seed(seed))
     return _estimated(
         risk,
@@ -456,11 +460,7 @@ class _Diagonal(_Deflated):
 def _check(
     tol: float, confidence: float, max_hvps: int, fewest: int, default: float = 0.05
 ) -> None:
-    if not tol > 0:
-        raise ValueError(f"`tol` must be positive; got {tol}. The default is {default}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie in (0, 1); got {confidence}. Pass 0.95.")
-    if not is_whole(max_hvps) or max_hvps < fewest:
-        raise ValueError(
-            f"`max_hvps` must be at least {fewest}, for ten probes; got {max_hvps}."
-        )
+    positive("tol", tol, f"The default is {default}.")
+    fraction("confidence", confidence)
+    sound = is_whole(max_hvps) and max_hvps >= fewest
+    require(sound, "max_hvps", f"be at least {fewest}, for ten probes", max_hvps)

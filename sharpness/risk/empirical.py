@@ -868,9 +868,6 @@ class EmpiricalRisk:
         """`theta` as separate tensors, none of which shares a graph with another."""
         theta = self.theta if theta is None else theta
         theta = _tensors.flat_like(theta, self.names, self.shapes)
-        sound = theta.shape == self.theta.shape
-        contract = f"have shape (n,) with n={self.n}"
-        ensure(sound, "theta", contract, str(tuple(theta.shape)))
         return self._objective.pieces(theta.to(self.device))
 
     @contextmanager
