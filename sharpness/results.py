@@ -16,6 +16,8 @@ from sharpness._results import (
     Status,
 )
 from sharpness._saving import load, restored
+from sharpness.batchsize.race import Branches, Race
+from sharpness.batchsize.updates import UpdateTimes
 from sharpness.measures.audit import Audit
 from sharpness.measures.batch_sharpness import BatchSharpness
 from sharpness.measures.eigenvalues import HessianEigenpairs
@@ -39,6 +41,7 @@ __all__ = [
     "AverageCaseSharpness",
     "BatchSharpness",
     "BlockEigenpairs",
+    "Branches",
     "Checkup",
     "Cost",
     "DerivativeDisagreesError",
@@ -54,6 +57,7 @@ __all__ = [
     "Norms",
     "NotAvailableError",
     "NotConvergedError",
+    "Race",
     "Reading",
     "RelativeFlatness",
     "Result",
@@ -65,6 +69,7 @@ __all__ = [
     "SubspaceSharpness",
     "Summary",
     "TrackedPoint",
+    "UpdateTimes",
     "WorstCaseSharpness",
     "load_result",
 ]

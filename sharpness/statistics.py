@@ -128,6 +128,88 @@ def _without_skewness(reach: float, skewness: float, n: int) -> float:
     return 3 / skewness * (float(np.cbrt(inside)) - 1)
 
 
+def ratio_interval(
+    above: float, below: float, variance: tuple[float, float, float], t: float
+) -> tuple[float, float | None]:
+    """Where the ratio behind two numbers lies; no high end where `below` may be 0.
+
+    Fieller's set: the r > 0 with (above - r below)^2 <= t^2 V(r), V(r) = v0 + v1 r + v2 r^2
+    the variance of that difference. A negative `below` counts as 0: this keeps all r that
+    it would keep, and those near infinity, the closest there are to it.
+    """
+    v0, v1, v2 = variance
+    v1 = max(v1, -2 * math.sqrt(v0 * v2))  # V is a variance
+    below = max(below, 0.0)
+    # bend r^2 - 2 half r + at0 <= 0
+    bend, at0 = below**2 - t**2 * v2, above**2 - t**2 * v0
+    half = above * below + t**2 * v1 / 2
+    reach = half + math.sqrt(max(0.0, half**2 - bend * at0))
+    if reach <= 0:
+        return 0.0, None
+    return max(0.0, at0 / reach), reach / bend if bend > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeLine:
+    """A line y = a + b x through positive y, each known to the same share of itself."""
+
+    a: float  # >= 0
+    b: float  # >= 0
+    residual: float  # root mean square of (a + b x) / y - 1
+    covariance: np.ndarray  # (2, 2) of a and b, before they were kept from being negative
+    free: tuple[float, float]  # a and b, before
+    t: float  # Student's quantile for the interval, n - 2 degrees of freedom
+
+    def interval(self, i: int) -> tuple[float, float]:
+        """Where a (0) or b (1) lies; from 0 on."""
+        half = self.t * math.sqrt(self.covariance[i, i])
+        return max(0.0, self.free[i] - half), max(0.0, self.free[i] + half)
+
+    @property
+    def ratio_interval(self) -> tuple[float, float | None]:
+        """Where b / a lies; without a high end where a may be 0."""
+        if not math.isfinite(self.t):
+            return 0.0, None
+        (v_a, v_ab), (_, v_b) = self.covariance
+        return ratio_interval(
+            max(0.0, self.free[1]), self.free[0], (v_b, -2 * v_ab, v_a), self.t
+        )
+
+
+def relative_line(
+    x: Sequence[float] | np.ndarray,
+    y: Sequence[float] | np.ndarray,
+    confidence: float = 0.95,
+) -> RelativeLine:
+    """Least squares of (a + b x) / y - 1, with a, b >= 0; two points at least.
+
+    The errors' size is that of the residuals, so that of two points nothing is known of
+    it, and every interval is unbounded.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    n = len(x)
+    design = np.stack([1 / y, x / y], 1)
+    scale = np.linalg.norm(design, axis=0)  # x may be 1e-4 or 1e6
+    inverse = np.linalg.pinv(design / scale)
+    free = inverse @ np.ones(n) / scale
+    kept = free
+    if free.min() < 0:  # the best on an edge of the quadrant
+        i = int(np.argmax(free))
+        kept = np.zeros(2)
+        kept[i] = max(0.0, float(design[:, i].sum() / scale[i] ** 2))
+    rest = design @ free - 1
+    variance = float(rest @ rest) / (n - 2) if n > 2 else math.inf
+    product = inverse @ inverse.T / np.outer(scale, scale)
+    return RelativeLine(
+        a=float(kept[0]),
+        b=float(kept[1]),
+        residual=float(np.sqrt(np.mean((design @ kept - 1) ** 2))),
+        covariance=variance * product if n > 2 else np.full((2, 2), math.inf),
+        free=(float(free[0]), float(free[1])),
+        t=float(stats.t.ppf((1 + confidence) / 2, n - 2)) if n > 2 else math.inf,
+    )
+
+
 def mean_sd(mean: float, sd: float) -> str:
     """Mean ± standard deviation, both to the digits that the deviation allows."""
     if not math.isfinite(mean):

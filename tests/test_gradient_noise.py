@@ -18,6 +18,7 @@ from sharpness._json import to_line
 from sharpness.measures import gradient_noise as noise
 from sharpness.results import GradientNoise
 from sharpness.risk import sample_gradients
+from sharpness.statistics import ratio_interval
 
 FLOAT64 = torch.float64
 
@@ -263,7 +264,7 @@ def test_few_rows_for_the_trace_of_sigma_squared_suffice(monkeypatch):
 @pytest.mark.parametrize("linear", [-0.3, 0.0, 2.0])
 def test_the_interval_is_what_its_inequality_keeps(square, linear):
     spread, variance, t = 4.0, (0.5, linear, 0.02), 2.0
-    low, high = noise._interval(spread, square, variance, t)
+    low, high = ratio_interval(spread, square, variance, t)
     r = np.geomspace(1e-3, 1e6, 20001)
     # A variance is a square: its middle term is bounded by the outer ones.
     linear = max(linear, -2 * math.sqrt(variance[0] * variance[2]))

@@ -23,6 +23,7 @@ from sharpness._arguments import fraction, of_a_risk, require, whole, whole_seed
 from sharpness._results import Cost, Reading, Result, Status, ensure_available
 from sharpness._run import Run
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.statistics import ratio_interval
 
 Metric = Literal["identity", "gauss_newton", "hessian", "sign"]
 Population = Literal["distribution", "data"]
@@ -271,7 +272,7 @@ class _Vectors:
         v_spread, v_both = float(cov[0, 0]), float(cov[0, 1])
         linear = 4 * spread * left * slope / n - 2 * v_both
         t = _quantile(spread, traced, n, confidence)
-        interval = _interval(spread, square, (v_spread, linear, noise), t)
+        interval = ratio_interval(spread, square, (v_spread, linear, noise), t)
         error = math.sqrt(4 * max(square, 0.0) * left * slope / n + noise)
         m = self.batch_size
         return {
@@ -299,26 +300,6 @@ def _quantile(spread: float, traced: float, n: int, confidence: float) -> float:
         return t
     dof = spread**2 / traced
     return max(t, float(stats.chi2.ppf(confidence, dof) - dof) / math.sqrt(2 * dof))
-
-
-def _interval(
-    spread: float, square: float, variance: tuple[float, float, float], t: float
-) -> tuple[float, float | None]:
-    """The r > 0 with (S - r G)^2 <= t^2 V(r), V(r) = v0 + v1 r + v2 r^2.
-
-    A negative G counts as 0: this keeps all r that it would keep, and those near
-    infinity, the closest there are to it.
-    """
-    v0, v1, v2 = variance
-    v1 = max(v1, -2 * math.sqrt(v0 * v2))  # V is a variance
-    square = max(square, 0.0)
-    # bend r^2 - 2 half r + at0 <= 0
-    bend, at0 = square**2 - t**2 * v2, spread**2 - t**2 * v0
-    half = spread * square + t**2 * v1 / 2
-    reach = half + math.sqrt(max(0.0, half**2 - bend * at0))
-    if reach <= 0:
-        return 0.0, None
-    return max(0.0, at0 / reach), reach / bend if bend > 0 else None
 
 
 def _of_samples(draw: _Draw, unit: Unit, run: Run) -> _Vectors:

@@ -364,7 +364,7 @@ def _check_finite(
     objective: Objective, given: list[Pair], batchnorm: str, most: int
 ) -> None:
     """Refuse rows with NaN or infinite values, where f is that because of them."""
-    wrong = [_not_finite(pair) for pair in given]
+    wrong = [not_finite(pair) for pair in given]
     rows = torch.cat(wrong).nonzero().flatten().tolist()
     if not rows:
         return
@@ -386,7 +386,7 @@ def _check_finite(
         )
 
 
-def _not_finite(pair: Pair) -> Tensor:
+def not_finite(pair: Pair) -> Tensor:
     """(N,) True where a row holds a value that is not finite."""
     found = torch.zeros(len(pair[1]), dtype=torch.bool, device=pair[1].device)
     for part in _tensors.leaves(pair):

@@ -71,6 +71,11 @@ class Objective:
         self._whole.predicted = predicted
 
     @property
+    def predicted(self) -> Callable[[Any], Any]:
+        """The same, of a return value."""
+        return self._whole.predicted
+
+    @property
     def loss_dtype(self) -> torch.dtype:
         """Type that the loss is computed in; the outputs' own unless it was widened."""
         return torch.float64 if self._whole.widens else self.theta.dtype

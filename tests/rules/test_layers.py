@@ -25,7 +25,7 @@ RANKS = [
     },
     {"report"},
     {"krylov", "optimize"},
-    {"risk"},
+    {"risk", "lab.ghost"},  # a layer of its own, whoever trains
     {"measures", "compat"},
     {
         *("tracking", "track_writers", "results"),
