@@ -204,6 +204,7 @@ class Result:
 
     def __init_subclass__(cls) -> None:
         Result.kinds[cls.__name__] = cls
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # or dataclass has its own
 
     @property
     def num_hvps(self) -> Any:
@@ -280,6 +281,9 @@ class Result:
             words += f"; {text}" if text not in words else ""
         return f"{', '.join(numbers)}   ({words.removeprefix('; ')})"
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_html_(self) -> str:
         return _html(self.readings(), self.notes)
 
@@ -320,6 +324,9 @@ class Results(list[_One]):
     def __str__(self) -> str:
         """A line for each, and one for each of the notes."""
         return "\n".join([*(each._line() for each in self), *_noted(self.notes)])
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         return _html(self.readings(), self.notes)

@@ -270,14 +270,19 @@ class ReadingComparison:
 
         Differences that are all the same have no spread for a t test: there it is the
         sign flips that show something, from six pairs on. Two pairs show nothing by any
-        test but one of their own likeness: there only the signs are told.
+        test but one of their own likeness: there only the signs are told. Bounds have no
+        order, however far apart: of them it is said what was found.
         """
+        return self._words.replace("second", "second found") if self.bound else self._words
+
+    @property
+    def _words(self) -> str:
         if self.num_pairs == 1:
             if self.beyond_error is False or self.first == self.second:
-                return "within the errors"
+                return "the same was found" if self.bound else "within the errors"
             side = "larger" if self.num_larger else "smaller"
             known = "" if self.beyond_error else " (no error known)"
-            return f"second {side}{known}"
+            return f"second {side}{', bounds have no order' if self.bound else known}"
         if self.num_pairs == 2 and 2 in (self.num_larger, self.num_smaller):
             side = "larger" if self.num_larger else "smaller"
             return f"second {side} in both pairs, too few to test"

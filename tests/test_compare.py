@@ -25,6 +25,7 @@ from sharpness._json import as_plain
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import networks
 from sharpness.record import SCHEMA, append_record
+from sharpness.report.tables import comparison_notes
 from sharpness.statistics import compare_readings
 
 MORE = """
@@ -460,6 +461,17 @@ def test_a_bound_keeps_its_sign_in_a_comparison():
     low = [{"phi": {"value": 2.0, "error": None, "bound": "≥"}}]
     (row,) = compare_readings(low, low, [None, None])
     assert (row.first_text, row.second_text) == ("≥ 2", "≥ 2")
+    assert row.verdict == "the same was found"
+
+
+@pytest.mark.parametrize("num", [1, 2, 6])
+def test_two_bounds_have_no_order(num):
+    """phi of 4 % more is what the same search found, not a sharper network."""
+    low, high = ([{"phi": {"value": v, "error": None, "bound": "≥"}}] for v in (2.0, 2.08))
+    (row,) = compare_readings(low * num, high * num, [None] * 2 * num)
+    said = {1: ", bounds have no order", 2: " in both pairs, too few to test"}
+    assert row.verdict == f"second found larger{said.get(num, ' in every pair')}"
+    assert any("true value may be" in n for n in comparison_notes([row], [None] * 2 * num))
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])

@@ -51,7 +51,7 @@ def test_every_result_shows_itself(name, tmp_path):
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert found._repr_html_().startswith("<table>")
     assert len(found.to_frame()) == len(found.readings())
-    assert str(found)
+    assert str(found) == repr(found)
 
 
 def test_a_figure_needs_no_pyplot():

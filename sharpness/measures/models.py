@@ -5,17 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
+import torch
 from torch import Tensor, nn
 
 from sharpness._results import Reading, Result, Status, number
 from sharpness.measures.summary import Keywords, Summary, summary
-from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.empirical import BatchNorm, EmpiricalRisk
 from sharpness.statistics import ReadingComparison, compare_readings, numbers_of
 
 if TYPE_CHECKING:
     from sharpness.report.figures import Figure
+
+
+class RiskKeywords(TypedDict, total=False):
+    """Of `EmpiricalRisk`, what may stand beside the measures' own."""
+
+    batchnorm: BatchNorm
+    params: str | Sequence[str] | None
+    num_samples: int | None
+    chunk_size: int | Literal["auto"]
+    device: str | torch.device | None
+    closure: Callable[[nn.Module, Any], Tensor] | None
+
+
+class ModelKeywords(Keywords, RiskKeywords, total=False):
+    """Of the measures and of the risk."""
+
+
+def _apart(
+    risk: Mapping[str, Any] | None, settings: ModelKeywords
+) -> tuple[dict[str, Any], Keywords]:
+    """Keywords of the risk, and those of the measures."""
+    names = RiskKeywords.__annotations__
+    of_risk = {name: value for name, value in settings.items() if name in names}
+    others = {name: value for name, value in settings.items() if name not in names}
+    return {**of_risk, **(risk or {})}, cast(Keywords, others)
 
 
 def measure_model(
@@ -27,7 +53,7 @@ def measure_model(
     risk: Mapping[str, Any] | None = None,
     progress: bool | None = None,
     on_estimate: Callable[[float], None] | None = None,
-    **settings: Unpack[Keywords],
+    **settings: Unpack[ModelKeywords],
 ) -> Summary:
     """Measure a network where it stands: `EmpiricalRisk` and `summary` in one call.
 
@@ -36,10 +62,11 @@ def measure_model(
         loss: `loss(outputs, targets)`, as in `EmpiricalRisk`.
         data: (inputs, targets), a list of batches or a loader, as there.
         measures: names or families; None means curvature and phi (see `summary`).
-        risk: keywords of `EmpiricalRisk`, such as `{"batchnorm": "batch"}`.
+        risk: more keywords of `EmpiricalRisk`, such as `{"engine": "compiled"}`.
         progress: show a bar with the expected time; by default on a terminal.
         on_estimate: called with the expected seconds before anything is measured.
-        **settings: of the measures, as in `summary`: `k`, `epsilon`, `seed`, ....
+        **settings: of the measures, as in `summary`: `k`, `epsilon`, `seed`, ...; of the
+            risk: `batchnorm`, `params`, `num_samples`, `chunk_size`, `device`, `closure`.
 
     Returns:
         `Summary`: `.table()`, `.plot()`, `.to_frame()`, `["lambda_max"]`.
@@ -49,8 +76,9 @@ def measure_model(
 
     Cost: that of `summary`.
     """
-    made = EmpiricalRisk(model, loss, data, **(risk or {}))
-    return summary(made, measures, progress=progress, on_estimate=on_estimate, **settings)
+    of_risk, others = _apart(risk, settings)
+    made = EmpiricalRisk(model, loss, data, **of_risk)
+    return summary(made, measures, progress=progress, on_estimate=on_estimate, **others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +116,7 @@ class ModelComparison(Result):
 
     def table(self) -> str:
         """Both values, their ratio and a verdict for every number, as text."""
-        from sharpness.report.tables import table_text
+        from sharpness.report.tables import BOUNDS, table_text
 
         columns = ("measure", "first", "second", "second / first", "verdict")
         cells = [
@@ -96,7 +124,8 @@ class ModelComparison(Result):
             for r in self.rows
         ]
         pair = "One pair: a difference beyond both errors, not a statistical test."
-        return table_text(columns, cells, *self.notes, pair)
+        bounds = [BOUNDS] if any(row.bound for row in self.rows) else []
+        return table_text(columns, cells, *self.notes, pair, *bounds)
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """The ratio of every number, on a logarithmic axis; a matplotlib figure.
@@ -118,7 +147,7 @@ def compare_models(
     *,
     risk: Mapping[str, Any] | None = None,
     progress: bool | None = None,
-    **settings: Unpack[Keywords],
+    **settings: Unpack[ModelKeywords],
 ) -> ModelComparison:
     """Measure two networks on the same data, with the same draws, side by side.
 
@@ -131,9 +160,9 @@ def compare_models(
         loss: `loss(outputs, targets)`, as in `EmpiricalRisk`.
         data: as there; a loader is run through once, for both.
         measures: names or families; None means curvature and phi (see `summary`).
-        risk: keywords of `EmpiricalRisk`, such as `{"batchnorm": "batch"}`.
+        risk: more keywords of `EmpiricalRisk`, as in `measure_model`.
         progress: show a bar with the expected time; by default on a terminal.
-        **settings: of the measures, as in `summary`.
+        **settings: of the measures and the risk, as in `measure_model`.
 
     Returns:
         `ModelComparison`: `.table()`, `.plot()`, `.first`, `.second`.
@@ -143,9 +172,10 @@ def compare_models(
 
     Cost: that of `summary`, twice.
     """
-    made = EmpiricalRisk(first, loss, data, **(risk or {}))
+    of_risk, others = _apart(risk, settings)
+    made = EmpiricalRisk(first, loss, data, **of_risk)
     risks = (made, made.with_model(second))
-    a, b = (summary(each, measures, progress=progress, **settings) for each in risks)
+    a, b = (summary(each, measures, progress=progress, **others) for each in risks)
     of_a, of_b = ([numbers_of(each.readings())] for each in (a, b))
     return ModelComparison(
         first=a,

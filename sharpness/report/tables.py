@@ -143,6 +143,12 @@ def loss_line(record: Mapping[str, Any]) -> str:
     return " · ".join(parts)
 
 
+BOUNDS = (
+    "≥: what a search found; the true value may be larger on either side, so two such "
+    "values alone do not say which network's is."
+)
+
+
 def comparison_title(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
 ) -> str:
@@ -194,6 +200,8 @@ def comparison_notes(
         )
     else:
         notes.append("One pair: a difference beyond both errors, not a statistical test.")
+    if any(row.bound for row in rows):
+        notes.append(BOUNDS)
     known = [gap for gap in gaps if gap is not None]
     if len(known) >= 4:
         notes.append(

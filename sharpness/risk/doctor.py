@@ -45,7 +45,7 @@ class CheckResult:
         return f"{self.status:<6} {self.check:<16} {self.text} {self.advice}".rstrip()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Checkup:
     """All findings about a risk."""
 
@@ -70,6 +70,9 @@ class Checkup:
         verdict = f"{len(self._failed) or 'none'} failed"
         head = f"{len(self.findings)} checks, {verdict} ({self.seconds:.1f} s)"
         return "\n".join([head, *(f"  {finding}" for finding in self.findings)])
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def _repr_html_(self) -> str:
         rows = [(f.check, str(f.status), f"{f.text} {f.advice}") for f in self.findings]
