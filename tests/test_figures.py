@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,9 +108,42 @@ def test_numbers_share_an_axis_only_with_their_own_kind():
     ]
     axes = figures.readings_plot(given).axes
     assert [labels(each) for each in axes] == [["b ≥", "a"], ["c"], ["d"]]
-    for each in axes:  # whole decades
-        for limit in each.get_xlim():
-            assert math.log10(limit) == pytest.approx(round(math.log10(limit)))
+    for limit in axes[0].get_xlim():  # whole decades
+        assert math.log10(limit) == pytest.approx(round(math.log10(limit)))
+
+
+def test_a_number_alone_is_a_bar_from_zero_with_its_value():
+    """A dot on an axis of its own would have nothing to be compared with."""
+    given = [
+        Reading(name="trace", value=20.75, error=0.5),
+        Reading(name="lowest", value=-2.0, axis="curvature"),
+        Reading(name="largest", value=3.0, axis="curvature"),
+    ]
+    for axes, value in zip(figures.readings_plot(given).axes, (20.75, -2.0), strict=True):
+        assert axes.patches[0].get_width() == value
+        assert min(axes.get_xlim()) <= 0 <= max(axes.get_xlim())
+        assert f"{value:g}" in [text.get_text() for text in axes.texts]
+
+
+def test_one_radius_is_bars_and_between_two_nothing_is_drawn():
+    risk = softmax_regression().risk()
+    (axes,) = sh.epsilon_sharpness(risk, 1e-2).plot().axes
+    assert [bar.get_width() > 0 for bar in axes.patches] == [True, True]
+    for radii, style in (([0.05, 0.1], "None"), ([0.05, 0.1, 0.2], "-")):
+        (axes,) = sh.worst_case_sharpness(risk, radii).plot().axes
+        lines = [container.lines[0] for container in axes.containers]
+        assert {line.get_linestyle() for line in lines} == {style}
+        assert {line.get_marker() for line in lines} == {"^"}  # lower bounds
+
+
+def test_a_comparison_shows_its_dots_whole():
+    rows = [
+        SimpleNamespace(name=n, ratios=(r,), ratio=r) for n, r in (("a", 0.6), ("b", 3))
+    ]
+    (axes,) = figures.comparison_plot(rows, ("x", "y")).axes
+    low, high = axes.get_ylim()
+    assert low <= -0.5
+    assert high >= len(rows) - 0.5
 
 
 def test_of_very_many_bars_some_are_named():

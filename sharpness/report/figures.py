@@ -9,16 +9,32 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib import figure as _figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 _LOSS, _ACCURACY = "#1f4e9c", "#b3261e"
 _WIDTH, _ROW = 7.2, 0.28  # inches
 _MOST_LABELS = 40  # of rows; beyond, only every so many has its name
+_MOST_VALUES = 10  # bars that have their values beside them
+
+
+class _Plain(LogFormatter):
+    """`0.7` rather than 7 x 10^-1; in between only where there are few decades."""
+
+    def _num_to_string(self, value: float, *_: float) -> str:
+        return f"{value:g}"
+
+
+def _logarithmic(axes: Axes, *names: Literal["x", "y"]) -> None:
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_formatter(_Plain())
+        axis.set_minor_formatter(_Plain(minor_thresholds=(1.5, 0.5)))
 
 
 class Figure(_figure.Figure):
@@ -86,7 +102,10 @@ def density_plot(
 
 
 def readings_plot(readings: Sequence[Any], path: str | Path | None = None) -> Figure:
-    """A dot for each positive number, with its error; an axis for each kind of number.
+    """Numbers with their errors; an axis for each kind of number.
+
+    Several positive ones on one axis are dots on a logarithmic scale. One alone is a bar
+    from zero with its value beside it: a dot would have nothing to be compared with.
 
     Args:
         readings: each with `.name`, `.value`, `.error`, `.bound`, `.unit` and `.axis`:
@@ -95,18 +114,33 @@ def readings_plot(readings: Sequence[Any], path: str | Path | None = None) -> Fi
     """
     axes_of: dict[str, list[Any]] = {}
     for reading in readings:
-        if math.isfinite(reading.value) and reading.value > 0:
+        if math.isfinite(reading.value):
             axes_of.setdefault(reading.axis or reading.name, []).append(reading)
     rows = [len(shown) for shown in axes_of.values()]
     if not rows:
-        axes_of, rows = {"no positive number": []}, [1]
+        axes_of, rows = {"no number": []}, [1]
     figure = Figure(0.3 + sum(0.55 + _ROW * num for num in rows))
     ratios = {"height_ratios": [1.2 + num for num in rows]}
     panels = figure.subplots(len(rows), squeeze=False, gridspec_kw=ratios)[:, 0]
     for axes, (label, shown) in zip(panels, axes_of.items(), strict=True):
-        _dots(axes, shown)
+        in_dots = len(shown) != 1 and all(r.value > 0 for r in shown)
+        (_dots if in_dots else _from_zero)(axes, shown)
         axes.set_xlabel("" if [r.name for r in shown] == [label] else label, fontsize=8)
     return figure.written(path)
+
+
+def _label(reading: Any) -> str:
+    return " ".join(filter(None, (reading.name, reading.bound, reading.unit)))
+
+
+def _from_zero(axes: Axes, readings: Sequence[Any]) -> None:
+    errors = [_known(reading.error) for reading in readings]
+    _bars(axes, list(map(_label, readings)), [r.value for r in readings], errors)
+    axes.tick_params(axis="x", labelsize=8)
+
+
+def _known(error: float | None) -> float:
+    return error if error and math.isfinite(error) else 0.0
 
 
 _MARKS = {"≥": ">", "≤": "<", "": "o"}  # a triangle points to where the true value lies
@@ -114,7 +148,7 @@ _MARKS = {"≥": ">", "≤": "<", "": "o"}  # a triangle points to where the tru
 
 def _dots(axes: Axes, readings: Sequence[Any]) -> None:
     for i, reading in enumerate(reversed(readings)):
-        error = reading.error if reading.error and math.isfinite(reading.error) else 0.0
+        error = _known(reading.error)
         axes.errorbar(
             reading.value,
             i,
@@ -123,10 +157,10 @@ def _dots(axes: Axes, readings: Sequence[Any]) -> None:
             color=_LOSS,
             markersize=5,
         )
-    labels = [" ".join(filter(None, (r.name, r.bound, r.unit))) for r in readings]
+    labels = list(map(_label, readings))
     axes.set_yticks(range(len(labels)), labels[::-1])
     axes.set_ylim(-0.6, max(1, len(labels)) - 0.4)
-    axes.set_xscale("log")
+    _logarithmic(axes, "x")
     if readings:  # whole decades, so that a tick is never without a round number
         low, high = (math.log10(limit) for limit in axes.get_xlim())
         axes.set_xlim(10 ** math.floor(low), 10 ** math.ceil(high))
@@ -152,15 +186,28 @@ def bars_plot(
         path: where the PNG goes, if anywhere.
         label: what the values are, with the unit.
     """
-    figure = Figure(0.9 + min(_MOST_LABELS, max(3, len(names))) * _ROW)
-    axes, places = figure.add_subplot(), range(len(names))
-    axes.barh(places, values, xerr=errors, color=_LOSS, ecolor="0.3", height=0.7)
-    step = -(-len(names) // _MOST_LABELS) or 1
-    axes.set_yticks(places[::step], names[::step], fontsize=8)
-    axes.invert_yaxis()
-    axes.axvline(0.0, color="0.6", linewidth=0.8)
+    figure = Figure(0.9 + min(_MOST_LABELS, max(1, len(names))) * _ROW)
+    axes = figure.add_subplot()
+    _bars(axes, names, values, errors)
     axes.set_xlabel(label)
     return figure.written(path)
+
+
+def _bars(
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    errors: Sequence[float] | None,
+) -> None:
+    places = range(len(names))
+    bars = axes.barh(places, values, xerr=errors, color=_LOSS, ecolor="0.3", height=0.6)
+    if len(names) <= _MOST_VALUES:
+        axes.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
+        axes.margins(x=0.12)
+    step = -(-len(names) // _MOST_LABELS) or 1
+    axes.set_yticks(places[::step], names[::step], fontsize=8)
+    axes.set_ylim(max(1, len(names)) - 0.4, -0.6)
+    axes.axvline(0.0, color="0.6", linewidth=0.8)
 
 
 def points_plot(
@@ -172,20 +219,28 @@ def points_plot(
 ) -> Figure:
     """Numbers against one that was chosen, such as phi against epsilon.
 
+    A line is drawn through three or more: between two, nothing was measured. Where one was
+    chosen they are bars from zero. Triangles are lower bounds.
+
     Args:
         x: (m,) what was chosen.
         curves: name, values (m,) and errors (m,), NaN where there is none, of each.
         path: where the PNG goes, if anywhere.
         labels: of both axes, with units. Both are logarithmic where all is positive.
     """
+    if len(x) == 1:
+        names, values = [name for name, _, _ in curves], [y[0] for _, y, _ in curves]
+        known = [_known(errors[0]) for _, _, errors in curves]
+        label = f"{labels[1]}, at {labels[0]} = {x[0]:g}"
+        return bars_plot(names, values, known, path, label=label)
     figure = Figure(3.6)
     axes = figure.add_subplot()
     for colour, (name, y, errors) in zip((_LOSS, _ACCURACY), curves, strict=False):
-        axes.errorbar(x, y, yerr=errors, fmt="o-", color=colour, label=name, capsize=2)
+        fmt = ("^" if "≥" in name else "o") + ("-" if len(x) > 2 else "")
+        axes.errorbar(x, y, yerr=errors, fmt=fmt, color=colour, label=name, capsize=2)
     shown = [v for _, y, _ in curves for v in y if math.isfinite(v)]
     if shown and min(shown) > 0:
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        _logarithmic(axes, "x", "y")
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
     if curves:
@@ -226,16 +281,24 @@ def way_plot(
 def comparison_plot(
     rows: Sequence[Any], names: tuple[str, str], path: str | Path | None = None
 ) -> Figure:
-    """For each measure the ratio of every pair, second over first."""
+    """For each measure the ratio of every pair, second over first.
+
+    Args:
+        rows: each with `.name`, `.ratios` and `.ratio`; without ratios it is left out.
+        names: of both sides.
+        path: where the PNG goes, if anywhere.
+    """
     shown = [row for row in rows if row.ratios][::-1]
-    figure = Figure(0.9 + _ROW * max(4, len(shown)))
+    figure = Figure(1.1 + _ROW * max(1, len(shown)))
     axes = figure.add_subplot()
     for i, row in enumerate(shown):
         axes.plot(row.ratios, [i] * len(row.ratios), "o", color=_LOSS, alpha=0.45)
         axes.plot([row.ratio], [i], "|", color=_ACCURACY, markersize=14, markeredgewidth=2)
     axes.axvline(1.0, color="0.6", linewidth=1, zorder=0)
     axes.set_yticks(range(len(shown)), [row.name for row in shown])
-    axes.set_xscale("log")
+    axes.set_ylim(-0.6, max(1, len(shown)) - 0.4)
+    _logarithmic(axes, "x")
+    axes.margins(x=0.08)
     axes.grid(axis="x", color="0.9")
     axes.set_title(f"first: {names[0]}\nsecond: {names[1]}", fontsize=8, loc="left")
     axes.set_xlabel("second / first: dots are pairs, bars geometric means")
