@@ -146,7 +146,7 @@ def _read(
 ) -> Iterator[Batch]:
     """Batches on `device`, until `most` samples are there; only pairs are cut for it."""
     move, left = partial(_moved, device=device), math.inf if most is None else most
-    for given in _within(data, device):
+    for given in _within(_begun(data, most) if pairs else data, device):
         batch = _tensors.mapped(move, given)
         if pairs:
             batch = _checked_pair(as_pair(batch))
@@ -158,6 +158,16 @@ def _read(
         left -= num
         if left <= 0:
             return
+
+
+def _begun(data: Iterable[Batch], most: int | None) -> Iterator[Batch]:
+    """Batches with no more rows than are wanted: what is left on disk is not read."""
+
+    def first(part: Any) -> Any:
+        return part[:most] if isinstance(part, np.ndarray) and part.ndim else part
+
+    for batch in data:
+        yield batch if most is None else _tensors.mapped(first, batch)
 
 
 def _within(data: Iterable[Batch], device: torch.device) -> Iterator[Batch]:

@@ -1,15 +1,20 @@
-"""Data in files: arrays (.npz), tables (.csv, .parquet) and folders of `datasets`."""
+"""Data in files: arrays (.npz, .npy), tables (.csv, .parquet) and folders of `datasets`."""
 
 from __future__ import annotations
 
+import shutil
+import struct
+import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,6 +23,7 @@ from sharpness.risk import memory
 
 Part = tuple[Tensor, Tensor]  # inputs (N, ...), targets (N, ...)
 _ROWS_AT_ONCE = 4096  # of a table
+_ROWS_COPIED = 65536  # at once
 _SAMPLES_AT_ONCE = 256  # of a data set on disk
 _TABLES = (".csv", ".parquet")
 _TARGETS = ("y", "label", "labels", "target", "targets", "class")
@@ -31,7 +37,8 @@ _WRITE = "Write it with `numpy.savez`."
 def is_file(source: object) -> bool:
     """Whether it names a file of data, or a folder of `datasets`, that is there."""
     path = _path(source)
-    return path.suffix in (".npz", *_TABLES) or (path / "dataset_info.json").is_file()
+    folder = (path / "dataset_info.json").is_file() or _holds_arrays(path)
+    return folder or path.suffix in (".npz", *_TABLES)
 
 
 def read(source: str | Path) -> Iterable[Any]:
@@ -39,10 +46,10 @@ def read(source: str | Path) -> Iterable[Any]:
 
     Args:
         source: `.npz` with x and y (the training part, where there are two); `.csv` or
-            `.parquet`, whose columns but one are the inputs; or a folder that
-            `datasets.Dataset.save_to_disk` wrote. `table.csv?target=price` names the
-            column of the targets; else it is called y, label, labels, target, targets or
-            class, or is the last.
+            `.parquet`, whose columns but one are the inputs; a folder with x.npy and
+            y.npy, or one that `datasets.Dataset.save_to_disk` wrote.
+            `table.csv?target=price` names the column of the targets; else it is called y,
+            label, labels, target, targets or class, or is the last.
 
     Raises:
         FileNotFoundError: no such file.
@@ -50,12 +57,39 @@ def read(source: str | Path) -> Iterable[Any]:
         ModuleNotFoundError: pandas, pyarrow or datasets is needed and not installed.
     """
     path = _path(source)
-    if path.suffix == ".npz":
-        return [read_npz(path)["train"]]
+    if path.suffix == ".npz" or _holds_arrays(path):
+        return [mapped(path)]
     if path.suffix in _TABLES:
         return _rows(path, target_of(source))
     stored = package("datasets", "'sharpness[files]'").load_from_disk(str(path))
     return DataLoader(stored.with_format("torch"), batch_size=_SAMPLES_AT_ONCE)
+
+
+def mapped(source: str | Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Inputs and targets that stay on disk: rows are read as they are asked for.
+
+    Data of any size for whatever takes a pair of arrays, in the memory of the rows that
+    are looked at.
+
+    Args:
+        source: a folder with x.npy and y.npy; or an `.npz`, `.csv` or `.parquet` file as
+            in `read`. A compressed `.npz` and a table are copied once, a part at a time,
+            to a temporary file (see `TMPDIR`) that goes with the arrays.
+
+    Returns:
+        Arrays (N, ...) that are not to be written to, with the values as they are; of a
+        table inputs (N, d), in single precision where that holds every column.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: as `read`, but for the memory.
+    """
+    path = _path(source)
+    if path.suffix in _TABLES:
+        return _copied(path, target_of(source))
+    if _holds_arrays(path):
+        arrays = {name: _npy(path / f"{name}.npy") for name in ("x", "y")}
+        return _paired(path, arrays, set(arrays))["train"]
+    return _paired(path, *_arrays(path, _left_on_disk))["train"]
 
 
 def notes(source: str | Path) -> list[str]:
@@ -81,9 +115,36 @@ def _path(source: object) -> Path:
     return Path(str(source).partition("?target=")[0]).expanduser()
 
 
-def _rows(path: Path, target: str) -> Iterator[tuple[Any, Any]]:
-    """Inputs (n, d) in double precision and targets, (n,) of integers or (n, 1)."""
-    for frame in _frames(path, _ROWS_AT_ONCE):
+def _holds_arrays(path: Path) -> bool:
+    return all((path / f"{name}.npy").is_file() for name in ("x", "y"))
+
+
+def _copied(path: Path, target: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A table in temporary files; targets of whole numbers throughout are labels."""
+    with tempfile.TemporaryFile() as inputs, tempfile.TemporaryFile() as targets:
+        num, labels = 0, []  # the rows of the parts whose targets look like labels
+        for x, y in _rows(path, target, _ROWS_COPIED):
+            inputs.write(x.tobytes())
+            whole = y.dtype.kind == "i"
+            targets.write(y.astype(np.int64 if whole else np.float64).tobytes())
+            labels += [slice(num, num + len(y))] * whole
+            num += len(y)
+        ensure(num > 0, path, "hold inputs and targets", "no rows")
+        mapped_inputs = np.memmap(inputs, x.dtype, "r", shape=(num, x.shape[1]))
+        if sum(part.stop - part.start for part in labels) == num:
+            return mapped_inputs, np.memmap(targets, np.int64, "r", shape=(num,))
+        values = np.memmap(targets, np.float64, "r+", shape=(num, 1))
+        for part in labels:
+            values[part] = values[part].view(np.int64)
+        values.flags.writeable = False
+        return mapped_inputs, values
+
+
+def _rows(
+    path: Path, target: str, rows: int = _ROWS_AT_ONCE
+) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Inputs (n, d) of one floating-point type and targets, (n,) of integers or (n, 1)."""
+    for frame in filter(len, _frames(path, rows)):
         y, inputs = np.asarray(frame[target]), frame.drop(columns=target)
         words = [str(k) for k, kind in inputs.dtypes.items() if kind.kind not in "biuf"]
         got = f"words in {', '.join(words[:3])}"
@@ -96,7 +157,10 @@ def _rows(path: Path, target: str) -> Iterator[tuple[Any, Any]]:
             "Number the classes from 0.",
         )
         labels = y.astype(np.int64) if y.dtype.kind in "biu" else y[:, None]
-        yield inputs.to_numpy(dtype=np.float64), labels
+        # A part of a CSV file may look like whole numbers, and the next one not.
+        least = np.float64 if path.suffix == ".csv" else np.float32
+        kind = np.result_type(least, *inputs.dtypes)
+        yield inputs.to_numpy(dtype=kind), labels
 
 
 def _frames(path: Path, rows: int) -> Iterator[Any]:
@@ -144,7 +208,13 @@ def read_npz(path: str | Path) -> dict[str, Part]:
             or not of numbers.
         FileNotFoundError: no such file.
     """
-    arrays, names = _arrays(path)
+    return _paired(path, *_arrays(path, _in_memory))
+
+
+def _paired(
+    path: str | Path, arrays: dict[str, Any], names: set[str]
+) -> dict[str, tuple[Any, Any]]:
+    """Inputs and targets by split; `names` are those of all arrays that are there."""
     found = {
         split: [pair for pair in spellings if names & set(pair)]
         for split, spellings in _SPELLINGS.items()
@@ -160,11 +230,14 @@ def read_npz(path: str | Path) -> dict[str, Part]:
         even = x.ndim > 0 and x.shape[:1] == y.shape[:1]
         contract = "hold as many inputs as targets, and at least one"
         got = f"shapes {tuple(x.shape)} and {tuple(y.shape)}"
-        ensure(even and x.numel() > 0 < y.numel(), path, contract, got, _WRITE)
+        some = 0 not in (*x.shape, *y.shape)
+        ensure(even and some, path, contract, got, _WRITE)
     return parts
 
 
-def _arrays(path: str | Path) -> tuple[dict[str, Tensor], set[str]]:
+def _arrays(
+    path: str | Path, taken: Callable[[zipfile.ZipFile, str], Any]
+) -> tuple[dict[str, Any], set[str]]:
     """The arrays that `_SPELLINGS` knows, and the names of all."""
     place = Path(path).expanduser()
     if not place.is_file():
@@ -173,16 +246,63 @@ def _arrays(path: str | Path) -> tuple[dict[str, Tensor], set[str]]:
         )
     ours = {name for pairs in _SPELLINGS.values() for pair in pairs for name in pair}
     arrays, names, problem = {}, set(), ""
-    with suppress(zipfile.BadZipFile), zipfile.ZipFile(place) as archive:
-        check_fits(path, sum(part.file_size for part in archive.infolist()))
+    if taken is _in_memory:
+        with suppress(zipfile.BadZipFile), zipfile.ZipFile(place) as archive:
+            check_fits(path, sum(part.file_size for part in archive.infolist()))
     try:
-        with place.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            names = set(file.files)
-            arrays = {name: torch.from_numpy(file[name]) for name in ours & names}
+        with zipfile.ZipFile(place) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            arrays = {name: taken(archive, f"{name}.npy") for name in ours & names}
     except Exception as error:  # damaged archives raise half a dozen kinds
         problem = f"{place.stat().st_size} bytes that are none ({type(error).__name__})"
-    if any(array.is_complex() for array in arrays.values()):
+    if any("complex" in str(array.dtype) for array in arrays.values()):
         problem = "complex ones"
     contract = "be an .npz file with plain arrays of real numbers"
     ensure(not problem, path, contract, problem, _WRITE)
     return arrays, names
+
+
+def _in_memory(archive: zipfile.ZipFile, name: str) -> Tensor:
+    with archive.open(name) as member:
+        return torch.from_numpy(npy.read_array(member, allow_pickle=False))
+
+
+def _left_on_disk(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """An array where it lies in the archive; a compressed one in a temporary file."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        with archive.open(name) as packed, tempfile.TemporaryFile() as file:
+            shutil.copyfileobj(packed, file)
+            return _at(file, 0)
+    with open(str(archive.filename), "rb") as file:
+        # The local header's own length: its name and extra field may be other ones.
+        file.seek(member.header_offset + 26)
+        return _at(
+            file, member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        )
+
+
+def _npy(path: Path) -> NDArray[Any]:
+    try:
+        with path.open("rb") as file:
+            return _at(file, 0)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{path}` must be an .npy file with a plain array of numbers; got "
+            f"{path.stat().st_size} bytes that are none. Write it with `numpy.save`."
+        ) from error
+
+
+def _at(file: IO[bytes], start: int) -> NDArray[Any]:
+    """The array that begins there in NumPy's format, on disk."""
+    file.seek(start)
+    version = npy.read_magic(file)
+    header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, by_columns, kind = header(file)
+    if kind.kind not in "biufc":
+        error = ValueError if kind.hasobject else TypeError
+        raise error(f"no numbers: {kind}")
+    if 0 in shape:
+        return np.empty(shape, kind)
+    order: Literal["C", "F"] = "F" if by_columns else "C"
+    return np.memmap(file, kind, "r", file.tell(), shape, order)
