@@ -141,6 +141,10 @@ def closure_risk(closure, *data, model=MODEL):
     return EmpiricalRisk(model, closure=closure, data=list(data))
 
 
+def summed(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
 class SparseFirst(nn.Module):
     def __init__(self):
         super().__init__()
@@ -209,7 +213,31 @@ ACCEPTED = {
     "workers": lambda: risk_of(DataLoader(Samples(), batch_size=9, num_workers=2)),
     "stream of workers": lambda: risk_of(DataLoader(Stream(), 9, num_workers=2)),
 }
+TWO = nn.Sequential(MODEL, nn.LogSoftmax(1))
+ACCEPTED |= {
+    "sum": lambda: risk_of(loss=nn.CrossEntropyLoss(reduction="sum")),
+    "a function that sums": lambda: risk_of(
+        loss=lambda o, y: F.cross_entropy(o, y, reduction="sum")
+    ),
+    "a closure that sums": lambda: closure_risk(summed, (X, Y)),
+    "a closure that sums over batches": lambda: closure_risk(
+        summed, (X[:9], Y[:9]), (X[9:], Y[9:])
+    ),
+    "log-probabilities": lambda: risk_of(loss="nll", model=TWO),
+    "log-probabilities as scores": lambda: risk_of(model=TWO),
+    "targets first in a squared error": lambda: closure_risk(
+        lambda m, b: (
+            F.cross_entropy(m(b[0]), b[1]) + F.mse_loss(b[0], m[0](b[0])[:, :3]) * 0
+        ),
+        (X, Y),
+    ),
+}
 SAID = {
+    **dict.fromkeys(("sum", "a function that sums"), "the loss adds up .* over 40"),
+    **dict.fromkeys(
+        ("a closure that sums", "a closure that sums over batches"),
+        "the closure adds up .* over 40",
+    ),
     "float64 arrays": "converted to float32",
     "float64 tensors": "converted to float32",
     "logits": "`logits` are its outputs",
@@ -293,6 +321,83 @@ def test_the_notes_of_a_risk_stand_beside_each_number(tmp_path):
     for text in (str(everything), everything.table(), everything._repr_html_()):
         assert text.count(note) == 1
     assert "note" not in str(sh.norms(risk_of()))
+
+
+NOTED = {
+    "scores for log-probabilities": (lambda: risk_of(loss=nn.NLLLoss()), "LogSoftmax"),
+    "the same in a closure": (
+        lambda: closure_risk(lambda m, b: F.nll_loss(m(b[0]), b[1]), (X, Y)),
+        "do not look like log-probabilities",
+    ),
+    "probabilities for scores": (
+        lambda: risk_of(model=nn.Sequential(MODEL, nn.Softmax(1))),
+        "look like probabilities",
+    ),
+    "probabilities for their logarithms": (
+        lambda: risk_of((X, X.softmax(1)), "kl_div", nn.Sequential(ONE, nn.Sigmoid())),
+        "log-probabilities.*kl_div",
+    ),
+    "a constant closure": (
+        lambda: closure_risk(lambda m, b: b.square().mean(), X),
+        "no gradient reaches the parameters",
+    ),
+    "a closure of another model": (
+        lambda: closure_risk(lambda m, b: ONE(b).square().mean(), X),
+        "no gradient reaches the parameters",
+    ),
+    "a loss without a gradient": (
+        lambda: risk_of(loss=lambda o, y: (o.argmax(1) != y).double().mean()),
+        "no gradient reaches the parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+@pytest.mark.filterwarnings("ignore:reduction")
+def test_what_may_not_be_meant_is_noted_beside_the_number(name):
+    call, expected = NOTED[name]
+    risk = call()
+    (note,) = risk.notes
+    assert re.search(expected, note)
+    assert note in str(sh.norms(risk))
+
+
+def masked(model, batch):
+    x, kept = batch
+    return (model(x).square().sum(1) * kept).sum() / kept.sum()
+
+
+KEPT = (torch.arange(40) % 5 > 0).float()
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [(X[:20], KEPT[:20]), (X[20:], (torch.arange(20) > 9).float())],
+        [(X[:20], torch.ones(20)), (X[20:], torch.full((20,), 2.0))],
+        [(X[:20], torch.ones(20)), (X[20:], torch.cat([torch.ones(19), torch.zeros(1)]))],
+    ],
+    ids=["rows", "batches", "one row"],
+)
+def test_a_closure_that_is_no_mean_is_noted_wherever_that_shows(batches):
+    risk = closure_risk(masked, *batches)
+    assert "2 batches as given" in " ".join(risk.notes)
+    weighed = EmpiricalRisk(
+        MODEL, closure=masked, data=batches, terms=lambda b: float(b[1].sum())
+    )
+    assert not weighed.notes
+    whole = tuple(map(torch.cat, zip(*batches, strict=True)))
+    assert weighed.value() == pytest.approx(closure_risk(masked, whole).value(), rel=1e-6)
+
+
+def test_a_closure_that_sums_may_have_terms():
+    risk = EmpiricalRisk(
+        MODEL,
+        closure=summed,
+        data=[(X[:9], Y[:9]), (X[9:], Y[9:])],
+        terms=lambda b: 2.0 * len(b[1]),
+    )
+    assert risk.value() == pytest.approx(EXPECTED / 2, rel=1e-6)
 
 
 # -- one line ----------------------------------------------------------------------------
@@ -405,6 +510,29 @@ REFUSED = {
         "CTCLoss, which takes.*closure=lambda",
     ),
     "a function of one": (lambda: risk_of(loss=lambda z: z.sum()), r"takes \(z\)"),
+    "swapped arguments": (
+        lambda: risk_of(loss=lambda y, o: F.cross_entropy(o, y)),
+        "`loss` must give cross_entropy the outputs first.*Swap",
+    ),
+    "swapped values": (
+        lambda: risk_of(
+            (X, Y[:, None] % 2.0),
+            lambda y, o: F.binary_cross_entropy_with_logits(o, y),
+            ONE,
+        ),
+        "the outputs first.*Swap",
+    ),
+    "swapped in a closure": (
+        lambda: closure_risk(lambda m, b: F.cross_entropy(b[1], m(b[0])), (X, Y)),
+        "`closure` must give cross_entropy the outputs first.*Swap",
+    ),
+    "one column": (lambda: risk_of((X, 0 * Y), model=ONE), "one column.*bce_with_logits"),
+    "one column in a closure": (
+        lambda: closure_risk(
+            lambda m, b: F.cross_entropy(m(b), 0 * Y[: len(b)]), X, model=ONE
+        ),
+        "`closure` must give.*one column",
+    ),
     "lone tensor": (lambda: risk_of(X), "Tensor .*alone"),
     "lone array": (lambda: risk_of(X.numpy()), "ndarray .*alone"),
     "lone frame": (lambda: risk_of(frame()), "DataFrame .*alone"),
@@ -445,6 +573,8 @@ REFUSED = {
 }
 CAUSED = {
     "a loss of three",
+    "swapped arguments",
+    "swapped in a closure",
     "float labels",
     "narrow inputs",
     "bytes",

@@ -1029,7 +1029,7 @@ WRONG_CALLS = {
     "data of one tensor": (
         lambda: risk_of(data=X),
         TypeError,
-        "pairs .*; got a batch of type Tensor",
+        "pairs .*; got Tensor .*alone",
     ),
     "three in a batch": (
         lambda: risk_of(data=[(X, Y, Y)]),
@@ -1039,12 +1039,12 @@ WRONG_CALLS = {
     "dict batch": (
         lambda: risk_of(data=[{"x": X, "y": Y}]),
         TypeError,
-        "got a batch of type dict.*`closure=`",
+        "got a dict of x, y.*`closure=",
     ),
     "targets in a list": (
         lambda: risk_of(data=(X, [0] * 6)),
         TypeError,
-        "got a batch of type Tensor",
+        "got 'targets' of type list",
     ),
     "uneven pair": (
         lambda: risk_of(data=(X, Y[:5])),

@@ -16,12 +16,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from sharpness import _tensors
 from sharpness._results import NondeterministicRiskError
@@ -126,30 +126,104 @@ def length(batch: Any, dim: int) -> int:
     return sizes.most_common(1)[0][0]
 
 
-def closure_dim(objective: Objective, batch: Any, count: Count | None) -> int | None:
-    """The dimension along which a closure was seen to be a mean, 0 or 1; else None.
+def some_rows(batch: Any, dim: int = 0) -> Any:
+    """A few samples of a closure's batch, from all over it."""
+    total = length(batch, dim)
+    spread = _spread(total, min(total // 2 * 2, FEW) or total)
+    return _cut(batch, total, spread, dim, lists=True)
 
-    Cost: the closure twice on 16 rows for each.
+
+def closure_terms(
+    objective: Objective, given: Sequence[Any], count: Count | None
+) -> tuple[str, int] | None:
+    """Whether a closure was seen to be a "mean" or a "sum", and over which dimension.
+
+    On some rows first, then, where f depends on it, on all data: each batch beside its
+    halves, and two halves of neighbours, where they can be joined, beside each of them.
+
+    Cost: the closure on 16 rows, six times; three times on all data.
     """
-    leaves = objective.leaves(objective.theta)
-    for dim in (0, 1):
-        try:
-            total = length(batch, dim)
-            if total < 2:
-                return 0
-            spread = _spread(total, min(total // 2 * 2, FEW))
-            few, total = _cut(batch, total, spread, dim, lists=True), len(spread)
-            parts = [few, *(_cut(few, total, i, dim, lists=True) for i in _halves(total))]
-            weights = [float(count(p) if count else length(p, dim)) for p in parts]
-            if not weights[0]:
-                return 0
-            values = [objective.reduced(leaves, p).detach() for p in parts]
-        except Exception:
-            continue
-        whole, *shares = (w * v for w, v in zip(weights, values, strict=True) if w)
-        if _near([torch.stack(shares).sum()], [whole], objective.eps):
-            return dim
+    few = [max(given, key=num_rows)]
+    seen = [_closure_kinds(objective, few, count, dim, few=True) for dim in (0, 1)]
+    for reduction, dim in product(("mean", "sum"), (0, 1)):
+        as_given = len(given) == 1 and reduction == "mean"
+        if reduction in seen[dim] and (
+            as_given or reduction in _closure_kinds(objective, given, count, dim)
+        ):
+            return reduction, dim
     return None
+
+
+def _closure_kinds(
+    objective: Objective,
+    given: Sequence[Any],
+    count: Count | None,
+    dim: int,
+    *,
+    few: bool = False,
+) -> frozenset[str]:
+    """Which of "mean" and "sum" a closure was seen to be; both where nothing is cut."""
+    leaves = objective.leaves(objective.theta)
+
+    def weighed(batch: Any) -> tuple[Any, float, Tensor | None]:
+        weight = float(count(batch) if count else length(batch, dim))
+        return batch, weight, objective.reduced(leaves, batch).detach() if weight else None
+
+    found, last = _BOTH, None
+    try:
+        for batch in given:
+            batch = some_rows(batch, dim) if few else batch
+            total = length(batch, dim)
+            cut = _halves(total) if total > 1 else [torch.arange(total)]
+            parts = [weighed(_cut(batch, total, i, dim, lists=True)) for i in cut]
+            if total > 1:
+                found &= _sums(weighed(batch), parts, objective.eps)
+            if last and (both := _beside(last[0], parts[0][0], dim)) is not None:
+                found &= _sums(weighed(both), [last, parts[0]], objective.eps)
+            last = parts[-1]
+            if not found:
+                break
+    except Exception:
+        return frozenset()
+    return found
+
+
+def _sums(whole: Any, parts: Sequence[Any], eps: float) -> frozenset[str]:
+    """Which of "mean" and "sum" (weight, value) of a batch is of those of its parts."""
+    counted = [(weight, value) for _, weight, value in parts if weight]
+    _, of, value = whole
+    if not math.isclose(of, sum(weight for weight, _ in counted), rel_tol=1e-6):
+        return frozenset()
+    if not counted:
+        return _BOTH
+    mean = torch.stack([w * v for w, v in counted]).sum()
+    total = torch.stack([v for _, v in counted]).sum()
+    adds_up = {
+        "mean": _near([mean], [of * value], eps),
+        "sum": _near([total], [value], eps),
+    }
+    return frozenset(kind for kind, holds in adds_up.items() if holds)
+
+
+def _beside(first: Any, second: Any, dim: int) -> Any:
+    """Two batches as one; None where they cannot be joined."""
+    (a, structure), (b, other) = tree_flatten(first), tree_flatten(second)
+    sizes = length(first, dim), length(second, dim)
+    if structure != other or not all(isinstance(part, Tensor) for part in (*a, *b)):
+        return None
+    joined = []
+    for x, y in zip(a, b, strict=True):
+        of_rows = [
+            z.shape[dim : dim + 1] == (n,) for z, n in zip((x, y), sizes, strict=True)
+        ]
+        try:
+            same = not any(of_rows) and torch.equal(x, y)
+            joined.append(x if same else torch.cat([x, y], dim))
+        except (RuntimeError, IndexError):  # of other shapes
+            return None
+        if not (same or all(of_rows)):
+            return None
+    return tree_unflatten(joined, structure)
 
 
 def _are_apart(objective: Objective, inputs: Any, dim: int) -> bool:
@@ -289,7 +363,7 @@ def broadcast(objective: Objective, outputs: Any, targets: Tensor) -> list[Tenso
 
     (N, 1) beside (N,) makes N x N, which nobody means who has not written it out.
     """
-    leaves, (outputs, _) = objective.pieces(objective.theta), _moving(outputs)
+    leaves, (outputs, _) = objective.pieces(objective.theta), moving(outputs)
     stretched: list[Tensor] = []
     with torch.enable_grad(), Calls(lambda *call: stretched.extend(_stretched(*call))):
         objective.loss_of(leaves, (None, targets), outputs)
@@ -316,7 +390,7 @@ def _responses(
     objective: Objective, outputs: Any, targets: Tensor, along: Sequence[Tensor]
 ) -> Responses:
     """The loss, its gradient by the outputs, and its curvature along some direction."""
-    outputs, at = _moving(outputs)
+    outputs, at = moving(outputs)
     leaves = objective.pieces(objective.theta)
     with torch.enable_grad():
         value = objective.loss_of(leaves, (None, targets), outputs).sum()
@@ -432,7 +506,7 @@ def _moves(part: Any) -> bool:
     return isinstance(part, Tensor) and part.is_floating_point()
 
 
-def _moving(outputs: Any) -> tuple[Any, list[Tensor]]:
+def moving(outputs: Any) -> tuple[Any, list[Tensor]]:
     """Outputs to differentiate by, and those of them that are real numbers."""
 
     def moving(z: Any) -> Any:

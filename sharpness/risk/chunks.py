@@ -85,6 +85,15 @@ class ChunkedMean:
     @property
     def notes(self) -> list[str]:
         """What a reader should know of how f is defined."""
+        return [*self._of_a_sum(), *self._of_batches()]
+
+    def _of_a_sum(self) -> Iterator[str]:
+        asked = None if self._closed else asked_reduction(self._objective.loss)
+        if (asked or self._terms.reduction) == "sum":
+            what = "closure" if self._closed else "loss"
+            yield f"the {what} adds up its terms: f is their mean, over {self.num_terms:g}"
+
+    def _of_batches(self) -> list[str]:
         if not self.whole:
             return []
         how = f"{len(self.all)} {'batch' if len(self.all) == 1 else 'batches'} as given"
@@ -243,12 +252,12 @@ class ChunkedMean:
     def _of_closure(self, terms: Count | None) -> Sequence[Any]:
         """Batches as they are, weighted by their samples."""
         with evaluation(self._objective.model, self._batchnorm), torch.enable_grad():
-            largest = max(self.given, key=num_rows)
-            dim = batch_dependence.closure_dim(self._objective, largest, terms)
-        if dim is None and len(self.given) > 1:
+            found = batch_dependence.closure_terms(self._objective, self.given, terms)
+        if found is None and len(self.given) > 1:
             self.whole = "the closure was not seen to be a mean over rows"
-        size = partial(batch_dependence.length, dim=dim or 0)
-        self._terms = LossTerms("mean", terms or size, size)
+        reduction, dim = found or ("mean", 0)
+        size = partial(batch_dependence.length, dim=dim)
+        self._terms = LossTerms(reduction, terms or size, size)
         self.num_samples = sum(size(batch) for batch in self.given)
         return self.given
 

@@ -119,7 +119,8 @@ class EmpiricalRisk:
         closure: `closure(model, batch)` -> loss, instead of `loss`, for dict batches
             or losses that differentiate the model. Each batch is then evaluated whole
             and weighs by its samples: along its first dimension, or the second (time
-            first) where the closure was seen to be a mean over that one.
+            first) where the closure was seen to be a mean over that one. One that was
+            seen to add up its samples is divided by their number.
         params: names or globs of the parameters that form theta; None means all that
             require a gradient.
         batchnorm: `"running"` (evaluation mode), `"batch"` (batch statistics, as in
@@ -163,11 +164,12 @@ class EmpiricalRisk:
         NondeterministicRiskError: the model draws from a generator of its own.
 
     Cost: building runs the model on a few samples; with a loss that is not PyTorch's own,
-    or with `terms`, also once forwards over the data, unless a few samples show that
-    batches must be whole. A gradient is one pass over the data, a Hessian-vector product
-    about two passes' worth of arithmetic. The check costs about eleven gradients of its
-    sample; the first product one more forward pass, since nothing is claimed where f is
-    not finite. Neither counts as a product of a measure.
+    or with `terms`, also once forwards over the data, with a closure and several batches
+    three times, unless a few samples show that batches must be whole. A gradient is one
+    pass over the data, a Hessian-vector product about two passes' worth of arithmetic. The
+    check costs about eleven gradients of its sample; the first product one more forward
+    pass, since nothing is claimed where f is not finite. Neither counts as a product of a
+    measure.
     """
 
     @torch.inference_mode(False)
@@ -225,7 +227,9 @@ class EmpiricalRisk:
             if closure is None:
                 most = batch_dependence.num_few(chunk_size)
                 given, changes = intake.fitted(self._objective, given, batchnorm, most)
-                self.notes += changes
+            else:
+                changes = intake.closure_notes(self._objective, given, batchnorm)
+            self.notes += changes
             self._mean = ChunkedMean(
                 self._objective,
                 given,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import loss as torch_losses
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
 from sharpness import _tensors
 from sharpness._arguments import ensure, known
 from sharpness.risk import batches, files, loss_terms
-from sharpness.risk.batch_dependence import few_rows
+from sharpness.risk.batch_dependence import few_rows, moving, some_rows
+from sharpness.risk.first_look import FirstLook
 from sharpness.risk.model_state import deep_copy, evaluation, random_generators_kept
 from sharpness.risk.objective import Objective, gradients
 
@@ -257,40 +260,76 @@ def fitted(
     Cost: the model and the loss on `most` rows; on a batch where they fail.
     """
     notes: list[str] = []
-    changed, trouble = given, _trouble(objective, given, batchnorm, most)
+    look = partial(_trouble, objective, batchnorm=batchnorm)
+    changed, (trouble, seen) = given, look(given, most)
     for change in _CHANGES:
         if trouble and (found := change(trouble, changed)):
             changed, note = found
             notes.append(note)
-            trouble = _trouble(objective, changed, batchnorm, most)
+            trouble, seen = look(changed, most)
     if trouble is not None:  # not because there were few rows?
         objective.take(lambda outputs: outputs)
         changed, notes = given, []
-        if whole := _trouble(objective, given, batchnorm, None):
-            _refuse(whole)
+        trouble, seen = look(given, None)
+        if trouble is not None:
+            _refuse(trouble)
             return given, []  # who evaluates it will say what it is
     _check_finite(objective, changed, batchnorm, most)
-    return changed, notes
+    return changed, notes + seen
 
 
 def _trouble(
-    objective: Objective, given: list[Pair], batchnorm: str, most: int | None
-) -> _Trouble | None:
+    objective: Objective, given: list[Pair], most: int | None, batchnorm: str
+) -> tuple[_Trouble | None, list[str]]:
+    """What fails, if anything does, and else what is noted."""
     batch = few_rows(given, most) if most else given[0]
     leaves, outputs = objective.pieces(objective.theta), None
+    look = FirstLook("loss")
     with evaluation(objective.model, batchnorm), torch.no_grad():
         try:
             outputs = objective.outputs(leaves, batch)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            return _Trouble(objective, error, batch)
+            return _Trouble(objective, error, batch), []
         _check_labels(objective.loss, outputs, given)
         try:
-            objective.loss_of(leaves, batch, outputs)
+            with torch.enable_grad(), look:
+                z, at = moving(outputs)
+                value = objective.loss_of(
+                    leaves, batch, tree_map_only(Tensor, torch.clone, z)
+                )
         except Exception as error:
-            return _Trouble(objective, error, batch, outputs)
-    return None
+            look.refuse(error)
+            return _Trouble(objective, error, batch, outputs), []
+        look.refuse()
+        look.at_value(value, at)
+    return None, look.notes
+
+
+def closure_notes(objective: Objective, given: list[Any], batchnorm: str) -> list[str]:
+    """What is noted of a closure on some rows of its first batch, or on all of it.
+
+    Raises:
+        ValueError: it uses a loss in a way that cannot be meant.
+
+    Cost: a gradient of these rows.
+    """
+    leaves = objective.leaves(objective.theta)
+    for whole in (False, True):
+        look = FirstLook("closure")
+        with evaluation(objective.model, batchnorm), torch.enable_grad():
+            try:
+                batch = given[0] if whole else some_rows(given[0])
+                with look:
+                    value = objective.reduced(leaves, batch)
+            except Exception as error:  # who evaluates it will say what it is
+                look.refuse(error)
+                continue
+            look.refuse()
+            look.at_value(value, leaves)
+        return look.notes
+    return []
 
 
 def _in_models_type(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str] | None:
