@@ -3,6 +3,7 @@
 from ._results import NondeterministicRiskError as NondeterministicRiskError
 from ._results import NotAvailableError as NotAvailableError
 from ._results import NotConvergedError as NotConvergedError
+from .batchsize.advice import batch_size_advice as batch_size_advice
 from .measures.audit import audit as audit
 from .measures.batch_sharpness import batch_sharpness as batch_sharpness
 from .measures.eigenvalues import eigenpairs as eigenpairs

@@ -26,8 +26,9 @@ from sharpness.lab import data as lab_data
 from sharpness.lab import networks
 from sharpness.lab.data import at_random, class_balanced, has_classes
 from sharpness.lab.named import DATA, parsed
-from sharpness.risk import files, intake
+from sharpness.risk import batches, files, intake
 from sharpness.risk.batches import as_pair, taken
+from sharpness.risk.model_state import random_generators_kept
 from sharpness.risk.objective import call_model
 
 Pair = tuple[Any, Tensor]
@@ -129,21 +130,8 @@ def load_checkpoint(
         ValueError: a file that is no checkpoint or would run code, a factory that is not
             there or does not fit, parameters of another network, missing data.
     """
-    saved = checkpoint.load_any(path, state)
-    if network is None and Path(path, "config.json").is_file():
-        network = f"transformers:{path}"
-    name: Any = network or saved.network.get("name")
-    ensure(
-        name is not None,
-        "--network",
-        f"say what `{path}` is a checkpoint of",
-        "none, and the file was not written by sharpness",
-        f"Give {_SPEC}.",
-    )
-    model = made_network(network) if network else networks.build(saved.network)
-    unread = ", ".join(saved.unread[:3]) + (", …" if len(saved.unread) > 3 else "")
-    done = [_load_parameters(model, saved.state_dict, path, name)]
-    done += [f"not read, since they are no tensors: {unread}"] if unread else []
+    saved, name, model, done = _of_checkpoint(path, network, state)
+    network_is_theirs = network is not None or name.startswith("transformers:")
     source: Any = data or saved.data.get("name")
     ensure(
         source is not None,
@@ -174,7 +162,7 @@ def load_checkpoint(
         test=splits.get("test"),
         loss=_made_loss(loss, splits["train"][1]),
         data={**about, "loss": loss},
-        start=None if network else _start(saved),
+        start=None if network_is_theirs else _start(saved),
         facts={
             "path": str(path),
             "sha256": saved.sha256,
@@ -187,6 +175,28 @@ def load_checkpoint(
     )
     _check_fit(subject, source)
     return subject
+
+
+def _of_checkpoint(
+    path: str | Path, network: str | None, state: str | None
+) -> tuple[Checkpoint, str, nn.Module, list[str]]:
+    """What the file holds, the network's name, the network, and what was done to fit it."""
+    saved = checkpoint.load_any(path, state)
+    if network is None and Path(path, "config.json").is_file():
+        network = f"transformers:{path}"
+    name: Any = network or saved.network.get("name")
+    ensure(
+        name is not None,
+        "--network",
+        f"say what `{path}` is a checkpoint of",
+        "none, and the file was not written by sharpness",
+        f"Give {_SPEC}.",
+    )
+    model = made_network(network) if network else networks.build(saved.network)
+    unread = ", ".join(saved.unread[:3]) + (", …" if len(saved.unread) > 3 else "")
+    done = [_load_parameters(model, saved.state_dict, path, name)]
+    done += [f"not read, since they are no tensors: {unread}"] if unread else []
+    return saved, name, model, done
 
 
 def _check_fit(subject: LoadedCheckpoint, source: str) -> None:
@@ -206,6 +216,107 @@ def _check_fit(subject: LoadedCheckpoint, source: str) -> None:
     ):
         warnings.simplefilter("error")  # a squared error of shapes that broadcast
         subject.loss(call_model(subject.model, inputs), targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """A starting point with the data to train it on, which may lie on disk."""
+
+    model: nn.Module
+    loss: Any
+    train: Any = field(repr=False)  # a pair, a data set, or what a factory gave
+    validation: Any = field(repr=False)  # likewise; None where there is none
+    facts: dict[str, Any]  # what a record says of network and data
+    notes: tuple[str, ...] = ()
+
+
+def load_trainable(
+    path: str | Path | None = None,
+    *,
+    network: str | None = None,
+    state: str | None = None,
+    data: str | None = None,
+    loss: str | None = None,
+    data_dir: str | Path | None = None,
+    seed: int = 0,
+) -> Trainable:
+    """A network to be trained on, from a checkpoint or as its factory makes it.
+
+    Unlike `load_checkpoint` it leaves data where they lie: what a factory returns is taken
+    as it is, so that arrays on disk and data sets are read a batch at a time.
+
+    Args:
+        path: a checkpoint, as in `load_checkpoint`; None for the network as it is made.
+        network: as there; without a checkpoint also one of `lab.named.NETWORKS`, with
+            the sizes that the data ask for.
+        state: as there.
+        data: as there.
+        loss: as there.
+        data_dir: as there.
+        seed: of a network's parameters, where there is no checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: as there; or neither path nor network.
+    """
+    ensure(bool(path or network), "--network", "be given without a checkpoint", "none")
+    saved, name, model = None, str(network), None
+    done: list[str] = []
+    if path is not None:
+        saved, name, model, done = _of_checkpoint(path, network, state)
+    source: Any = data or (saved.data.get("name") if saved else None)
+    ensure(source is not None, "--data", "say what to train on", "none")
+    if ":" in source and not source.endswith((".npz", ".csv", ".parquet")):
+        made = _called("--data", source, _factory("--data", source))
+        splits = made if isinstance(made, Mapping) and "train" in made else {"train": made}
+        about = {"name": source}
+    else:
+        splits, about = _made_data(
+            source, data_dir, model or nn.Identity(), done, as_trained=not data
+        )
+    first = _first_row(splits["train"])
+    if model is None:
+        with random_generators_kept(seed):
+            model = _fresh(name, first, splits["train"], seed)
+    return Trainable(
+        model=model,
+        loss=_made_loss(loss, first[1]),
+        train=splits["train"],
+        validation=splits.get("test", splits.get("validation")),
+        facts={
+            "path": None if path is None else str(path),
+            "sha256": saved.sha256 if saved else None,
+            "network": name,
+            "data": {**about, "loss": loss},
+        },
+        notes=tuple(filter(None, done)),
+    )
+
+
+def _first_row(data: Any) -> Pair:
+    """The first row, or batch, of whatever data there are."""
+    if batches.is_pair(data):
+        return cast(Pair, tree_map(lambda part: torch.as_tensor(part[:1]), data))
+    row = data[0] if hasattr(data, "__getitem__") else next(iter(data))
+    inputs, targets = as_pair(row)
+    return tree_map(torch.as_tensor, inputs), torch.as_tensor(targets)
+
+
+def _fresh(name: str, first: Pair, data: Any, seed: int) -> nn.Module:
+    """A network with new parameters: one of the lab's, or what a factory makes."""
+    if ":" in name:
+        return made_network(name)
+    head, given = parsed(name)
+    inputs, targets = first
+    num_classes = None
+    if not targets.is_floating_point():
+        ensure(batches.is_pair(data), "--network", "be a factory for such data", repr(name))
+        num_classes = int(torch.as_tensor(data[1]).max()) + 1
+    fitted = networks.arguments_for(
+        head, inputs.shape[1:], num_classes, targets.shape[1:] or torch.Size([1])
+    )
+    model = networks.build({"name": head, "arguments": {**fitted, **given}})
+    networks.initialise(model, seed)
+    return model
 
 
 def as_type(value: Any, dtype: torch.dtype) -> Any:

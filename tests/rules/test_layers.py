@@ -27,13 +27,10 @@ RANKS = [
     {"krylov", "optimize"},
     {"risk", "lab.ghost"},  # a layer of its own, whoever trains
     {"measures", "compat"},
-    {
-        *("tracking", "track_writers", "results"),
-        *("batchsize.problem", "batchsize.updates", "batchsize.race"),
-    },
+    {"tracking", "track_writers", "batchsize", "results"},
     {"checkpoint", "record", "state_dicts", "foreign_files"},
     {"lab"},
-    {"loading", "measurement", "batchsize"},
+    {"loading", "measurement"},
     {"reproduce"},
     {
         "_command",
