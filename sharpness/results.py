@@ -17,8 +17,8 @@ from sharpness._results import (
 )
 from sharpness._saving import load, restored
 from sharpness.batchsize.race import Branches, Race
-from sharpness.batchsize.updates import UpdateTimes
 from sharpness.batchsize.result import BatchSizeAdvice
+from sharpness.batchsize.updates import UpdateTimes
 from sharpness.measures.audit import Audit
 from sharpness.measures.batch_sharpness import BatchSharpness
 from sharpness.measures.eigenvalues import HessianEigenpairs

@@ -2,104 +2,17 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.batchsize import SIZES, by_law, race, size, times, value
 
 import sharpness as sh
 from sharpness.batchsize import advice as module
 from sharpness.batchsize.choice import chosen, to_race, usual_sizes
-from sharpness.batchsize.race import Race, RaceRun, SizeResult
-from sharpness.batchsize.updates import UpdateTimes
 from sharpness.results import NotAvailableError, Status, load_result
-from sharpness.tracking import TrackedValue
-
-SIZES = (16, 64, 256, 1024)
-
-
-def times(
-    sizes=SIZES, overhead=1e-3, per_sample=1e-5, survived=None, status=Status.COMPLETED
-):
-    """t = a + c B, exactly."""
-    each = np.array(sizes)
-    alive = np.ones(len(each), bool) if survived is None else np.array(survived)
-    return UpdateTimes(
-        batch_sizes=each,
-        seconds=np.where(alive, overhead + per_sample * each, np.nan),
-        spread=np.where(alive, 1e-5, np.nan),
-        peak_bytes=np.full(len(each), np.nan),
-        survived=alive,
-        reasons=tuple("" if ok else "no memory" for ok in alive),
-        overhead=overhead,
-        per_sample=per_sample,
-        residual=0.01,
-        memory="unknown",
-        status=status,
-    )
-
-
-def value(number, error=0.1):
-    return TrackedValue(value=number, error=error, status=Status.COMPLETED)
-
-
-def size(batch_size, updates, *, of=None, measures=None, note=""):
-    reached = math.isfinite(updates)
-    return SizeResult(
-        batch_size=batch_size,
-        lr=1e-3 * math.sqrt(batch_size / 16),
-        reached=reached,
-        updates=updates,
-        updates_error=math.nan,
-        samples=updates * batch_size,
-        seconds=updates * (of or times()).of(batch_size),
-        loss=0.5 if reached else 0.9,
-        loss_error=0.01,
-        at_edge=False,
-        note=note,
-        measures=measures or {},
-    )
-
-
-def race(sizes, s_min, e_min, interval=None, residual=0.02, status=Status.COMPLETED):
-    critical = e_min / s_min if s_min else math.inf
-    runs = [
-        RaceRun(
-            batch_size=each.batch_size,
-            lr=each.lr * factor,
-            seed=0,
-            updates=each.updates,
-            samples=each.samples,
-            seconds=each.seconds,
-            reached=each.reached,
-            end="reached" if each.reached else "overtaken",
-            course=(),
-        )
-        for each in sizes
-        for factor in (0.5, 1, 2)
-    ]
-    return Race(
-        target=0.5,
-        target_how="given",
-        start_loss=2.3,
-        runs=tuple(runs),
-        sizes=tuple(sizes),
-        s_min=s_min,
-        s_min_interval=(s_min, s_min),
-        e_min=e_min,
-        e_min_interval=(e_min, e_min),
-        critical=critical,
-        critical_interval=interval or (critical, critical),
-        residual=residual,
-        status=status,
-    )
-
-
-def by_law(s_min, e_min, sizes=SIZES, **settings):
-    """A race that follows S = S_min + E_min / B to the letter."""
-    results = [size(b, s_min + e_min / b) for b in sizes]
-    return race(results, s_min, e_min, **settings)
-
 
 # -- the arithmetic ----------------------------------------------------------------------
 
@@ -158,7 +71,7 @@ def test_no_size_is_chosen_where_none_reached_the_target():
 def test_what_is_raced_holds_every_size_that_could_be_soonest():
     t = times(tuple(2**k for k in range(3, 15)))
     assert to_race(t, None, 128)[0] == 8
-    assert to_race(t, None, 128)[-1] == 16384
+    assert to_race(t, None, 128)[-1] == 1024  # the root of 16 384 times the knee, 100
     near = to_race(t, (90.0, 110.0), 128)
     assert near[0] <= 32  # the root of 90 / 16 times the knee, 100
     assert 256 <= near[-1] <= 1024
@@ -246,7 +159,8 @@ def test_stable_rates_are_two_over_the_curvature_at_the_end(monkeypatch):
     assert "no difference found" in str(found)
     apart = [replace(results[0], measures=measures | {"lambda_max": value(5.0)})]
     other = race([*apart, *results[1:]], 100, 1e4)
-    assert "lambda_max 5 ± 0.1 and 10" in str(advised(monkeypatch, times(), other))
+    words = str(advised(monkeypatch, times(), other))
+    assert "lambda_max 5.000 ± 0.1 and 10.00 ± 0.1;" in words
 
 
 def test_no_noise_scale_alone_makes_an_advice(monkeypatch):
@@ -258,7 +172,7 @@ def test_no_noise_scale_alone_makes_an_advice(monkeypatch):
     assert found.noise.noise_scale > 0
     assert found.status is Status.NOT_REACHED
     assert str(found).startswith("No size can be advised: none was seen to reach")
-    assert "Batch 16: not there in time." in str(found)
+    assert "Batch 16: not there in time (measured)." in str(found)
     assert "no advice by itself" in str(found)
     assert math.isnan(found.readings()[0].value)
 
@@ -266,6 +180,8 @@ def test_no_noise_scale_alone_makes_an_advice(monkeypatch):
 def test_an_unbounded_interval_is_said_to_be_at_least(monkeypatch):
     found = advised(monkeypatch, times(), by_law(0, 1e4, interval=(300.0, None)))
     assert "critical batch size at least 300 (fitted)" in str(found)
+    free = advised(monkeypatch, times(), by_law(0, 1e4, interval=(0.0, None)))
+    assert "critical batch size not known" in str(free)
     (critical,) = [r for r in found.readings() if r.name == "critical_batch_size"]
     assert (critical.value, critical.bound) == (300.0, "≥")
 
@@ -319,10 +235,28 @@ def test_the_time_is_divided(monkeypatch):
     found = advised(monkeypatch, timed, raced, max_seconds=100.0)
     assert given["times"] == 15
     assert 0 < given["race"] <= 100
-    assert 3 <= len(given["sizes"]) <= 6
+    assert 3 <= len(given["sizes"]) <= 5
     assert found.status is Status.COMPLETED
     advised(monkeypatch, timed, raced, batch_sizes=SIZES)
     assert given["sizes"] == SIZES
+
+
+def test_a_race_goes_on_as_long_as_the_soonest_is_the_last_on_its_side(monkeypatch):
+    t = times(tuple(2**k for k in range(3, 15)))  # the knee is at 100
+    asked = []
+
+    def raced(_, sizes, *, folder, **__):
+        asked.append(list(sizes))
+        assert Path(folder).is_dir()
+        return by_law(100, 1e7, sizes)  # B_crit is 100 000: the best is near 3200
+
+    monkeypatch.setattr(module, "to_race", lambda *_: [16, 64, 256])
+    found = advised(monkeypatch, t, raced)
+    assert asked[-1] == [16, 64, 256, 1024, 4096, 16384]
+    assert found.batch_size == 4096
+    asked.clear()
+    advised(monkeypatch, t, raced, batch_sizes=[16, 64, 256])
+    assert asked == [[16, 64, 256]]
 
 
 def test_it_is_kept_whole_in_a_file_and_shown_as_every_result(monkeypatch, tmp_path):
@@ -348,7 +282,7 @@ def test_the_picture_has_three_panels_with_what_was_measured_and_fitted(
     ]
     updates, seconds, product = figure.axes
     np.testing.assert_allclose(
-        updates.lines[0].get_ydata(), [725, 256.25, 139.0625, 109.765625]
+        np.array(updates.lines[0].get_ydata(), float), [725, 256.25, 139.0625, 109.765625]
     )
     assert "knee 100" in [text.get_text() for text in seconds.get_legend().get_texts()]
     (star,) = [line for line in product.lines if line.get_marker() == "*"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sharpness import checkpoint, compare, measure, read_records, train
+from sharpness.batchsize import __main__ as batchsize
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import data, networks
 from sharpness.lab.run import train as train_network
@@ -268,7 +269,7 @@ def test_train_refuses_in_one_line(tmp_path, capsys, options, expected):
     assert expected in err
 
 
-@pytest.mark.parametrize("command", [measure, compare, train, reproduce])
+@pytest.mark.parametrize("command", [measure, compare, train, reproduce, batchsize])
 def test_every_flag_has_help(command):
     parser = command._parser()
     for action in parser._actions:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sharpness import compare, measure, train
+from sharpness.batchsize import __main__ as batchsize
 from sharpness.reproduce import __main__ as reproduce
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,7 @@ PARSERS = {
     "sharpness.compare": compare._parser(),
     "sharpness.train": train._parser(),
     "sharpness.reproduce": reproduce._parser(),
+    "sharpness.batchsize": batchsize._parser(),
 }
 
 

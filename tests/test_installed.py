@@ -15,7 +15,7 @@ import torch
 import sharpness as sh
 
 pytestmark = pytest.mark.slow  # each command is a process that loads PyTorch
-COMMANDS = ["measure", "compare", "train", "reproduce"]
+COMMANDS = ["measure", "compare", "train", "reproduce", "batchsize"]
 
 
 def run(*arguments, **options):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from sharpness._arguments import positive, require, whole, whole_seed
 from sharpness._results import Cost, NotAvailableError, Result, Status
 from sharpness._run import Deadline
-from sharpness.batchsize.choice import Choice, chosen, to_race, usual_sizes
+from sharpness.batchsize.choice import Choice, beyond, chosen, to_race, usual_sizes
 from sharpness.batchsize.problem import OptimizerFactory, Problem
 from sharpness.batchsize.race import Race, SizeResult, race
 from sharpness.batchsize.result import BatchSizeAdvice
@@ -26,6 +28,7 @@ from sharpness.tracking import batch_thresholds, stability_thresholds
 
 _SHARES = {"times": 0.15, "noise": 0.1}  # of the time; the race has the rest
 _RATES = (0.5, 1, 2)  # times the rule's; the race goes on where the best is at an end
+_WIDENED = 1  # sizes that the race may go on with
 _RUNS = 3  # as long as the longest, that a size takes in all
 # Sharpness at an end of the race: about so many gradients of so many rows, measured only
 # where it takes less than this share of the time.
@@ -108,6 +111,7 @@ def batch_size_advice(
     batch_size, seed = whole("batch_size", batch_size, 1), whole_seed(seed)
     seeds = tuple(whole("seeds", each, 0) for each in seeds)
     require(bool(seeds), "seeds", "hold at least one", seeds)
+    deadline = Deadline(max_seconds)
     notes: list[str] = []
     if lr is None:
         lr = 1e-3 if "adam" in str(optimizer).lower() else 1e-2
@@ -124,7 +128,7 @@ def batch_size_advice(
         batchnorm_batch=batchnorm_batch,
     )
     notes.extend(problem.notes)
-    deadline, parts = Deadline(max_seconds), _Parts(notes)
+    parts = _Parts(notes)
     sizes = batch_sizes or usual_sizes(problem.num_rows, batch_size)
     times = parts.tried(
         "updates were not timed",
@@ -143,22 +147,14 @@ def batch_size_advice(
     )
 
     def raced_in_time() -> Race:
-        sizes = batch_sizes or _worth_racing(times, noise, batch_size)
-        plan = _plan(times, sizes, deadline.left or 0.0, len(seeds))
+        first = batch_sizes or _worth_racing(times, noise, batch_size)
+        plan = _plan(times, len(first), deadline.left or 0.0, len(seeds))
         if not plan["measure"]:
             notes.append("sharpness at the ends was left out: it would not fit the time")
-        return race(
-            problem,
-            sizes,
-            target=target,
-            rates=_RATES,
-            max_seconds=deadline.left,
-            times=times,
-            seeds=seeds,
-            folder=folder,
-            progress=progress,
-            **plan,
-        )
+        plan |= {"target": target, "seeds": seeds, "times": times, "progress": progress}
+        with _kept(folder) as place:
+            plan["folder"] = place
+            return _raced(problem, first, deadline, plan, widen=batch_sizes is None)
 
     # A loss that does not fall, a target that is none: the rest of the answer stands.
     raced = parts.tried("no race", raced_in_time, kinds=(NotAvailableError, ValueError))
@@ -255,8 +251,36 @@ def _worth_racing(
     return sizes
 
 
+def _raced(
+    problem: Problem,
+    sizes: Sequence[int],
+    deadline: Deadline,
+    plan: dict[str, Any],
+    *,
+    widen: bool,
+) -> Race:
+    """The race; over one size more as long as the soonest is the last on its side."""
+    while True:
+        found = race(problem, sizes, rates=_RATES, max_seconds=deadline.left, **plan)
+        times, fine = plan["times"], found.status is Status.COMPLETED
+        more = beyond(times, found) if widen and fine and times is not None else None
+        if more is None:
+            return found
+        sizes = sorted({*sizes, more})  # what has been run comes from the folder
+
+
+@contextmanager
+def _kept(folder: str | Path | None) -> Iterator[str | Path]:
+    """The folder of the race's runs, or one that is gone afterwards."""
+    if folder is not None:
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        yield place
+
+
 def _plan(
-    times: UpdateTimes | None, sizes: Sequence[int], seconds: float, num_seeds: int
+    times: UpdateTimes | None, num_sizes: int, seconds: float, num_seeds: int
 ) -> dict[str, Any]:
     """Limits that fit a race to the time, as keywords of `race`.
 
@@ -264,12 +288,13 @@ def _plan(
     """
     if times is None or not times.survived.any():
         return {"measure": True}
+    num_sizes += _WIDENED
     alive = times.batch_sizes[times.survived]
     each = np.array([times.of(int(size)) for size in alive])
-    measuring = len(sizes) * _MEASURES * _seconds_of(times, _MEASURED_ROWS)
+    measuring = num_sizes * _MEASURES * _seconds_of(times, _MEASURED_ROWS)
     measure = measuring < _MOST_MEASURING * seconds
     left = seconds - measuring if measure else seconds
-    share = left / (len(sizes) * _RUNS * num_seeds)
+    share = left / (num_sizes * _RUNS * num_seeds)
     return {
         "measure": measure,
         "max_updates": max(1, math.ceil(share / each.min())),

@@ -71,7 +71,7 @@ def chosen(times: UpdateTimes, race: Race) -> Choice | None:
         if alive and size not in lost
     ]
     sizes = [b for b in sizes if counted and min(counted) <= b <= max(counted)]
-    fitted = math.isfinite(race.s_min + race.e_min) and race.residual <= _MISFIT
+    fitted = believed(race)
     if not fitted:
         sizes = [size for size in sizes if size in counted]
     if not sizes:
@@ -92,18 +92,24 @@ def chosen(times: UpdateTimes, race: Race) -> Choice | None:
     )
 
 
+def believed(race: Race) -> bool:
+    """Whether the law was fitted, and fits."""
+    return math.isfinite(race.s_min + race.e_min) and race.residual <= _MISFIT
+
+
 def _relative(batch_sizes: Numbers, critical: float) -> Numbers:
     """Updates to a target but for a factor."""
     return 1 / batch_sizes if math.isinf(critical) else 1 + critical / batch_sizes
 
 
 def to_race(
-    times: UpdateTimes, noise: tuple[float, float | None] | None, own: int, most: int = 5
+    times: UpdateTimes, noise: tuple[float, float | None] | None, own: int, most: int = 4
 ) -> list[int]:
     """Sizes worth racing: those that could be the soonest, so far as is known.
 
     The noise scale may miss the critical batch size by an order of magnitude, so the
-    interval is widened sixteenfold on both sides; without one, any could be the soonest.
+    interval is widened sixteenfold on both sides; without one the critical batch size
+    may be anything up to the largest size that ran.
 
     Args:
         times: of the sizes that were run.
@@ -123,6 +129,20 @@ def to_race(
     places = np.unique(np.linspace(first, last, min(most, last - first + 1)).round())
     found = {int(alive[int(place)]) for place in places}
     return sorted(found | ({own} & {int(size) for size in alive}))
+
+
+def beyond(times: UpdateTimes, race: Race) -> int | None:
+    """The size to race next: fourfold, where the soonest so far is the last on a side."""
+    choice = chosen(times, race)
+    if choice is None:
+        return None
+    raced = [r.batch_size for r in race.sizes]
+    best, alive = choice.batch_size, times.batch_sizes[times.survived]
+    if best == max(raced) and (larger := alive[alive > best]).size:
+        return int(larger[larger <= max(4 * best, larger[0])][-1])
+    if best == min(raced) and (smaller := alive[alive < best]).size:
+        return int(smaller[smaller >= min(best / 4, smaller[-1])][0])
+    return None
 
 
 def _at_least(num: int, first: int, last: int, length: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from sharpness.batchsize.choice import Choice
 from sharpness.batchsize.race import Race
@@ -38,7 +39,8 @@ def draw(
     for axes, title in zip((updates, seconds, product), titles, strict=True):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+        axes.xaxis.set_major_locator(LogLocator(2, numticks=7))
+        axes.xaxis.set_major_formatter(lambda size, _: _short(size))
         axes.tick_params(labelsize=8)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("batch size")
@@ -48,6 +50,11 @@ def draw(
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
     return figure.written(path)
+
+
+def _short(size: float) -> str:
+    """`512`, `16k`."""
+    return f"{size:g}" if size < 10_000 else f"{size / 1024:g}k"
 
 
 def _updates(axes: Axes, race: Race) -> None:
@@ -76,7 +83,7 @@ def _seconds(axes: Axes, times: UpdateTimes) -> None:
         law = times.overhead + times.per_sample * line
         axes.plot(line, law, "--", color=_FITTED, label="fitted: a + c B")
         if sizes.min() < times.knee < sizes.max():
-            label = f"knee {times.knee:.3g}"
+            label = f"knee {times.knee:.0f}"
             axes.axvline(times.knee, color="0.4", linestyle=":", label=label)
 
 

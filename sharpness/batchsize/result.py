@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharpness._results import Reading, Result, Status
-from sharpness.batchsize.choice import Choice
+from sharpness.batchsize.choice import Choice, believed
 from sharpness.batchsize.race import Race, SizeResult
 from sharpness.batchsize.updates import UpdateTimes
 from sharpness.measures.gradient_noise import GradientNoise
@@ -79,14 +79,14 @@ class BatchSizeAdvice(Result):
         if choice is None or size is None or self.learning_rate is None:
             yield Reading(name=name, value=math.nan, evidence="no size reached the target")
             return
-        words = f"updates {choice.how}, seconds measured; within 10 %: "
+        words = f"{_sources(choice)}; within 10 %: "
         words += ", ".join(map(str, self.near))
         yield Reading(name=name, value=size, evidence=words)
         how = self.learning_rate_how
         yield Reading(name="learning_rate", value=self.learning_rate, evidence=how)
         updates, seconds = choice.of(size)
         yield Reading(name="updates_to_target", value=updates, evidence=choice.how)
-        how = f"updates {choice.how}, seconds measured"
+        how = _sources(choice)
         yield Reading(name="seconds_to_target", value=seconds, unit="s", evidence=how)
 
 
@@ -171,13 +171,18 @@ def _either_side(advice: BatchSizeAdvice, choice: Choice) -> Iterator[str]:
     if advice.own in times and advice.own not in choice.near:
         parts.append(f"Your {advice.own} takes {times[advice.own]:.2g} times as long")
     if parts:
-        yield f"{'. '.join(parts)} (updates {choice.how}, seconds measured)."
+        yield f"{'. '.join(parts)} ({_sources(choice)})."
     low, high = choice.could_be
     if (low, high) != (choice.batch_size, choice.batch_size):
         yield (
             f"Within the interval of the critical batch size the soonest could lie from "
             f"{low} to {high} (fitted)."
         )
+
+
+def _sources(choice: Choice) -> str:
+    fitted = choice.how == "fitted"
+    return "updates fitted, seconds measured" if fitted else "measured"
 
 
 def _of_the_race(race: Race) -> Iterator[str]:
@@ -188,10 +193,15 @@ def _of_the_race(race: Race) -> Iterator[str]:
     )
     for result in race.sizes:
         if result.note:
-            yield f"Batch {result.batch_size}: {result.note}."
-    if math.isfinite(race.s_min):
+            yield f"Batch {result.batch_size}: {result.note} (measured)."
+    if math.isfinite(race.s_min) and not believed(race):
         yield (
-            f"Updates to it: {race.s_min:.3g} + {race.e_min:.3g} / B (fitted, off by "
+            f"The updates do not follow the law S + E / B (fitted, off by "
+            f"{race.residual:.0%}), so those that were counted decide."
+        )
+    elif math.isfinite(race.s_min):
+        yield (
+            f"Updates to it: {plain(race.s_min)} + {plain(race.e_min)} / B (fitted, off by "
             f"{race.residual:.0%}); critical batch size {_critical(race)} (fitted)."
         )
 
@@ -199,15 +209,15 @@ def _of_the_race(race: Race) -> Iterator[str]:
 def _critical(race: Race) -> str:
     low, high = race.critical_interval
     if high is None:
-        return f"at least {low:.3g}"
-    return f"{race.critical:.3g}, 95 %: {low:.3g} to {high:.3g}"
+        return f"at least {plain(low)}" if low else "not known: three sizes say little"
+    return f"{plain(race.critical)}, 95 %: {plain(low)} to {plain(high)}"
 
 
 def _of_an_update(times: UpdateTimes) -> Iterator[str]:
     if math.isfinite(times.overhead):
         knee, grows = times.knee, ""
         if 0 < knee < math.inf:
-            grows = f"; from about {knee:.3g} on time grows with the samples"
+            grows = f"; from about {plain(knee)} on time grows with the samples"
         yield (
             f"An update takes {duration(times.overhead)} + {duration(times.per_sample)} "
             f"a sample (fitted, off by {times.residual:.0%}){grows}."
@@ -247,6 +257,8 @@ def _of_sharpness(race: Race) -> Iterator[str]:
 
 def _compared(name: str, words: str, small: SizeResult, large: SizeResult) -> str:
     a, b = small.measures[name], large.measures[name]
+    if not math.isfinite(a.value + b.value):
+        return f"{words} not known"
     text = f"{words} {a} and {b}"
     if a.error is None or b.error is None:
         return text
@@ -259,9 +271,9 @@ def _of_noise(advice: BatchSizeAdvice) -> Iterator[str]:
     if noise is None or math.isnan(noise.interval[0]):
         return
     low, high = noise.interval
-    value = f"at least {low:.3g}"
+    value = f"at least {plain(low)}"
     if high is not None:
-        value = f"{noise.noise_scale:.3g} (95 %: {low:.3g} to {high:.3g})"
+        value = f"{plain(noise.noise_scale)} (95 %: {plain(low)} to {plain(high)})"
     yield f"Gradient noise scale at the start: {value} (measured); no advice by itself."
 
 
@@ -275,9 +287,12 @@ def _unknown(advice: BatchSizeAdvice) -> Iterator[str]:
             yield "the largest size compared is the soonest, a larger one may be sooner"
         elif choice.batch_size == edge[0] < edge[1]:
             yield "the smallest size compared is the soonest, a smaller one may be sooner"
-    if race is not None and any(r.reached and r.at_edge for r in race.sizes):
-        yield "the best rate of some size is at the edge of those tried"
     yield "what holds on another machine, after this target, or with a rate that decays"
+
+
+def plain(value: float) -> str:
+    """Three digits, without an exponent where a person needs none."""
+    return f"{float(f'{value:.3g}'):g}" if 1e-3 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

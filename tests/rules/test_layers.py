@@ -173,7 +173,9 @@ def test_importing_sharpness_alone_loads_not_even_torch():
     assert not loaded & {"torch", "numpy", "scipy"}
 
 
-@pytest.mark.parametrize("name", ["measure", "compare", "train", "reproduce.__main__"])
+@pytest.mark.parametrize(
+    "name", ["measure", "compare", "train", "reproduce.__main__", "batchsize.__main__"]
+)
 def test_the_help_of_a_command_loads_not_even_torch(name):
     code = f"""pass
 import sharpness.{name}
