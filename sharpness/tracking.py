@@ -111,7 +111,9 @@ OnPoint = Callable[[TrackedPoint], object]
 
 
 class SharpnessTracker:
-    r"""Measures a network every so many updates and leaves its training as it is. ::
+    r"""Measures a network every so many updates and leaves its training as it is.
+
+    In the training loop::
 
         tracker = SharpnessTracker(model, loss, (x, y), optimizer=optimizer, every=50)
         for inputs, targets in loader:

@@ -50,7 +50,7 @@ def test_every_result_shows_itself(name, tmp_path):
     figure = found.plot(tmp_path / "deep" / "a.png")
     assert (tmp_path / "deep" / "a.png").read_bytes().startswith(b"\x89PNG")
     assert figure._repr_png_().startswith(b"\x89PNG")
-    assert found._repr_html_().startswith("<table>")
+    assert found._repr_html_().startswith("<table")
     assert len(found.to_frame()) == len(found.readings())
     assert str(found) == repr(found)
 

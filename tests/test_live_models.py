@@ -85,7 +85,7 @@ def test_a_loader_that_shuffles_is_run_through_once_for_both():
 
 def test_a_comparison_shows_itself_and_lasts(tmp_path):
     found = sh.compare_models(bowl(1.0), bowl(3.0), mean, DATA, ["lambda_max", "norms"])
-    assert found._repr_html_().startswith("<table>")
+    assert found._repr_html_().startswith("<table")
     assert len(found.to_frame()) == len(found.rows)
     assert found.plot()._repr_png_()
     found.save(tmp_path / "both.safetensors")
