@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,6 +37,29 @@ USUAL_SAMPLES = 1000
 _SPEC = "package.module:factory or file.py:factory, with ?name=value&... for arguments"
 
 
+class Samples:
+    """A part of the data: its targets, and what reads the samples at some positions.
+
+    Those of a file are read when they are taken; the last that were taken are kept.
+    """
+
+    def __init__(self, targets: Tensor, read: Callable[[Tensor | None], Pair]) -> None:
+        self.targets, self._read = targets, read
+        self._kept: tuple[tuple[int, ...] | None, Pair] | None = None
+
+    @classmethod
+    def held(cls, pair: Pair) -> Samples:
+        """Those of a pair in memory."""
+        return cls(pair[1], lambda rows: pair if rows is None else taken(pair, rows))
+
+    def taken(self, rows: Tensor | None) -> Pair:
+        """The samples at these sorted positions; None for all."""
+        key = None if rows is None else tuple(rows.tolist())
+        if self._kept is None or self._kept[0] != key:
+            self._kept = key, self._read(rows)
+        return self._kept[1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadedCheckpoint:
     """A network with the parameters of a checkpoint, and the data it is measured on."""
@@ -43,8 +67,7 @@ class LoadedCheckpoint:
     path: str
     network_name: str
     model: nn.Module = field(repr=False)
-    train: Pair = field(repr=False)
-    test: Pair | None = field(repr=False)
+    parts: Mapping[str, Samples] = field(repr=False)  # "train", and "test" if there is one
     loss: nn.Module
     data: dict[str, Any]  # name and, for a named set, sha256
     start: Tensor | None = field(repr=False)  # the parameters training began with
@@ -57,36 +80,57 @@ class LoadedCheckpoint:
         kinds = [p.dtype for p in self.model.parameters() if p.is_floating_point()]
         return kinds[0] if kinds else torch.float32
 
+    @property
+    def train(self) -> Pair:
+        """All samples to train on, read into memory."""
+        return self.part("train")
+
     def part(self, split: str) -> Pair:
-        """The samples of a split.
+        """All samples of a split, read into memory.
 
         Raises:
             ValueError: there are no test samples.
         """
-        if split == "train":
-            return self.train
-        if self.test is None:
+        return self._taken(split, None)
+
+    def targets(self, split: str) -> Tensor:
+        """The targets of a split, as they are in the data.
+
+        Raises:
+            ValueError: there are no test samples.
+        """
+        if split not in self.parts:
             raise ValueError(
                 f"`--split` must be 'train' for {self.data['name']}; got 'test', and the "
                 "data have no test part. Return {'train': ..., 'test': ...}."
             )
-        return self.test
+        return self.parts[split].targets
+
+    def _taken(self, split: str, rows: Tensor | None) -> Pair:
+        """As the loss takes them: without the first label of a causal model."""
+        self.targets(split)
+        pair = self.parts[split].taken(rows)
+        if isinstance(self.model, _NextTokens):
+            return self.model.shifted(pair, self.data["name"])
+        return pair
 
     def samples(
         self, split: str, num_samples: int | None, seed: int, *, balanced: bool = True
     ) -> Pair:
-        """Some samples of a split: class-balanced, or at random without classes."""
-        pair = self.part(split)
-        targets = pair[1]
+        """Some samples of a split: class-balanced, or at random without classes.
+
+        Of a file these alone are read into memory.
+        """
+        targets = self.targets(split)
         if num_samples is None or num_samples == len(targets):
-            return pair
+            return self.part(split)
         if balanced and has_classes(targets):
-            return taken(pair, class_balanced(targets, num_samples, seed))
-        return taken(pair, at_random(len(targets), num_samples, seed))
+            return self._taken(split, class_balanced(targets, num_samples, seed))
+        return self._taken(split, at_random(len(targets), num_samples, seed))
 
     def usual_number(self, split: str) -> int | None:
         """1000 samples, or as many balanced ones as there are; None for all."""
-        targets = self.part(split)[1]
+        targets = self.targets(split)
         most = len(targets)
         if has_classes(targets):
             sizes = torch.bincount(targets)
@@ -140,11 +184,7 @@ def load_checkpoint(
         "none",
         f"Give a named set ({', '.join(DATA)}), an .npz file, or {_SPEC}.",
     )
-    splits, about = _made_data(source, data_dir, model, done, as_trained=not data)
-    for pair in splits.values():
-        _check_lengths(pair, source)
-    if isinstance(model, _NextTokens):
-        splits = {split: model.shifted(pair, source) for split, pair in splits.items()}
+    parts, about = _made_data(source, data_dir, model, done, as_trained=not data)
     ensure(
         bool(data) or saved.data.get("sha256") in (None, about.get("sha256")),
         path,
@@ -158,9 +198,8 @@ def load_checkpoint(
         path=str(path),
         network_name=name,
         model=model.eval(),
-        train=splits["train"],
-        test=splits.get("test"),
-        loss=_made_loss(loss, splits["train"][1]),
+        parts=parts,
+        loss=_made_loss(loss, parts["train"].targets),
         data={**about, "loss": loss},
         start=None if network_is_theirs else _start(saved),
         facts={
@@ -201,8 +240,8 @@ def _of_checkpoint(
 
 def _check_fit(subject: LoadedCheckpoint, source: str) -> None:
     """Try two samples: what does not fit should fail here, in one line."""
-    first = torch.arange(min(2, len(subject.train[1])))
-    inputs, targets = as_type(taken(subject.train, first), subject.dtype)
+    first = torch.arange(min(2, len(subject.targets("train"))))
+    inputs, targets = as_type(subject._taken("train", first), subject.dtype)
     loss = subject.data["loss"] or "the usual loss"
     with (
         explained(
@@ -270,9 +309,10 @@ def load_trainable(
         splits = made if isinstance(made, Mapping) and "train" in made else {"train": made}
         about = {"name": source}
     else:
-        splits, about = _made_data(
+        parts, about = _made_data(
             source, data_dir, model or nn.Identity(), done, as_trained=not data
         )
+        splits = {split: part.taken(None) for split, part in parts.items()}
     first = _first_row(splits["train"])
     if model is None:
         with random_generators_kept(seed):
@@ -437,16 +477,57 @@ def _made_data(
     done: list[str],
     *,
     as_trained: bool,
+) -> tuple[dict[str, Samples], dict[str, Any]]:
+    """The parts, and what a record says of them; `as_trained` scales bytes."""
+    if files.is_file(source) and not as_trained:
+        found = _of_file(source)
+        done += files.notes(source)
+        return found, {"name": source}
+    splits, about = _pairs(source, data_dir, model, done, as_trained)
+    for pair in splits.values():
+        _check_lengths(pair, source)
+    return {split: Samples.held(pair) for split, pair in splits.items()}, about
+
+
+def _of_file(source: str) -> dict[str, Samples]:
+    """Its parts: the targets are read now, the inputs when they are taken."""
+    with _of_the_flag(source):
+        if files.is_data_set(source):
+            return {
+                split: Samples(_targets(files.targets_of(stored)), _reader(source, stored))
+                for split, stored in files.data_sets(source).items()
+            }
+        return {
+            split: Samples(
+                _targets(torch.tensor(batches.native(y))), _reader(source, (x, y))
+            )
+            for split, (x, y) in files.parts_on_disk(source).items()
+        }
+
+
+def _reader(source: str, stored: Any) -> Callable[[Tensor | None], Pair]:
+    """What reads rows of a data set, or of a pair of arrays, into memory."""
+
+    def read(rows: Tensor | None) -> Pair:
+        if not isinstance(stored, tuple):
+            return _as_pair(files.samples_at(stored, rows), source)
+        x, y = stored if rows is None else (part[rows.numpy()] for part in stored)
+        ((inputs, targets),) = _read([(x, y)], source)
+        return inputs, _targets(targets)
+
+    return read
+
+
+def _pairs(
+    source: str,
+    data_dir: str | Path | None,
+    model: nn.Module,
+    done: list[str],
+    as_trained: bool,
 ) -> tuple[dict[str, Pair], dict[str, Any]]:
-    """The splits, and what a record says of them; `as_trained` scales bytes."""
+    """A text, a named set, or what a factory returns."""
     if isinstance(model, _NextTokens) and Path(source.partition("?")[0]).is_file():
         return {"train": _from_text(source, model, done)}, {"name": source}
-    if source.endswith(".npz") and not as_trained:
-        return _from_npz(source), {"name": source}
-    if files.is_file(source) and not as_trained:
-        pair = _as_pair(_read(source, source), source)
-        done += files.notes(source)
-        return {"train": pair}, {"name": source}
     if ":" not in source or as_trained:
         try:
             dataset = _named_set(source, data_dir=data_dir)
@@ -501,14 +582,6 @@ def _tokenizer(folder: Path) -> Any:
 _named_set = lru_cache(maxsize=1)(lab_data.load)  # many checkpoints of one set are usual
 
 
-def _from_npz(source: str) -> dict[str, Pair]:
-    try:
-        parts = files.read_npz(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(str(error).replace(f"`{source}`", f"`--data {source}`")) from None
-    return {split: (x, _targets(y)) for split, (x, y) in parts.items()}
-
-
 def _targets(y: Tensor) -> Tensor:
     return y if y.is_floating_point() else y.long()
 
@@ -532,13 +605,20 @@ def _as_pair(made: Any, source: str) -> Pair:
 
 
 def _read(made: Any, source: str) -> list[Any]:
-    """The batches of a loader or a data set."""
-    try:
+    """The batches of a loader, a file or a data set."""
+    with _of_the_flag(source):
         return intake.batches_of(made, torch.device("cpu"), pairs=True)
-    except (ValueError, TypeError) as error:
-        flag, text = f"`--data {source}`", str(error)
-        for name in ("data", source.partition("?")[0]):
-            text = text.replace(f"`{name}`", flag, 1)
+
+
+@contextmanager
+def _of_the_flag(source: str) -> Iterator[None]:
+    """A line about `data`, or a file by its name, names what stood behind `--data`."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        text = str(error)
+        for name in ("data", source, source.partition("?")[0]):
+            text = text.replace(f"`{name}`", f"`--data {source}`", 1)
         raise ValueError(text) from error
 
 

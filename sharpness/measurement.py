@@ -162,9 +162,9 @@ def _generalisation(
     device: str,
 ) -> dict[str, Any] | None:
     """Loss and accuracy on test samples, and how much worse they are."""
-    if subject.test is None or settings.split == "test":
+    if "test" not in subject.parts or settings.split == "test":
         return None
-    num = None if len(subject.test[1]) <= _MOST_TEST_SAMPLES else _MOST_TEST_SAMPLES
+    num = None if len(subject.targets("test")) <= _MOST_TEST_SAMPLES else _MOST_TEST_SAMPLES
     risk = _risk(subject, settings, "test", num, device)
     loss = risk.value()
     facts: dict[str, Any] = {"test_loss": loss, "loss_gap": loss - value}

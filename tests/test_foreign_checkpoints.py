@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
@@ -19,7 +20,9 @@ from helpers.checkpoints import saved, trained, user_folder
 from torch import nn
 
 from sharpness import measure
+from sharpness.lab.data import class_balanced
 from sharpness.loading import load_checkpoint
+from sharpness.risk import files, memory
 
 MORE = """
 from torch.nn.utils.parametrizations import weight_norm
@@ -447,6 +450,67 @@ def test_a_table_is_data_and_its_target_is_said(nets):
     assert subject.notes == ("targets: column 'label' of d.csv",)
     with pytest.raises(ValueError, match=r"`--data d.csv\?target=z` must .*'z'"):
         load_checkpoint("net.pt", network="nets.py:mlp", data="d.csv?target=z")
+
+
+def in_npz(x, y, save=np.savez):
+    save("d.npz", x=x, y=y)
+    return "d.npz"
+
+
+def in_csv(x, y):
+    pd.DataFrame(x).assign(label=y).to_csv("d.csv", index=False)
+    return "d.csv"
+
+
+def in_parquet(x, y):
+    pytest.importorskip("pyarrow")
+    pd.DataFrame(x, columns=list("abcde")).assign(label=y).to_parquet("d.parquet")
+    return "d.parquet"
+
+
+def in_folder(x, y, split="train"):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"input": x, "labels": y})
+    datasets.DatasetDict({split: rows, "validation": rows}).save_to_disk("d")
+    return "d"
+
+
+STORED = {
+    "npz": in_npz,
+    "compressed": lambda x, y: in_npz(x, y, np.savez_compressed),
+    "by column": lambda x, y: in_npz(np.asfortranarray(x), y),
+    "other byte order": lambda x, y: in_npz(x.astype(">f8"), y.astype(">i4")),
+    "csv": in_csv,
+    "parquet": in_parquet,
+    "folder": in_folder,
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_samples_of_a_file_are_drawn_while_it_is_read(nets, name, monkeypatch):
+    """The same rows as of data in memory, and no more than these are ever held."""
+    monkeypatch.setattr(files, "_ROWS_AT_ONCE", 64)
+    saved(nets.mlp())
+    x, y = nets.normal(2000, 5).double().numpy(), np.arange(2000) % 3
+    source = STORED[name](x, y)
+    expected = x[class_balanced(torch.from_numpy(y), 60, 4).numpy()]
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * 150 * 48)  # 150 rows, twice
+    subject = load_checkpoint("net.pt", network="nets.py:mlp", data=source)
+    found, targets = subject.samples("train", 60, 4)
+    found = found["input"] if isinstance(found, dict) else found
+    assert np.allclose(found.numpy(), expected, rtol=1e-6)
+    assert targets.bincount().tolist() == [20, 20, 20]
+    with pytest.raises(
+        ValueError, match=rf"`--data {source}` must fit in half of the free"
+    ):
+        subject.samples("train", None, 4)
+
+
+def test_a_folder_of_several_parts_says_which_it_lacks(nets):
+    saved(nets.mlp())
+    in_folder(np.ones((6, 5)), np.arange(6) % 3, split="test")
+    with pytest.raises(ValueError, match="part 'train'; got test, validation"):
+        load_checkpoint("net.pt", network="nets.py:mlp", data="d")
 
 
 @pytest.mark.parametrize("loss", ["nets.py:my_loss", "torch.nn.functional:cross_entropy"])

@@ -177,7 +177,7 @@ class InterpolationRun:
 
 def _at_most(subject: LoadedCheckpoint, split: str, num: int | None) -> int | None:
     """So many samples, or as many as the split has."""
-    if num is None or num >= len(subject.part(split)[1]):
+    if num is None or num >= len(subject.targets(split)):
         return None
     return min(num, subject.usual_number(split) or num)
 

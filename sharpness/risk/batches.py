@@ -22,7 +22,7 @@ from sharpness.risk.model_state import random_generators_kept
 
 Batch = Any  # (inputs, targets), or whatever a closure takes
 Pair = tuple[Any, Tensor]  # inputs: a tensor, or several in a tuple, list or dict
-_LABELS = ("labels", "label")  # what batches that are dicts call their targets
+LABELS = ("labels", "label")  # what batches that are dicts call their targets
 
 
 def materialised(
@@ -135,7 +135,7 @@ def as_pair(batch: Batch) -> Batch:
     """A dict with `labels` as (the other inputs, labels); anything else as it is."""
     if not isinstance(batch, Mapping):
         return batch
-    name = next((n for n in _LABELS if n in batch), None)
+    name = next((n for n in LABELS if n in batch), None)
     if name is None:
         return batch
     return {key: value for key, value in batch.items() if key != name}, batch[name]
@@ -211,7 +211,12 @@ def _moved(part: Any, device: torch.device) -> Any:
             f"`data` must hold numbers; got {type(part).__name__} of type {array.dtype}. "
             "Encode words and dates as numbers first."
         )
-    return torch.tensor(array, device=device)
+    return torch.tensor(native(array), device=device)
+
+
+def native(array: Any) -> Any:
+    """An array in this machine's byte order, which is the only one PyTorch knows."""
+    return np.asarray(array, array.dtype.newbyteorder("="))
 
 
 _NO_PAIR = "`data` must give pairs (inputs, targets) of tensors; got {}. {}"

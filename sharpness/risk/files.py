@@ -16,10 +16,10 @@ import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from sharpness._arguments import ensure, package
-from sharpness.risk import memory
+from sharpness.risk import batches, memory
 
 Part = tuple[Tensor, Tensor]  # inputs (N, ...), targets (N, ...)
 _ROWS_AT_ONCE = 4096  # of a table
@@ -32,13 +32,19 @@ _SPELLINGS = {
     "test": [("x_test", "y_test"), ("test_x", "test_y")],
 }
 _WRITE = "Write it with `numpy.savez`."
+_FOLDERS = ("dataset_info.json", "dataset_dict.json")
 
 
 def is_file(source: object) -> bool:
     """Whether it names a file of data, or a folder of `datasets`, that is there."""
     path = _path(source)
-    folder = (path / "dataset_info.json").is_file() or _holds_arrays(path)
+    folder = is_data_set(path) or _holds_arrays(path)
     return folder or path.suffix in (".npz", *_TABLES)
+
+
+def is_data_set(source: object) -> bool:
+    """Whether it names a folder that `save_to_disk` of `datasets` wrote."""
+    return any((_path(source) / name).is_file() for name in _FOLDERS)
 
 
 def read(source: str | Path) -> Iterable[Any]:
@@ -61,8 +67,38 @@ def read(source: str | Path) -> Iterable[Any]:
         return [mapped(path)]
     if path.suffix in _TABLES:
         return _rows(path, target_of(source))
-    stored = package("datasets", "'sharpness[files]'").load_from_disk(str(path))
-    return DataLoader(stored.with_format("torch"), batch_size=_SAMPLES_AT_ONCE)
+    return samples_at(data_sets(path)["train"])
+
+
+def samples_at(stored: Any, rows: Tensor | None = None) -> Iterable[Any]:
+    """Batches of the samples of a data set at these positions (m,); None for all."""
+    some = stored if rows is None else Subset(stored, rows.tolist())
+    return DataLoader(some, batch_size=_SAMPLES_AT_ONCE)
+
+
+def data_sets(source: str | Path) -> dict[str, Any]:
+    """The data set of a folder as "train"; of a `DatasetDict` its "train" and "test"."""
+    path = _path(source)
+    found = package("datasets", "'sharpness[files]'").load_from_disk(str(path))
+    parts = found if isinstance(found, dict) else {"train": found}
+    advice = "Name the folder of one part."
+    ensure("train" in parts, path, "hold a part 'train'", ", ".join(parts), advice)
+    kept = [name for name in ("train", "test") if name in parts]
+    return {name: parts[name].with_format("torch") for name in kept}
+
+
+def targets_of(stored: Any) -> Tensor:
+    """The targets of a data set, read without the inputs.
+
+    Raises:
+        ValueError: no column has their name.
+    """
+    names = stored.column_names
+    name = next((each for each in batches.LABELS if each in names), "")
+    advice = "Rename the column of the targets."
+    ensure(bool(name), "data", "have a column 'labels'", ", ".join(names[:5]), advice)
+    loader = DataLoader(stored.select_columns([name]), batch_size=_ROWS_AT_ONCE)
+    return torch.cat([batch[name] for batch in loader])
 
 
 def mapped(source: str | Path) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -83,13 +119,18 @@ def mapped(source: str | Path) -> tuple[NDArray[Any], NDArray[Any]]:
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError: as `read`, but for the memory.
     """
+    return parts_on_disk(source)["train"]
+
+
+def parts_on_disk(source: str | Path) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """`mapped` for each split that there is, "train" and "test"."""
     path = _path(source)
     if path.suffix in _TABLES:
-        return _copied(path, target_of(source))
+        return {"train": _copied(path, target_of(source))}
     if _holds_arrays(path):
         arrays = {name: _npy(path / f"{name}.npy") for name in ("x", "y")}
-        return _paired(path, arrays, set(arrays))["train"]
-    return _paired(path, *_arrays(path, _left_on_disk))["train"]
+        return _paired(path, arrays, set(arrays))
+    return _paired(path, *_arrays(path, _left_on_disk))
 
 
 def notes(source: str | Path) -> list[str]:
@@ -264,7 +305,7 @@ def _arrays(
 
 def _in_memory(archive: zipfile.ZipFile, name: str) -> Tensor:
     with archive.open(name) as member:
-        return torch.from_numpy(npy.read_array(member, allow_pickle=False))
+        return torch.from_numpy(batches.native(npy.read_array(member, allow_pickle=False)))
 
 
 def _left_on_disk(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
