@@ -171,9 +171,8 @@ class RelativeLine:
         if not math.isfinite(self.t):
             return 0.0, None
         (v_a, v_ab), (_, v_b) = self.covariance
-        return ratio_interval(
-            max(0.0, self.free[1]), self.free[0], (v_b, -2 * v_ab, v_a), self.t
-        )
+        variance = float(v_b), -2 * float(v_ab), float(v_a)
+        return ratio_interval(max(0.0, self.free[1]), self.free[0], variance, self.t)
 
 
 def relative_line(

@@ -243,10 +243,11 @@ class Problem:
         values = torch.stack([value for value, _ in groups]).double().cpu().numpy()
         shares = np.array([count for _, count in groups])
         shares = shares / shares.sum()
-        mean, n = float(shares @ values), len(values)
-        if n == 1:
-            return mean, float("nan")
-        return mean, float(np.sqrt(n / (n - 1) * (shares**2 @ (values - mean) ** 2)))
+        n = len(values)
+        with np.errstate(all="ignore"):  # a training may diverge
+            mean = shares @ values
+            variance = shares**2 @ (values - mean) ** 2 * n / np.float64(n - 1)
+            return float(mean), float(np.sqrt(variance))
 
     def _group_losses(self, model: nn.Module, part: Pair) -> Iterator[tuple[Tensor, float]]:
         outputs = self._predicted(call_model(model, part[0]))
@@ -262,9 +263,9 @@ class Problem:
         loss = getattr(self.loss, "__name__", str(self.loss))
         first = tree_leaves((self._rows.read(np.arange(1)), self._validated))
         return {
+            "num_rows": self.num_rows,
             "start": _tensors.mixed(0, *self.copy().state_dict().values()),
             "data": _tensors.mixed(0, *first),
-            "num_rows": self.num_rows,
             "loss": loss,
             "optimizer": f"{type(made).__name__} {made.defaults}",
             "batchnorm_batch": self.batchnorm_batch,

@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sharpness import _saving, _tensors
 from sharpness._arguments import ensure, known, positive, positive_list, require, whole
-from sharpness._json import as_plain
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status, number
 from sharpness._run import Run
+from sharpness.batchsize.branches import Branches as Branches
+from sharpness.batchsize.branches import branches as branches
 from sharpness.batchsize.problem import RULES, Problem
-from sharpness.batchsize.updates import (
-    UpdateTimes,
-    is_out_of_memory,
-    now,
-    refusals,
-    sizes_of,
-)
+from sharpness.batchsize.runs import Folder, Limits, Racers
+from sharpness.batchsize.runs import RaceRun as RaceRun
+from sharpness.batchsize.updates import UpdateTimes, refusals, sizes_of
 from sharpness.measures.batch_sharpness import batch_sharpness
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.risk.model_state import random_generators_kept, seed_generators
+from sharpness.risk.model_state import random_generators_kept
 from sharpness.statistics import mean_and_sd, relative_line
 from sharpness.tracking import SharpnessTracker, TrackedValue
 
-_LOOK_EVERY = 1.1  # from one look at the validation loss to the next, times the updates
-_FAR = 100.0  # times the start's loss: diverged
-_LONGEST = 4.0  # times what the anchor's updates become by perfect scaling
-_ANCHOR = (1000, 10)  # updates, epochs of the anchor by default, whichever is less
 _MOST_EXTENSIONS = 3  # of a grid of rates, by a factor of two each
 _MEASURED = 1024  # training rows that lambda_max and phi are of
 _BATCH_ROWS = 16_384  # that batch sharpness looks at in all, or four batches
-_ENDLESS = 1 << 62  # updates
-_LAST = 0.25  # of the samples of a branch, that its loss is the mean over
-
-
-# -- what comes back ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class RaceRun:
-    """One training of the race, on three clocks."""
-
-    batch_size: int
-    lr: float
-    seed: int
-    updates: float  # to the target, between two looks; those made where not reached
-    samples: float  # updates * batch_size
-    seconds: float  # updates * time per update; looks at the loss are not counted
-    reached: bool
-    end: str  # "reached", "diverged", "overtaken", "budget", "no memory"
-    course: tuple[tuple[int, float, float], ...]  # updates, validation loss, its error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +188,14 @@ def race(
         progress: show a bar of updates; by default on a terminal.
 
     Returns:
-        `Race`. Runs end at the target (the updates are interpolated between two looks,
-        which are 10 % apart), where the loss is not finite or 100 times that of the start
-        ("diverged"), once another rate of the same size was faster ("overtaken", which
-        cannot change the best), and at the budget: the limits given, and four times the
-        updates that the anchor took, times its size over theirs for smaller ones. Without
-        limits the anchor has 1000 updates or 10 epochs, whichever is less. Where no rate
-        of a size gets there, its `note` says so, and the fit leaves it out.
+        `Race`. A run ends at the target (met by the median of three looks 10 % apart,
+        since one alone may be low by luck; updates are interpolated), where the loss is
+        not finite or 100 times that of the start ("diverged"), once another rate of its
+        size was faster ("overtaken", which cannot change the best), and at the budget:
+        the limits given, and four times the updates of the anchor, by perfect scaling for
+        smaller sizes. Without limits the anchor has 1000 updates or 10 epochs, whichever
+        is less. Where no rate of a size gets there its `note` says so, and the fit leaves
+        it out.
 
     Raises:
         ValueError: an argument outside its range, or a folder of another race.
@@ -242,14 +212,14 @@ def race(
     require(0 < confidence < 1, "confidence", "lie in (0, 1)", confidence, "Pass 0.95.")
     rule = problem.rule if rule is None else rule
     known("rule", rule, RULES)
-    limits = _Limits(
+    limits = Limits(
         math.inf if max_updates is None else whole("max_updates", max_updates, 1),
         math.inf if max_samples is None else positive("max_samples", max_samples),
     )
     seeds = [whole("seeds", seed, 0) for seed in seeds]
     ensure(bool(seeds), "seeds", "hold at least one", "none")
     run = Run("updates", max_seconds=max_seconds, progress=progress)
-    racers = _Racers(problem, times, limits, seeds, run, _Folder(folder), on_run)
+    racers = Racers(problem, times, limits, seeds, run, Folder(folder), on_run)
     found: dict[int, SizeResult] = {size: _not_run(size) for size in sizes}
     with random_generators_kept(), run:
         racers.begin(target)
@@ -333,200 +303,11 @@ def _fitted(there: Sequence[SizeResult], confidence: float) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """Of one run: updates and samples."""
-
-    updates: float
-    samples: float
-
-    def of(self, size: int) -> int:
-        """Whole updates of this size, at least one."""
-        most = min(self.updates, self.samples / size)
-        return max(1, math.floor(most)) if math.isfinite(most) else _ENDLESS
-
-
-class _Folder:
-    """Runs that are finished, a small file each; nothing without a path."""
-
-    def __init__(self, path: str | Path | None) -> None:
-        self._path = None if path is None else Path(path)
-
-    def check(self, facts: Mapping[str, Any]) -> None:
-        """Refuse runs of another race.
-
-        Raises:
-            ValueError: what the folder says of its race is something else.
-        """
-        plain = as_plain(facts)
-        before = self.read("race", dict[str, Any])
-        for name, ours in plain.items():
-            theirs = ours if before is None else before.get(name)
-            contract, got = "hold runs of the same race", f"{name}={theirs!r}, not {ours!r}"
-            ensure(ours == theirs, "folder", contract, got, "Choose another.")
-        self.write("race", plain)
-
-    def read(self, name: str, kind: Any) -> Any:
-        """What was written under a name; None where nothing was."""
-        path = self._path and self._path / f"{name}.json"
-        if not path or not path.exists():
-            return None
-        try:
-            return _saving.restored(kind, json.loads(path.read_text()))
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise ValueError(
-                f"`folder` must hold files of a race; got {path.name}, which is damaged. "
-                "Delete that file."
-            ) from None
-
-    def write(self, name: str, value: Any) -> None:
-        """Keep a value, whole or not at all."""
-        if self._path:
-            text = json.dumps(as_plain(value), allow_nan=False)
-            _saving.write(self._path / f"{name}.json", text.encode())
-
-
-@dataclass
-class _Racers:
-    """Runs single trainings, each the same whatever was run before."""
-
-    problem: Problem
-    times: UpdateTimes | None
-    limits: _Limits
-    seeds: list[int]
-    clock: Run
-    folder: _Folder
-    on_run: Callable[[RaceRun], object] | None
-    runs: list[RaceRun] = field(default_factory=list)
-    target: float = math.nan
-    target_how: str = "not known"
-    start_loss: float = math.nan
-    _pace: float = math.inf  # updates that the anchor took
-
-    def begin(self, target: float | None) -> None:
-        """Know the start's loss, the target, and what a run may cost."""
-        problem, size = self.problem, self.problem.batch_size
-        self.start_loss, _ = problem.validation_loss(problem.copy())
-        if target is not None:
-            self.target, self.target_how = float(target), "given"
-        most = self.limits.of(size)
-        if most == _ENDLESS:
-            most = max(1, min(_ANCHOR[0], _ANCHOR[1] * problem.num_rows // size))
-        half = -(-most // 2)
-        anchor_is = {"anchor": [size, problem.lr, most, self.seeds[0]], "target": target}
-        self.folder.check({**problem.facts(), **anchor_is})
-        anchor = self.folder.read("anchor", RaceRun)
-        if anchor is None:
-            until = -math.inf if target is None else self.target
-            budget = half if target is None else most
-            anchor, _ = self.trained(size, problem.lr, self.seeds[0], until, budget)
-            self.folder.write("anchor", anchor)
-        if target is None:
-            last = [loss for made, loss, _ in anchor.course if made >= 0.8 * half]
-            contract = "reach a finite loss with its lr and batch_size"
-            ensure(anchor.end == "budget", "problem", contract, "divergence", "Lower lr.")
-            self.target = float(np.mean(last))
-            self.target_how = f"where the anchor stands after {half} updates of {size}"
-            contract = "learn with its lr and batch_size"
-            got = f"a loss of {self.target:.4g} from {self.start_loss:.4g} on"
-            ensure(self.target < self.start_loss, "problem", contract, got, "Raise lr.")
-        contract, got = f"lie below the start's loss {self.start_loss:.4g}", str(target)
-        ensure(self.target < self.start_loss, "target", contract, got)
-        self._pace = anchor.updates if anchor.end in ("reached", "budget") else math.inf
-
-    def budget(self, size: int) -> int:
-        """The most updates of a run of this size."""
-        scaled = self._pace * max(1.0, self.problem.batch_size / size)
-        most = self.limits.of(size)
-        return most if math.isinf(scaled) else min(most, math.ceil(_LONGEST * scaled))
-
-    def run(
-        self, size: int, lr: float, seed: int, worth: float
-    ) -> tuple[RaceRun, nn.Module | None]:
-        """One run, from its file or carried out; then with the model at its end.
-
-        Args:
-            size: of its batches.
-            lr: its rate.
-            seed: of its order.
-            worth: with more updates than that another rate has won.
-        """
-        name, model = f"{size}-{lr:.6g}-{seed}", None
-        budget = self.budget(size)
-        most = budget if math.isinf(worth) else min(budget, max(1, math.ceil(worth)))
-        found: RaceRun | None = self.folder.read(name, RaceRun)
-        cut_short = found and found.end in ("overtaken", "budget")
-        if found is None or (cut_short and found.updates < most):
-            found, model = self.trained(size, lr, seed, self.target, most)
-            if found.end == "budget" and most < budget:
-                found = replace(found, end="overtaken")
-            self.folder.write(name, found)
-        self.runs.append(found)
-        if self.on_run:
-            self.on_run(found)
-        return found, model
-
-    def trained(
-        self, size: int, lr: float, seed: int, target: float, most: int
-    ) -> tuple[RaceRun, nn.Module]:
-        """Train until the target, divergence or so many updates."""
-        problem, made, seconds, end = self.problem, 0, 0.0, "budget"
-        seed_generators(_tensors.mixed(seed, size))
-        model = problem.copy()
-        optimizer = problem.optimizer_for(model, lr)
-        stream = problem.batches(size, seed)
-        course = [(0, *problem.validation_loss(model))]
-        while made < most and end == "budget":
-            look = min(most, max(made + 1, math.ceil(made * _LOOK_EVERY)))
-            self.clock.step(look - made)
-            try:
-                began = now(problem.device)
-                for _ in range(look - made):
-                    problem.update(model, optimizer, next(stream))
-                seconds += now(problem.device) - began
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                end = "no memory"
-                break
-            made = look
-            course.append((made, *problem.validation_loss(model)))
-            loss = course[-1][1]
-            if not math.isfinite(loss) or loss > self.start_loss + _FAR * abs(
-                self.start_loss
-            ):
-                end = "diverged"
-            elif loss <= target:
-                end = "reached"
-        updates = _crossing(course, target) if end == "reached" else float(made)
-        per_update = seconds / max(made, 1)
-        if self.times is not None and math.isfinite(self.times.of(size)):
-            per_update = self.times.of(size)
-        result = RaceRun(
-            batch_size=size,
-            lr=lr,
-            seed=seed,
-            updates=updates,
-            samples=updates * size,
-            seconds=updates * per_update,
-            reached=end == "reached",
-            end=end,
-            course=tuple(course),
-        )
-        return result, model
-
-
-def _crossing(course: Sequence[tuple[int, float, float]], target: float) -> float:
-    """Updates at the target, on the line between the last two looks; at least one."""
-    (before, high, _), (after, low, _) = course[-2:]
-    return max(1.0, before + (after - before) * (high - target) / (high - low))
-
-
 class _Grid:
     """The rates of one batch size, from the likeliest on."""
 
     def __init__(
-        self, racers: _Racers, size: int, rate: float, factors: Sequence[float]
+        self, racers: Racers, size: int, rate: float, factors: Sequence[float]
     ) -> None:
         self._racers, self._size, self._rate = racers, size, rate
         self._factors = list(factors)
@@ -650,155 +431,3 @@ def _measured(problem: Problem, model: nn.Module, size: int) -> dict[str, Tracke
         nan, status = math.nan, Status.NOT_AVAILABLE
         noise = TrackedValue(value=nan, error=nan, status=status)
     return {**tracker.history[0].values(), "batch_sharpness": noise}
-
-
-# -- from a checkpoint -------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Branches(Result):
-    """From one checkpoint, the same samples in batches of k times the size."""
-
-    factors: tuple[float, ...]  # k, rising from 1
-    batch_sizes: tuple[int, ...]
-    rates: tuple[float, ...]
-    updates: tuple[int, ...]
-    losses: tuple[float, ...]  # mean training loss over the last quarter of the samples
-    errors: tuple[float, ...]  # standard error of the difference to k = 1
-    tolerance: float  # share of the loss with k = 1
-    critical: int | None  # the largest batch up to which all stay within; None: none run
-    is_lower_bound: bool  # all of them do
-
-    def _rows(self) -> Iterable[Reading]:
-        base = self.losses[0] if self.losses else math.nan
-        for size, loss, error, made in zip(
-            self.batch_sizes, self.losses, self.errors, self.updates, strict=True
-        ):
-            words = f"standard error of the difference, {made} updates"
-            yield Reading(name=f"loss({size})", value=loss, error=error, evidence=words)
-        yield Reading(
-            name="critical_batch_size",
-            value=math.nan if self.critical is None else float(self.critical),
-            bound="≥" if self.is_lower_bound else "",
-            evidence=f"loss within {self.tolerance:.1%} of {number(base)}",
-        )
-
-
-def branches(
-    problem: Problem,
-    state: Mapping[str, Any] | None = None,
-    factors: Sequence[float] = (1, 2, 4, 8, 16),
-    *,
-    optimizer_state: Mapping[str, Any] | None = None,
-    samples: int | None = None,
-    tolerance: float = 0.01,
-    rule: str | None = None,
-    seed: int = 0,
-    max_seconds: float | None = None,
-    progress: bool | None = None,
-) -> Branches:
-    """From a checkpoint, the same samples in batches of k times the size: which k is free?
-
-    Every branch sees the same rows in the same order. Its loss is the mean over the
-    batches of the last quarter of them. The largest k up to which all of these stay
-    within `tolerance` of that with k = 1 is the critical batch size here, at this point of
-    training; where all do, it is "at least" that.
-
-    Args:
-        problem: what is trained; its lr and batch_size are those of k = 1.
-        state: the checkpoint's state dict; None starts from the problem's model.
-        factors: k >= 1; 1 itself is always run.
-        optimizer_state: the optimizer's state dict, such as Adam's moments; None starts
-            anew.
-        samples: of each branch, rounded down to whole batches of the largest. None takes
-            20 of these.
-        tolerance: share of the loss with k = 1, > 0.
-        rule: of the rate with k: "linear" (default for SGD), "sqrt" (else), "none".
-        seed: of the order of the rows.
-        max_seconds: no 64 updates begin later than this; branches that are done come back.
-        progress: show a bar; by default on a terminal.
-
-    Raises:
-        ValueError: an argument outside its range, or a largest batch beyond the rows.
-
-    Cost: `samples` gradients for each factor.
-
-    References:
-        Merrill et al. (2025), arXiv:2505.23971: branched training, with a tolerance of
-        0.01 in the loss itself; here it is relative, so that it means the same in any
-        unit.
-    """
-    ks = sorted({1.0, *positive_list("factors", factors)[0]})
-    require(ks[0] >= 1, "factors", "be at least 1", ks[0])
-    positive("tolerance", tolerance, "Pass 0.01.")
-    sizes = [round(k * problem.batch_size) for k in ks]
-    contract = f"give batches of at most the {problem.num_rows} rows"
-    ensure(sizes[-1] <= problem.num_rows, "factors", contract, str(sizes[-1]))
-    num = 20 * sizes[-1] if samples is None else whole("samples", samples, 4 * sizes[-1])
-    num -= num % sizes[-1]
-    run = Run("updates", max_seconds=max_seconds, progress=progress)
-    done: list[np.ndarray] = []  # losses of each branch's updates
-    start = state, optimizer_state
-    with random_generators_kept(seed), run:
-        for size in sizes:
-            lr = problem.scaled_rate(size, rule)
-            done.append(_branch(problem, start, (size, lr, seed), num // size, run))
-    tails = [losses[-max(1, round(_LAST * len(losses))) :] for losses in done]
-    means = [float(tail.mean()) for tail in tails]
-    fine = [mean <= means[0] + tolerance * abs(means[0]) for mean in means]
-    num_fine = sum(accumulate(fine, min))
-    ended = run.status
-    if done and not math.isfinite(means[0]):
-        ended = Status.worst(ended, Status.NON_FINITE)
-    return Branches(
-        factors=tuple(ks[: len(done)]),
-        batch_sizes=tuple(sizes[: len(done)]),
-        rates=tuple(problem.scaled_rate(size, rule) for size in sizes[: len(done)]),
-        updates=tuple(map(len, done)),
-        losses=tuple(means),
-        errors=tuple(_error_of_difference(tail, tails[0]) for tail in tails),
-        tolerance=tolerance,
-        critical=sizes[num_fine - 1] if num_fine else None,
-        is_lower_bound=bool(num_fine) and num_fine == len(done),
-        status=ended,
-        cost=Cost(gradients=len(done) * num / problem.num_rows, seconds=run.seconds),
-        settings={"samples": num, "rule": rule or problem.rule, "seed": seed},
-    )
-
-
-def _branch(
-    problem: Problem,
-    start: tuple[Any, Any],
-    how: tuple[int, float, int],
-    num: int,
-    run: Run,
-) -> np.ndarray:
-    """Losses of `num` updates; NaN after one that is not finite."""
-    (state, optimizer_state), (size, lr, seed) = start, how
-    model = problem.copy()
-    if state is not None:
-        model.load_state_dict(state)
-    optimizer = problem.optimizer_for(model, lr)
-    if optimizer_state is not None:
-        optimizer.load_state_dict(dict(optimizer_state))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-    stream = problem.batches(size, seed)
-    losses: list[Tensor] = []
-    for begun in range(0, num, 64):
-        run.step(min(64, num - begun))
-        for _ in range(begun, min(begun + 64, num)):
-            losses.append(problem.update(model, optimizer, next(stream)))
-    return torch.stack(losses).double().cpu().numpy()
-
-
-def _error_of_difference(tail: np.ndarray, base: np.ndarray) -> float:
-    """Of the means of two branches, over stretches of the same samples."""
-    num = min(len(tail), len(base))
-    if num < 2:
-        return math.nan
-    parts = [
-        np.array([part.mean() for part in np.array_split(losses, num)])
-        for losses in (tail, base)
-    ]
-    return float((parts[0] - parts[1]).std(ddof=1) / math.sqrt(num))

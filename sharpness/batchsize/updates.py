@@ -25,6 +25,7 @@ try:
 except ModuleNotFoundError:  # Windows
     resource = None  # type: ignore[assignment]
 
+_NO_MEMORY = "out of memory"
 _BLOCK_SECONDS = 0.02  # a repeat is a block of updates of about this length
 _MOST_IN_BLOCK = 200
 _COUNTED = (4, 32)  # batch sizes whose memory on a CPU is counted; larger ones follow
@@ -156,22 +157,26 @@ def time_per_update(
             for size, row in rows.items():
                 if not row.reason:
                     run.step()
-                    row.times.append(block(size, row.num))
+                    seconds = block(size, row.num)
+                    row.times += [] if seconds is None else [seconds]
+                    row.reason = _NO_MEMORY if seconds is None else ""
     survived = np.array([not row.reason for row in rows.values()])
-    seconds = np.array([row.seconds for row in rows.values()])
-    fit = {"overhead": math.nan, "per_sample": math.nan, "residual": math.nan}
+    all_seconds = np.array([row.seconds for row in rows.values()])
+    a = c = residual = math.nan
     if survived.sum() > 1:
-        line = relative_line(np.array(sizes)[survived], seconds[survived])
-        fit = {"overhead": line.a, "per_sample": line.b, "residual": line.residual}
+        line = relative_line(np.array(sizes)[survived], all_seconds[survived])
+        a, c, residual = line.a, line.b, line.residual
     return UpdateTimes(
         batch_sizes=np.array(sizes),
-        seconds=seconds,
+        seconds=all_seconds,
         spread=np.array([row.spread for row in rows.values()]),
         peak_bytes=np.array([row.peak for row in rows.values()]),
         survived=survived,
         reasons=tuple(row.reason for row in rows.values()),
         memory=_MEMORY.get(problem.device.type, "unknown"),
-        **fit,
+        overhead=a,
+        per_sample=c,
+        residual=residual,
         status=run.status,
         cost=Cost(seconds=run.seconds),
         settings={
@@ -207,17 +212,16 @@ class _Row:
     reason: str = "not run"
     peak: float = math.nan
     num: int = 1  # updates in a block
+    tried: float = math.nan  # seconds of the second update: all there is where time is up
     times: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
-        return float(np.median(self.times)) if self.times else math.nan
+        return math.nan if self.reason else float(np.median(self.times or [self.tried]))
 
     @property
     def spread(self) -> float:
-        if not self.times:
-            return math.nan
-        low, high = np.quantile(self.times, [0.25, 0.75])
+        low, high = np.quantile(self.times or [math.nan], [0.25, 0.75])
         return float(high - low) / 2
 
 
@@ -225,34 +229,38 @@ def _tried(problem: Problem, size: int, seed: int, reason: str) -> _Row:
     """Two full updates of a new copy, unless there is a reason against them."""
     if reason:
         return _Row(reason)
-    try:
-        if problem.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(problem.device)
-        block = _blocks(problem, seed)
-        block(size, 1)
-        num = math.ceil(_BLOCK_SECONDS / max(block(size, 1), 1e-9))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _Row("out of memory")
-    return _Row("", _peak_bytes(problem.device), min(num, _MOST_IN_BLOCK))
+    if problem.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(problem.device)
+    block = _blocks(problem, seed)
+    first, tried = block(size, 1), block(size, 1)
+    if first is None or tried is None:
+        return _Row(_NO_MEMORY)
+    num = min(math.ceil(_BLOCK_SECONDS / max(tried, 1e-9)), _MOST_IN_BLOCK)
+    return _Row("", _peak_bytes(problem.device), num, tried)
 
 
-def _blocks(problem: Problem, seed: int) -> Callable[[int, int], float]:
-    """Seconds per update over some updates of a size; one model for all sizes."""
+def _blocks(problem: Problem, seed: int) -> Callable[[int, int], float | None]:
+    """Seconds per update over some updates of a size; one model for all sizes.
+
+    None where memory ran out.
+    """
     model = problem.copy()
     optimizer = problem.optimizer_for(model, problem.lr)
     streams: dict[int, Any] = {}
 
-    def block(size: int, num: int) -> float:
-        if size not in streams:
-            streams[size] = problem.batches(size, seed)
-            next(streams[size])  # shuffles all rows, once an epoch
-        batches = streams[size]
-        began = now(problem.device)
-        for _ in range(num):
-            problem.update(model, optimizer, next(batches))
-        return (now(problem.device) - began) / num
+    def block(size: int, num: int) -> float | None:
+        try:
+            if size not in streams:
+                streams[size] = problem.batches(size, seed)
+                next(streams[size])  # shuffles all rows, once an epoch
+            began = now(problem.device)
+            for _ in range(num):
+                problem.update(model, optimizer, next(streams[size]))
+            return (now(problem.device) - began) / num
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     return block
 
