@@ -6,6 +6,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,11 +104,13 @@ def _train(options: Any) -> int:
         raise ValueError(str(error).replace("`name`", "`--data`")) from None
     runs = list(_runs(options, folder, num_train))
     _check_folder(folder)
+    _say_clocks(runs, num_train)
     outcomes = []
     for outcome in sweep(runs, place, keep_every=options.keep_every, following=following):
         outcomes.append(outcome)
         _note(outcome, folder / "records.jsonl", options.regime)
-        _say(outcome)
+        _say(outcome, num_train)
+    _say_table(outcomes, num_train)
     failed = sum(outcome.failure is not None for outcome in outcomes)
     if failed == len(runs):
         return _command.WRONG_CALL
@@ -233,20 +236,65 @@ def _note(outcome: Outcome, path: Path, regime: str | None) -> None:
         _command.say("sharpness.train", f"{path}: {error.strerror}")
 
 
-def _say(outcome: Outcome) -> None:
+def _say_clocks(runs: Sequence[Run], num_train: int) -> None:
+    """What different batch sizes have to do, where it is not the same."""
+    made = {}
+    for run in runs:
+        with suppress(ValueError):  # that run will say so
+            course = run.training.course(num_train)
+            updates = run.budget.num_updates(course)
+            made[run.training.batch_size] = (updates, course.num_samples(updates))
+    if len(set(made.values())) > 1:
+        each = "; ".join(f"{b}: {u} updates, {n} samples" for b, (u, n) in made.items())
+        print(
+            f"By batch size at most {each}. No two sizes are equal in updates, samples and "
+            "time at once: --updates gives equal updates, --epochs equal samples.",
+            flush=True,
+        )
+
+
+def _clocks(outcome: Outcome, num_train: int) -> tuple[int, int, float]:
+    """Updates, samples and seconds of a finished run."""
+    updates = outcome.facts["updates"]
+    samples = outcome.run.training.course(num_train).num_samples(updates)
+    return updates, samples, outcome.facts["seconds"]
+
+
+def _tested(metrics: Mapping[str, float]) -> str:
+    if "test_accuracy_batch" in metrics:
+        return f"accuracy {metrics['test_accuracy_batch']:.2%}"
+    return f"loss {metrics['test_loss_batch']:.2g}"
+
+
+def _say(outcome: Outcome, num_train: int) -> None:
     path, facts = outcome.run.path, outcome.facts
     if outcome.failure is not None:
         _command.say("sharpness.train", f"{path}: {outcome.failure}")
         return
-    metrics = facts["metrics"]
-    tested = f"loss {metrics['test_loss_batch']:.2g}"
-    if "test_accuracy_batch" in metrics:
-        tested = f"accuracy {metrics['test_accuracy_batch']:.2%}"
+    metrics, (updates, samples, seconds) = facts["metrics"], _clocks(outcome, num_train)
     print(
-        f"{path}: {facts['epoch']} epochs, {facts['updates']} updates, "
-        f"training loss {metrics['train_loss_batch']:.2g}, test {tested}, "
-        f"{facts['seconds']:.0f} s"
+        f"{path}: {facts['epoch']} epochs, {samples} samples, {updates} updates, training "
+        f"loss {metrics['train_loss_batch']:.2g}, test {_tested(metrics)}, {seconds:.0f} s"
     )
+
+
+def _say_table(outcomes: Sequence[Outcome], num_train: int) -> None:
+    """The three clocks of every run side by side, where batch sizes are compared."""
+    from sharpness.report.tables import table_text
+
+    done = [outcome for outcome in outcomes if outcome.failure is None]
+    if len({outcome.run.training.batch_size for outcome in done}) < 2:
+        return
+    rows = []
+    for outcome in sorted(done, key=lambda o: o.run.training.batch_size):
+        updates, samples, seconds = _clocks(outcome, num_train)
+        metrics, training = outcome.facts["metrics"], outcome.run.training
+        clocks = (str(updates), str(samples), f"{seconds:.1f}")
+        loss = f"{metrics['train_loss_batch']:.2g}"
+        name = outcome.run.path.name
+        rows.append([name, str(training.batch_size), *clocks, loss, _tested(metrics)])
+    columns = ("run", "batch", "updates", "samples", "seconds", "training loss", "test")
+    print(table_text(columns, rows), end="")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from helpers.known_trainings import regression
 from helpers.problems import assert_near, directions, tiny_mlp
 from torch import nn
 
 import sharpness as sh
+from sharpness.batchsize.updates import time_per_update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 FEW = 1e3 * torch.finfo(torch.float32).eps
@@ -94,3 +96,11 @@ def test_what_f_owes_to_the_batches_is_seen_there_too():
         risk = sh.EmpiricalRisk(problem.model, loss, (x, t), device="cuda")
         assert bool(risk.notes) == depends
         assert risk.value() == risk.value()
+
+
+def test_the_memory_of_an_update_is_that_of_the_gpu():
+    problem = regression(4096, 64, device="cuda")
+    found = time_per_update(problem, [16, 256, 4096])
+    assert found.survived.all()
+    assert (found.peak_bytes[1:] > found.peak_bytes[:-1]).all()
+    assert "GPU" in found.memory

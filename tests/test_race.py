@@ -4,6 +4,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import untouched
+from helpers.known_trainings import (
+    CURVATURE,
+    expected_updates,
+    noisy_quadratic,
+    regression,
+)
 from torch import nn
 
 from sharpness._results import Status
@@ -13,13 +20,6 @@ from sharpness.batchsize.race import branches, race
 from sharpness.batchsize.updates import UpdateTimes, time_per_update
 from sharpness.results import load_result
 from sharpness.statistics import relative_line
-from tests.helpers import untouched
-from tests.helpers.known_trainings import (
-    CURVATURE,
-    expected_updates,
-    noisy_quadratic,
-    regression,
-)
 
 FLOOR = float(np.mean(CURVATURE))  # the quadratic's loss at its minimum
 QUICK = {"measure": False, "progress": False}

@@ -156,6 +156,8 @@ def test_updates_are_cut_from_one_stream_and_rounded_once(
     course = Course(schedule, batch_size=batch_size, learning_rate=1, num_train=num_train)
     half = Fraction(1, 2)
     assert course.num_updates(epochs) == math.floor(exact.updates(epochs) + half)
+    num = min(course.num_updates(epochs), 500)
+    assert course.num_samples(num) == sum(course.at(u)[0] for u in range(num))
     for begins in exact.begins:
         for update in range(max(0, math.floor(begins) - 1), math.ceil(begins) + 2):
             found, wanted = course.at(update), exact.at(update)

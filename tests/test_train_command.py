@@ -88,7 +88,7 @@ def test_two_batch_sizes_and_two_seeds_are_four_networks(tmp_path, capsys):
     names = {f"batch{b}-seed{s}.pt" for b in (64, 256) for s in (0, 1)}
     assert files(tmp_path).keys() == names
     assert status(tmp_path) == {(name, "finished"): 1 for name in names}
-    assert (out.count("3 updates, training loss"), out.count("\n"), err) == (4, 4, "")
+    assert (out.count("3 updates, training loss"), err) == (4, "")
     saved = {name: checkpoint.load(tmp_path / name) for name in names}
     training = Training(network=MLP, batch_size=256, seed=1)
     path = tmp_path / "alone" / "a.pt"
@@ -110,6 +110,29 @@ def test_small_and_large_batch_train_for_the_epochs_asked_for(tmp_path, capsys):
         assert saved["updates"] == round(2 * 1433 / size)
         assert saved["epoch"] == len(saved["history"]) == 2
     assert out.count(": 2 epochs, ") == 2
+
+
+def clocks(out, name):
+    """Updates and samples of a run in the table at the end."""
+    (row,) = [line.split() for line in out.splitlines() if line.startswith(f" {name}")]
+    return int(row[2]), int(row[3])
+
+
+def test_updates_samples_and_seconds_of_different_batch_sizes_are_said(tmp_path, capsys):
+    assert call(tmp_path, MLP, "--batch-size", "64,256", "--epochs", "2") == 0
+    out = capsys.readouterr().out
+    expected = {64: round(2 * 1433 / 64), 256: round(2 * 1433 / 256)}
+    for size, updates in expected.items():
+        assert f"{size}: {updates} updates, {size * updates} samples" in out.splitlines()[0]
+        assert f"{size * updates} samples, {updates} updates, training loss" in out
+        assert clocks(out, f"batch{size}-seed0.pt") == (updates, size * updates)
+    assert "seconds" in out
+    assert call(tmp_path / "equal", MLP, "--batch-size", "64,256", "--updates", "3") == 0
+    out = capsys.readouterr().out
+    assert "64: 3 updates, 192 samples; 256: 3 updates, 768 samples" in out
+    assert call(tmp_path / "one", *ONE, "--seeds", "2") == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 2  # nothing to compare
 
 
 def test_finished_runs_are_skipped_and_a_longer_budget_carries_on(tmp_path, updates):

@@ -5,6 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from helpers import untouched
+from helpers.known_trainings import regression
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -14,8 +16,6 @@ from sharpness.batchsize.problem import Problem
 from sharpness.batchsize.updates import time_per_update
 from sharpness.results import load_result
 from sharpness.risk import memory
-from tests.helpers import untouched
-from tests.helpers.known_trainings import regression
 
 
 @pytest.fixture

@@ -157,6 +157,15 @@ class Course:
         here = (Fraction(epochs) - Fraction(begins)) * self.num_train / batch_size
         return math.floor(self._begins[last] + here + Fraction(1, 2))
 
+    def num_samples(self, updates: int) -> int:
+        """Samples in the first so many updates."""
+        begins = [math.ceil(begin) for begin in self._begins]
+        spans = zip(begins, [*begins[1:], updates], self.phases, strict=True)
+        return sum(
+            max(0, min(end, updates) - begin) * phase.batch_size
+            for begin, end, phase in spans
+        )
+
     def at(self, update: int) -> tuple[int, float]:
         """Batch size and learning rate of update number `update`, from 0."""
         i = bisect_right(self._begins, update) - 1
