@@ -15,11 +15,13 @@ from .measures.flatness import pac_bayes_sigma as pac_bayes_sigma
 from .measures.flatness import relative_flatness as relative_flatness
 from .measures.gradient_noise import gradient_noise as gradient_noise
 from .measures.landscape import interpolation as interpolation
+from .measures.landscape import low_loss_path as low_loss_path
 from .measures.layers import layerwise_eigenpairs as layerwise_eigenpairs
 from .measures.models import compare_models as compare_models
 from .measures.models import measure_model as measure_model
 from .measures.perturbation import average_case_sharpness as average_case_sharpness
 from .measures.perturbation import worst_case_sharpness as worst_case_sharpness
+from .measures.planes import loss_plane as loss_plane
 from .measures.preconditioner import adam_preconditioner as adam_preconditioner
 from .measures.sampling import lambda_max_sampling as lambda_max_sampling
 from .measures.spectrum import spectral_density as spectral_density

@@ -110,6 +110,17 @@ def check_writable(flag: str, path: Path) -> None:
     ensure(sound, flag, "be a file that can be written", str(path))
 
 
+def check_figure(flag: str, path: Path) -> None:
+    """Refuse a picture of a kind that is not drawn, or that cannot be written.
+
+    Raises:
+        ValueError: it is one.
+    """
+    drawn = path.suffix in (".png", ".pdf", ".svg")
+    ensure(drawn, flag, "end in .png, .pdf or .svg", str(path))
+    check_writable(flag, path)
+
+
 def say(name: str, text: str) -> None:
     """One line on stderr from a command."""
     print(f"{name}: {text}", file=sys.stderr)

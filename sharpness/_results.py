@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from sharpness._arguments import ensure, package
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 _MOST_SHOWN = 20  # numbers on the line that `print` shows
@@ -261,11 +263,12 @@ class Result:
         """The numbers with the words for their evidence, without status and cost."""
         raise NotImplementedError
 
-    def _curves(self) -> Iterable[tuple[str, float, float]]:
-        """What is drawn against the radius: name, value, error (NaN where none)."""
+    def _curves(self) -> Iterable[tuple[str, float, float, float]]:
+        """What is drawn against the radius: name, value, and its ends (NaN if none)."""
         for row in self._rows():
             error = math.nan if row.error is None else row.error
-            yield f"{row.name.partition('(')[0]} {row.bound}".strip(), row.value, error
+            name = f"{row.name.partition('(')[0]} {row.bound}".strip()
+            yield name, row.value, row.value - error, row.value + error
 
     def __str__(self) -> str:
         """One line, and one for each of the notes."""
@@ -291,15 +294,16 @@ class Result:
         """A pandas data frame with a row for each of the `readings()`."""
         return _frame(self.readings())
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """A matplotlib figure of the numbers with their errors.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
         from sharpness.report.figures import readings_plot
 
-        return readings_plot(self.readings(), path)
+        return readings_plot(self.readings(), path, ax=ax)
 
 
 _One = TypeVar("_One", bound=Result)
@@ -335,24 +339,26 @@ class Results(list[_One]):
         """A pandas data frame with a row for each of the `readings()`."""
         return _frame(self.readings())
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """The numbers against the radius, with their errors; a matplotlib figure.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
         from sharpness.report.figures import points_plot
 
         curves = [list(result._curves()) for result in self]
         by_name = {
             name: list(zip(*(numbers[i][1:] for numbers in curves), strict=True))
-            for i, (name, _, _) in enumerate(curves[0] if curves else [])
+            for i, (name, *_) in enumerate(curves[0] if curves else [])
         }
         radius = self[0].radius if self else "radius"
         return points_plot(
             [result.settings[radius] for result in self],
-            [(name, values, errors) for name, (values, errors) in by_name.items()],
+            [(name, *columns) for name, columns in by_name.items()],
             path,
+            ax=ax,
             labels=(radius, self[0].readings()[0].axis.partition("(")[0] if self else ""),
         )
 

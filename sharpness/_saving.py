@@ -92,7 +92,8 @@ def restored(hint: Any, plain: Any, arrays: Mapping[str, Tensor] | None = None) 
         return {key: restored(kinds[1], item, arrays) for key, item in plain.items()}
     if origin in (Tensor, np.ndarray):
         if arrays is None:
-            return torch.tensor(restored(list[float], plain), dtype=torch.float64)
+            array = np.array(plain, dtype=float)  # null becomes NaN
+            return torch.from_numpy(array) if origin is Tensor else array
         return arrays[plain] if origin is Tensor else arrays[plain].numpy()
     if isinstance(origin, type) and issubclass(origin, Enum):
         return origin(plain)

@@ -52,7 +52,7 @@ def _compare(options: Any) -> int:
     )
     measure.check_options(options, [*groups[0], *groups[1]])
     if options.figure:
-        _check_figure(Path(options.figure))
+        _command.check_figure("--figure", Path(options.figure))
     records = [[_record(p, options, device) for p in group] for group in groups]
     first, second = _paired(*records)
     gaps = [_gap(record) for record in (*first, *second)]
@@ -77,12 +77,6 @@ def _print(
 
     title, table = tables.comparison_title(first, second), tables.comparison_table(rows)
     tables.console().print(title, table, *tables.comparison_notes(rows, gaps), sep="\n")
-
-
-def _check_figure(path: Path) -> None:
-    drawn = path.suffix in (".png", ".pdf", ".svg")
-    ensure(drawn, "--figure", "end in .png, .pdf or .svg", str(path))
-    _command.check_writable("--figure", path)
 
 
 def _paths(text: str) -> list[str]:

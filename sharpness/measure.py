@@ -75,8 +75,8 @@ _WHICH = (
 )
 
 
-def add_options(parser: _command.Parser) -> None:
-    """What is measured and how: shared with `compare`."""
+def add_source(parser: _command.Parser) -> None:
+    """Where network and data come from: shared with all that read checkpoints."""
     add = parser.add_argument_group("a network and data of your own").add_argument
     add(
         "--network",
@@ -96,9 +96,24 @@ def add_options(parser: _command.Parser) -> None:
         help="'cross-entropy', 'mse', another of torch.nn, or a function of (outputs, "
         "targets) as for --network (default: by the targets)",
     )
+
+
+def add_options(parser: _command.Parser) -> None:
+    """What is measured and how: shared with `compare`."""
+    add_source(parser)
     which = parser.add_argument_group("which measures")
     _command.add_flags(which, MeasurementSettings, only=("measures",))
     _command.add_flags(which, MeasureSettings, only=_WHICH)
+    how = add_samples(parser)
+    others = {field.name for field in fields(MeasureSettings)} - set(_WHICH)
+    _command.add_flags(how, MeasureSettings, only=others)
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="print JSON, one line a record")
+    add("--output", help="record file to append to (default: beside the checkpoint)")
+
+
+def add_samples(parser: _command.Parser) -> Any:
+    """On which samples, and how f is computed: the group of flags."""
     how = parser.add_argument_group("on which samples, and how")
     how.add_argument(
         "--num-samples",
@@ -108,12 +123,8 @@ def add_options(parser: _command.Parser) -> None:
     )
     others = {field.name for field in fields(MeasurementSettings)} - {"measures"}
     _command.add_flags(how, MeasurementSettings, only=others)
-    others = {field.name for field in fields(MeasureSettings)} - set(_WHICH)
-    _command.add_flags(how, MeasureSettings, only=others)
     how.add_argument("--device", default="auto", help="'auto', 'cpu', ... (default: auto)")
-    add = parser.add_argument_group("output").add_argument
-    add("--json", action="store_true", help="print JSON, one line a record")
-    add("--output", help="record file to append to (default: beside the checkpoint)")
+    return how
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,11 +182,10 @@ def loaded(path: str, options: Any) -> LoadedCheckpoint:
 
 def settings_of(options: Any, subject: LoadedCheckpoint) -> MeasurementSettings:
     """The settings from a command's options."""
-    usual = options.num_samples is _USUAL
     given = {name: value for name, value in vars(options).items() if name in _SETTINGS}
-    num = subject.usual_number(options.split) if usual else options.num_samples
-    given |= {"num_samples": num, "of_measures": measure_settings(options)}
-    return MeasurementSettings(**given)
+    if options.num_samples is _USUAL:
+        given["num_samples"] = subject.usual_number(options.split)
+    return MeasurementSettings(**given, of_measures=measure_settings(options))
 
 
 _SETTINGS = {field.name for field in fields(MeasurementSettings)}
@@ -183,7 +193,7 @@ _SETTINGS = {field.name for field in fields(MeasurementSettings)}
 
 def measure_settings(options: Any) -> MeasureSettings:
     """What the measures share, from a command's options."""
-    names = [field.name for field in fields(MeasureSettings)]
+    names = {field.name for field in fields(MeasureSettings)} & vars(options).keys()
     return MeasureSettings(**{name: getattr(options, name) for name in names})
 
 

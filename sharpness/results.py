@@ -25,10 +25,11 @@ from sharpness.measures.eigenvalues import HessianEigenpairs
 from sharpness.measures.epsilon import EpsilonSharpness, SubspaceSharpness
 from sharpness.measures.flatness import AccuracyRadius, Norms, RelativeFlatness
 from sharpness.measures.gradient_noise import GradientNoise
-from sharpness.measures.landscape import Interpolation
+from sharpness.measures.landscape import Interpolation, LowLossPath
 from sharpness.measures.layers import BlockEigenpairs, LayerwiseEigenpairs
 from sharpness.measures.models import ModelComparison
 from sharpness.measures.perturbation import AverageCaseSharpness, WorstCaseSharpness
+from sharpness.measures.planes import LossPlane
 from sharpness.measures.sampling import LambdaMaxSampling
 from sharpness.measures.spectrum import SpectralDensity, SpectralIntegral
 from sharpness.measures.summary import Summary
@@ -54,6 +55,8 @@ __all__ = [
     "Interpolation",
     "LambdaMaxSampling",
     "LayerwiseEigenpairs",
+    "LossPlane",
+    "LowLossPath",
     "ModelComparison",
     "NondeterministicRiskError",
     "Norms",

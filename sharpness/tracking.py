@@ -318,16 +318,18 @@ class SharpnessTracker:
         )
         return "\n".join(lines) + "\n"
 
-    def plot(self, path: str | Path | None = None) -> Any:
+    def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Any:
         """Every measure and its threshold above the loss; a matplotlib figure.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
         from sharpness.report.figures import tracking_plot
 
         shown = {name for point in self.history for name in point.values()}
-        return tracking_plot(self.history, [n for n in TRACKED if n in shown], path)
+        names = [name for name in TRACKED if name in shown]
+        return tracking_plot(self.history, names, path, ax=ax)
 
     # -- across an interruption --------------------------------------------------------
 

@@ -93,6 +93,7 @@ class Audit(Result):
                 name=f"audit {row.measure}",
                 value=max(factors, default=1.0),
                 evidence=f"moved by {_movers(row)}" if moved else row.verdict,
+                axis="times the value, at most, under maps that keep the function",
             )
 
     def _line(self) -> str:

@@ -36,6 +36,8 @@ from sharpness.risk.plan import Plan
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 _USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted
@@ -129,21 +131,32 @@ class HessianEigenpairs(Result):
         if not num:
             yield Reading(name="lambda_max", value=math.nan)
 
-    def plot(self, path: str | Path | None = None) -> Figure:
-        """A bar for each eigenvalue with its error bound; a matplotlib figure.
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
+        """A bar for each eigenvalue with its error bound, and what is certified.
+
+        A dashed line is what lambda_max is below; values may hide where it is hatched.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
         from sharpness.report.figures import bars_plot
 
         rows = [row for row in self._rows() if row.error is not None]
+        upper, limit = self.lambda_max_upper, None
+        confidence = _percent(self.settings.get("confidence"))
+        if upper is not None and math.isfinite(upper):
+            limit = upper, f"lambda_max is below ({confidence})"
         return bars_plot(
             [row.name for row in rows],
             [row.value for row in rows],
             [row.error or 0.0 for row in rows],
             path,
             label="eigenvalue with its error bound, loss / parameter²",
+            limit=limit,
+            spans=[span for span in self.hidden or () if all(map(math.isfinite, span))],
+            spans_label=f"others may hide here ({confidence}, all at once)",
+            ax=ax,
         )
 
     def _reading_names(self) -> list[str]:

@@ -52,6 +52,8 @@ from sharpness.risk.empirical import EmpiricalRisk
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 Solver = Literal["lbfgsb", "scipy", "ascent"]
@@ -92,18 +94,19 @@ class EpsilonSharpness(Result):
         words = f"{self.box_share:.0%} of coordinates on the box"
         return [_reading(self.settings, self.phi, None, self.phi_protocol, words)]
 
-    def _curves(self) -> Iterable[tuple[str, float, float]]:
-        yield "phi, best found (≥)", self.phi, math.nan
+    def _curves(self) -> Iterable[tuple[str, float, float, float]]:
+        yield "phi, best found (≥)", self.phi, math.nan, math.nan
         protocol = math.nan if self.phi_protocol is None else self.phi_protocol
-        yield "phi by the paper's protocol", protocol, math.nan
+        yield "phi by the paper's protocol", protocol, math.nan, math.nan
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """Phi at this epsilon; a list of results draws them against epsilon.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
-        return Results([self]).plot(path)
+        return Results([self]).plot(path, ax=ax)
 
 
 def _reading(

@@ -26,6 +26,8 @@ from sharpness.statistics import mean_interval
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 _MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all
@@ -344,16 +346,19 @@ class RelativeFlatness(Result):
             evidence=f"standard error over {self.num_probes} probes; of {self.layers[-1]}",
         )
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """A bar for each layer with its standard error; a matplotlib figure.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
         from sharpness.report.figures import bars_plot
 
         label = "relative flatness with its standard error, loss"
-        return bars_plot(self.layers, self.values, self.standard_errors, path, label=label)
+        return bars_plot(
+            self.layers, self.values, self.standard_errors, path, label=label, ax=ax
+        )
 
 
 @of_a_risk

@@ -23,6 +23,8 @@ from sharpness.risk.empirical import EmpiricalRisk
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 Blocks = Callable[[str], str | None] | Sequence[str] | Mapping[str, Sequence[str]]
@@ -55,11 +57,12 @@ class LayerwiseEigenpairs(Result):
         """Every eigenvalue of every block."""
         return [reading for block in self.blocks for reading in block.readings()]
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """A bar for each block's leading eigenvalue, with its bound; a matplotlib figure.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
         from sharpness.report.figures import bars_plot
 
@@ -70,6 +73,7 @@ class LayerwiseEigenpairs(Result):
             [reading.error or 0.0 for _, reading in shown],
             path,
             label="leading eigenvalue of the block, loss / parameter²",
+            ax=ax,
         )
 
 

@@ -16,6 +16,8 @@ from sharpness.risk.empirical import BatchNorm, EmpiricalRisk
 from sharpness.statistics import ReadingComparison, compare_readings, numbers_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 
@@ -127,15 +129,16 @@ class ModelComparison(Result):
         bounds = [BOUNDS] if any(row.bound for row in self.rows) else []
         return table_text(columns, cells, *self.notes, pair, *bounds)
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """The ratio of every number, on a logarithmic axis; a matplotlib figure.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
         from sharpness.report.figures import comparison_plot
 
-        return comparison_plot(self.rows, ("first model", "second model"), path)
+        return comparison_plot(self.rows, ("first model", "second model"), path, ax=ax)
 
 
 def compare_models(

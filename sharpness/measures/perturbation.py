@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,11 @@ from sharpness.optimize.ball import Ball, Norm
 from sharpness.risk.chunks import NoLossTermsError
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.statistics import mean_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from sharpness.report.figures import Figure
 
 Adaptive = Literal["elementwise", "filterwise"]
 
@@ -102,6 +108,18 @@ class AverageCaseSharpness(Result):
             evidence=f"95 %: {ends} over {self.num_draws} pairs of draws",
             axis=f"mean rise of the loss, {self.name}",
         )
+
+    def _curves(self) -> Iterable[tuple[str, float, float, float]]:
+        yield self.name.partition("(")[0], self.value, *self.interval
+
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
+        """The mean rise with its interval; a list of results draws them against rho.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
+        """
+        return Results([self]).plot(path, ax=ax)
 
 
 @of_a_risk

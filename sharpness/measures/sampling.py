@@ -30,6 +30,8 @@ from sharpness.statistics import mean_interval
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 
@@ -80,11 +82,12 @@ class LambdaMaxSampling(Result):
             axis="curvature, loss / parameter²",
         )
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """The interval between its two estimates, one too high and one too low.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, to draw there.
         """
         from sharpness.report.figures import bars_plot
 
@@ -99,6 +102,7 @@ class LambdaMaxSampling(Result):
             ],
             path,
             label="lambda_max with standard errors, loss / parameter²",
+            ax=ax,
         )
 
 

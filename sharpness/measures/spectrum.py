@@ -31,6 +31,8 @@ from sharpness.risk.empirical import EmpiricalRisk
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 _WIDTH = 0.01  # of the Gaussians, in ranges of the spectrum
@@ -227,8 +229,16 @@ class SpectralDensity(Result):
         contract, got = "have a completed start", f"none ({self.status})"
         ensure(bool(self.rules), "density", contract, got, "Give it more time.")
 
-    def plot(self, path: str | Path | None = None, *, title: str = "") -> Figure:
-        """A figure of density and band, logarithmic; written to `path` as PNG if given."""
+    def plot(
+        self, path: str | Path | None = None, *, title: str = "", ax: Axes | None = None
+    ) -> Figure:
+        """Density and band, logarithmic, over ticks where the runs saw eigenvalues.
+
+        Args:
+            path: where the PNG goes, if anywhere.
+            title: the line above; by default what it is.
+            ax: axes of your own figure, to draw there.
+        """
         self._need_a_start()
         from sharpness.report.figures import density_plot
 
@@ -240,7 +250,9 @@ class SpectralDensity(Result):
             self.band,
             1 / (self.n * self.sigma * math.sqrt(2 * math.pi)),
             path,
+            ritz=np.concatenate([rule.nodes for rule in self.rules]).tolist(),
             title=title or usual,
+            ax=ax,
             band_label=f"{self.confidence:.0%} band",
         )
 

@@ -175,6 +175,18 @@ class ChunkedMean:
             reduced = self._objective.reduced(leaves, chunk.batch)
             yield self.mean(reduced, chunk.batch) * self._weight(chunk)
 
+    def shares_and_outputs(
+        self, leaves: Sequence[Tensor]
+    ) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Each chunk with the model's outputs on it and what it adds to f."""
+        for chunk in self.all:
+            outputs = self._objective.outputs(leaves, chunk.batch)
+            share = torch.zeros(())
+            if self._counts(chunk):
+                reduced = self._objective.loss_of(leaves, chunk.batch, outputs)
+                share = self.mean(reduced, chunk.batch) * self._weight(chunk)
+            yield chunk.batch, outputs, share
+
     def weight_of(self, batch: Any) -> float:
         """What the mean over a batch adds to f; 0 where no term of it counts."""
         chunk = Chunk(batch, float(self._terms.count(self._counted_in(batch))))

@@ -39,6 +39,7 @@ from sharpness.risk.model_state import (
 )
 from sharpness.risk.objective import Objective, gradients
 from sharpness.risk.plan import Plan, asked_engine
+from sharpness.risk.points import Point, Points
 from sharpness.risk.products import Products, Task, rounding
 from sharpness.risk.sample_gradients import SampleGradients, Unit
 
@@ -389,6 +390,58 @@ class EmpiricalRisk:
         with self._evaluating(theta), torch.set_grad_enabled(closed):
             parts = [part.detach().double() for part in self._mean.shares(leaves)]
         return self._seen(theta, float(torch.stack(parts).sum()))
+
+    @_fitting
+    def values(self, thetas: Tensor, at_once: int = 1) -> tuple[Tensor, Tensor]:
+        """Give f and the accuracy at points (b, n): float64 (b,) each.
+
+        The accuracy is that of `accuracy`; NaN where there are no classes, or f is NaN.
+
+        Args:
+            thetas: the points.
+            at_once: how many of them share a pass, by `torch.func.vmap`, where model and
+                loss can; `points_at_once` suggests a number. Changes no number beyond
+                rounding.
+
+        Cost: a forward pass a point, for both.
+        """
+        classes, blocks = self.is_classification, []
+        points = Points(self._objective, self._mean, self._is_right if classes else None)
+        for block in thetas.split(at_once):
+            blocks += self._several(points, block) or [self._one(points, t) for t in block]
+        value, right = (torch.cat([p[i].reshape(-1) for p in blocks]) for i in (0, 1))
+        total = self._counts().sum() if classes else math.nan
+        return value, (right / total).to(value).masked_fill(value.isnan(), math.nan)
+
+    @_fitting
+    def points_at_once(self) -> int:
+        """How many points `values` should take in a pass, by a rule without a clock.
+
+        Several on a CPU where a small network's calls take longer than its arithmetic, on
+        other devices as memory allows; one with a closure, and where BatchNorm's
+        statistics have to be estimated at each point.
+        """
+        if not self._take_together:
+            return 1
+        return Points(self._objective, self._mean, None).at_once(self.batchnorm)
+
+    @property
+    def _take_together(self) -> bool:
+        return self.has_outputs and self.batchnorm != "recalibrated"
+
+    def _several(self, points: Points, thetas: Tensor) -> list[Point]:
+        """At once; nothing where that does not work."""
+        if len(thetas) == 1 or not self._take_together:
+            return []
+        with self._evaluating(None), torch.no_grad():
+            found = points.at_several([self._pieces(theta) for theta in thetas])
+        return [found] if found else []
+
+    def _one(self, points: Points, theta: Tensor) -> Point:
+        closed = not self.has_outputs  # a closure may differentiate the model
+        leaves = [piece.requires_grad_(closed) for piece in self._pieces(theta)]
+        with self._evaluating(theta), torch.set_grad_enabled(closed):
+            return points.at(leaves)
 
     def _seen(self, theta: Tensor | None, value: float) -> float:
         if theta is None:
@@ -784,13 +837,21 @@ class EmpiricalRisk:
                 "`risk` must classify, with scores (N, C, ...) and class numbers; got "
                 "other outputs or targets (not available for regression)."
             )
-        right = self.outputs(theta).argmax(1) == self.targets
-        return float(right[self._counts()].double().mean())
+        right = self._is_right(self.outputs(theta), self.targets)
+        return float(right.sum() / self._counts().sum().double())
+
+    def _is_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Where a target that counts has the largest output."""
+        return (outputs.argmax(1) == targets) & (targets != self._ignored)
 
     def _counts(self) -> Tensor:
         """Where targets are not ignored."""
-        ignored: int = keyword(self._objective.loss, "ignore_index", -100)
-        return self.targets != ignored
+        return self.targets != self._ignored
+
+    @property
+    def _ignored(self) -> int:
+        index: int = keyword(self._objective.loss, "ignore_index", -100)
+        return index
 
     def linear_operator(self, matrix: Matrix = "hessian") -> LinearOperator:
         """One of the matrices of `product` as a SciPy `LinearOperator` (n, n)."""

@@ -21,6 +21,7 @@ RANKS = [
         *(
             "statistics",
             "report.figures",
+            "report.landscapes",
         ),  # of plain numbers, no results
     },
     {"report"},
@@ -36,6 +37,7 @@ RANKS = [
         "_command",
         "measure",
         "compare",
+        "landscape",
         "train",
         "batchsize.__main__",
         "reproduce.__main__",
@@ -47,7 +49,7 @@ RANKS = [
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 PURE = ("krylov", "optimize")
 IMPURE = {"argparse", "json", "pathlib", "time", "random", "os", "sys", "logging"}
-COMMANDS = {"measure", "train", "reproduce", "compare", "batchsize", "lab"}
+COMMANDS = {"measure", "landscape", "train", "reproduce", "compare", "batchsize", "lab"}
 
 
 @cache
@@ -174,7 +176,11 @@ def test_importing_sharpness_alone_loads_not_even_torch():
 
 
 @pytest.mark.parametrize(
-    "name", ["measure", "compare", "train", "reproduce.__main__", "batchsize.__main__"]
+    "name",
+    [
+        *("measure", "compare", "landscape", "train"),
+        *("reproduce.__main__", "batchsize.__main__"),
+    ],
 )
 def test_the_help_of_a_command_loads_not_even_torch(name):
     code = f"""pass
