@@ -98,4 +98,4 @@ def test_the_line_of_text_names_the_worst_point(other):
     worst = int(np.argmax(line.values))
     value, alpha = line.values[worst], line.alphas[worst]
     expected = f"largest f {number(value)}   (at alpha {alpha:g}, of 3 points, completed; "
-    assert str(line).startswith(expected + "6 forward passes")
+    assert str(line).startswith(expected + "3 forward passes")

@@ -868,7 +868,10 @@ def test_the_figure_is_a_png_with_something_on_it(name, tmp_path):
     one = 1 / (found.n * found.sigma * math.sqrt(2 * math.pi))
     assert low < one < high
     labels = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert labels == {"95% band", "density", "one eigenvalue"}
+    assert labels == {"95% band", "density", "one eigenvalue", "eigenvalues seen"}
+    drawn = {line.get_label(): line for line in axes.get_lines()}
+    seen = set(drawn["eigenvalues seen"].get_xdata())
+    assert seen == {node for rule in found.rules for node in rule.nodes}
     image = matplotlib.image.imread(path)[..., :3]
     assert image.shape == (570, 1080, 3)  # 7.2 x 3.8 inches at 150 dots
     inked = (image < 0.9).any(2)

@@ -71,10 +71,10 @@ def filter_normalised(risk: EmpiricalRisk, direction: Tensor) -> Tensor:
             step.zero_()
             continue
         shape, within = layout
-        lengths = (
-            part.view(shape).norm(dim=within, keepdim=True) for part in (weight, step)
+        wanted, drawn = (
+            torch.linalg.vector_norm(part.view(shape), dim=within, keepdim=True)
+            for part in (weight, step)
         )
-        wanted, drawn = lengths
         step.view(shape).mul_(wanted / drawn.clamp_min(torch.finfo(drawn.dtype).tiny))
     return moved
 

@@ -72,8 +72,8 @@ class LossPlane(Result):
         0 where f is quadratic; over the points where it is finite.
         """
         seen = np.isfinite(self.values)
-        off, way = (self.values - self.model)[seen], (self.values - self.value)[seen]
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
+            off, way = self.values[seen] - self.model[seen], self.values[seen] - self.value
             ratio = np.mean(off**2) / np.mean(way**2) if len(way) else math.nan
             return float(np.sqrt(ratio))
 

@@ -411,7 +411,7 @@ class EmpiricalRisk:
             blocks += self._several(points, block) or [self._one(points, t) for t in block]
         value, right = (torch.cat([p[i].reshape(-1) for p in blocks]) for i in (0, 1))
         total = self._counts().sum() if classes else math.nan
-        return value, (right / total).to(value).masked_fill(value.isnan(), math.nan)
+        return value, (right.to(value) / total).masked_fill(value.isnan(), math.nan)
 
     @_fitting
     def points_at_once(self) -> int:
