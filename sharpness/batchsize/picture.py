@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator
 from sharpness.batchsize.choice import Choice
 from sharpness.batchsize.race import Race
 from sharpness.batchsize.updates import UpdateTimes
-from sharpness.report.figures import Figure
+from sharpness.report.figures import Figure, written
 
 # Blue and vermilion of Okabe and Ito (2008): told apart by the colour-blind, and as light
 # and dark in grey; marks and lines differ as well.
@@ -49,7 +49,7 @@ def draw(
             axes.legend(frameon=False, fontsize=8)
         else:
             axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-    return figure.written(path)
+    return written(figure, path)
 
 
 def _short(size: float) -> str:
