@@ -158,8 +158,12 @@ def _under(facts: dict[Any, Any], part: str) -> Any:
 
 
 def _is_quantised(name: str, value: Any) -> bool:
-    narrow = isinstance(value, Tensor) and (value.dtype == torch.int8 or value.is_quantized)
-    return narrow or "_packed_params" in name
+    """8 or 4 bits an entry, packed into whole numbers or not."""
+    if not isinstance(value, Tensor):
+        return "_packed_params" in name
+    floating = value.is_floating_point() or value.is_complex()
+    narrow = name.endswith("weight") and (not floating or value.element_size() == 1)
+    return narrow or value.dtype == torch.int8 or value.is_quantized
 
 
 def _is_state(value: Any) -> bool:

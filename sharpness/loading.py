@@ -158,8 +158,9 @@ def load_checkpoint(
             folder with one, such as `save_pretrained` writes.
         network: `package.module:factory` or `file.py:factory`, with arguments as in
             `?depth=20&width=16`; `timm:resnet18?num_classes=10`; or
-            `transformers:FOLDER`, a folder with the configuration of a classifier or a
-            causal language model; the checkpoint's own folder is known without it.
+            `transformers:FOLDER`, a folder with the configuration of a classifier (of
+            sequences, tokens, images, sound), a masked or a causal language model; the
+            checkpoint's own folder is known without it.
         state: name of a state dict, where the file holds several.
         data: a set of `lab.named.DATA`; an `.npz` file with x and y (or x_train,
             y_train, x_test, y_test); a `.csv` or `.parquet` table or a folder of
@@ -199,7 +200,7 @@ def load_checkpoint(
         network_name=name,
         model=model.eval(),
         parts=parts,
-        loss=_made_loss(loss, parts["train"].targets),
+        loss=_made_loss(loss or _usual_loss(model, parts["train"].targets)),
         data={**about, "loss": loss},
         start=None if network_is_theirs else _start(saved),
         facts={
@@ -319,7 +320,7 @@ def load_trainable(
             model = _fresh(name, first, splits["train"], seed)
     return Trainable(
         model=model,
-        loss=_made_loss(loss, first[1]),
+        loss=_made_loss(loss or _usual_loss(model, first[1])),
         train=splits["train"],
         validation=splits.get("test", splits.get("validation")),
         facts={
@@ -387,21 +388,29 @@ def made_network(spec: str) -> nn.Module:
 
 
 class _Logits(nn.Module):
-    """A classifier of Hugging Face that returns its logits as a tensor."""
+    """A classifier of Hugging Face: its logits (N, C); (N,) where it has one output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return cast(Tensor, self.model(*args, **kwargs).logits)
+        found = self.model(*args, **kwargs).logits
+        return cast(Tensor, found.squeeze(1) if found.shape[1:] == (1,) else found)
 
 
-class _NextTokens(_Logits):
+class _EachToken(_Logits):
+    """A model that scores every token: (N, C, T), as PyTorch's losses take them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, self.model(*args, **kwargs).logits.transpose(1, 2))
+
+
+class _NextTokens(_EachToken):
     """A causal language model that returns scores (N, V, T - 1) of tokens 2 to T."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super().forward(*args, **kwargs)[:, :-1].transpose(1, 2)
+        return super().forward(*args, **kwargs)[:, :, :-1]
 
     @staticmethod
     def shifted(pair: Pair, source: str) -> Pair:
@@ -418,25 +427,46 @@ class _NextTokens(_Logits):
         return inputs, labels[:, 1:]
 
 
-_CAUSAL = ("LMHeadModel", "ForCausalLM")
+# Ends of the names of transformers' classes, and what makes a tensor of their outputs.
+_HEADS: dict[str, type[_Logits]] = {
+    "ForSequenceClassification": _Logits,
+    "ForImageClassification": _Logits,
+    "ForAudioClassification": _Logits,
+    "ForVideoClassification": _Logits,
+    "ForMultipleChoice": _Logits,
+    "ForTokenClassification": _EachToken,
+    "ForMaskedLM": _EachToken,
+    "ForCausalLM": _NextTokens,
+    "LMHeadModel": _NextTokens,
+}
 
 
 def _of_transformers(spec: str, folder: str) -> nn.Module:
     transformers = _package("transformers", spec)
-    contract = "name a folder with the config.json of a classifier or a causal model"
+    contract = "name a folder with config.json of a classifier, a masked or a causal LM"
     there = Path(folder, "config.json").is_file()
     ensure(there, "--network", contract, repr(folder), "Save it with `save_pretrained`.")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with explained("--network", contract, repr(folder)):
         config = transformers.AutoConfig.from_pretrained(folder, **local)
-        name = (config.architectures or [""])[0]
-        if name and not name.endswith(("Classification", *_CAUSAL)):
-            raise TypeError(f"{name} is no classifier")
-        kind = _NextTokens if name.endswith(_CAUSAL) else _Logits
-        if hasattr(transformers, name):
-            return kind(getattr(transformers, name)(config))
-        automatic = transformers.AutoModelForSequenceClassification
-        return kind(automatic.from_config(config, trust_remote_code=False))
+    name = (config.architectures or ["AutoModelForSequenceClassification"])[0]
+    kind = next((kind for end, kind in _HEADS.items() if name.endswith(end)), None)
+    advice = "Write a factory that returns its logits."
+    ensure(kind is not None, "--network", contract, name, advice)
+    got = f"{name}, which this version of transformers has not"
+    made: Any = getattr(transformers, name, None)
+    ensure(made is not None, "--network", contract, got, advice)
+    with explained("--network", "make its network", repr(folder)):
+        build = made.from_config if name.startswith("Auto") else made
+        return cast(type[_Logits], kind)(build(config))
+
+
+def _usual_loss(model: nn.Module, targets: Tensor) -> str:
+    """By the targets; of a classifier with several labels a row by its configuration."""
+    config = getattr(getattr(model, "model", None), "config", None)
+    if getattr(config, "problem_type", None) == "multi_label_classification":
+        return "bce_with_logits"
+    return "mse" if targets.is_floating_point() else "cross-entropy"
 
 
 def _load_parameters(
@@ -526,8 +556,12 @@ def _pairs(
     as_trained: bool,
 ) -> tuple[dict[str, Pair], dict[str, Any]]:
     """A text, a named set, or what a factory returns."""
-    if isinstance(model, _NextTokens) and Path(source.partition("?")[0]).is_file():
-        return {"train": _from_text(source, model, done)}, {"name": source}
+    if Path(source.partition("?")[0]).is_file():
+        got = f"text for {type(getattr(model, 'model', model)).__name__}"
+        is_causal, contract = isinstance(model, _NextTokens), "be data with labels"
+        ensure(is_causal, f"--data {source}", contract, got, "See docs/howto/data.md.")
+        text = _from_text(source, cast(_NextTokens, model), done)
+        return {"train": text}, {"name": source}
     if ":" not in source or as_trained:
         try:
             dataset = _named_set(source, data_dir=data_dir)
@@ -620,6 +654,11 @@ def _of_the_flag(source: str) -> Iterator[None]:
         for name in ("data", source, source.partition("?")[0]):
             text = text.replace(f"`{name}`", f"`--data {source}`", 1)
         raise ValueError(text) from error
+    except Exception as error:  # of the caller's own code
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(
+            f"`--data {source}` must give its batches; got {type(error).__name__}: {first}"
+        ) from error
 
 
 def _plain(inputs: Any) -> Any:
@@ -638,9 +677,7 @@ def _check_lengths(pair: Pair, source: str) -> None:
     ensure(sound, "--data", contract, f"{' and '.join(map(str, lengths))} from {source}")
 
 
-def _made_loss(spec: str | None, targets: Tensor) -> nn.Module:
-    if spec is None:
-        spec = "mse" if targets.is_floating_point() else "cross-entropy"
+def _made_loss(spec: str) -> nn.Module:
     if ":" not in spec:
         try:
             return cast(nn.Module, intake.made_loss(spec))

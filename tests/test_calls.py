@@ -80,6 +80,11 @@ class Samples(Dataset):
         return X[i], Y[i]
 
 
+class Broken(Samples):
+    def __getitem__(self, i):
+        raise KeyError("no such image")
+
+
 class Counted:
     """A data set that inherits from nothing."""
 
@@ -211,6 +216,9 @@ ACCEPTED = {
     ),
     "partial": lambda: risk_of(loss=partial(F.cross_entropy, reduction="mean")),
     "workers": lambda: risk_of(DataLoader(Samples(), batch_size=9, num_workers=2)),
+    "persistent workers": lambda: risk_of(
+        DataLoader(Samples(), batch_size=9, num_workers=1, persistent_workers=True)
+    ),
     "stream of workers": lambda: risk_of(DataLoader(Stream(), 9, num_workers=2)),
 }
 TWO = nn.Sequential(MODEL, nn.LogSoftmax(1))
@@ -543,6 +551,15 @@ REFUSED = {
     ),
     "no cuda": (lambda: risk_of(device="cuda"), "'cuda'.*'cpu'"),
     "no such device": (lambda: risk_of(device="gpu"), "'gpu'"),
+    "an error in a worker": (
+        lambda: risk_of(DataLoader(Broken(), 8, num_workers=1)),
+        "KeyError: 'no such image' in a worker.*num_workers=0",
+    ),
+    "samples of several lengths": (
+        lambda: risk_of([(X[i, : 1 + i % 3], int(Y[i])) for i in range(9)]),
+        "samples of one shape.*Pad",
+    ),
+    "pictures": (lambda: risk_of([(object(), 1)] * 3), "got <class 'object'>. Transform"),
     "nan": (
         lambda: risk_of((with_wrong(np.nan, [3, 5]), Y)),
         r"2 of 40 rows \(3, 5\)",
@@ -755,8 +772,11 @@ import torch, sharpness as sh, multiprocessing as mp
 from torch.utils.data import DataLoader, TensorDataset
 if __name__ == "__main__":
     data = TensorDataset(torch.randn(40, 3), torch.arange(40) % 4)
-    loader = DataLoader(data, batch_size=8, num_workers=2, persistent_workers=False)
-    sh.EmpiricalRisk(torch.nn.Linear(3, 4), "cross_entropy", loader)
+    model = torch.nn.Linear(3, 4)
+    for persistent in (False, True):
+        loader = DataLoader(data, 8, num_workers=1, persistent_workers=persistent)
+        sh.EmpiricalRisk(model, "cross_entropy", loader, num_samples=9)
+        del loader  # the persistent ones are its own
     print(len(mp.active_children()))
 """
     (tmp_path / "run.py").write_text(code)

@@ -19,7 +19,7 @@ import torch
 from helpers.checkpoints import saved, trained, user_folder
 from torch import nn
 
-from sharpness import measure
+from sharpness import EmpiricalRisk, measure
 from sharpness.lab.data import class_balanced
 from sharpness.loading import load_checkpoint
 from sharpness.risk import files, memory
@@ -600,3 +600,73 @@ def test_copies_of_models_stay_apart(gpt2):
     inner = copy.deepcopy(subject.model).model
     assert inner.lm_head.weight is inner.transformer.wte.weight
     assert torch.equal(inner.lm_head.weight, gpt2.lm_head.weight)
+
+
+SMALL = {
+    **{
+        "vocab_size": 30,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    **{"intermediate_size": 8, "max_position_embeddings": 16},
+}
+LABELS = """
+import torch
+def number(high, *shape):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(0))
+tokens = lambda: {"input_ids": number(30, 12, 7)}
+each = lambda: torch.where(number(2, 12, 7) > 0, number(4, 12, 7), -100)
+per_token = lambda: (tokens(), each())
+per_row = lambda: (tokens(), number(4, 12))
+values = lambda: (tokens(), number(4, 12).float())
+several = lambda: (tokens(), number(2, 12, 4).float())
+"""
+HEADS = {
+    "SequenceClassification": ("per_row", {}),
+    "TokenClassification": ("per_token", {}),
+    "MaskedLM": ("per_token", {}),
+    "one value": ("values", {"num_labels": 1}),
+    "several labels": ("several", {"problem_type": "multi_label_classification"}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_transformers_have_the_loss_that_they_compute_themselves(
+    nets, tmp_path, name
+):
+    transformers = pytest.importorskip("transformers")
+    data, more = HEADS[name]
+    config = transformers.BertConfig(**{**SMALL, "num_labels": 4, **more})
+    kind = name if name[0].isupper() else "SequenceClassification"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"BertFor{kind}")(config).eval()
+    model.save_pretrained(tmp_path / "bert")
+    (tmp_path / "labels.py").write_text(LABELS)
+    subject = load_checkpoint("bert", data=f"labels.py:{data}")
+    risk = EmpiricalRisk(subject.model, subject.loss, subject.train)
+    inputs, labels = subject.train
+    expected = float(model(**inputs, labels=labels).loss.detach())
+    assert risk.value() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BertForQuestionAnswering", "BertModel", "T5Model"])
+def test_other_classes_of_transformers_are_one_line_that_says_which_are_known(
+    nets, tmp_path, name
+):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(**SMALL, architectures=[name])
+    config.save_pretrained(tmp_path / "bert")
+    saved(nets.mlp(), tmp_path / "bert" / "model.pt")
+    with pytest.raises(ValueError, match=f"masked or a causal LM; got {name}") as caught:
+        load_checkpoint("bert", data="nets.py:points")
+    assert len(str(caught.value)) <= 200
+
+
+def test_text_is_data_of_causal_models_alone(nets, tmp_path):
+    saved(nets.mlp())
+    (tmp_path / "corpus.txt").write_text("words")
+    with pytest.raises(
+        ValueError, match=r"`--data corpus.txt` must .* text for Sequential"
+    ):
+        load_checkpoint("net.pt", network="nets.py:mlp", data="corpus.txt")

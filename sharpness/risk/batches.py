@@ -173,7 +173,7 @@ def _begun(data: Iterable[Batch], most: int | None) -> Iterator[Batch]:
 def _within(data: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """The batches, as long as they fit in half of the memory that is free."""
     half, held = memory.free_bytes(device) / 2, 0
-    for batch in data:
+    for batch in _given(data):
         held += sum(_bytes(part) for part in _tensors.leaves(batch))
         if held > half:
             raise ValueError(
@@ -181,6 +181,35 @@ def _within(data: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
                 f"{half / 1e9:.3g} GB. Pass `num_samples=`, or fewer samples."
             )
         yield batch
+
+
+_LINES = (  # of PyTorch's errors while samples are read, and of what helps
+    (
+        "DataLoader worker",
+        "give its batches; got {} in a worker process. `num_workers=0` shows where.",
+    ),
+    (
+        "stack expects each tensor to be equal size",
+        "have samples of one shape; got {}. Pad them, or pass a loader with `collate_fn`.",
+    ),
+    (
+        "default_collate: batch must contain",
+        "have tensors, arrays or numbers as samples; got {}. Transform them to these.",
+    ),
+)
+
+
+def _given(data: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; one line for what goes wrong where somebody else's code makes them."""
+    try:
+        yield from data
+    except Exception as error:
+        for text, line in _LINES:
+            if text in str(error):
+                last = str(error).strip().splitlines()[-1].rpartition("; found ")[2]
+                last = shorten(last, 100, placeholder=" …")
+                raise ValueError(f"`data` must {line.format(last)}") from error
+        raise
 
 
 def _bytes(part: Any) -> int:
