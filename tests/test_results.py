@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import safetensors.torch
 import torch
+from helpers.batchsize import advice
 from helpers.problems import mlp_risk, quadratic, tiny_mlp
 
 import sharpness as sh
@@ -41,6 +42,7 @@ MADE = {
     "Norms": lambda: sh.norms(mlp_risk()),
     "LambdaMaxSampling": lambda: sh.lambda_max_sampling(mlp_risk(20), num_folds=3, **QUIET),
     "Audit": lambda: sh.audit(relu_risk(), "norms", **QUIET),
+    "BatchSizeAdvice": advice,
     "Interpolation": lambda: sh.interpolation(mlp_risk(), mlp_risk().theta + 1, [0, 0.5]),
     "TrackedPoint": lambda: sh.SharpnessTracker(
         tiny_mlp().model, torch.nn.CrossEntropyLoss(), tiny_mlp().data

@@ -104,7 +104,7 @@ def _update_readings(times: UpdateTimes) -> Iterator[Reading]:
     for size, alive in zip(times.batch_sizes, times.survived, strict=True):
         if alive:
             yield Reading(
-                name=f"seconds_per_update({size})",
+                name=f"seconds_per_update({int(size)})",
                 value=times.of(int(size)),
                 error=float(times.spread[times.batch_sizes == size][0]),
                 unit="s",
@@ -133,6 +133,7 @@ def _said(advice: BatchSizeAdvice) -> Iterator[str]:
     for note in advice.notes:
         yield f"Note: {note}."
     yield f"What this cannot tell: {'; '.join(_unknown(advice))}."
+    yield f"It took {advice.cost}."
 
 
 def _answer(advice: BatchSizeAdvice) -> str:

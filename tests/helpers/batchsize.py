@@ -4,7 +4,10 @@ import math
 
 import numpy as np
 
+from sharpness._results import Cost
+from sharpness.batchsize.choice import chosen
 from sharpness.batchsize.race import Race, RaceRun, SizeResult
+from sharpness.batchsize.result import BatchSizeAdvice
 from sharpness.batchsize.updates import UpdateTimes
 from sharpness.results import Status
 from sharpness.tracking import TrackedValue
@@ -93,3 +96,23 @@ def by_law(s_min, e_min, sizes=SIZES, **settings):
     """A race that follows S = S_min + E_min / B to the letter."""
     results = [size(b, s_min + e_min / b) for b in sizes]
     return race(results, s_min, e_min, **settings)
+
+
+def advice(t=None, r=None):
+    """What follows from these times and this race, at a rate that was not measured."""
+    t, r = t or times(), r or by_law(100, 1e4)
+    choice = chosen(t, r)
+    return BatchSizeAdvice(
+        batch_size=choice and choice.batch_size,
+        learning_rate=0.01,
+        learning_rate_how="assumed",
+        own=16,
+        choice=choice,
+        times=t,
+        noise=None,
+        race=r,
+        stable_rates={"lambda_max": 0.2},
+        notes=(),
+        status=Status.COMPLETED,
+        cost=Cost(seconds=61.0),
+    )
