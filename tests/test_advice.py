@@ -260,13 +260,50 @@ def test_a_race_goes_on_as_long_as_the_soonest_is_the_last_on_its_side(monkeypat
     assert asked == [[16, 64, 256]]
 
 
+def test_a_target_out_of_reach_is_replaced_by_an_easier_one_and_that_is_said(monkeypatch):
+    asked = []
+
+    def raced(_, sizes, *, target, folder, **__):
+        asked.append((list(sizes), target, Path(folder).name))
+        if target is not None:
+            return race([size(16, math.nan)], math.nan, math.nan)
+        return by_law(100, 1e4)
+
+    found = advised(monkeypatch, times(), raced, target=0.01, folder="here")
+    assert asked[0] == ([16], 0.01, "here")
+    assert all((target, name) == (None, "easier") for _, target, name in asked[1:])
+    assert "the target 0.01 is not reached by batch 16 in its share" in str(found)
+    assert found.batch_size == 64
+
+
+def test_one_size_alone_is_no_advice(monkeypatch):
+    found = advised(monkeypatch, times(), race([size(16, 300.0)], math.nan, math.nan))
+    assert str(found).startswith("No size can be advised: only one was raced.")
+    assert found.status is Status.NOT_REACHED
+
+
+def test_sharpness_is_measured_last_and_only_where_time_is_left(monkeypatch):
+    measured = []
+
+    def raced(_, sizes, *, measure, **__):
+        measured.append(measure)
+        return by_law(100, 1e4)
+
+    advised(monkeypatch, times(), raced)
+    assert measured == [False, True]
+    measured.clear()
+    found = advised(monkeypatch, times(per_sample=1.0), raced)
+    assert measured == [False]
+    assert "sharpness at the ends was left out" in str(found)
+
+
 def test_it_is_kept_whole_in_a_file_and_shown_as_every_result(monkeypatch, tmp_path):
     found = advised(monkeypatch, times(), by_law(100, 1e4))
     found.save(tmp_path / "advice.safetensors")
     again = load_result(tmp_path / "advice.safetensors")
     assert str(again) == str(found)
     assert list(found.to_frame()["name"])[:2] == ["batch_size", "learning_rate"]
-    assert "<table>" in found._repr_html_()
+    assert "<table" in found._repr_html_()
 
 
 def test_the_picture_has_three_panels_with_what_was_measured_and_fitted(

@@ -166,6 +166,29 @@ def test_a_rate_that_has_lost_is_stopped_and_does_not_change_the_best():
     )
 
 
+def test_a_size_that_is_too_slow_is_given_up():
+    """Sizes are raced from the anchor's on; 32 takes 100 times the seconds an update."""
+    times, asked = times_of(b8=1.0, b16=1.0, b32=100.0), []
+    found = race(
+        regression(),
+        [16, 32, 8],
+        target=0.1,
+        times=times,
+        rates=(0.5, 1),
+        give_up=10,
+        on_run=lambda run: asked.append(run.batch_size),
+        **QUICK,
+    )
+    assert list(dict.fromkeys(asked)) == [8, 16, 32]
+    assert [each.reached for each in found.sizes] == [True, True, False]
+    soonest = min(each.seconds for each in found.sizes[:2])
+    lost = [run for run in found.runs if run.batch_size == 32]
+    assert {run.end for run in lost} == {"lost"}
+    assert len(lost) == 2  # no rate more is tried
+    assert all(run.updates == math.ceil(10 * soonest / 100) for run in lost)
+    assert "(lost)" in found.sizes[2].note
+
+
 def test_a_target_out_of_reach_is_said_and_left_out_of_the_fit():
     found = race(
         noisy_quadratic(lr=16.0, batch_size=16),

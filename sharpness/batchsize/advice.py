@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -29,10 +30,9 @@ from sharpness.tracking import batch_thresholds, stability_thresholds
 _SHARES = {"times": 0.15, "noise": 0.1}  # of the time; the race has the rest
 _RATES = (0.5, 1, 2)  # times the rule's; the race goes on where the best is at an end
 _WIDENED = 1  # sizes that the race may go on with
-_RUNS = 3  # as long as the longest, that a size takes in all
-# Sharpness at an end of the race: about so many gradients of so many rows, measured only
-# where it takes less than this share of the time.
-_MEASURES, _MEASURED_ROWS, _MOST_MEASURING = 90, 1024, 0.4
+_RUNS = 5  # as long as the longest, that a size takes in all
+_GIVE_UP = 3.0  # times the seconds of the soonest size
+_MEASURES, _MEASURED_ROWS = 90, 1024  # gradients and rows that sharpness at an end takes
 _NOISE_ROWS = 2048
 _BATCHES = 16  # of rows, where they have no gradients of their own
 
@@ -78,7 +78,8 @@ def batch_size_advice(
             and learning rate, such as a class of `torch.optim`.
         batch_sizes: sizes to time, and to race a part of; None: powers of two from 8 up
             to the number of rows, at most 262 144.
-        target: validation loss to reach; None: what the race takes (it says what).
+        target: validation loss to reach; None, or where it is out of reach in the time:
+            what the race takes (it says what).
         seeds: of the orders of rows that are raced, >= 1; one cannot tell how far seeds
             differ.
         batchnorm_batch: rows that BatchNorm takes its statistics from in training; None
@@ -148,13 +149,10 @@ def batch_size_advice(
 
     def raced_in_time() -> Race:
         first = batch_sizes or _worth_racing(times, noise, batch_size)
-        plan = _plan(times, len(first), deadline.left or 0.0, len(seeds))
-        if not plan["measure"]:
-            notes.append("sharpness at the ends was left out: it would not fit the time")
-        plan |= {"target": target, "seeds": seeds, "times": times, "progress": progress}
+        how = {"times": times, "seeds": seeds, "progress": progress}
+        racing = _Racing(problem, deadline, notes, how, target)
         with _kept(folder) as place:
-            plan["folder"] = place
-            return _raced(problem, first, deadline, plan, widen=batch_sizes is None)
+            return racing.run(first, Path(place), widen=batch_sizes is None)
 
     # A loss that does not fall, a target that is none: the rest of the answer stands.
     raced = parts.tried("no race", raced_in_time, kinds=(NotAvailableError, ValueError))
@@ -251,22 +249,71 @@ def _worth_racing(
     return sizes
 
 
-def _raced(
-    problem: Problem,
-    sizes: Sequence[int],
-    deadline: Deadline,
-    plan: dict[str, Any],
-    *,
-    widen: bool,
-) -> Race:
-    """The race; over one size more as long as the soonest is the last on its side."""
-    while True:
-        found = race(problem, sizes, rates=_RATES, max_seconds=deadline.left, **plan)
-        times, fine = plan["times"], found.status is Status.COMPLETED
-        more = beyond(times, found) if widen and fine and times is not None else None
-        if more is None:
+@dataclass
+class _Racing:
+    """A race that fits the time that is left; its runs are kept, so that it can go on."""
+
+    problem: Problem
+    deadline: Deadline
+    notes: list[str]
+    how: dict[str, Any]  # keywords of every race
+    target: float | None
+
+    def run(self, sizes: Sequence[int], folder: Path, *, widen: bool) -> Race:
+        """Race these, then as long as the soonest is the last on its side one more."""
+        times = self.how["times"]
+        self.how |= _limits(times, len(sizes), self._left, len(self.how["seeds"]))
+        folder = self._with_a_target_in_reach(folder)
+        found = self._race(sizes, folder)
+        while widen and times is not None and found.status is Status.COMPLETED:
+            more = beyond(times, found)
+            if more is None:
+                break
+            sizes = sorted({*sizes, more})
+            found = self._race(sizes, folder)
+        return self._with_sharpness(found, sizes, folder)
+
+    @property
+    def _left(self) -> float:
+        return max(0.0, self.deadline.left or 0.0)
+
+    def _race(self, sizes: Sequence[int], folder: Path, **how: Any) -> Race:
+        settings = {"rates": _RATES, "measure": False, **self.how, **how}
+        return race(
+            self.problem,
+            sizes,
+            target=self.target,
+            give_up=_GIVE_UP,
+            max_seconds=self._left,
+            folder=folder,
+            **settings,
+        )
+
+    def _with_a_target_in_reach(self, folder: Path) -> Path:
+        """Without the target where the size in use does not come to it in its share."""
+        own = self.problem.batch_size
+        if self.target is None:
+            return folder
+        if self._race([own], folder, rates=(1.0,)).best("seconds"):
+            return folder
+        self.notes.append(
+            f"the target {self.target:g} is not reached by batch {own} in its share of the "
+            "time, so an easier one was raced; later on larger sizes gain (assumed)"
+        )
+        self.target = None
+        return folder / "easier"
+
+    def _with_sharpness(self, found: Race, sizes: Sequence[int], folder: Path) -> Race:
+        """Measured at the end of each size's best run, where there is time for it."""
+        reached, times = [r for r in found.sizes if r.reached], self.how["times"]
+        if not reached or found.status is not Status.COMPLETED:
             return found
-        sizes = sorted({*sizes, more})  # what has been run comes from the folder
+        each = _MEASURES * (_seconds_of(times, _MEASURED_ROWS) if times else 0.0)
+        again = sum(r.seconds for r in reached)  # their ends are trained once more
+        if each * len(reached) + again > self._left:
+            self.notes.append("sharpness at the ends was left out: no time was left")
+            return found
+        return self._race(sizes, folder, measure=True)
 
 
 @contextmanager
@@ -279,7 +326,7 @@ def _kept(folder: str | Path | None) -> Iterator[str | Path]:
         yield place
 
 
-def _plan(
+def _limits(
     times: UpdateTimes | None, num_sizes: int, seconds: float, num_seeds: int
 ) -> dict[str, Any]:
     """Limits that fit a race to the time, as keywords of `race`.
@@ -287,17 +334,12 @@ def _plan(
     A run of B takes t(B) min(max_updates, max_samples / B), at most twice its share.
     """
     if times is None or not times.survived.any():
-        return {"measure": True}
-    num_sizes += _WIDENED
+        return {}
     alive = times.batch_sizes[times.survived]
     each = np.array([times.of(int(size)) for size in alive])
-    measuring = num_sizes * _MEASURES * _seconds_of(times, _MEASURED_ROWS)
-    measure = measuring < _MOST_MEASURING * seconds
-    left = seconds - measuring if measure else seconds
-    share = left / (num_sizes * _RUNS * num_seeds)
+    share = seconds / ((num_sizes + _WIDENED) * _RUNS * num_seeds)
     return {
-        "measure": measure,
-        "max_updates": max(1, math.ceil(share / each.min())),
+        "max_updates": max(2, math.ceil(share / each.min())),
         "max_samples": share / float((each / alive).min()),
     }
 

@@ -61,7 +61,7 @@ def chosen(times: UpdateTimes, race: Race) -> Choice | None:
     cannot be fitted, the counted ones decide, among the sizes that have one.
 
     Returns:
-        None where no size reached the target.
+        None where no size reached the target, or only one was raced to an end.
     """
     counted = {r.batch_size: r.updates for r in race.sizes if r.reached}
     lost = {r.batch_size for r in race.sizes if not r.reached}
@@ -74,7 +74,7 @@ def chosen(times: UpdateTimes, race: Race) -> Choice | None:
     fitted = believed(race)
     if not fitted:
         sizes = [size for size in sizes if size in counted]
-    if not sizes:
+    if not sizes or len({run.batch_size for run in race.runs}) < 2:
         return None
     each, per_update = np.array(sizes, float), np.array([times.of(b) for b in sizes])
     law = race.s_min + race.e_min / each

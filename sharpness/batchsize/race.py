@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from sharpness._arguments import ensure, known, positive, positive_list, require, whole
+from sharpness._arguments import (
+    at_least,
+    ensure,
+    known,
+    positive,
+    positive_list,
+    require,
+    whole,
+)
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status, number
 from sharpness._run import Run
 from sharpness.batchsize.branches import Branches as Branches
@@ -140,6 +148,7 @@ def race(
     max_seconds: float | None = None,
     times: UpdateTimes | None = None,
     seeds: Sequence[int] = (0,),
+    give_up: float | None = None,
     measure: bool = True,
     confidence: float = 0.95,
     folder: str | Path | None = None,
@@ -166,7 +175,8 @@ def race(
         problem: what is trained, with the anchor (lr, batch_size) of the rule.
         batch_sizes: to race, usually by factors of two; three or more for B_crit.
         target: a validation loss. None: where the anchor stands after half of its budget
-            (the mean of its looks in the last fifth of that).
+            (the mean of its looks in the last fifth of that), and 2 % of its way back,
+            so that it is a loss that training passes and not one it hovers at.
         rates: factors of the rule's rate. Where the best is at an end of this grid, it is
             extended by factors of two, up to three times; what is at its end still is
             marked `at_edge`.
@@ -178,6 +188,9 @@ def race(
         times: measured by `time_per_update`; None takes the time of the race's own
             updates.
         seeds: orders of the rows; the starting point is the same.
+        give_up: a run has "lost" after so many times the seconds, by `times`, of the
+            soonest size so far, > 1; sizes are raced from the anchor's on outward, so
+            that it is soon known. None: no size is given up for being slow.
         measure: lambda_max, phi(1e-3) and batch sharpness at the end of each size's best
             run, on 1024 training rows (batch sharpness: more), BatchNorm on running
             statistics.
@@ -193,9 +206,9 @@ def race(
         not finite or 100 times that of the start ("diverged"), once another rate of its
         size was faster ("overtaken", which cannot change the best), and at the budget:
         the limits given, and four times the updates of the anchor, by perfect scaling for
-        smaller sizes. Without limits the anchor has 1000 updates or 10 epochs, whichever
-        is less. Where no rate of a size gets there its `note` says so, and the fit leaves
-        it out.
+        smaller sizes. Without a target the anchor has 1000 updates, 10 epochs or the
+        limits, whichever is least. Where no rate of a size gets there its `note` says
+        so, and the fit leaves it out.
 
     Raises:
         ValueError: an argument outside its range, or a folder of another race.
@@ -219,13 +232,14 @@ def race(
     seeds = [whole("seeds", seed, 0) for seed in seeds]
     ensure(bool(seeds), "seeds", "hold at least one", "none")
     run = Run("updates", max_seconds=max_seconds, progress=progress)
-    racers = Racers(problem, times, limits, seeds, run, Folder(folder), on_run)
+    give_up = math.inf if give_up is None else at_least("give_up", give_up, 1)
+    racers = Racers(problem, times, limits, seeds, run, Folder(folder), on_run, give_up)
     found: dict[int, SizeResult] = {size: _not_run(size) for size in sizes}
     with random_generators_kept(), run:
         racers.begin(target)
         refused = refusals(problem, seeds[0])
         last = 1.0
-        for size in sizes:
+        for size in sorted(sizes, key=lambda b: abs(math.log(b / problem.batch_size))):
             if note := refused(size):
                 found[size] = replace(found[size], note=note)
                 continue
@@ -234,6 +248,8 @@ def race(
                 last = grid.searched(last)
             finally:
                 found[size] = grid.result()
+            if found[size].reached:
+                racers.soonest = min(racers.soonest, found[size].seconds)
             if measure:
                 found[size] = replace(found[size], measures=grid.measures())
     return Race(
@@ -257,6 +273,7 @@ def race(
             "lr": problem.lr,
             "batch_size": problem.batch_size,
             "batchnorm_batch": problem.batchnorm_batch,
+            "give_up": give_up,
             "timed": times is not None,
         },
     )
@@ -323,7 +340,7 @@ class _Grid:
                 return likely
         for _ in range(_MOST_EXTENSIONS):
             beyond = self._beyond()
-            if beyond is None:
+            if beyond is None or (self._best is None and self._is_lost):
                 break
             self._factors = sorted([*self._factors, beyond])
             self._run(beyond)
@@ -344,6 +361,10 @@ class _Grid:
     @property
     def _is_too_large(self) -> bool:
         return any(run.end == "no memory" for runs in self._runs.values() for run in runs)
+
+    @property
+    def _is_lost(self) -> bool:
+        return any(run.end == "lost" for runs in self._runs.values() for run in runs)
 
     def _best_total(self) -> float:
         if self._best is None:

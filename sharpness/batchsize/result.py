@@ -139,7 +139,9 @@ def _said(advice: BatchSizeAdvice) -> Iterator[str]:
 def _answer(advice: BatchSizeAdvice) -> str:
     choice = advice.choice
     if choice is None or advice.batch_size is None:
-        return "No size can be advised: none was seen to reach the target."
+        reached = [] if advice.race is None else [r for r in advice.race.sizes if r.reached]
+        why = "only one was raced" if reached else "none was seen to reach the target"
+        return f"No size can be advised: {why}."
     near = choice.near
     if choice.no_difference:
         return (

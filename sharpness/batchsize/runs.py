@@ -23,6 +23,7 @@ _LOOK_EVERY = 1.1  # from one look at the validation loss to the next, times the
 _FAR = 100.0  # times the start's loss: diverged
 _LONGEST = 4.0  # times what the anchor's updates become by perfect scaling
 _ANCHOR = (1000, 10)  # updates, epochs of the anchor by default, whichever is less
+_BACK = 0.02  # of the anchor's way, from where it ends to the target
 _ENDLESS = 1 << 62  # updates
 
 
@@ -37,7 +38,7 @@ class RaceRun:
     samples: float  # updates * batch_size
     seconds: float  # updates * time per update; looks at the loss are not counted
     reached: bool
-    end: str  # "reached", "diverged", "overtaken", "budget", "no memory"
+    end: str  # "reached", "diverged", "overtaken", "lost", "budget", "no memory"
     course: tuple[tuple[int, float, float], ...]  # updates, validation loss, its error
 
 
@@ -105,6 +106,8 @@ class Racers:
     clock: Run
     folder: Folder
     on_run: Callable[[RaceRun], object] | None
+    give_up: float = math.inf  # times the seconds of the soonest size: lost
+    soonest: float = math.inf  # seconds of a size at its best rate
     runs: list[RaceRun] = field(default_factory=list)
     target: float = math.nan
     target_how: str = "not known"
@@ -116,8 +119,9 @@ class Racers:
         problem, size = self.problem, self.problem.batch_size
         self.start_loss, _ = problem.validation_loss(problem.copy())
         most = self.limits.of(size)
-        if most == _ENDLESS:
-            most = max(2, min(_ANCHOR[0], _ANCHOR[1] * problem.num_rows // size))
+        if most == _ENDLESS or target is None:
+            usual = min(_ANCHOR[0], _ANCHOR[1] * problem.num_rows // size)
+            most = min(most, max(2, usual))
         about = {"anchor": [size, problem.lr, most, self.seeds[0]], "target": target}
         if target is not None:
             self.target, self.target_how = float(target), "given"
@@ -133,6 +137,7 @@ class Racers:
         if target is None:
             last = [loss for made, loss, _ in anchor.course if made >= 0.8 * half]
             self.target = sum(last) / len(last) if last else math.nan
+            self.target += _BACK * (self.start_loss - self.target)
             self.target_how = f"where the anchor stands after {half} updates of {size}"
             learns = anchor.end == "budget" and self.target < self.start_loss
             got = f"a loss of {self.target:.4g} from {self.start_loss:.4g} on"
@@ -143,8 +148,14 @@ class Racers:
     def budget(self, size: int) -> int:
         """The most updates of a run of this size."""
         scaled = self._pace * max(1.0, self.problem.batch_size / size)
-        most = self.limits.of(size)
+        most = min(self.limits.of(size), self._until_lost(size))
         return most if math.isinf(scaled) else min(most, math.ceil(_LONGEST * scaled))
+
+    def _until_lost(self, size: int) -> int:
+        """Updates until a size can no longer be nearly the soonest."""
+        per_update = math.nan if self.times is None else self.times.of(size)
+        updates = self.give_up * self.soonest / per_update
+        return math.ceil(updates) if math.isfinite(updates) else _ENDLESS
 
     def run(
         self, size: int, lr: float, seed: int, worth: float
@@ -163,11 +174,13 @@ class Racers:
         if math.isfinite(worth):  # the last look is one beyond the middle one
             most = min(budget, math.ceil(_LOOK_EVERY * worth) + 2)
         found: RaceRun | None = self.folder.read(name, RaceRun)
-        cut_short = found and found.end in ("overtaken", "budget")
+        cut_short = found and found.end in ("overtaken", "lost", "budget")
         if found is None or (cut_short and found.updates < most):
             found, model = self.trained(size, lr, seed, self.target, most)
             if found.end == "budget" and most < budget:
                 found = replace(found, end="overtaken")
+            elif found.end == "budget" and budget == self._until_lost(size):
+                found = replace(found, end="lost")
             self.folder.write(name, found)
         self.runs.append(found)
         if self.on_run:
