@@ -19,9 +19,14 @@ def duration(seconds: float) -> str:
     return "about 1 minute" if minutes == 1 else f"about {minutes} minutes"
 
 
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"sharpness: {text}", file=sys.stderr, flush=True)
+
+
 def foretell(description: str, seconds: float) -> None:
     """One line on stderr where no bar tells how long it will take."""
-    print(f"sharpness: {description}: {duration(seconds)}", file=sys.stderr, flush=True)
+    say(f"{description}: {duration(seconds)}")
 
 
 def bar(description: str, total: int | None, shown: bool | None, **options: Any) -> Any:

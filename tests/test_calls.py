@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import sharpness as sh
 from sharpness import EmpiricalRisk
-from sharpness.risk import files, memory
+from sharpness.risk import batches, files, memory
 
 torch.manual_seed(0)
 MODEL = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
@@ -72,6 +72,28 @@ class Detector(nn.Module):
         return {"loss": F.cross_entropy(logits, y)} if self.training else [logits]
 
 
+class Tagger(nn.Module):
+    """A class for each token, classes last; called as transformers' models are."""
+
+    def __init__(self, named=True):
+        super().__init__()
+        self.inner, self.named = copy.deepcopy(MODEL), named
+
+    def forward(self, x, attention_mask=None):
+        logits = self.inner(F.one_hot(x, 3).float())
+        return SimpleNamespace(logits=logits) if self.named else logits
+
+
+TOKENS = torch.arange(40).view(10, 4) // 3 % 3
+TAGS = torch.where(torch.arange(4) > 2, -100, Y.view(10, 4))
+MASK = (TAGS >= 0).long()
+
+
+def of_tags(rows=10):
+    scores = MODEL(F.one_hot(TOKENS[:rows], 3).float()).detach().double()
+    return float(F.cross_entropy(scores.flatten(0, 1), TAGS[:rows].flatten()))
+
+
 class Samples(Dataset):
     def __len__(self):
         return len(Y)
@@ -102,6 +124,17 @@ class Stream(IterableDataset):
         info = torch.utils.data.get_worker_info()
         first, step = (0, 1) if info is None else (info.id, info.num_workers)
         yield from zip(X[first::step], Y[first::step], strict=True)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield X[0], Y[0]
+
+
+def endless_pairs():
+    while True:
+        yield X[:1], Y[:1]
 
 
 class Labelled(Samples):
@@ -279,6 +312,29 @@ def test_derivatives_of_such_a_call_are_those_of_the_plain_one(name):
     assert torch.allclose(risk.double().gradient().float(), plain.gradient(), atol=1e-6)
 
 
+TAGGED = {"x": TOKENS, "attention_mask": MASK, "labels": TAGS}
+
+
+@pytest.mark.parametrize("rows", [10, 4])  # of four tokens and classes: square as well
+@pytest.mark.parametrize("batch", [4, 10])
+def test_classes_may_come_last(rows, batch):
+    parts = [
+        {k: v[i : i + batch] for k, v in TAGGED.items()} for i in range(0, rows, batch)
+    ]
+    risk = risk_of(
+        [{k: v[:rows] for k, v in part.items()} for part in parts], model=Tagger()
+    )
+    assert risk.value() == pytest.approx(of_tags(risk.num_samples), rel=1e-6)
+    assert "classes last" in risk.notes[0]
+
+
+def test_classes_of_a_plain_tensor_may_come_last():
+    risk = risk_of((TOKENS[:, :3], TAGS[:, :3]), model=Tagger(named=False))
+    assert risk.value() == pytest.approx(of_tags(), rel=1e-6)
+    assert risk.notes == ["the last dimension of the outputs was taken as that of classes"]
+    assert 0 <= risk.accuracy() <= 1
+
+
 @pytest.mark.parametrize("kind", ["coo", "csr", "scipy"])
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:Sparse invariant")
 def test_sparse_inputs_have_the_value_and_gradient_of_dense_ones(kind):
@@ -379,7 +435,7 @@ KEPT = (torch.arange(40) % 5 > 0).float()
 
 
 @pytest.mark.parametrize(
-    "batches",
+    "given",
     [
         [(X[:20], KEPT[:20]), (X[20:], (torch.arange(20) > 9).float())],
         [(X[:20], torch.ones(20)), (X[20:], torch.full((20,), 2.0))],
@@ -387,14 +443,14 @@ KEPT = (torch.arange(40) % 5 > 0).float()
     ],
     ids=["rows", "batches", "one row"],
 )
-def test_a_closure_that_is_no_mean_is_noted_wherever_that_shows(batches):
-    risk = closure_risk(masked, *batches)
+def test_a_closure_that_is_no_mean_is_noted_wherever_that_shows(given):
+    risk = closure_risk(masked, *given)
     assert "2 batches as given" in " ".join(risk.notes)
     weighed = EmpiricalRisk(
-        MODEL, closure=masked, data=batches, terms=lambda b: float(b[1].sum())
+        MODEL, closure=masked, data=given, terms=lambda b: float(b[1].sum())
     )
     assert not weighed.notes
-    whole = tuple(map(torch.cat, zip(*batches, strict=True)))
+    whole = tuple(map(torch.cat, zip(*given, strict=True)))
     assert weighed.value() == pytest.approx(closure_risk(masked, whole).value(), rel=1e-6)
 
 
@@ -439,13 +495,21 @@ REFUSED = {
         r"\(40, 1\).*\(40,\).*broadcast",
     ),
     "bce of whole numbers": (lambda: risk_of((X, Y[:, None] % 2), BCE, ONE), "y.float"),
+    "tokens as their own labels": (
+        lambda: risk_of({"x": TOKENS, "labels": TOKENS}, model=Tagger()),
+        r"the same tokens.*closure=lambda",
+    ),
     "sequence of scores": (
         lambda: risk_of((X, Y[:, None].expand(40, 7)), model=MODEL),
         "a class for each row",
     ),
     "scores of a language model": (
         lambda: risk_of((Y.view(5, 8), Y.view(5, 8)), model=nn.Embedding(9, 50)),
-        r"\(N, C, ...\); got outputs float32 of shape \(5, 8, 50\)",
+        "the same tokens.*Shift them",
+    ),
+    "scores of an image for a class": (
+        lambda: risk_of((X.view(40, 3, 1), Y), model=nn.Conv1d(3, 4, 1)),
+        r"\(N, C, ...\); got outputs float32 of shape \(40|16, 4, 1\)",
     ),
     "scores for probabilities": (
         lambda: risk_of((9 * X, (Y[:, None] % 2).float()), nn.BCELoss(), ONE),
@@ -645,16 +709,50 @@ class SimpleModule(nn.Module):
 def test_data_beyond_half_of_the_free_memory_are_refused_before_it_is_full(monkeypatch):
     taken = []
 
-    def batches():
+    def endless():
         while True:
             taken.append(1)
             yield X, Y
 
     monkeypatch.setattr(memory, "free_bytes", lambda _: 20_000)
     with pytest.raises(ValueError, match=r"half of the free memory.*num_samples="):
-        risk_of(batches())
-    each = X.nbytes + Y.nbytes
+        risk_of(endless())
+    each = X.nbytes + Y.nbytes + 2 * batches._OF_A_TENSOR
     assert len(taken) == 10_000 // each + 1
+
+
+@pytest.mark.parametrize("data", [Endless(), endless_pairs(), DataLoader(Endless(), 1)])
+def test_data_without_an_end_say_what_is_waited_for(data, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 2_000_000)
+    with pytest.raises(ValueError, match=r"half of the free memory.*num_samples="):
+        risk_of(data)
+    first = capsys.readouterr().err.splitlines()[0]
+    assert re.search(r"^sharpness: 64 batches read, .*no known end, `num_samples=`", first)
+
+
+def test_data_with_an_end_say_nothing(capsys):
+    risk_of(DataLoader(TensorDataset(*(part.repeat_interleave(2, 0) for part in (X, Y)))))
+    assert not capsys.readouterr().err
+
+
+def test_batches_that_are_joined_for_batchnorm_are_told():
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).eval()
+    loader = DataLoader(TensorDataset(X, Y), batch_size=9)
+    joined = risk_of(loader, model=model, batchnorm="batch", batchnorm_batch=20)
+    (note,) = joined.notes
+    assert (
+        "the 5 batches given were joined and cut for BatchNorm, into 2 of up to 20" in note
+    )
+    plain = risk_of(model=model, batchnorm="batch", batchnorm_batch=20)
+    assert plain.value() == joined.value()
+    assert not plain.notes
+    assert not risk_of(loader, batchnorm="batch").notes
+
+
+def test_regression_is_told_that_there_is_no_threshold():
+    found = sh.summary(risk_of((X, X[:, :1]), "mse", ONE), "norms")
+    assert "no threshold" in str(found)
+    assert "threshold" not in str(sh.summary(risk_of(), "norms"))
 
 
 # -- files -------------------------------------------------------------------------------
@@ -748,6 +846,7 @@ def test_a_bad_file_is_one_line(tmp_path, name):
 
 def test_num_samples_reads_no_more_of_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_ROWS_AT_ONCE", 8)
+    monkeypatch.setattr(batches, "_OF_A_TENSOR", 0)
     path = csv(tmp_path)
     monkeypatch.setattr(
         memory, "free_bytes", lambda _: 2 * 32 * 20

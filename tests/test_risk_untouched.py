@@ -24,6 +24,34 @@ from torch.utils.data import DataLoader, TensorDataset
 from sharpness import EmpiricalRisk
 from sharpness.risk import memory
 
+
+class TwoNames(nn.Module):
+    """A layer that is registered twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+        self.again, self.tail = self.first, self.last
+
+    def forward(self, x):
+        return self.tail(self.again(self.first(x)).tanh())
+
+
+@pytest.mark.parametrize("given", ["loss", "closure"])
+def test_parameters_stay_the_same_objects(given):
+    model, pair = TwoNames(), (torch.randn(6, 3), torch.arange(6) % 2)
+    before = list(model.named_parameters(remove_duplicate=False))
+    if given == "loss":
+        risk = EmpiricalRisk(model, F.cross_entropy, pair)
+    else:
+        risk = EmpiricalRisk(
+            model, closure=lambda m, b: F.cross_entropy(m(b[0]), b[1]), data=[pair]
+        )
+    risk.hvp(risk.gradient())
+    after = list(model.named_parameters(remove_duplicate=False))
+    assert [(name, id(p)) for name, p in after] == [(name, id(p)) for name, p in before]
+
+
 USES = {
     "value": lambda risk: risk.value(),
     "gradient": lambda risk: risk.gradient(),

@@ -48,6 +48,7 @@ from sharpness.measures.settings import MeasureSettings
 from sharpness.measures.spectrum import spectral_density
 from sharpness.measures.traces import frobenius_norm, trace
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.loss_terms import is_of_values
 
 
 class Keywords(TypedDict, total=False):
@@ -292,6 +293,11 @@ def _notes(
                 f"The accuracy, {accuracy:.1%}, is near chance for {num_classes} classes: "
                 "is this checkpoint trained?"
             )
+    if risk.has_outputs and is_of_values(risk.loss):
+        yield (
+            "Regression: no threshold says what is high, and values have the loss's unit. "
+            "Compare networks on the same, standardised targets."
+        )
     yield from _of_the_slope(risk, results)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from sharpness import _tensors
+from sharpness import _progress, _tensors
 from sharpness.risk import memory
 from sharpness.risk.loss_terms import num_rows
 from sharpness.risk.model_state import random_generators_kept
@@ -23,6 +24,8 @@ from sharpness.risk.model_state import random_generators_kept
 Batch = Any  # (inputs, targets), or whatever a closure takes
 Pair = tuple[Any, Tensor]  # inputs: a tensor, or several in a tuple, list or dict
 LABELS = ("labels", "label")  # what batches that are dicts call their targets
+_FIRST_TOLD = 64  # batches of data without a known end
+_OF_A_TENSOR = 1024  # bytes that a tensor takes beside its numbers, about
 
 
 def materialised(
@@ -146,7 +149,8 @@ def _read(
 ) -> Iterator[Batch]:
     """Batches on `device`, until `most` samples are there; only pairs are cut for it."""
     move, left = partial(_moved, device=device), math.inf if most is None else most
-    for given in _within(_begun(data, most) if pairs else data, device):
+    has_end = most is not None or _has_length(data)
+    for given in _within(_begun(data, most) if pairs else data, device, has_end):
         batch = _tensors.mapped(move, given)
         if pairs:
             batch = _checked_pair(as_pair(batch))
@@ -170,11 +174,24 @@ def _begun(data: Iterable[Batch], most: int | None) -> Iterator[Batch]:
         yield batch if most is None else _tensors.mapped(first, batch)
 
 
-def _within(data: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def _has_length(data: Iterable[Batch]) -> bool:
+    try:
+        return len(data) >= 0  # type: ignore[arg-type]
+    except TypeError:  # a generator, or a loader of a stream
+        return False
+
+
+def _within(data: Iterable[Batch], device: torch.device, has_end: bool) -> Iterator[Batch]:
     """The batches, as long as they fit in half of the memory that is free."""
-    half, held = memory.free_bytes(device) / 2, 0
-    for batch in _given(data):
+    half, held, told_at = memory.free_bytes(device) / 2, 0, _FIRST_TOLD
+    for number, batch in enumerate(_given(data), 1):
         held += sum(_bytes(part) for part in _tensors.leaves(batch))
+        if number == told_at and not has_end:
+            told_at *= 4
+            _progress.say(
+                f"{number} batches read, {held / half:.1%} of half the free memory; "
+                "the data have no known end, `num_samples=` sets one"
+            )
         if held > half:
             raise ValueError(
                 f"`data` must fit in half of the free memory; got more than "
@@ -215,7 +232,9 @@ def _given(data: Iterable[Batch]) -> Iterator[Batch]:
 def _bytes(part: Any) -> int:
     if isinstance(part, Tensor) and part.layout != torch.strided:
         return int(part._nnz()) * (part.element_size() + 8 * part.ndim)
-    return int(getattr(part, "nbytes", 0)) if hasattr(part, "shape") else 0
+    if not hasattr(part, "shape"):
+        return sys.getsizeof(part)
+    return int(getattr(part, "nbytes", 0)) + _OF_A_TENSOR
 
 
 def _moved(part: Any, device: torch.device) -> Any:

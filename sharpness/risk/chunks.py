@@ -74,6 +74,7 @@ class ChunkedMean:
         self.budget = memory.budget_bytes(objective.device)
         self._peak: int | None = None  # bytes of the largest whole batch, once known
         self.chunk_size: int | None = None
+        self._rejoined = ""  # how batches that were given became BatchNorm's
         self.whole = ""  # why f depends on how the data are batched, where it does
         if self._closed:
             self._set(self._of_closure(terms))
@@ -85,7 +86,8 @@ class ChunkedMean:
     @property
     def notes(self) -> list[str]:
         """What a reader should know of how f is defined."""
-        return [*self._of_a_sum(), *self._of_batches()]
+        joined = [self._rejoined] if self._rejoined else []
+        return [*self._of_a_sum(), *joined, *self._of_batches()]
 
     def _of_a_sum(self) -> Iterator[str]:
         asked = None if self._closed else asked_reduction(self._objective.loss)
@@ -275,8 +277,15 @@ class ChunkedMean:
 
     def _of_batchnorm_parts(self, terms: Count | None, most: int) -> Sequence[Any]:
         """Near-equal parts, each with batch statistics of its own."""
+        num = len(self.given)
         self.given = batches.joined(self.given)
         parts = self._batchnorm_parts(self.given, most)
+        if num > 1 and batchnorm_layers(self._objective.model):
+            self._rejoined = (
+                f"the {num} batches given were joined and cut for BatchNorm, into "
+                f"{len(parts)} of up to {max(len(part[1]) for part in parts)} samples "
+                f"(`batchnorm_batch`)"
+            )
         known = None if terms is not None else known_terms(self._objective.loss)
         self._terms = known or LossTerms("mean", terms or num_rows, num_rows)
         with evaluation(self._objective.model, "batch"), torch.no_grad():

@@ -25,6 +25,7 @@ from sharpness._results import (
 from sharpness.risk.derivatives import Comparison
 from sharpness.risk.differences import Differences
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.loss_terms import is_of_values
 from sharpness.risk.model_state import batchnorm_layers, random_states
 
 OK, NOTE, FAILED = "ok", "note", "failed"
@@ -108,7 +109,7 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
       is not differentiated;
     - inventory: engine, BatchNorm, dropout, random draws, parameters that are unused, have
       no curvature, are frozen or tied, loaders that shuffle, augment, drop samples or
-      can be read once only;
+      can be read once only; for regression, that values have the loss's unit;
     - untouched: parameters, buffers, modes, `.grad`, `requires_grad` and every random
       generator before and after all this, and after an exception in the forward pass.
 
@@ -135,6 +136,7 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
         _engine(risk),
         *_inventory(risk, first, hv),
         *_data(risk),
+        _scale(risk),
         _untouched(risk, before),
     ]
     return Checkup(
@@ -332,6 +334,16 @@ def _rows(given: list[Any]) -> list[str]:
         parts = [p.cpu() for p in tree_leaves(batch) if isinstance(p, Tensor) and p.ndim]
         found += [_digest(*row) for row in zip(*(p.unbind() for p in parts), strict=False)]
     return found
+
+
+def _scale(risk: EmpiricalRisk) -> CheckResult:
+    """What can be said of high and low before anything is measured."""
+    text = "no threshold: compare with networks on the same loss, data and radius."
+    if risk.has_outputs and is_of_values(risk.loss):
+        text += " A loss times c has lambda_max and trace times c, and another phi."
+        advice = "Standardise the targets."
+        return CheckResult("high or low", NOTE, text, advice=advice)
+    return CheckResult("high or low", OK, text)
 
 
 # -- untouched ---------------------------------------------------------------------------

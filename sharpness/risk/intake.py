@@ -268,12 +268,17 @@ def fitted(
             notes.append(note)
             trouble, seen = look(changed, most)
     if trouble is not None:  # not because there were few rows?
+        predicted = objective.predicted
         objective.take(lambda outputs: outputs)
-        changed, notes = given, []
         trouble, seen = look(given, None)
         if trouble is not None:
-            _refuse(trouble)
-            return given, []  # who evaluates it will say what it is
+            objective.take(predicted)
+            trouble, seen = look(changed, None)
+            if trouble is not None:
+                _refuse(trouble)
+                return changed, notes  # who evaluates it will say what it is
+        else:
+            changed, notes = given, []
     _check_finite(objective, changed, batchnorm, most)
     return changed, notes + seen
 
@@ -350,12 +355,45 @@ def _with_prediction(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str] |
     whole = t.outputs
     kind = type(whole).__name__
     if hasattr(whole, "logits"):
-        t.objective.take(lambda outputs: outputs.logits)
-        return given, f"the model returns a {kind}: its `logits` are its outputs"
+        note = f"the model returns a {kind}: its `logits` are its outputs"
+        if not _ends_in_classes(t, whole.logits):
+            t.objective.take(lambda outputs: outputs.logits)
+            return given, note
+        t.objective.take(lambda outputs: outputs.logits.movedim(-1, 1))
+        return given, f"{note}, classes last"
     if isinstance(whole, tuple) and whole and isinstance(whole[0], Tensor):
         t.objective.take(lambda outputs: outputs[0])
         return given, f"the model returns a {kind}: its first entry is its outputs"
     return None
+
+
+def _with_classes_last(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str] | None:
+    if not _ends_in_classes(t, t.outputs):
+        return None
+    t.objective.take(lambda outputs: outputs.movedim(-1, 1))
+    return given, "the last dimension of the outputs was taken as that of classes"
+
+
+def _ends_in_classes(t: _Trouble, z: Any) -> bool:
+    """Whether outputs (N, T, C) have labels (N, T).
+
+    Raises:
+        ValueError: they are the inputs, which a language model's loss shifts by one.
+    """
+    y = t.targets
+    if not loss_terms.is_class_loss(t.objective.loss) or y.is_floating_point():
+        return False
+    if not isinstance(z, Tensor) or z.ndim < 3 or y.shape != z.shape[:-1]:
+        return False
+    tokens = (x for x in t.inputs if x.shape == y.shape)
+    ensure(
+        not any(bool((x == y)[y >= 0].all()) for x in tokens),
+        "data",
+        "have labels other than the inputs",
+        "the same tokens",
+        "Shift them by one, or pass `closure=lambda model, batch: model(**batch).loss`.",
+    )
+    return True
 
 
 def _with_class_numbers(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str] | None:
@@ -374,7 +412,7 @@ def _with_class_numbers(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str
     return [(x, numbers(y)) for x, y in given], note
 
 
-_CHANGES = (_in_models_type, _with_prediction, _with_class_numbers)
+_CHANGES = (_in_models_type, _with_prediction, _with_classes_last, _with_class_numbers)
 
 
 def _check_labels(loss: Any, outputs: Any, given: Sequence[Pair]) -> None:

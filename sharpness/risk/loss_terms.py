@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from sharpness import _tensors
 
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
-_ELEMENTS = (
+_OF_VALUES = (
     *(nn.MSELoss, F.mse_loss),
     *(nn.L1Loss, F.l1_loss),
     *(nn.SmoothL1Loss, F.smooth_l1_loss),
     *(nn.HuberLoss, F.huber_loss),
+)
+_ELEMENTS = (
+    *_OF_VALUES,
     *(nn.BCELoss, F.binary_cross_entropy),
     *(nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits),
     *(nn.PoissonNLLLoss, F.poisson_nll_loss),
@@ -106,6 +109,11 @@ def weighs_places(loss: Any, targets: Tensor) -> bool:
 def is_class_loss(loss: Any) -> bool:
     """Whether `loss` compares scores of classes along dimension 1 with a class."""
     return is_any(loss, *_CLASSES)
+
+
+def is_of_values(loss: Any) -> bool:
+    """Whether `loss` is in the unit of its targets, or in its square."""
+    return is_any(loss, *_OF_VALUES)
 
 
 def is_elementwise(loss: Any) -> bool:

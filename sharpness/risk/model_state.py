@@ -172,10 +172,15 @@ def _one_path_of_encoders() -> Iterator[None]:
 
 @contextmanager
 def _tensors_kept(model: nn.Module) -> Iterator[None]:
-    """Tensors in plain attributes, which hooks (pruning, spectral norm) set anew."""
+    """Tensors in plain attributes, which hooks (pruning, spectral norm) set anew.
+
+    And the parameters themselves: of a layer that has two names `functional_call` leaves
+    its own there.
+    """
     before = [
-        (vars(m), {k: _shallow(v) for k, v in vars(m).items() if _holds_tensors(v)})
+        (holder, {k: _shallow(v) for k, v in holder.items() if _holds_tensors(v)})
         for m in model.modules()
+        for holder in (vars(m), m._parameters, m._buffers)
     ]
     try:
         yield

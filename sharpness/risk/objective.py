@@ -67,12 +67,12 @@ class Objective:
         self._batches_in_float64 = False
 
     def take(self, predicted: Callable[[Any], Any]) -> None:
-        """What of the model's return value the loss is given."""
+        """Give the loss this of the model's return value."""
         self._whole.predicted = predicted
 
     @property
     def predicted(self) -> Callable[[Any], Any]:
-        """The same, of a return value."""
+        """What of the model's return value the loss is given."""
         return self._whole.predicted
 
     @property
