@@ -243,6 +243,8 @@ def test_any_data_give_the_same_batches(kind, tmp_path):
     ours, theirs = next(problem.batches(20)), next(plain.batches(20))
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1].reshape(20, 1).float(), theirs[1])
+    over_the_end = rows_of(problem, 40, 3)  # a row may be in a batch twice
+    assert torch.equal(over_the_end, rows_of(plain, 40, 3))
 
 
 def test_rows_with_nan_are_left_out_with_a_line():

@@ -399,7 +399,9 @@ def _of_items(data: Any, several: bool, positions: np.ndarray) -> Pair:
 
 def _of_arrays(data: Pair, positions: np.ndarray) -> Pair:
     # A file is read from front to back, and h5py takes rising positions alone.
-    rising, back = np.unique(positions, return_inverse=True)
+    rising, back = positions, np.arange(len(positions))
+    if not (np.diff(positions) > 0).all():
+        rising, back = np.unique(positions, return_inverse=True)
 
     def taken(part: Any) -> Tensor:
         if isinstance(part, Tensor):
