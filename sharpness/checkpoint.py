@@ -12,8 +12,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -126,7 +125,9 @@ def _state_in(
 ) -> dict[str, Tensor]:
     """The tensors by name: of the one state dict, or of the one that is asked for."""
     there = facts if isinstance(facts, dict) else {}
-    several = {str(k): v for k, v in there.items() if _is_state(v)} or {"": there}
+    several = {str(k): v for k, v in there.items() if _is_state(v)}
+    several = several or ({"": there} if _is_state(there) else dict(_inner(there)))
+    several = several or {"": there}
     if asked is None:
         names = ", ".join(several)
         advice = f"Say which: --state {next(iter(several))}."
@@ -142,12 +143,23 @@ def _state_in(
     advice = "Save the network it was quantised from."
     got = f"quantised ones, first {narrow}"
     ensure(narrow is None, path, "hold floating-point tensors", got, advice)
-    state = {str(key): value for key, value in chosen.items() if isinstance(value, Tensor)}
+    state = {str(k): v.to_dense() for k, v in chosen.items() if isinstance(v, Tensor)}
+    absent = next((name for name, value in state.items() if value.is_meta), None)
+    got = f"none, on the device 'meta', first {absent}"
+    ensure(absent is None, path, "hold values", got, "Save it once it is materialised.")
     if unread and not state:
         raise _pickled(path, unread[0])
     advice = "Save `model.state_dict()`, alone or under the name 'state_dict'."
     ensure(bool(state), path, "hold a state_dict", _described(facts), advice)
     return state
+
+
+def _inner(facts: dict[Any, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    """State dicts further inside, by the way to them; none of an optimizer's."""
+    for key, value in facts.items():
+        if isinstance(value, dict) and isinstance(key, str) and "optim" not in key:
+            name = f"{head}{key}"
+            yield from [(name, value)] if _is_state(value) else _inner(value, f"{name}.")
 
 
 def _under(facts: dict[Any, Any], part: str) -> Any:
@@ -251,22 +263,27 @@ def _read(path: Path, unread: list[str] | None = None) -> tuple[Any, str]:
 
 
 def _read_pt(path: Path, content: bytes, unread: list[str] | None = None) -> Any:
+    skipped: list[str] = []
     with warnings.catch_warnings():  # about pickle protocols
         warnings.simplefilter("ignore")
-        try:
-            return _plain_values(content)
-        except Exception as error:  # PyTorch's reader raises a dozen kinds on damaged bytes
-            named = re.search(
-                r"(?:Unsupported global: |unsupported )GLOBAL (\S+)", str(error)
-            )
-            blocked = named[1] if named else foreign_files.first_global(content)
-        if unread is not None and blocked:
-            with suppress(Exception):
-                listed = torch.serialization.get_unsafe_globals_in_checkpoint
-                others = set(listed(io.BytesIO(content))) - {blocked}
-                unread += [blocked, *sorted(others)]
-                return _plain_values(content, [(_Inert, name) for name in unread])
-    raise _unreadable(path, content, blocked)
+        while True:  # every turn names one more class
+            try:
+                facts = _plain_values(content, [(_Inert, name) for name in skipped])
+                break
+            except Exception as error:  # a dozen kinds on damaged bytes
+                blocked = _blocked_by(error) or foreign_files.first_global(content)
+            if unread is None or blocked is None or blocked in skipped:
+                raise _unreadable(path, content, skipped[0] if skipped else blocked)
+            skipped.append(blocked)
+    if unread is not None:
+        unread += skipped
+    return facts
+
+
+def _blocked_by(error: Exception) -> str | None:
+    """The class or function that PyTorch's reader has refused to take from a file."""
+    found = re.search(r"(?:Unsupported global: |unsupported )GLOBAL (\S+)", str(error))
+    return found[1] if found else None
 
 
 def _plain_values(content: bytes, allowed: Sequence[Any] = ()) -> Any:
@@ -305,6 +322,11 @@ def _pickled(path: Path, blocked: str) -> ValueError:
         return ValueError(
             f"`{path}` must hold floating-point tensors; got quantised ones "
             f"(`{blocked}`). Save the network it was quantised from."
+        )
+    if "numpy" in blocked:
+        return ValueError(
+            f"`{path}` must hold tensors; got NumPy's (`{blocked}`). Save "
+            "`torch.from_numpy(array)` of each, by name, with torch.save."
         )
     return ValueError(
         f"`{path}` must hold plain tensors and values; got a pickle that needs "

@@ -15,6 +15,7 @@ _BEGINS = (
     (b"\x89HDF", "an HDF5 file, as Keras writes", "Save a PyTorch state_dict."),
     (b"\x1f\x8b", "a gzip archive", "Unpack it."),
     (b"<", "a web page", "Download the file itself."),
+    (b"\x08", "a protocol buffer, such as ONNX", "Save the state_dict it was made from."),
     (b"\x93NUMPY", "a NumPy array", "Save tensors by name: `torch.save(dict, path)`."),
 )
 # What a name inside an archive ends with, below its first folder.

@@ -484,6 +484,10 @@ def _load_parameters(
     kinds = {value.dtype for value in theirs.values() if value.is_floating_point()}
     if kinds == {torch.float64}:
         model.double()  # a factory makes float32; loading would round
+    mine = model.state_dict()
+    lost = [k for k, v in theirs.items() if v.is_complex() and not mine[k].is_complex()]
+    got = f"complex ones, first {lost[0] if lost else None}"
+    ensure(not lost, path, f"hold the real parameters of {name}", got)
     model.load_state_dict(theirs, strict=False)
     return done
 

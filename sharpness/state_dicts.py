@@ -82,12 +82,16 @@ def matched(
     there = {name: value.shape for name, value in theirs.items()}
     there |= {name: there[k] for k, name in inside.items() if name in shapes}
     sides = f"{_size(there.get(first))} in the file, {_size(shapes.get(first))} wanted"
+    if first not in there:
+        sides += f"; the file begins with {next(iter(state), 'nothing')}"
+    adapted = any("lora_" in name for name in extra)
+    merge = "Merge the adapter first: `model.merge_and_unload()`."
     ensure(
         not wrong,
         path,
         f"hold the parameters of {network}",
         f"others: {len(wrong)} tensors differ, first {first} ({sides})",
-        "Name the network it was trained with.",
+        merge if adapted else "Name the network it was trained with.",
     )
     found = {ours[n]: theirs[k] for k, n in inside.items() if n is not None and n in ours}
     absent = sorted(set(mine) - set(found))
@@ -108,7 +112,7 @@ def _said(
         f"{', '.join(taken)} taken off the names" if taken else "",
         f"left out: {_few(spare)}" if spare else "",
         f"not in the file, the network's own or tied: {_few(absent)}" if absent else "",
-        "weight norm folded into the weights" if folded else "",
+        "weight norm or masks folded into the weights" if folded else "",
     )
     return "; ".join(part for part in parts if part)
 
@@ -184,12 +188,16 @@ def _is_spare(name: str, value: Tensor) -> bool:
 def _folded(
     theirs: Mapping[str, Tensor], ours: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], bool]:
-    """Weights of weight norm made, where the network has none: g v / |v|."""
+    """Weights of weight norm, g v / |v|, and pruned ones, where the network has neither."""
     end = ".parametrizations.weight.original"
-    if any(end in name for name in ours):
+    parts = (end, "_orig", "_mask")
+    if any(part in f".{name}" for name in ours for part in parts):
         return dict(theirs), False
     found = {name: value for name, value in theirs.items() if end not in f".{name}"}
     for name in theirs:
+        head = name.removesuffix("_mask")
+        if head != name and f"{head}_orig" in theirs:
+            found[head] = found.pop(f"{head}_orig") * found.pop(name)
         if f".{name}".endswith(f"{end}0"):
             head = name.removesuffix("parametrizations.weight.original0")
             g, v = theirs[name], theirs[f"{head}parametrizations.weight.original1"]

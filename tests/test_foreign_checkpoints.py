@@ -170,6 +170,97 @@ class Runner:
         return subprocess.check_call, (["touch", "executed"],)
 
 
+def legacy(content):
+    torch.save(content, "net.pt", _use_new_zipfile_serialization=False)
+
+
+def split_name(state, name, **parts):
+    return {**{k: v for k, v in state.items() if k != name}, **parts}
+
+
+EMA = {"model_ema.0weight": torch.ones(6, 5), "model_ema.decay": torch.ones(())}
+# As trackers tell of them: the file, made of a state dict, and its line; None where the
+# network is read as it was.
+REPORTED = {
+    "a legacy file with a namespace": (
+        lambda s: legacy({"model": s, "args": argparse.Namespace(lr=1)}),
+        None,
+    ),
+    "an average beside the network": (
+        lambda s: {"state_dict": {**{f"net.{k}": v for k, v in s.items()}, **EMA}},
+        None,
+    ),
+    "further inside": (lambda s: {"state": {"model": s, "optim": {"a": s}}}, None),
+    "a language model's encoder": (
+        lambda s: {"model": {"language_model": {"encoder": s}}, "iteration": 3},
+        None,
+    ),
+    "parameters": (lambda s: {k: nn.Parameter(v) for k, v in s.items()}, None),
+    "a sparse weight": (lambda s: {**s, "0.weight": s["0.weight"].to_sparse()}, None),
+    "two inside": (
+        lambda s: {"runs": {"first": s, "second": s}},
+        "several: runs.first, runs.second. Say which: --state runs.first",
+    ),
+    "a module inside": (lambda s: {"model": nn.Linear(2, 2), "epoch": 3}, "whole module"),
+    "arrays": (lambda s: {k: v.numpy() for k, v in s.items()}, r"torch.from_numpy\(array"),
+    "a list of weights": (lambda s: list(s.values()), "must hold a state_dict"),
+    "an optimizer alone": (
+        lambda s: {"optimizer": {"state": {"0.weight": {"exp_avg": s["0.weight"]}}}},
+        "must hold a state_dict",
+    ),
+    "4 bits": (lambda s: {**s, "0.qweight": torch.ones(2, 2).int()}, "quantised ones"),
+    "8-bit floats": (
+        lambda s: {k: v.to(torch.float8_e4m3fn) for k, v in s.items()},
+        "quantised ones, first 0.weight",
+    ),
+    "an adapter": (
+        lambda s: {**s, "0.lora_A.weight": torch.ones(2, 5)},
+        r"0.lora_A.weight.*merge_and_unload\(\)",
+    ),
+    "no values": (lambda s: {k: v.to("meta") for k, v in s.items()}, "'meta', first 0.w"),
+    "complex weights": (
+        lambda s: {**s, "0.weight": s["0.weight"].to(torch.complex64)},
+        "real parameters.*first 0.weight",
+    ),
+    "other names": (
+        lambda s: {k.replace("0.", "fc1."): v for k, v in s.items()},
+        "first 0.weight .* the file begins with fc1.weight",
+    ),
+    "flat parameters": (
+        lambda s: {"_fsdp_wrapped_module._flat_param": torch.ones(57)},
+        "begins with _fsdp_wrapped_module._flat_param",
+    ),
+    "the other way round": (
+        lambda s: {**s, "0.weight": s["0.weight"].t()},
+        r"\(5, 6\) in the file, \(6, 5\) wanted",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPORTED)
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+def test_a_file_that_somebody_reported_is_read_or_told_in_a_line(nets, name):
+    make, line = REPORTED[name]
+    model = net(nets)
+    content = make(model.state_dict())
+    if content is not None:
+        torch.save(content, "net.pt")
+    if line is None:
+        assert same(loaded(), model)
+    else:
+        assert re.search(line, refusal())
+
+
+def test_pruned_weights_are_folded(nets):
+    model, mask = net(nets), (torch.arange(30).view(6, 5) % 2).float()
+    weight = model[0].weight.detach()
+    parts = {"0.weight_orig": weight, "0.weight_mask": mask}
+    torch.save(split_name(model.state_dict(), "0.weight", **parts), "net.pt")
+    subject = loaded()
+    assert torch.equal(subject.model[0].weight, weight * mask)
+    assert "folded" in subject.notes[0]
+
+
 BESIDE = {
     "argparse.Namespace": argparse.Namespace(lr=0.1, out=pathlib.Path("runs")),
     "multiarray.scalar": np.float64(0.93),
@@ -210,6 +301,7 @@ KINDS = {
     "net.bin": (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
     "page.pt": (b"<!DOCTYPE html><html>Sign in</html>", "web page"),
     "net.gguf": (b"GGUF\x03\x00\x00\x00", "GGUF file"),
+    "net.onnx": (b"\x08\x08\x12\x07pytorch", "ONNX"),
     "net.h5": (b"\x89HDF\r\n\x1a\n", "Keras"),
     "net.pt.gz": (b"\x1f\x8b\x08\x00", "gzip archive. Unpack"),
 }
@@ -353,7 +445,7 @@ def test_two_networks_under_two_prefixes_are_told_apart(nets):
 def test_a_parameter_that_is_missing_or_too_many_is_refused(nets):
     state = nets.mlp().state_dict()
     torch.save({k: v for k, v in state.items() if k != "2.bias"}, "net.pt")
-    assert "first 2.bias (none in the file, (3,) wanted)" in refusal()
+    assert "first 2.bias (none in the file, (3,) wanted; the file begins" in refusal()
     torch.save({**state, "4.weight": torch.ones(2)}, "net.pt")
     assert "first 4.weight ((2,) in the file, none wanted)" in refusal()
     torch.save({**state, "2.weight": torch.ones(4, 6)}, "net.pt")
