@@ -61,6 +61,7 @@ class Course:
     seed: int
     measure: Callable[[int], Row | None]  # of the number of updates made
     ended: Callable[[int, list[Row]], bool]  # after so many epochs
+    by_hand: Callable[[Tensor], None] | None = None  # an update that takes less time
 
     @property
     def updates_of_an_epoch(self) -> int:
@@ -95,6 +96,9 @@ class Course:
         yield from order.split(self.batch_size)[: self.updates_of_an_epoch]
 
     def update(self, batch: Tensor) -> None:
+        if self.by_hand is not None:
+            self.by_hand(batch)
+            return
         x, y = self.data
         self.optimizer.zero_grad()
         self.loss(self.model(x[batch]), y[batch]).backward()
@@ -241,6 +245,21 @@ def hovering(name: str, rate: float, seed: int) -> Course:
     x, y = images(8192, seed)
     model, loss, epoch = perceptron(seed), nn.MSELoss(), len(x) // 8
 
+    @torch.no_grad()
+    def descend(batch: Tensor) -> None:
+        """Half the time: no gradient is stored, the weights change in place."""
+        layers, hidden = model[::2], [x[batch]]
+        for layer in layers[:-1]:
+            hidden.append(layer(hidden[-1]).relu_())
+        slope = 2 / (8 * 10) * (layers[-1](hidden[-1]) - y[batch])
+        for layer, inputs in zip(reversed(layers), reversed(hidden), strict=True):
+            below = (
+                (slope @ layer.weight) * (inputs > 0) if inputs is not hidden[0] else None
+            )
+            layer.weight.addmm_(slope.T, inputs, alpha=-rate)
+            layer.bias.sub_(slope.sum(0), alpha=rate)
+            slope = below
+
     def measure(step: int) -> Row | None:
         if step % (SHARPNESS_EVERY * epoch):
             return None
@@ -267,6 +286,7 @@ def hovering(name: str, rate: float, seed: int) -> Course:
         seed=seed,
         measure=measure,
         ended=lambda epoch, rows: epoch == EPOCHS,
+        by_hand=descend,
     )
 
 

@@ -87,8 +87,9 @@ def load_any(path: str | Path, state: str | None = None) -> Checkpoint:
     """A checkpoint of ours, or anybody's parameters: alone, or under a name in the file.
 
     Where somebody else has written the file, `network`, `data`, `training` and `start`
-    are empty; objects beside the tensors, such as the `argparse.Namespace` of a training
-    script, are passed over and named in `unread`.
+    are empty, and `optimizer` is the first that the file holds; objects beside the
+    tensors, such as the `argparse.Namespace` of a training script, are passed over and
+    named in `unread`.
 
     Args:
         path: a file, an index of several (`*.index.json`), or a folder with one of these.
@@ -115,9 +116,25 @@ def load_any(path: str | Path, state: str | None = None) -> Checkpoint:
         data={},
         training={},
         start={},
+        optimizer=_optimizer_in(facts),
         sha256=digest,
         unread=tuple(unread),
     )
+
+
+def _optimizer_in(facts: Any) -> dict[str, Any]:
+    """The first `state_dict` of an optimizer in somebody's file; empty without one."""
+    there = facts.values() if isinstance(facts, dict) else ()
+    listed = [part for value in there for part in _several(value)]  # Lightning's is a list
+    for part in listed:
+        groups = part.get("param_groups") if isinstance(part, dict) else None
+        if isinstance(groups, list) and all(isinstance(group, dict) for group in groups):
+            return dict(part)
+    return {}
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _state_in(

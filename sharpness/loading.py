@@ -27,6 +27,7 @@ from sharpness.lab import data as lab_data
 from sharpness.lab import networks
 from sharpness.lab.data import at_random, class_balanced, has_classes
 from sharpness.lab.named import DATA, parsed
+from sharpness.measures.gradient_noise import training_facts
 from sharpness.risk import batches, files, intake
 from sharpness.risk.batches import as_pair, taken
 from sharpness.risk.model_state import random_generators_kept
@@ -194,7 +195,7 @@ def load_checkpoint(
         "Point --data-dir at it.",
     )
     kept = ("batch_size", "seed", "learning_rate", "optimizer", "epoch", "metrics")
-    training = {key: saved.training.get(key) for key in kept} if saved.training else {}
+    training = {key: saved.training.get(key) for key in kept} if saved.training else None
     subject = LoadedCheckpoint(
         path=str(path),
         network_name=name,
@@ -208,7 +209,7 @@ def load_checkpoint(
             "sha256": saved.sha256,
             "network": saved.network or {"name": name},
             "start": saved.start,
-            "training": training,
+            "training": training or training_facts(saved.optimizer) or {},
             "notes": list(filter(None, done)),
         },
         notes=tuple(filter(None, done)),

@@ -117,6 +117,7 @@ def measured(
         risk,
         settings.measures,
         start=subject.start if fits else None,
+        training=subject.facts["training"],
         progress=progress,
         on_estimate=begin,
         on_readings=on_readings,

@@ -493,7 +493,8 @@ class SharpnessTracker:
         }
         try:
             if name == "noise_scale":
-                return _of_noise_scale(gradient_noise(risk, **draws))
+                found = gradient_noise(risk, optimizer=self._optimizer, **draws)
+                return _of_noise_scale(found)
             size = self._batch_size if risk.can_be_cut else None
             found = batch_sharpness(risk, size, _NUM_BATCHES, **draws)
         except NotAvailableError:  # which no training should end for

@@ -195,6 +195,7 @@ def test_the_tracker_shows_noise_and_batch_sharpness(tmp_path):
     low, high = found.interval
     expected = low if high is None else found.noise_scale
     assert point.noise_scale.value == pytest.approx(expected)
+    assert point.noise_scale.settings["training"]["learning_rate"] == 0.1
     table = tracker.table()
     assert "batch_sharpness" in table
     assert "noise_scale" in table

@@ -22,6 +22,8 @@ from torch import nn
 from sharpness import EmpiricalRisk, measure
 from sharpness.lab.data import class_balanced
 from sharpness.loading import load_checkpoint
+from sharpness.measurement import measured
+from sharpness.measures.settings import MeasurementSettings
 from sharpness.risk import files, memory
 
 MORE = """
@@ -762,3 +764,30 @@ def test_text_is_data_of_causal_models_alone(nets, tmp_path):
         ValueError, match=r"`--data corpus.txt` must .* text for Sequential"
     ):
         load_checkpoint("net.pt", network="nets.py:mlp", data="corpus.txt")
+
+
+# -- what the network was trained with ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["optimizer", "optimizer_states"])
+def test_the_rate_of_somebodys_optimizer_goes_with_the_noise_scale(nets, kept):
+    model = net(nets)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    state = optimizer.state_dict()
+    file = {"state_dict": model.state_dict(), "epoch": 3, kept: state}
+    if kept == "optimizer_states":
+        file[kept] = [state]
+    torch.save(file, "net.pt")
+    subject = loaded()
+    assert subject.facts["training"]["learning_rate"] == 0.3
+    settings = MeasurementSettings(measures=["noise_scale"], num_samples=30)
+    found = measured(subject, settings, progress=False)
+    record = found.record["measures"]["noise_scale"][0]
+    assert record["settings"]["training"] == subject.facts["training"]
+
+
+@pytest.mark.parametrize("groups", [[], [3], {"lr": 1}, None])
+def test_what_is_no_optimizer_is_passed_over(nets, groups):
+    file = {"state_dict": net(nets).state_dict(), "optimizer": {"param_groups": groups}}
+    torch.save(file, "net.pt")
+    assert not loaded().facts["training"].get("learning_rate")

@@ -515,3 +515,41 @@ def test_the_whole_measure_covers(delta):
     ]
     covered = np.mean([holds(f, true_scale(delta, 4)) for f in found])
     assert covered >= 0.917  # three standard errors below 95 %
+
+
+# -- what the number depends on ----------------------------------------------------------
+
+
+def test_rate_and_optimizer_are_kept_and_change_no_number():
+    risk = classifier()
+    optimizer = torch.optim.SGD(risk.model.parameters(), lr=0.05, momentum=0.9)
+    plain = sh.gradient_noise(risk)
+    assert plain.settings["training"] is None
+    known = {"learning_rate": 0.05, "momentum": 0.9, "dampening": 0, "nesterov": False}
+    for given, name in ((optimizer, "SGD"), (optimizer.state_dict(), None)):
+        found = sh.gradient_noise(risk, optimizer=given)
+        expected = {"optimizer": name, **known, "weight_decay": 0}
+        assert found.settings["training"] == expected
+        assert found.interval == plain.interval
+        json.loads(to_line(found))
+    facts = {"learning_rate": 0.1, "batch_size": 8}
+    assert sh.gradient_noise(risk, optimizer=facts).settings["training"] == facts
+
+
+def test_groups_that_differ_are_told_apart():
+    risk = classifier()
+    first, *others = risk.model.parameters()
+    groups = [{"params": [first], "lr": 0.1}, {"params": others}]
+    optimizer = torch.optim.Adam(groups, lr=1e-3)
+    found = sh.gradient_noise(risk, optimizer=optimizer).settings["training"]
+    assert found == {
+        "optimizer": "Adam",
+        "learning_rate": [0.1, 1e-3],
+        "betas": [0.9, 0.999],
+        "weight_decay": 0,
+    }
+
+
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(TypeError, match=r"`optimizer` must be .*; got float"):
+        sh.gradient_noise(classifier(), optimizer=0.1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sharpness import _tensors
 from sharpness._arguments import fraction, of_a_risk, require, whole, whole_seed
+from sharpness._json import as_plain
 from sharpness._results import Cost, Reading, Result, Status, ensure_available
 from sharpness._run import Run
 from sharpness.risk.empirical import EmpiricalRisk
@@ -88,6 +90,7 @@ def gradient_noise(
     confidence: float = 0.95,
     num_batches: int = 32,
     seed: int = 0,
+    optimizer: Optimizer | Mapping[str, Any] | None = None,
     max_seconds: float | None = None,
     progress: bool | None = None,
 ) -> GradientNoise:
@@ -131,6 +134,9 @@ def gradient_noise(
         num_batches: K batches of samples whose gradients stand for Sigma with a
             curvature matrix, >= 8; K vectors are held.
         seed: of the draws.
+        optimizer: what theta was reached with, or its `state_dict()`, or rate and batch
+            size in a dict. B depends on them, so the result's settings keep them; no
+            number does.
         max_seconds: stop after the block that passes this time; nothing is known then.
         progress: show a bar; by default on a terminal.
 
@@ -143,7 +149,7 @@ def gradient_noise(
 
     Raises:
         TypeError: fewer than 8 samples or batches; another metric or unit than the usual
-            where samples, or terms, have no gradients of their own.
+            where samples, or terms, have no gradients of their own; no optimizer.
         ValueError: an argument outside its range.
 
     Cost: a gradient of the samples, and their gradients one by one, at once by vmap where
@@ -166,6 +172,7 @@ def gradient_noise(
     if num_samples is not None:
         num_samples = whole("num_samples", num_samples, FEWEST, "Fewer have no variance.")
     draw = _Draw(risk, min(num_samples or risk.num_samples, risk.num_samples), seed)
+    trained_with = training_facts(optimizer)
     run = Run("gradients", max_seconds=max_seconds, progress=progress)
     seen: _Vectors | _Halves | None = None
     with run:
@@ -199,8 +206,40 @@ def gradient_noise(
             "confidence": confidence,
             "num_batches": num_batches,
             "seed": seed,
+            "training": trained_with,
         },
     )
+
+
+_KEPT = ("lr", "momentum", "dampening", "nesterov", "betas", "weight_decay")
+
+
+def training_facts(
+    optimizer: Optimizer | Mapping[str, Any] | None,
+) -> dict[str, Any] | None:
+    """What a record keeps of an optimizer, of its state, or of facts already in a dict.
+
+    A setting in which the parameter groups differ is a list.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    state = optimizer.state_dict() if isinstance(optimizer, Optimizer) else optimizer
+    if state is not None and not isinstance(state, Mapping):
+        raise TypeError(
+            "`optimizer` must be a torch.optim.Optimizer, its state_dict or a dict of "
+            f"facts; got {type(optimizer).__name__}. Leave it out where there is none."
+        )
+    if state is None or "param_groups" not in state:
+        return dict(state) if state else None
+    name = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else None
+    facts: dict[str, Any] = {"optimizer": name}
+    for key in _KEPT:
+        values = [as_plain(group[key]) for group in state["param_groups"] if key in group]
+        if values:
+            alike = all(value == values[0] for value in values)
+            facts["learning_rate" if key == "lr" else key] = values[0] if alike else values
+    return facts
 
 
 # -- vectors ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, TypedDict, Unpack
 
@@ -137,6 +137,7 @@ def summary(
     measures: str | Sequence[str] | None = None,
     *,
     start: Tensor | None = None,
+    training: Mapping[str, Any] | None = None,
     progress: bool | None = None,
     on_estimate: Callable[[float], None] | None = None,
     on_readings: Callable[[list[Reading]], None] | None = None,
@@ -149,6 +150,8 @@ def summary(
         measures: names of measures or families (`MEASURES`, `FAMILIES`); None means the
             families curvature and epsilon, "all" every one.
         start: the parameters (n,) that training began with, for the distance from them.
+        training: rate, optimizer and batch size, where known: the noise scale depends on
+            them and its settings keep them.
         progress: show a bar with the expected time; by default on a terminal.
         on_estimate: called with the expected seconds before anything is measured.
         on_readings: called with the numbers of each measure as soon as it is done.
@@ -182,7 +185,7 @@ def summary(
     if on_estimate is not None:
         on_estimate(sum(expected.values()))
     results: dict[str, list[Result]] = {}
-    left: dict[str, Any] = {"start": start}
+    left: dict[str, Any] = {"start": start, "training": training}
     total = max(1, round(sum(expected.values())))
     bar_format = "{desc}: {percentage:.0f} % of about {total} s"
     with _progress.bar("measuring", total, progress, bar_format=bar_format) as bar:
@@ -409,7 +412,7 @@ def _refuse_parts(risk: EmpiricalRisk, least: int) -> None:
 
 
 def _noise(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
-    return gradient_noise(risk, **_common(s))
+    return gradient_noise(risk, optimizer=left["training"], **_common(s))
 
 
 def _of_batches(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
