@@ -26,11 +26,10 @@ def network() -> nn.Module:
 def advise(num: int = 4000, max_seconds: float = 240.0) -> BatchSizeAdvice:
     """Adam as it is mostly used; the test images tell how good the network is."""
     digits = data.load("mnist5k")
-    x, y = digits.train
     return sh.batch_size_advice(
         network(),
         "cross_entropy",
-        (x[:num], y[:num]),
+        digits.balanced_subset(num),
         digits.test,
         optimizer="adam",
         lr=1e-3,

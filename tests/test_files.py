@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import sharpness as sh
+from sharpness.batchsize.problem import Problem
 from sharpness.risk import files, memory
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
@@ -152,3 +153,13 @@ def test_a_table_without_rows_is_one_line(tmp_path):
     (tmp_path / "d.csv").write_text("a,y\n")
     with pytest.raises(ValueError, match="must hold inputs and targets; got no rows"):
         files.mapped(tmp_path / "d.csv")
+
+
+def test_a_problem_reads_a_file_where_it_lies(tmp_path):
+    problem = Problem(
+        nn.Linear(3, 4), "cross_entropy", folder(tmp_path), lr=1, batch_size=8
+    )
+    x, y = next(problem.batches(40))
+    order = torch.argsort(x[:, 0])
+    assert torch.equal(x[order], torch.tensor(X[np.argsort(X[:, 0])]))
+    assert torch.equal(y[order], torch.tensor(Y[np.argsort(X[:, 0])]))

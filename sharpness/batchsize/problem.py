@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils.data import default_collate
 from sharpness import _tensors
 from sharpness._arguments import ensure, known, positive, whole
 from sharpness.lab.ghost import use_ghost_batches
-from sharpness.risk import batches, intake, loss_terms
+from sharpness.risk import batches, files, intake, loss_terms
 from sharpness.risk.batches import Pair
 from sharpness.risk.model_state import (
     deep_copy,
@@ -54,8 +55,9 @@ class Problem:
         loss: the mean over rows, as `EmpiricalRisk` takes it; also a name.
         data: training rows. A pair (inputs, targets) of tensors or arrays, of which the
             rows of a batch are read at a time, so that they may be memory-mapped; a
-            map-style data set (`len`, indexing by a list of rows or by one row); anything
-            else that `EmpiricalRisk` takes is read once into memory.
+            map-style data set (`len`, indexing by a list of rows or by one row); a file
+            or folder of `risk.files.mapped`, which stays on disk; anything else that
+            `EmpiricalRisk` takes is read once into memory.
         lr: a learning rate that is known to work, > 0 ...
         batch_size: ... and the batch size that it works for, >= 1. They anchor the
             scaling rule.
@@ -285,6 +287,8 @@ class _Rows:
     """
 
     def __init__(self, name: str, data: Any, notes: list[str]) -> None:
+        if isinstance(data, str | Path) and files.can_be_mapped(data):
+            data = files.mapped(data)
         by_number = not _has_arrays(data) and _is_map_style(data)
         if by_number:
             self._read = partial(_of_items, data, _reads_several(data))

@@ -38,8 +38,13 @@ _FOLDERS = ("dataset_info.json", "dataset_dict.json")
 def is_file(source: object) -> bool:
     """Whether it names a file of data, or a folder of `datasets`, that is there."""
     path = _path(source)
-    folder = is_data_set(path) or _holds_arrays(path)
-    return folder or path.suffix in (".npz", *_TABLES)
+    return can_be_mapped(path) or is_data_set(path)
+
+
+def can_be_mapped(source: object) -> bool:
+    """Whether it names what `mapped` takes: a table or archive, there or not, or arrays."""
+    path = _path(source)
+    return path.suffix in (".npz", *_TABLES) or _holds_arrays(path)
 
 
 def is_data_set(source: object) -> bool:
