@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from sharpness import _command, measure
 from sharpness._arguments import ensure
 from sharpness._json import to_line
 from sharpness._results import Result, Status
+from sharpness.measures.settings import MeasurementSettings, MeasureSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,12 @@ def _parser() -> _command.Parser:
         "or a bent low-loss 'path' to one (default: random; with one or two networks "
         "between, with more trajectory)",
     )
-    add("--dims", type=int, choices=(1, 2), help="a line or a plane (default: 2)")
+    add(
+        "--dims",
+        type=int,
+        choices=(1, 2),
+        help="a line or a plane (default: 2; between one 1)",
+    )
     add("--num-points", type=int, default=21, help="along each direction (default: 21)")
     add("--extent", type=float, help="largest coordinate (default: by the directions)")
     add("--num-steps", type=int, default=200, help="that bend the path (default: 200)")
@@ -72,7 +78,7 @@ def _landscape(options: Any) -> int:
 
     device = _command.chosen_device(options.device)
     paths = measure.expanded(options.networks)
-    kind, dims = _asked(options, len(paths))
+    kind = _asked(options, len(paths))
     for path in (options.checkpoint, *paths):
         check_file(weights_of(path))
     output = measure.output_of(options, options.checkpoint)
@@ -80,9 +86,9 @@ def _landscape(options: Any) -> int:
     subject = measure.loaded(options.checkpoint, options)
     settings = measure.settings_of(options, subject)
     networks = [_state(path, options, subject) for path in paths]
-    figure, points = _files(options, subject, kind, asdict(settings))
+    figure, points = _files(options, subject, kind, settings)
     risk = measurement.risk_of(subject, settings, device)
-    found = _seen(options, risk, kind, dims, networks, points)
+    found = _seen(options, risk, kind, networks, points)
     found.plot(figure)
     record = new_record(
         "landscape",
@@ -103,15 +109,15 @@ def _landscape(options: Any) -> int:
     return _command.OK if found.status.ok else _command.NOT_CONVERGED
 
 
-def _asked(options: Any, num: int) -> tuple[str, int]:
-    """The kind of picture and its dimensions."""
+def _asked(options: Any, num: int) -> str:
+    """The kind of picture."""
     usual = ("random", "between", "between", "trajectory")[min(num, 3)]
     kind = options.directions or usual
     alone = kind in ("random", "eigenvectors")
     contract = "come with 'between', 'trajectory' or 'path'"
     ensure(not (alone and num), "networks", contract, f"{num} with {kind!r}")
     ensure(kind != "path" or num == 1, "networks", "be one for 'path'", str(num))
-    return kind, options.dims or (num if kind == "between" and num in (1, 2) else 2)
+    return kind
 
 
 def _state(path: str, options: Any, subject: LoadedCheckpoint) -> dict[str, Tensor]:
@@ -122,12 +128,14 @@ def _state(path: str, options: Any, subject: LoadedCheckpoint) -> dict[str, Tens
 
 
 def _files(
-    options: Any, subject: LoadedCheckpoint, kind: str, settings: dict[str, Any]
+    options: Any, subject: LoadedCheckpoint, kind: str, settings: MeasurementSettings
 ) -> tuple[Path, Path | None]:
     """Figure and points: named for the question, so that each has its own."""
-    names = ("networks", "dims", "num_points", "extent", "num_steps")
-    question = (subject.facts["sha256"], settings, [getattr(options, n) for n in names])
-    digest = hashlib.blake2b(repr(question).encode(), digest_size=4).hexdigest()
+    names = ("networks", "dims", "num_points", "extent", "num_steps", "seed")
+    others = replace(settings, of_measures=MeasureSettings())  # without the time limit
+    asked = [getattr(options, name) for name in names]
+    question = repr((subject.facts["sha256"], subject.data, others, asked))
+    digest = hashlib.blake2b(question.encode(), digest_size=4).hexdigest()
     path = Path(options.checkpoint)
     beside = path.with_name(f"{path.stem}-{kind}-{digest}")
     figure = Path(options.figure or beside.with_suffix(".png"))
@@ -141,7 +149,6 @@ def _seen(
     options: Any,
     risk: EmpiricalRisk,
     kind: Any,
-    dims: int,
     networks: list[dict[str, Tensor]],
     points: Path | None,
 ) -> Result:
@@ -159,7 +166,7 @@ def _seen(
         risk,
         kind,
         networks,
-        dims=dims,
+        dims=options.dims,
         extent=options.extent,
         points_file=points,
         **shared,

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from sharpness import checkpoint, compare, measure, read_records, train
+from sharpness import checkpoint, compare, landscape, measure, read_records, train
 from sharpness.batchsize import __main__ as batchsize
 from sharpness.checkpoint import Checkpoint
 from sharpness.lab import data, networks
@@ -269,7 +269,9 @@ def test_train_refuses_in_one_line(tmp_path, capsys, options, expected):
     assert expected in err
 
 
-@pytest.mark.parametrize("command", [measure, compare, train, reproduce, batchsize])
+@pytest.mark.parametrize(
+    "command", [measure, compare, landscape, train, reproduce, batchsize]
+)
 def test_every_flag_has_help(command):
     parser = command._parser()
     for action in parser._actions:

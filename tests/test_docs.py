@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sharpness
-from sharpness import compare, measure, train
+from sharpness import compare, landscape, measure, train
 from sharpness.batchsize import __main__ as batchsize
 from sharpness.reproduce import __main__ as reproduce
 
@@ -18,6 +18,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 PARSERS = {
     "sharpness.measure": measure._parser(),
     "sharpness.compare": compare._parser(),
+    "sharpness.landscape": landscape._parser(),
     "sharpness.train": train._parser(),
     "sharpness.reproduce": reproduce._parser(),
     "sharpness.batchsize": batchsize._parser(),

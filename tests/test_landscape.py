@@ -99,3 +99,44 @@ def test_the_line_of_text_names_the_worst_point(other):
     value, alpha = line.values[worst], line.alphas[worst]
     expected = f"largest f {number(value)}   (at alpha {alpha:g}, of 3 points, completed; "
     assert str(line).startswith(expected + "3 forward passes")
+
+
+# -- bent paths ------------------------------------------------------------------------
+
+
+def test_a_bent_path_goes_around_the_barrier_of_the_line(other):
+    risk = mlp_risk()
+    found = sh.low_loss_path(risk, other, num_steps=100, num_points=9)
+    a, w, b = risk.theta.numpy(), found.bend.numpy(), other.numpy()
+    for t, value, accuracy in zip(
+        found.path.alphas, found.path.values, found.path.accuracies, strict=True
+    ):
+        expected = by_hand((1 - t) ** 2 * a + 2 * t * (1 - t) * w + t**2 * b)
+        assert (value, accuracy) == (pytest.approx(expected[0], rel=1e-9), expected[1])
+    line = sh.interpolation(risk, other, found.line.alphas)
+    assert found.line.values == line.values
+    assert found.line.barrier == max(line.values) - max(line.values[0], line.values[-1])
+    assert 0 <= found.path.barrier < found.line.barrier
+    assert (found.cost.gradients, found.cost.forwards) == (100, 18)
+    assert [r.value for r in found.readings()] == [found.path.barrier, found.line.barrier]
+
+
+def test_the_picture_of_a_path_holds_both_ways(other):
+    found = sh.low_loss_path(mlp_risk(), other, num_steps=3, num_points=5)
+    loss, accuracy = found.plot().axes
+    path, line = loss.get_lines()[:2]
+    assert list(path.get_ydata()) == list(found.path.values)
+    assert list(line.get_ydata()) == list(found.line.values)
+    low, high = loss.get_ylim()
+    both = (*found.path.values, *found.line.values)
+    assert low < min(both) < max(both) < high
+    assert accuracy.get_ylabel() == "accuracy, %"
+
+
+def test_a_path_that_is_cut_short_is_seen_all_the_same(other):
+    found = sh.low_loss_path(mlp_risk(), other, max_seconds=0, num_points=3)
+    assert found.status == "max_seconds"
+    assert found.losses == ()
+    assert found.path.values == pytest.approx(found.line.values)
+    with pytest.raises(ValueError, match="`num_points` must be at least 3"):
+        sh.low_loss_path(mlp_risk(), other, num_points=2)

@@ -143,7 +143,7 @@ def loss_plane(
     directions: Directions | Tensor = "random",
     networks: Sequence[Network] = (),
     *,
-    dims: int = 2,
+    dims: int | None = None,
     num_points: int = 21,
     extent: float | None = None,
     quadratic: bool = True,
@@ -172,7 +172,7 @@ def loss_plane(
             theta; or a tensor (n,) or (1 or 2, n) of your own. All but random and own
             ones are orthonormal.
         networks: networks, state dicts or flat parameters (n,), shown on the plane.
-        dims: 1 for a line, 2 for a plane.
+        dims: 1 for a line, 2 for a plane; None: a plane, or between one network a line.
         num_points: along each direction, >= 2; an odd number has theta on the grid.
         extent: largest coordinate. By default 1; for eigenvectors where the model
             has risen by 1 + f; with networks a box around them.
@@ -203,6 +203,8 @@ def loss_plane(
     num_points = whole("num_points", num_points, 2, "21 are usual.")
     extent = None if extent is None else positive("extent", extent)
     at_once = None if at_once is None else whole("at_once", at_once, 1)
+    if dims is None:
+        dims = 1 if isinstance(directions, str) and len(networks) == 1 else 2
     made = _Made(risk, directions, networks, whole("dims", dims, 1), seed, progress)
     axes = made.grid(num_points, extent)
     grid = _Grid(risk, made.directions, axes, points_file)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from sharpness.report.figures import (
@@ -106,6 +107,8 @@ def plane_plot(
     for axes in places:
         axes.patch.set(**NO_NUMBER)
         axes.set_aspect("equal")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.plot(0, 0, "+", color="black", markersize=12, markeredgewidth=3)
         axes.plot(0, 0, "+", color="white", markersize=10, markeredgewidth=1.2)
         if len(marks):
@@ -136,12 +139,15 @@ def _loss(figure: Any, axes: Axes, grid: Any, values: Any, model: Any) -> None:
     if logarithmic:
         plain_ticks(bar.ax.xaxis)
     if high > low:
-        lines = axes.contour(*grid, shown, levels, colors="white", linewidths=0.8)
-        axes.clabel(lines, fmt="%.2g", fontsize=7)
+        lines = axes.contour(*grid, shown, levels, colors="white", linewidths=0.9)
+        lines.set(path_effects=[withStroke(linewidth=1.8, foreground="0.25")])
+        for text in axes.clabel(lines, fmt="%.2g", fontsize=7):
+            text.set(path_effects=[withStroke(linewidth=1.8, foreground="0.25")])
         if model is not None and np.isfinite(model).all():
             dashed: dict[str, Any] = {
                 "colors": "black",
                 "linestyles": "--",
                 "linewidths": 0.9,
             }
-            axes.contour(*grid, model.T, levels, **dashed)
+            edged = [withStroke(linewidth=2.0, foreground="0.8")]
+            axes.contour(*grid, model.T, levels, **dashed).set(path_effects=edged)
