@@ -39,6 +39,11 @@ MEASURED = {
     "norms": sh.norms,
     "flatness": sh.relative_flatness,
     "interpolation": interpolated,
+    "path": lambda r: sh.low_loss_path(r, r.theta + 1, num_steps=2, num_points=3),
+    "plane": lambda r: sh.loss_plane(r, num_points=3),
+    "line": lambda r: sh.loss_plane(r, dims=1, num_points=3),
+    "sampling": lambda r: sh.lambda_max_sampling(r, num_folds=3),
+    "noise": sh.gradient_noise,
     "summary": lambda r: sh.summary(r, ["curvature", "norms"]),
     "audit": sh.audit,
 }
@@ -158,3 +163,52 @@ def test_of_very_many_bars_some_are_named():
     (axes,) = figures.bars_plot(names, torch.arange(500.0).tolist(), label="x").axes
     assert len(axes.patches) == 500
     assert len(labels(axes)) <= 40
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_result_draws_into_axes_of_ones_own(name):
+    figure = figures.Figure(4.0)
+    left, right = figure.subplots(1, 2)
+    found = MEASURED[name](softmax_regression().risk())
+    assert found.plot(ax=left) is figure
+    assert not right.has_data()
+    drawn = [axes for axes in figure.axes if axes is not right and axes.has_data()]
+    assert drawn
+    figure.canvas.draw()
+    for axes in drawn:  # in the left half, labels and all
+        assert axes.get_window_extent().x1 <= right.get_window_extent().x0
+
+
+def test_several_diagrams_need_a_place_in_a_grid():
+    figure = figures.Figure(4.0)
+    by_hand = figure.add_axes((0.1, 0.1, 0.8, 0.8))
+    given = [Reading(name="a", value=1.0), Reading(name="b", value=2.0)]
+    with pytest.raises(ValueError, match="`ax` must be one of `subplots`"):
+        figures.readings_plot(given, ax=by_hand)
+
+
+def test_no_interval_is_cut_and_each_end_is_where_it_was_measured():
+    found = sh.average_case_sharpness(
+        softmax_regression().risk(), [0.05, 0.1, 0.2], num_draws=3
+    )
+    (axes,) = found.plot().axes
+    (bars,) = (container.lines[2][0] for container in axes.containers)
+    for segment, result in zip(bars.get_segments(), found, strict=True):
+        low, high = result.interval
+        assert segment[1][1] == pytest.approx(high)
+        assert segment[0][1] == pytest.approx(low) or low <= 0
+    assert axes.get_ylim()[1] > max(result.interval[1] for result in found)
+
+
+def test_what_is_certified_of_eigenvalues_is_drawn():
+    found = sh.eigenpairs(softmax_regression().risk(), 2, max_hvps=4)
+    (axes,) = found.plot().axes
+    named = {line.get_label(): line for line in axes.get_lines()}
+    (limit,) = (line for name, line in named.items() if "lambda_max is below" in name)
+    assert list(limit.get_xdata()) == [found.lambda_max_upper] * 2
+    assert axes.get_xlim()[1] > found.lambda_max_upper
+    spans = [(p.get_x(), p.get_x() + p.get_width()) for p in axes.patches if p.get_hatch()]
+    expected = [span for span in found.hidden if all(map(math.isfinite, span))]
+    assert len(spans) == len(expected) > 0
+    for drawn, wanted in zip(spans, expected, strict=True):
+        assert drawn == pytest.approx(wanted)

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator
 from sharpness.batchsize.choice import Choice
 from sharpness.batchsize.race import Race
 from sharpness.batchsize.updates import UpdateTimes
-from sharpness.report.figures import Figure, written
+from sharpness.report.figures import Figure, panels, written
 
 # Blue and vermilion of Okabe and Ito (2008): told apart by the colour-blind, and as light
 # and dark in grey; marks and lines differ as well.
@@ -24,10 +24,12 @@ def draw(
     race: Race | None,
     choice: Choice | None,
     path: str | Path | None = None,
+    *,
+    ax: Axes | None = None,
 ) -> Figure:
     """Three panels against the batch size; what was not measured stays empty."""
-    figure = Figure(3.2, 10.5)
-    updates, seconds, product = figure.subplots(1, 3)
+    figure, places = panels(ax, 3.2, [1.0, 1.0, 1.0], across=True, width=10.5)
+    updates, seconds, product = places
     if race is not None:
         _updates(updates, race)
         _measured_product(product, race)

@@ -15,6 +15,8 @@ from sharpness.batchsize.updates import UpdateTimes
 from sharpness.measures.gradient_noise import GradientNoise
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from sharpness.report.figures import Figure
 
 _NAMES = {"lambda_max": "lambda_max", "batch_sharpness": "batch sharpness", "phi": "phi"}
@@ -49,15 +51,16 @@ class BatchSizeAdvice(Result):
         """The advice in words, the answer first."""
         return "\n".join(_said(self))
 
-    def plot(self, path: str | Path | None = None) -> Figure:
+    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """Updates, seconds per update and their product against the batch size.
 
         Args:
             path: where the PNG goes, if anywhere.
+            ax: axes of your own figure, whose place the three take.
         """
         from sharpness.batchsize.picture import draw
 
-        return draw(self.times, self.race, self.choice, path)
+        return draw(self.times, self.race, self.choice, path, ax=ax)
 
     def _rows(self) -> Iterable[Reading]:
         """Every number behind the advice, each measured, fitted or assumed."""

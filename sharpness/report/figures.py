@@ -58,6 +58,7 @@ def panels(
     *,
     across: bool = False,
     shared: bool = False,
+    width: float = _WIDTH,
 ) -> tuple[Any, list[Axes]]:
     """A figure and its diagrams: new ones, or in the place of axes that are there.
 
@@ -67,6 +68,7 @@ def panels(
         ratios: heights of the diagrams from the top; widths where they stand `across`.
         across: side by side.
         shared: one x axis for all.
+        width: of a new figure, in inches.
 
     Raises:
         ValueError: several diagrams are to stand where axes were placed by hand.
@@ -76,7 +78,7 @@ def panels(
     rows, columns = (1, len(ratios)) if across else (len(ratios), 1)
     sizes: dict[str, Any] = {"width_ratios" if across else "height_ratios": list(ratios)}
     if ax is None:
-        figure = Figure(height)
+        figure = Figure(height, width)
         grid = figure.add_gridspec(rows, columns, **sizes)
         return figure, list(grid.subplots(squeeze=False, sharex=shared).ravel())
     place = ax.get_subplotspec()
@@ -347,8 +349,11 @@ def points_plot(
     shown = [v for _, y, *_ in curves for v in y if math.isfinite(v)]
     positive = bool(shown) and min(shown) > 0 and min(x) > 0
     for (name, y, low, high), style in zip(curves, _STYLES, strict=False):
-        floor = min(shown) / 10 if positive else -math.inf  # where an interval holds zero
-        down = [v - max(a, floor) for v, a in zip(y, low, strict=True)]
+        floor = (
+            min(shown, default=0.0) / 10
+        )  # of a logarithmic axis, where an interval holds zero
+        ends = [floor if positive and a <= 0 else a for a in low]
+        down = [v - a for v, a in zip(y, ends, strict=True)]
         up = [b - v for v, b in zip(y, high, strict=True)]
         line = style["linestyle"] if len(x) > 2 else ""
         kind = {**style, "marker": "^" if "≥" in name else "o", "linestyle": line}
