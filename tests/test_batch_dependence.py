@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from sharpness import EmpiricalRisk, NondeterministicRiskError, NotAvailableError
-from sharpness.risk import memory
+from sharpness.risk import batches, memory
 
 CLASSES = 3
 
@@ -210,9 +210,12 @@ def test_a_dependence_that_only_the_curvature_has_is_seen():
 def test_a_part_for_batchnorm_is_a_batch():
     model = nn.Sequential(nn.Linear(4, CLASSES), nn.BatchNorm1d(CLASSES)).double()
     settings = {"batchnorm": "batch", "batchnorm_batch": 25}
-    assert not EmpiricalRisk(model, nn.MSELoss(), BATCHES, **settings).notes
+    (note,) = EmpiricalRisk(model, nn.MSELoss(), BATCHES, **settings).notes
+    assert "2 batches given were joined and cut for BatchNorm, into 2 of up to 20" in note
+    halves = [(X[:20], T[:20]), (X[20:], T[20:])]
+    assert not EmpiricalRisk(model, nn.MSELoss(), halves, **settings).notes
     risk = EmpiricalRisk(model, root, BATCHES, **settings)
-    assert "2 parts for BatchNorm (the loss was not seen" in risk.notes[0]
+    assert "2 parts for BatchNorm (the loss was not seen" in risk.notes[1]
     parts = [(X[:20], T[:20]), (X[20:], T[20:])]
     expected = sum(root(model(x), t) / 2 for x, t in parts)
     assert risk.value() == pytest.approx(float(expected.detach()))
@@ -232,6 +235,7 @@ def test_what_needs_samples_of_their_own_is_not_available(loss):
 
 
 def test_a_batch_that_must_be_whole_and_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(batches, "_OF_A_TENSOR", 0)
     monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * (X.nbytes + T.nbytes))
     with pytest.raises(ValueError, match=r"`data` must come in .*; got 40") as error:
         EmpiricalRisk(network(), root, (X, T))

@@ -179,6 +179,12 @@ def closure_risk(closure, *data, model=MODEL):
     return EmpiricalRisk(model, closure=closure, data=list(data))
 
 
+def backward(model, batch):
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
 def summed(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
@@ -242,6 +248,8 @@ ACCEPTED = {
     ),
     "logits": lambda: risk_of(model=Wrapped(lambda z: SimpleNamespace(logits=z))),
     "tuple": lambda: risk_of(model=Wrapped(lambda z: (z, z.tanh()))),
+    "logits in a dict": lambda: risk_of(model=Wrapped(lambda z: {"logits": z, "a": X})),
+    "out in a dict": lambda: risk_of(model=Wrapped(lambda z: {"out": z, "aux": z})),
     "int32 labels": lambda: risk_of((X, Y.int())),
     "labels in a column": lambda: risk_of((X, Y[:, None])),
     "int8 labels in a column": lambda: risk_of(
@@ -282,6 +290,8 @@ SAID = {
     "float64 arrays": "converted to float32",
     "float64 tensors": "converted to float32",
     "logits": "`logits` are its outputs",
+    "logits in a dict": "a dict: its `logits` are its outputs",
+    "out in a dict": "a dict: its `out` are its outputs",
     "tuple": "first entry is its outputs",
     "int32 labels": "labels of int32 were made int64",
     "labels in a column": r"\(N, 1\) made \(N,\)",
@@ -604,6 +614,64 @@ REFUSED = {
             lambda m, b: F.cross_entropy(m(b), 0 * Y[: len(b)]), X, model=ONE
         ),
         "`closure` must give.*one column",
+    ),
+    "plain numbers": (lambda: risk_of((X.tolist(), Y.tolist())), r"torch.tensor\(values\)"),
+    "one-hot numbers": (
+        lambda: risk_of((X, F.one_hot(Y, 4))),
+        r"class numbers or probabilities.*y.argmax\(1\)",
+    ),
+    "targets first": (lambda: risk_of((Y, X)), r"\(inputs, targets\).*Swap them"),
+    "a closure as a loss": (
+        lambda: risk_of(loss=lambda m, b: F.cross_entropy(m(b[0]), b[1])),
+        "`loss` must take outputs.*not callable.*`closure=`",
+    ),
+    "a loss that is a number": (
+        lambda: risk_of(loss=lambda o, y: F.cross_entropy(o, y).item()),
+        "as a tensor; got float",
+    ),
+    "a loss in a dict": (
+        lambda: risk_of(loss=lambda o, y: {"loss": F.cross_entropy(o, y)}),
+        "as a tensor; got dict",
+    ),
+    "a closure of one": (
+        lambda: closure_risk(lambda m: m[0].weight.sum(), X),
+        r"\(model, batch\); got <lambda>, which takes \(m\)",
+    ),
+    "a closure the wrong way round": (
+        lambda: closure_risk(lambda b, m: F.cross_entropy(m(b[0]), b[1]), (X, Y)),
+        r"closure\(model, batch\) on a tuple \(2\).*not callable",
+    ),
+    "a closure that goes backward": (
+        lambda: closure_risk(backward, (X, Y)),
+        "Take `backward` out",
+    ),
+    "a closure of other names": (
+        lambda: closure_risk(lambda m, b: m(b["y"]).sum(), {"x": X, "labels": Y}),
+        "on a dict of x, labels; got KeyError: 'y'",
+    ),
+    "a closure on narrow data": (
+        lambda: closure_risk(lambda m, b: m(b).sum(), X[:, :2]),
+        "on a Tensor .*cannot be multiplied",
+    ),
+    "a closure on double data": (
+        lambda: closure_risk(lambda m, b: m(b).sum(), X.double()),
+        "got RuntimeError: .*dtype",
+    ),
+    "a closure with labels out of range": (
+        lambda: closure_risk(lambda m, b: F.cross_entropy(m(b[0]), b[1]), (X, Y + 1)),
+        "Target 4 is out of bounds",
+    ),
+    "a closure of a tensor's rows": (
+        lambda: EmpiricalRisk(MODEL, closure=lambda m, b: m(b).sum(), data=X),
+        r"Wrap it in a list: `data=\[x\]`",
+    ),
+    "a closure of nothing": (
+        lambda: closure_risk(lambda m, b: m[0].weight.square().sum(), None),
+        r"data=\[torch.ones\(1\)\]",
+    ),
+    "a closure of an object": (
+        lambda: closure_risk(lambda m, b: m(b[0], b[1]), (X, Y), model=ByName()),
+        "got SimpleNamespace",
     ),
     "lone tensor": (lambda: risk_of(X), "Tensor .*alone"),
     "lone array": (lambda: risk_of(X.numpy()), "ndarray .*alone"),

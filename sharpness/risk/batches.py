@@ -44,10 +44,15 @@ def materialised(
     """
     if pairs:
         if hasattr(data, "shape"):
-            raise TypeError(_NO_PAIR.format(f"{_kind(data)} alone", _OTHERS))
+            raise TypeError(_NO_PAIR.format(f"{kind(data)} alone", _OTHERS))
         lone = isinstance(data, tuple) and hasattr(next(iter(data), None), "shape")
         if lone or is_pair(data):
             data = [data]
+    if not pairs and hasattr(data, "shape"):
+        raise TypeError(
+            f"`data` must be a list of batches for a `closure`; got {kind(data)}, whose "
+            "rows would be batches. Wrap it in a list: `data=[x]`."
+        )
     if not pairs and isinstance(data, tuple) and is_pair(data):
         raise TypeError(
             "`data` must be a list of batches for a `closure`; got a pair of tensors, "
@@ -276,10 +281,9 @@ _OTHERS = (
 
 def _no_pair(batch: Batch) -> TypeError:
     """What stands where a tensor should be, and the way out."""
-    got, advice = f"a batch of type {_kind(batch)}", _OTHERS
+    got, advice = f"a batch of type {kind(batch)}", _OTHERS
     if isinstance(batch, Mapping):
-        got = f"a dict of {', '.join(map(str, batch))}"
-        got = shorten(got, 60, placeholder=" …")
+        got = shorten(f"a {kind(batch)}", 60, placeholder=" …")
         advice = "Name the targets 'labels', or pass `closure=lambda model, batch: ...`."
     elif isinstance(batch, tuple | list) and len(batch) == 2:
         inputs, targets = batch
@@ -294,10 +298,12 @@ def _no_pair(batch: Batch) -> TypeError:
             advice = "Pass the data set itself, or a loader with a `batch_size`."
         elif wrong := [name for name, part in named.items() if not hasattr(part, "shape")]:
             name, part = wrong[0], named[wrong[0]]
-            got = f"{name!r} of type {_kind(part)}"
+            got = shorten(f"{name!r} of type {kind(part)}", 60, placeholder=" …")
             if any(isinstance(leaf, str) for leaf in _tensors.leaves(part)):
                 got = f"words in {name!r}"
                 advice = "Leave that column out, or encode it as numbers."
+    elif isinstance(next(_tensors.leaves(batch), None), int | float):
+        advice = "Make tensors of lists of numbers: `torch.tensor(values)`."
     return TypeError(_NO_PAIR.format(got, advice))
 
 
@@ -306,7 +312,10 @@ def is_number(part: Any) -> bool:
     return isinstance(part, int | float) or getattr(part, "ndim", None) == 0
 
 
-def _kind(batch: Batch) -> str:
+def kind(batch: Batch) -> str:
+    """Its type and size, or the names in a dict."""
+    if isinstance(batch, Mapping):
+        return f"dict of {', '.join(map(str, batch))}"
     shape = getattr(batch, "shape", None)
     size = len(batch) if isinstance(batch, tuple | list) else shape and tuple(shape)
     return type(batch).__name__ + (f" ({size})" if size else "")

@@ -277,12 +277,13 @@ class ChunkedMean:
 
     def _of_batchnorm_parts(self, terms: Count | None, most: int) -> Sequence[Any]:
         """Near-equal parts, each with batch statistics of its own."""
-        num = len(self.given)
+        before = [len(pair[1]) for pair in self.given]
         self.given = batches.joined(self.given)
         parts = self._batchnorm_parts(self.given, most)
-        if num > 1 and batchnorm_layers(self._objective.model):
+        kept = len(before) == 1 or before == [len(part[1]) for part in parts]
+        if not kept and batchnorm_layers(self._objective.model):
             self._rejoined = (
-                f"the {num} batches given were joined and cut for BatchNorm, into "
+                f"the {len(before)} batches given were joined and cut for BatchNorm, into "
                 f"{len(parts)} of up to {max(len(part[1]) for part in parts)} samples "
                 f"(`batchnorm_batch`)"
             )

@@ -202,6 +202,8 @@ class EmpiricalRisk:
         if num_samples is not None:
             num_samples = whole("num_samples", num_samples, 1, "None means all.")
         intake.check_roles(model, loss, data)
+        if closure is not None:
+            intake.check_takes_two(closure, "closure", "model, batch")
         self.model, of_model = unwrapped(model)
         loss, of_loss = original(intake.made_loss(loss))
         of_data = files.notes(data) if isinstance(data, str | Path) else []

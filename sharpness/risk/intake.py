@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -122,23 +122,28 @@ def made_loss(loss: Any) -> Any:
                 f"`loss` must be made where it needs arguments; got the class "
                 f"{loss.__name__}. Pass {loss.__name__}(...)."
             ) from error
-    _check_takes_two(loss)
+    check_takes_two(loss, "loss", "outputs, targets")
     return loss
 
 
-def _check_takes_two(loss: Any) -> None:
-    """Refuse a loss that cannot be called with outputs and targets alone."""
+def check_takes_two(function: Any, argument: str, two: str) -> None:
+    """Refuse a loss or a closure that cannot be called with two arguments alone.
+
+    Raises:
+        TypeError: with the names of what it takes.
+    """
+    call = function.forward if isinstance(function, nn.Module) else function
     try:
-        takes = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+        takes = inspect.signature(call)
     except (TypeError, ValueError):  # no Python code, or no loss
         return
     try:
         takes.bind(None, None)
     except TypeError as error:
-        name = getattr(loss, "__name__", type(loss).__name__)
+        name = getattr(function, "__name__", type(function).__name__)
         names = shorten(", ".join(takes.parameters), 60, placeholder=" …")
         raise TypeError(
-            f"`loss` must be a function of (outputs, targets); got {name}, which takes "
+            f"`{argument}` must be a function of ({two}); got {name}, which takes "
             f"({names}). Pass `closure=lambda model, batch: ...` and `data=[batch]`."
         ) from error
 
@@ -227,8 +232,9 @@ class _Trouble:
 
     def facts(self) -> dict[str, str]:
         """What the lines below say of it."""
-        cause = shorten(str(self.error), 76, placeholder=" …")
+        cause = shorten(str(self.error), 76, placeholder=" …").rstrip(".")
         found = {"cause": f"{type(self.error).__name__}: {cause}".replace("`", "'")}
+        found["batch"] = shorten(batches.kind(self.batch), 40, placeholder=" …")
         if self.objective.closure is None:
             loss = self.objective.loss
             found["loss"] = getattr(loss, "__name__", type(loss).__name__)
@@ -308,7 +314,13 @@ def _trouble(
             look.refuse(error)
             return _Trouble(objective, error, batch, outputs), []
         look.refuse()
-        look.at_value(value, at)
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                "`loss` must return one value, or one for each row, as a tensor; got "
+                f"{type(value).__name__}. Return the loss itself."
+            )
+        with suppress(RuntimeError):  # a backward pass that fails is another matter
+            look.at_value(value, at)
     return None, look.notes
 
 
@@ -316,25 +328,31 @@ def closure_notes(objective: Objective, given: list[Any], batchnorm: str) -> lis
     """What is noted of a closure on some rows of its first batch, or on all of it.
 
     Raises:
-        ValueError: it uses a loss in a way that cannot be meant.
+        ValueError: it uses a loss in a way that cannot be meant, or does not fit the data.
 
     Cost: a gradient of these rows.
     """
-    leaves = objective.leaves(objective.theta)
+    leaves, trouble = objective.leaves(objective.theta), None
     for whole in (False, True):
         look = FirstLook("closure")
         with evaluation(objective.model, batchnorm), torch.enable_grad():
             try:
-                batch = given[0] if whole else some_rows(given[0])
+                batch = given[0]
+                batch = batch if whole else some_rows(batch)
                 with look:
                     value = objective.reduced(leaves, batch)
-            except Exception as error:  # who evaluates it will say what it is
+                look.at_value(value, leaves)
+            except Exception as error:
                 look.refuse(error)
+                trouble = _Trouble(objective, error, batch)
                 continue
             look.refuse()
-            look.at_value(value, leaves)
         return look.notes
-    return []
+    if trouble is not None:
+        if str(trouble.error).startswith("`"):
+            raise trouble.error
+        _refuse(trouble)
+    return []  # who evaluates it will say what it is
 
 
 def _in_models_type(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str] | None:
@@ -354,17 +372,30 @@ def _in_models_type(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str] | 
 def _with_prediction(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str] | None:
     whole = t.outputs
     kind = type(whole).__name__
-    if hasattr(whole, "logits"):
-        note = f"the model returns a {kind}: its `logits` are its outputs"
-        if not _ends_in_classes(t, whole.logits):
-            t.objective.take(lambda outputs: outputs.logits)
+    entries = (
+        whole
+        if isinstance(whole, Mapping)
+        else {"logits": whole.logits}
+        if hasattr(whole, "logits")
+        else {}
+    )
+    if name := next((each for each in _OUTPUTS if each in entries), None):
+        taken = partial(_entry, name=name)
+        note = f"the model returns a {kind}: its `{name}` are its outputs"
+        if not _ends_in_classes(t, taken(whole)):
+            t.objective.take(taken)
             return given, note
-        t.objective.take(lambda outputs: outputs.logits.movedim(-1, 1))
+        t.objective.take(lambda outputs: taken(outputs).movedim(-1, 1))
         return given, f"{note}, classes last"
     if isinstance(whole, tuple) and whole and isinstance(whole[0], Tensor):
         t.objective.take(lambda outputs: outputs[0])
         return given, f"the model returns a {kind}: its first entry is its outputs"
     return None
+
+
+def _entry(outputs: Any, name: str) -> Any:
+    """An entry of a dict, or an attribute."""
+    return outputs[name] if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
 def _with_classes_last(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str] | None:
@@ -412,6 +443,7 @@ def _with_class_numbers(t: _Trouble, given: list[Pair]) -> tuple[list[Pair], str
     return [(x, numbers(y)) for x, y in given], note
 
 
+_OUTPUTS = ("logits", "out")  # as transformers' and torchvision's models name them
 _CHANGES = (_in_models_type, _with_prediction, _with_classes_last, _with_class_numbers)
 
 
@@ -501,6 +533,12 @@ def _says(t: _Trouble, *texts: str) -> bool:
     return of_model and any(text in str(t.error) for text in texts)
 
 
+def _is_of_the_data(error: Exception) -> bool:
+    """Whether it is one of those that a batch of another kind or shape ends in."""
+    usual = (*_TYPES, *_SHAPES, "not implemented for", "out of range")
+    return isinstance(error, _PROGRAMMED) or any(text in str(error) for text in usual)
+
+
 def _trains(t: _Trouble) -> bool:
     """Whether a closure works in training mode alone, each time on a copy."""
     closure = t.objective.closure
@@ -533,6 +571,8 @@ _SHAPES = (
     *("size mismatch", "Expected 2D", "Expected 3D", "Expected 4D", "normalized_shape"),
     *("running_mean should contain", "input.size(-1)", "is invalid for input of size"),
 )
+_BACKWARD = "backward through the graph a second time"
+_PROGRAMMED = (TypeError, KeyError, IndexError, AttributeError)
 _CALLS = ("missing", "positional argument", "unexpected keyword")
 _LINES: tuple[tuple[Callable[[_Trouble], bool], str], ...] = (
     (
@@ -544,6 +584,11 @@ _LINES: tuple[tuple[Callable[[_Trouble], bool], str], ...] = (
         lambda t: t.scores_classes and t.targets.is_floating_point(),
         "`data` must have class numbers for {loss}; got targets {targets}. Pass "
         "`y.long()`, or a loss for values such as 'mse'.",
+    ),
+    (
+        lambda t: t.scores_classes and t.targets.shape == t.outputs.shape,
+        "`data` must have class numbers or probabilities for {loss}; got targets "
+        "{targets}. Pass `y.argmax(1)`, or `y.float()`.",
     ),
     (
         _compares_shapes,
@@ -579,6 +624,16 @@ _LINES: tuple[tuple[Callable[[_Trouble], bool], str], ...] = (
         "with larger ones. Use the model's own tokens.",
     ),
     (
+        lambda t: (
+            _says(t, *_TYPES)
+            and not any(x.is_floating_point() for x in t.inputs)
+            and t.targets.is_floating_point()
+            and t.targets.ndim > max(x.ndim for x in t.inputs)
+        ),
+        "`data` must be (inputs, targets); got inputs {inputs} and targets {targets}. Swap "
+        "them.",
+    ),
+    (
         lambda t: _says(t, *_TYPES) and not any(x.is_floating_point() for x in t.inputs),
         "`data` must have floating-point inputs for this model; got {inputs}. Convert "
         "them: `x.float()`, for images `x.float() / 255`.",
@@ -599,5 +654,19 @@ _LINES: tuple[tuple[Callable[[_Trouble], bool], str], ...] = (
         ),
         "`model` must return its outputs as a tensor, in evaluation mode; got {outputs}. "
         "Return the tensor, or pass `closure=`.",
+    ),
+    (
+        lambda t: t.objective.closure is not None and _BACKWARD in str(t.error),
+        "`closure` must return the loss and leave its gradient to the risk; got {cause}. "
+        "Take `backward` out.",
+    ),
+    (
+        lambda t: t.objective.closure is not None and _is_of_the_data(t.error),
+        "`closure` must work as closure(model, batch) on a {batch}; got {cause}. Adapt it.",
+    ),
+    (
+        lambda t: t.outputs is not None and isinstance(t.error, _PROGRAMMED),
+        "`loss` must take outputs and targets ({targets}); got {cause}. For "
+        "closure(model, batch) pass `closure=`.",
     ),
 )

@@ -136,7 +136,7 @@ def num_rows(batch: Any) -> float:
     if not any(isinstance(part, Tensor) for part in _tensors.leaves(batch)):
         raise TypeError(
             f"`data` must hold a tensor in each batch; got {type(batch).__name__}. "
-            "Its rows are what `num_samples` counts."
+            "A closure that needs none takes `data=[torch.ones(1)]`."
         )
     lengths = Counter(_lengths(batch))
     return float(lengths.most_common(1)[0][0]) if lengths else 1.0

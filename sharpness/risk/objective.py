@@ -132,8 +132,8 @@ class Objective:
     def reduced(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
         """What the loss or the closure returns."""
         value = self._call(leaves, batch)
-        if self.closure is not None and getattr(value, "ndim", None) != 0:
-            is_tensor = isinstance(value, Tensor)
+        is_tensor = isinstance(value, Tensor)
+        if self.closure is not None and not (is_tensor and value.ndim == 0):
             got = f"shape {tuple(value.shape)}" if is_tensor else type(value).__name__
             raise ValueError(
                 "`closure` must return one value, the mean over the batch, as a tensor; "
