@@ -301,6 +301,10 @@ class Result:
             path: where the PNG goes, if anywhere.
             ax: axes of your own figure, to draw there.
         """
+        return self._figure(path, ax)
+
+    def _figure(self, path: Any, ax: Any) -> Figure:
+        """What `plot` draws: dots on logarithmic axes, unless a subclass knows better."""
         from sharpness.report.figures import readings_plot
 
         return readings_plot(self.readings(), path, ax=ax)
@@ -361,6 +365,30 @@ class Results(list[_One]):
             ax=ax,
             labels=(radius, self[0].readings()[0].axis.partition("(")[0] if self else ""),
         )
+
+
+def bars(readings: Sequence[Reading], label: str, path: Any, **more: Any) -> Any:
+    """A figure with a bar for each number, and its error; `more` as in `bars_plot`."""
+    from sharpness.report.figures import bars_plot
+
+    return bars_plot(
+        [reading.name for reading in readings],
+        [reading.value for reading in readings],
+        [reading.error or 0.0 for reading in readings],
+        path,
+        label=label,
+        **more,
+    )
+
+
+def until_interrupted(results: Iterable[_One]) -> Results[_One]:
+    """Results, each made as it is asked for, up to one that Ctrl-C has ended."""
+    found = Results[_One]()
+    for result in results:
+        found.append(result)
+        if result.status is Status.INTERRUPTED:
+            break
+    return found
 
 
 def _frame(readings: Iterable[Reading]) -> Any:

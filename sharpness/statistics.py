@@ -94,6 +94,16 @@ def mean_and_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(np.mean(values)), sd
 
 
+def mean_and_error(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error; NaN where there are too few."""
+    if not len(values):
+        return math.nan, math.nan
+    array = np.asarray(values, float)
+    if len(array) < 2 or not np.isfinite(array).all():
+        return float(array.mean()), math.nan
+    return float(array.mean()), float(array.std(ddof=1)) / math.sqrt(len(array))
+
+
 def mean_interval(
     values: Sequence[float] | np.ndarray, confidence: float = 0.95
 ) -> tuple[float, float]:

@@ -323,7 +323,7 @@ def test_the_first_layer_gains_what_the_last_one_loses():
 
 def test_without_two_layers_there_is_nothing_to_scale():
     for network in (nn.Linear(5, 3), nn.Sequential(nn.Linear(5, 4), nn.Tanh())):
-        with pytest.raises(ValueError, match=r"two layers .*; found none"):
+        with pytest.raises(ValueError, match=r"two layers .*; got none"):
             scaled_by(network, torch.randn(2, 5), 2.0)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from sharpness._arguments import of_a_risk
 from sharpness._results import Cost, Reading, Result, Status, number
-from sharpness.measures.reparametrise import reparametrisations
+from sharpness.measures.reparametrise import relative_change, reparametrisations
 from sharpness.measures.summary import Keywords, summary
 from sharpness.risk.empirical import EmpiricalRisk
 
@@ -164,7 +164,10 @@ def audit(
     network = risk.network().eval()
     maps = reparametrisations(network, risk.probe_inputs(), seed=seed)
     others = {each.name: risk.with_model(each.network) for each in maps}
-    drifts = {name: _drift(risk, other) for name, other in others.items()}
+    drifts = {
+        name: relative_change(risk.outputs(), other.outputs())
+        for name, other in others.items()
+    }
     drifts = {name: drift for name, drift in drifts.items() if drift <= _TOLERATED}
     before, status, cost = _values(risk, chosen, settings, progress)
     after: dict[str, dict[str, tuple[float, float]]] = {}
@@ -195,12 +198,6 @@ def audit(
         cost=replace(cost, seconds=time.monotonic() - began),
         settings={**settings, "margin": margin, "seed": seed},
     )
-
-
-def _drift(risk: EmpiricalRisk, other: EmpiricalRisk) -> float:
-    """Largest change of any sample's output, over the largest output."""
-    before, after = risk.outputs(), other.outputs()
-    return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
 
 
 def _values(

@@ -14,6 +14,7 @@ from sharpness._arguments import of_a_risk, whole, whole_seed
 from sharpness._results import Cost, Reading, Result, Status, ensure_available
 from sharpness._run import Run
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.statistics import mean_and_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +108,9 @@ def batch_sharpness(
     status = Status.worst(run.status, finite=finite)
     if status.ok and not enough:
         status = Status.ZERO_GRADIENT
-    error = float(ratios.std(ddof=1)) / math.sqrt(len(ratios)) if enough else math.nan
+    value, error = mean_and_error(ratios if enough else [])
     return BatchSharpness(
-        value=float(ratios.mean()) if enough else math.nan,
+        value=value,
         standard_error=error,
         ratio_of_means=float(curved.sum() / square.sum()) if enough else math.nan,
         batch_size=float(np.mean(sizes)) if sizes else math.nan,

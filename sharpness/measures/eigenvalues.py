@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from sharpness._arguments import (
     whole,
     whole_seed,
 )
-from sharpness._results import Cost, Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status, bars
 from sharpness._run import Run
 from sharpness.krylov.certificate import Intervals
 from sharpness.krylov.dense import Dense
@@ -32,13 +32,6 @@ from sharpness.risk import memory
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.risk.plan import Plan
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.axes import Axes
-
-    from sharpness.report.figures import Figure
 
 _USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted
 _USUAL_CONFIDENCE = 0.95  # of `lambda_max_upper` where none was asked for
@@ -131,28 +124,20 @@ class HessianEigenpairs(Result):
         if not num:
             yield Reading(name="lambda_max", value=math.nan)
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
+    def _figure(self, path: Any, ax: Any) -> Any:
         """A bar for each eigenvalue with its error bound, and what is certified.
 
         A dashed line is what lambda_max is below; values may hide where it is hatched.
-
-        Args:
-            path: where the PNG goes, if anywhere.
-            ax: axes of your own figure, to draw there.
         """
-        from sharpness.report.figures import bars_plot
-
         rows = [row for row in self._rows() if row.error is not None]
         upper, limit = self.lambda_max_upper, None
         confidence = _percent(self.settings.get("confidence"))
         if upper is not None and math.isfinite(upper):
             limit = upper, f"lambda_max is below ({confidence})"
-        return bars_plot(
-            [row.name for row in rows],
-            [row.value for row in rows],
-            [row.error or 0.0 for row in rows],
+        return bars(
+            rows,
+            "eigenvalue with its error bound, loss / parameter²",
             path,
-            label="eigenvalue with its error bound, loss / parameter²",
             limit=limit,
             spans=[span for span in self.hidden or () if all(map(math.isfinite, span))],
             spans_label=f"others may hide here ({confidence}, all at once)",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import (
-    TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
@@ -41,6 +40,7 @@ from sharpness._results import (
     Status,
     ensure_available,
     short,
+    until_interrupted,
 )
 from sharpness._run import Deadline, Run
 from sharpness.optimize.ascent import sign_ascent
@@ -48,13 +48,6 @@ from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import lbfgsb
 from sharpness.risk import memory
 from sharpness.risk.empirical import EmpiricalRisk
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.axes import Axes
-
-    from sharpness.report.figures import Figure
 
 Solver = Literal["lbfgsb", "scipy", "ascent"]
 Columns = Literal["normal", "unit"]
@@ -99,13 +92,8 @@ class EpsilonSharpness(Result):
         protocol = math.nan if self.phi_protocol is None else self.phi_protocol
         yield "phi by the paper's protocol", protocol, math.nan, math.nan
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-        """Phi at this epsilon; a list of results draws them against epsilon.
-
-        Args:
-            path: where the PNG goes, if anywhere.
-            ax: axes of your own figure, to draw there.
-        """
+    def _figure(self, path: Any, ax: Any) -> Any:
+        """Phi at this epsilon; a list of results draws them against epsilon."""
         return Results([self]).plot(path, ax=ax)
 
 
@@ -240,15 +228,14 @@ def epsilon_sharpness(
     options = _Options(
         solver, max_iter, num_starts, start, corners, seed, Deadline(max_seconds), progress
     )
-    results = []
-    for e in epsilons:
-        found = _measured(risk, manifold, e, options)
-        if _may_be_rounding(found):
-            found = _measured_again(risk, manifold, found, options)
-        results.append(found)
-        if results[-1].status is Status.INTERRUPTED:
-            break
-    return Results(results) if several else results[0]
+    firsts = (_measured(risk, manifold, e, options) for e in epsilons)
+    results = until_interrupted(
+        _measured_again(risk, manifold, found, options)
+        if _may_be_rounding(found)
+        else found
+        for found in firsts
+    )
+    return results if several else results[0]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +15,13 @@ from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import ensure, fraction, of_a_risk, positive, require, whole
-from sharpness._results import Cost, Reading, Result, Status, ensure_available
+from sharpness._results import Cost, Reading, Result, Status, bars, ensure_available
 from sharpness._run import Run
-from sharpness.measures.perturbation import mean_and_error, normal_draws
+from sharpness.measures.perturbation import normal_draws
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.statistics import mean_interval
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.axes import Axes
-
-    from sharpness.report.figures import Figure
+from sharpness.statistics import mean_and_error, mean_interval
 
 _MAGNITUDE_FLOOR = 1e-3  # Jiang et al. (2020): lets weights of 0 move at all
 _MOST_FOR_THE_ENDS = 8  # sigmas looked at for the ends of the interval alone
@@ -346,19 +339,11 @@ class RelativeFlatness(Result):
             evidence=f"standard error over {self.num_probes} probes; of {self.layers[-1]}",
         )
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-        """A bar for each layer with its standard error; a matplotlib figure.
-
-        Args:
-            path: where the PNG goes, if anywhere.
-            ax: axes of your own figure, to draw there.
-        """
-        from sharpness.report.figures import bars_plot
-
-        label = "relative flatness with its standard error, loss"
-        return bars_plot(
-            self.layers, self.values, self.standard_errors, path, label=label, ax=ax
-        )
+    def _figure(self, path: Any, ax: Any) -> Any:
+        """A bar for each layer with its standard error."""
+        rows = zip(self.layers, self.values, self.standard_errors, strict=True)
+        shown = [Reading(name=name, value=v, error=error) for name, v, error in rows]
+        return bars(shown, "relative flatness with its standard error, loss", path, ax=ax)
 
 
 @of_a_risk

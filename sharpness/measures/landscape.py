@@ -56,13 +56,8 @@ class Interpolation(Result):
         evidence = f"at alpha {alpha:g}, of {counted(len(self.alphas), 'point')}"
         yield Reading(name="largest f", value=value, evidence=evidence)
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-        """Loss and accuracy from one network to the other; a matplotlib figure.
-
-        Args:
-            path: where the PNG goes, if anywhere.
-            ax: axes of your own figure, to draw there.
-        """
+    def _figure(self, path: Any, ax: Any) -> Any:
+        """Loss and accuracy from one network to the other."""
         from sharpness.report.figures import way_plot
 
         return way_plot(self.alphas, self.values, self.accuracies, path, ax=ax)

@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpness import _tensors
 from sharpness._arguments import ensure, of_a_risk, whole
-from sharpness._results import Cost, NonFiniteProductError, Reading, Result, Status
+from sharpness._results import Cost, NonFiniteProductError, Reading, Result, Status, bars
 from sharpness._run import Run
 from sharpness.krylov.eigenpair_search import Search
 from sharpness.krylov.lanczos import Which
 from sharpness.measures.eigenvalues import HessianEigenpairs, check_search, nothing
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.axes import Axes
-
-    from sharpness.report.figures import Figure
 
 Blocks = Callable[[str], str | None] | Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -57,24 +50,12 @@ class LayerwiseEigenpairs(Result):
         """Every eigenvalue of every block."""
         return [reading for block in self.blocks for reading in block.readings()]
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-        """A bar for each block's leading eigenvalue, with its bound; a matplotlib figure.
-
-        Args:
-            path: where the PNG goes, if anywhere.
-            ax: axes of your own figure, to draw there.
-        """
-        from sharpness.report.figures import bars_plot
-
-        shown = [(b.name, b.readings()[0]) for b in self.blocks if len(b.eigenvalues)]
-        return bars_plot(
-            [name for name, _ in shown],
-            [reading.value for _, reading in shown],
-            [reading.error or 0.0 for _, reading in shown],
-            path,
-            label="leading eigenvalue of the block, loss / parameter²",
-            ax=ax,
-        )
+    def _figure(self, path: Any, ax: Any) -> Any:
+        """A bar for each block's leading eigenvalue, with its bound."""
+        some = (block for block in self.blocks if len(block.eigenvalues))
+        shown = [replace(block.readings()[0], name=block.name) for block in some]
+        label = "leading eigenvalue of the block, loss / parameter²"
+        return bars(shown, label, path, ax=ax)
 
 
 @of_a_risk

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,6 @@ from sharpness._results import Reading, Result, Status, number
 from sharpness.measures.summary import Keywords, Summary, summary
 from sharpness.risk.empirical import BatchNorm, EmpiricalRisk
 from sharpness.statistics import ReadingComparison, compare_readings, numbers_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from sharpness.report.figures import Figure
 
 
 class RiskKeywords(TypedDict, total=False):
@@ -129,13 +123,8 @@ class ModelComparison(Result):
         bounds = [BOUNDS] if any(row.bound for row in self.rows) else []
         return table_text(columns, cells, *self.notes, pair, *bounds)
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-        """The ratio of every number, on a logarithmic axis; a matplotlib figure.
-
-        Args:
-            path: where the PNG goes, if anywhere.
-            ax: axes of your own figure, to draw there.
-        """
+    def _figure(self, path: Any, ax: Any) -> Any:
+        """The ratio of every number, on a logarithmic axis."""
         from sharpness.report.figures import comparison_plot
 
         return comparison_plot(self.rows, ("first model", "second model"), path, ax=ax)

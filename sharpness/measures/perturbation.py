@@ -14,13 +14,21 @@ from torch import Tensor, nn
 
 from sharpness import _tensors
 from sharpness._arguments import of_a_risk, positive_list, require, whole
-from sharpness._results import Cost, Reading, Result, Results, Status, short
+from sharpness._results import (
+    Cost,
+    Reading,
+    Result,
+    Results,
+    Status,
+    short,
+    until_interrupted,
+)
 from sharpness._run import Deadline, Run
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball, Norm
 from sharpness.risk.chunks import NoLossTermsError
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.statistics import mean_interval
+from sharpness.statistics import mean_and_error, mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -183,37 +191,36 @@ def worst_case_sharpness(
     num_steps = whole("num_steps", num_steps, 1)
     shards = list(_shards(risk, shard_size, seed))
     scale = perturbation_scale(risk, adaptive)
-    results, deadline = [], Deadline(max_seconds)
-    for radius in radii:
+    deadline = Deadline(max_seconds)
+
+    def within(radius: float) -> WorstCaseSharpness:
         search = _Ascent(shards, scale, Ball(norm, radius), num_steps)
         run = Run("gradients", max_seconds=deadline.left, progress=progress)
         with run:
             search.run(run)
-        results.append(
-            WorstCaseSharpness(
-                value=search.mean("rise"),
-                standard_error=search.standard_error(),
-                sam_value=search.mean("sam"),
-                risk_value=search.mean("value"),
-                displacement=search.displacement if len(shards) == 1 else None,
-                num_shards=len(shards),
-                shard_size=None
-                if shard_size is None
-                else max(shard.num_samples for shard in shards),
-                status=Status.worst(run.status, search.status),
-                cost=Cost(gradients=run.num_steps, seconds=run.seconds),
-                settings={
-                    "rho": radius,
-                    "norm": norm,
-                    "adaptive": adaptive,
-                    "num_steps": num_steps,
-                    "seed": seed,
-                },
-            )
+        return WorstCaseSharpness(
+            value=search.mean("rise"),
+            standard_error=search.standard_error(),
+            sam_value=search.mean("sam"),
+            risk_value=search.mean("value"),
+            displacement=search.displacement if len(shards) == 1 else None,
+            num_shards=len(shards),
+            shard_size=None
+            if shard_size is None
+            else max(shard.num_samples for shard in shards),
+            status=Status.worst(run.status, search.status),
+            cost=Cost(gradients=run.num_steps, seconds=run.seconds),
+            settings={
+                "rho": radius,
+                "norm": norm,
+                "adaptive": adaptive,
+                "num_steps": num_steps,
+                "seed": seed,
+            },
         )
-        if run.status is Status.INTERRUPTED:
-            break
-    return Results(results) if several else results[0]
+
+    results = until_interrupted(map(within, radii))
+    return results if several else results[0]
 
 
 @of_a_risk
@@ -264,8 +271,10 @@ def average_case_sharpness(
     _check_choices("l2", adaptive)
     num_draws = whole("num_draws", num_draws, 2, "One draw has no spread.")
     scale, value = perturbation_scale(risk, adaptive), math.nan
-    results, deadline = [], Deadline(max_seconds)
-    for radius in radii:
+    deadline = Deadline(max_seconds)
+
+    def around(radius: float) -> AverageCaseSharpness:
+        nonlocal value
         rises: list[float] = []
         run = Run(
             "forward passes",
@@ -282,26 +291,24 @@ def average_case_sharpness(
                 rises.append(both / 2 - value)
         mean, error = mean_and_error(rises)
         finite = math.isfinite(mean) or not rises
-        results.append(
-            AverageCaseSharpness(
-                value=mean,
-                standard_error=error,
-                interval=mean_interval(rises),
-                risk_value=value,
-                status=Status.worst(run.status, finite=finite),
-                num_draws=len(rises),
-                cost=Cost(forwards=run.num_steps, seconds=run.seconds),
-                settings={
-                    "rho": radius,
-                    "adaptive": adaptive,
-                    "num_draws": num_draws,
-                    "seed": seed,
-                },
-            )
+        return AverageCaseSharpness(
+            value=mean,
+            standard_error=error,
+            interval=mean_interval(rises),
+            risk_value=value,
+            status=Status.worst(run.status, finite=finite),
+            num_draws=len(rises),
+            cost=Cost(forwards=run.num_steps, seconds=run.seconds),
+            settings={
+                "rho": radius,
+                "adaptive": adaptive,
+                "num_draws": num_draws,
+                "seed": seed,
+            },
         )
-        if run.status is Status.INTERRUPTED:
-            break
-    return Results(results) if several else results[0]
+
+    results = until_interrupted(map(around, radii))
+    return results if several else results[0]
 
 
 def perturbation_scale(risk: EmpiricalRisk, adaptive: Adaptive | None) -> Tensor:
@@ -328,16 +335,6 @@ def normal_draws(risk: EmpiricalRisk, num: int, seed: int) -> Iterator[Tensor]:
     for _ in range(num):
         z = torch.randn(risk.theta.shape, generator=generator, dtype=torch.float32)
         yield z.to(risk.theta)
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; NaN where there are too few."""
-    if not values:
-        return math.nan, math.nan
-    array = np.asarray(values, float)
-    if len(array) < 2 or not np.isfinite(array).all():
-        return float(array.mean()), math.nan
-    return float(array.mean()), float(array.std(ddof=1)) / math.sqrt(len(array))
 
 
 class NormalisedLogits(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +24,10 @@ from sharpness.risk.objective import call_model
 # Powers of two: scaling by them is exact in floating point, so that what moves is moved
 # by the map and not by rounding.
 _FACTORS = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
+_UPWARDS = tuple(factor for factor in _FACTORS if factor > 1)
 _TOLERANCE = 1e-6  # of the largest output, in float32
 
+Draw = Callable[[Tensor], Tensor]  # a weight -> a factor for each of its rows
 _Affine = (nn.Linear, _ConvNd, _BatchNorm)  # outputs scale with weight and bias
 
 
@@ -45,7 +47,7 @@ class _Pair:
 
     source: str
     path: tuple[str, ...]  # positively homogeneous modules without parameters
-    consumer: str
+    consumer: str  # or the BatchNorm
     shape: torch.Size  # of the source's output
 
 
@@ -85,7 +87,7 @@ def reparametrisations(
     calls = _watched(network, inputs)
     pairs = list(_pairs(calls))
     before_norm = [
-        (call.name, following.name)
+        _Pair(call.name, (), following.name, call.returned.shape)
         for call, following in _following(calls)
         if isinstance(call.module, nn.Linear | _ConvNd)
         and _is_affine(call)
@@ -95,14 +97,17 @@ def reparametrisations(
         and _channels(call.module) % call.returned.ndim == 1
     ]
     found = []
-    for name, uniform, places in (
-        ("layers", True, pairs),
-        ("neurons", False, pairs),
-        ("batchnorm", True, before_norm),
-        ("batchnorm-neurons", False, before_norm),
+    for name, rescale, uniform, factors, places in (
+        ("layers", _rescale, True, _FACTORS, pairs),
+        ("neurons", _rescale, False, _FACTORS, pairs),
+        ("batchnorm", _rescale_before_norm, True, _UPWARDS, before_norm),
+        ("batchnorm-neurons", _rescale_before_norm, False, _UPWARDS, before_norm),
     ):
-        made = _applied_everywhere(network, inputs, name, uniform, places, seed)
-        if made.layers:
+        draw = partial(_drawn, uniform, _tensors.seeded(seed), factors)
+        other, kept, drift = _applied(network, inputs, partial(rescale, draw), places)
+        if kept:
+            layers = tuple(place.source for place in kept)
+            made = Reparametrisation(name=name, layers=layers, drift=drift, network=other)
             found.append(made)
     return found
 
@@ -128,51 +133,38 @@ def scaled_by(
         ValueError: `factor` <= 0, or no layer of the network can be scaled.
     """
     positive("factor", factor)
-    current, layers = copy.deepcopy(network), []
-    for pair in _pairs(_watched(network, inputs)):
-        candidate = copy.deepcopy(current)
-        with torch.no_grad():
-            applied = _rescale(candidate, pair, lambda w: w.new_full((len(w),), factor))
-        if applied and _drift(network, candidate, inputs) <= _TOLERANCE:
-            current = candidate
-            layers += [pair.source, pair.consumer]
+    rescale = partial(_rescale, lambda weight: weight.new_full((len(weight),), factor))
+    pairs = _pairs(_watched(network, inputs))
+    current, kept, _ = _applied(network, inputs, rescale, pairs)
+    layers = [layer for pair in kept for layer in (pair.source, pair.consumer)]
     contract = "have two layers with ReLU or pooling between"
     ensure(bool(layers), "network", contract, "none")
     return current, tuple(dict.fromkeys(layers))
 
 
-def _applied_everywhere(
+def _applied(
     network: nn.Module,
     inputs: Any,
-    name: str,
-    uniform: bool,
-    places: list[Any],
-    seed: int,
-) -> Reparametrisation:
-    generator = _tensors.seeded(seed)
-    current, layers, drift = copy.deepcopy(network), [], 0.0
+    rescale: Callable[[nn.Module, _Pair], bool],
+    places: Iterable[_Pair],
+) -> tuple[nn.Module, list[_Pair], float]:
+    """A copy with a map applied wherever it can be, those places, and the last drift."""
+    current, kept, drift = copy.deepcopy(network), [], 0.0
     for place in places:
         candidate = copy.deepcopy(current)
         with torch.no_grad():
-            if isinstance(place, _Pair):
-                draw = partial(
-                    _drawn, uniform=uniform, generator=generator, factors=_FACTORS
-                )
-                applied = _rescale(candidate, place, draw)
-            else:
-                source, norm = place
-                applied = _rescale_before_norm(candidate, source, norm, uniform, generator)
-        changed = _drift(network, candidate, inputs) if applied else float("inf")
+            applied = rescale(candidate, place)
+        changed = _drift(network, candidate, inputs) if applied else math.inf
         if changed <= _TOLERANCE and _differ(current, candidate):
             current, drift = candidate, changed
-            layers.append(place.source if isinstance(place, _Pair) else place[0])
-    return Reparametrisation(name=name, layers=tuple(layers), drift=drift, network=current)
+            kept.append(place)
+    return current, kept, drift
 
 
 # -- the maps --------------------------------------------------------------------------
 
 
-def _rescale(network: nn.Module, pair: _Pair, draw: Callable[[Tensor], Tensor]) -> bool:
+def _rescale(draw: Draw, network: nn.Module, pair: _Pair) -> bool:
     """Scale one layer's outputs up and the next one's weights down."""
     source: Any = network.get_submodule(pair.source)
     columns: Any = network.get_submodule(pair.consumer).weight
@@ -185,22 +177,15 @@ def _rescale(network: nn.Module, pair: _Pair, draw: Callable[[Tensor], Tensor]) 
     return True
 
 
-def _rescale_before_norm(
-    network: nn.Module,
-    source: str,
-    norm: str,
-    uniform: bool,
-    generator: torch.Generator,
-) -> bool:
+def _rescale_before_norm(draw: Draw, network: nn.Module, pair: _Pair) -> bool:
     """Scale what a BatchNorm divides by anyway, up only.
 
     The variance is scaled together with the eps that is added to it, so that nothing
     moves: to make up for it, it would have to fall below 0 for small factors.
     """
-    layer: Any = network.get_submodule(source)
-    statistics: Any = network.get_submodule(norm)
-    up = tuple(f for f in _FACTORS if f > 1)
-    factors = _drawn(layer.weight, uniform, generator, up)
+    layer: Any = network.get_submodule(pair.source)
+    statistics: Any = network.get_submodule(pair.consumer)
+    factors = draw(layer.weight)
     _scale_rows(layer, factors)
     statistics.running_mean *= factors
     wide = (statistics.running_var.double() + statistics.eps) * factors.double() ** 2
@@ -209,7 +194,7 @@ def _rescale_before_norm(
 
 
 def _drawn(
-    weight: Tensor, uniform: bool, generator: torch.Generator, factors: tuple[float, ...]
+    uniform: bool, generator: torch.Generator, factors: tuple[float, ...], weight: Tensor
 ) -> Tensor:
     """A factor for every row of a weight; all the same if `uniform`."""
     num = len(weight)
@@ -338,7 +323,11 @@ def _out_of_place(network: nn.Module) -> AbstractContextManager[None]:
 
 def _drift(network: nn.Module, other: nn.Module, inputs: Any) -> float:
     with torch.no_grad():
-        before, after = _call(network, inputs), _call(other, inputs)
+        return relative_change(_call(network, inputs), _call(other, inputs))
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """Largest change of an entry, over the largest entry."""
     return float((after - before).abs().max() / before.abs().max().clamp_min(1e-30))
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,19 +19,12 @@ from sharpness._arguments import (
     positive,
     whole_seed,
 )
-from sharpness._results import Cost, Reading, Result, Status
+from sharpness._results import Cost, Reading, Result, Status, bars
 from sharpness._run import Deadline, Run
 from sharpness.measures.eigenvalues import eigenpairs
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.statistics import mean_interval
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.axes import Axes
-
-    from sharpness.report.figures import Figure
+from sharpness.statistics import mean_and_error, mean_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,28 +74,21 @@ class LambdaMaxSampling(Result):
             axis="curvature, loss / parameter²",
         )
 
-    def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
-        """The interval between its two estimates, one too high and one too low.
-
-        Args:
-            path: where the PNG goes, if anywhere.
-            ax: axes of your own figure, to draw there.
-        """
-        from sharpness.report.figures import bars_plot
-
+    def _figure(self, path: Any, ax: Any) -> Any:
+        """The interval between its two estimates, one too high and one too low."""
         low, high = self.interval
-        return bars_plot(
-            ["on these samples (biased up)", "cross-fitted (biased down)", "interval"],
-            [self.plug_in, self.cross_fitted, (low + high) / 2],
-            [
-                self.plug_in_standard_error,
+        rows = (
+            ("on these samples (biased up)", self.plug_in, self.plug_in_standard_error),
+            (
+                "cross-fitted (biased down)",
+                self.cross_fitted,
                 self.cross_fitted_standard_error,
-                (high - low) / 2,
-            ],
-            path,
-            label="lambda_max with standard errors, loss / parameter²",
-            ax=ax,
+            ),
+            ("interval", (low + high) / 2, (high - low) / 2),
         )
+        shown = [Reading(name=name, value=v, error=error) for name, v, error in rows]
+        label = "lambda_max with standard errors, loss / parameter²"
+        return bars(shown, label, path, ax=ax)
 
 
 @of_a_risk
@@ -194,8 +179,9 @@ def lambda_max_sampling(
             products += 2 * share
             crossed.append(cross)
             at_v.append(plain)
-    cross, cross_error = _mean_and_error(crossed)
-    at_mean, error = _mean_and_error(at_v)
+    few = len(crossed) < 3
+    cross, cross_error = mean_and_error([] if few else crossed)
+    at_mean, error = mean_and_error([] if few else at_v)
     lower = mean_interval(crossed, confidence)[0]
     above = mean_interval(at_v, confidence)[1] - at_mean
     return LambdaMaxSampling(
@@ -225,9 +211,3 @@ def _quadratic_forms(
     products, errors = risk.product_and_error(vectors, matrix)
     pairs = zip(vectors, products, strict=True)
     return [float(_tensors.dot64(*pair)) for pair in pairs], float(errors.max())
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    if len(values) < 3:
-        return math.nan, math.nan
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Self, TypedDict, Unpack
 
 from torch import Tensor
@@ -386,18 +387,37 @@ def _phi_subspace(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any])
     return subspace_sharpness(risk, list(s.epsilon), subspace_dim=p, **_common(s))
 
 
-def _worst(norm: Any, adaptive: Any, default: float) -> _Run:
-    def run(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
-        radii = list(s.rho or (default,))
-        return worst_case_sharpness(risk, radii, norm=norm, adaptive=adaptive, **_common(s))
+def _plain(
+    measure: Callable[..., Any],
+    risk: EmpiricalRisk,
+    s: MeasureSettings,
+    left: dict[str, Any],
+    **fixed: Any,
+) -> Any:
+    """A measure with what all have in common, and these arguments."""
+    return measure(risk, **fixed, **_common(s))
 
-    return run
+
+def _at_radii(
+    measure: Callable[..., Any],
+    usual: float,
+    risk: EmpiricalRisk,
+    s: MeasureSettings,
+    left: dict[str, Any],
+    **fixed: Any,
+) -> Any:
+    """A perturbation measure at the radii asked for, or at its usual one."""
+    return measure(risk, list(s.rho or (usual,)), **fixed, **_common(s))
+
+
+_worst = partial(_at_radii, worst_case_sharpness)
+_average = partial(_at_radii, average_case_sharpness)
 
 
 def _sharded(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
     size = s.shard_size or max(1, min(128, risk.num_samples // 2))
     _refuse_parts(risk, 1)
-    return worst_case_sharpness(risk, list(s.rho or (0.05,)), shard_size=size, **_common(s))
+    return _worst(0.05, risk, s, left, shard_size=size)
 
 
 def _refuse_parts(risk: EmpiricalRisk, least: int) -> None:
@@ -425,38 +445,22 @@ def _sampling(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> 
     return lambda_max_sampling(risk, **_common(s))
 
 
-def _average(adaptive: Any, default: float) -> _Run:
-    def run(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
-        return average_case_sharpness(
-            risk, list(s.rho or (default,)), adaptive=adaptive, **_common(s)
-        )
-
-    return run
+def _sigma(
+    risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any], **fixed: Any
+) -> Any:
+    return pac_bayes_sigma(risk, accuracy_drop=s.accuracy_drop, **fixed, **_common(s))
 
 
-def _sigma(magnitude_aware: bool) -> _Run:
-    def run(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
-        return pac_bayes_sigma(
-            risk,
-            accuracy_drop=s.accuracy_drop,
-            magnitude_aware=magnitude_aware,
-            **_common(s),
-        )
-
-    return run
-
-
-def _box(magnitude_aware: bool) -> _Run:
-    def run(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
-        return box_alpha(
-            risk,
-            accuracy_drop=s.accuracy_drop,
-            magnitude_aware=magnitude_aware,
-            max_seconds=s.max_seconds,
-            progress=False,
-        )
-
-    return run
+def _box(
+    risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any], **fixed: Any
+) -> Any:
+    return box_alpha(
+        risk,
+        accuracy_drop=s.accuracy_drop,
+        max_seconds=s.max_seconds,
+        progress=False,
+        **fixed,
+    )
 
 
 def _normalised(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
@@ -465,12 +469,9 @@ def _normalised(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -
     other = risk.with_model(
         NormalisedLogits(risk.network()), [f"model.{name}" for name in risk.names]
     )
-    found = worst_case_sharpness(
-        other, list(s.rho or (0.5,)), adaptive="elementwise", **_common(s)
-    )
     return [
         replace(result, settings={**result.settings, "logits": "normalised_logits"})
-        for result in found  # type: ignore[union-attr]
+        for result in _worst(0.5, other, s, left, adaptive="elementwise")
     ]
 
 
@@ -488,7 +489,7 @@ RUNS: dict[str, tuple[_Run, _Expected]] = {
         lambda risk, s: Cost(products=8 + 4 * s.k),
     ),
     "trace": (
-        lambda risk, s, left: trace(risk, tol=0.1, **_common(s)),
+        partial(_plain, trace, tol=0.1),
         lambda risk, s: Cost(products=40),
     ),
     "phi": (
@@ -500,23 +501,23 @@ RUNS: dict[str, tuple[_Run, _Expected]] = {
         lambda risk, s: Cost(gradients=5 * 60 * len(s.epsilon)),
     ),
     "worst_l2": (
-        _worst("l2", None, 0.05),
+        partial(_worst, 0.05, norm="l2"),
         _ascents(),
     ),
     "worst_linf": (
-        _worst("linf", None, 5e-4),
+        partial(_worst, 5e-4, norm="linf"),
         _ascents(),
     ),
     "worst_l2_elementwise": (
-        _worst("l2", "elementwise", 0.5),
+        partial(_worst, 0.5, norm="l2", adaptive="elementwise"),
         _ascents(),
     ),
     "worst_linf_elementwise": (
-        _worst("linf", "elementwise", 0.002),
+        partial(_worst, 0.002, norm="linf", adaptive="elementwise"),
         _ascents(),
     ),
     "worst_l2_filterwise": (
-        _worst("l2", "filterwise", 0.05),
+        partial(_worst, 0.05, norm="l2", adaptive="filterwise"),
         _ascents(),
     ),
     "worst_l2_sharded": (
@@ -528,31 +529,31 @@ RUNS: dict[str, tuple[_Run, _Expected]] = {
         _ascents(5),
     ),
     "average": (
-        _average(None, 0.01),
+        partial(_average, 0.01),
         lambda risk, s: Cost(forwards=40 * _radii(s)),
     ),
     "average_elementwise": (
-        _average("elementwise", 0.1),
+        partial(_average, 0.1, adaptive="elementwise"),
         lambda risk, s: Cost(forwards=40 * _radii(s)),
     ),
     "pac_bayes_sigma": (
-        _sigma(False),
+        _sigma,
         lambda risk, s: Cost(forwards=130),
     ),
     "pac_bayes_sigma_magnitude": (
-        _sigma(True),
+        partial(_sigma, magnitude_aware=True),
         lambda risk, s: Cost(forwards=130),
     ),
     "box_alpha": (
-        _box(False),
+        _box,
         lambda risk, s: Cost(forwards=90, gradients=90),
     ),
     "box_alpha_magnitude": (
-        _box(True),
+        partial(_box, magnitude_aware=True),
         lambda risk, s: Cost(forwards=90, gradients=90),
     ),
     "relative_flatness": (
-        lambda risk, s, left: relative_flatness(risk, **_common(s)),
+        partial(_plain, relative_flatness),
         lambda risk, s: Cost(products=20 + 5 * sum(len(x) > 1 for x in risk.shapes)),
     ),
     "norms": (
@@ -560,11 +561,11 @@ RUNS: dict[str, tuple[_Run, _Expected]] = {
         lambda risk, s: Cost(gradients=1, products=1),
     ),
     "frobenius_norm": (
-        lambda risk, s, left: frobenius_norm(risk, **_common(s)),
+        partial(_plain, frobenius_norm),
         lambda risk, s: Cost(products=60),
     ),
     "density": (
-        lambda risk, s, left: spectral_density(risk, **_common(s)),
+        partial(_plain, spectral_density),
         lambda risk, s: Cost(products=800),
     ),
     "noise_scale": (

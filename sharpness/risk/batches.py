@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from sharpness import _progress, _tensors
+from sharpness._arguments import ensure
 from sharpness.risk import memory
 from sharpness.risk.loss_terms import num_rows
 from sharpness.risk.model_state import random_generators_kept
@@ -48,31 +49,37 @@ def materialised(
         lone = isinstance(data, tuple) and hasattr(next(iter(data), None), "shape")
         if lone or is_pair(data):
             data = [data]
-    if not pairs and hasattr(data, "shape"):
-        raise TypeError(
-            f"`data` must be a list of batches for a `closure`; got {kind(data)}, whose "
-            "rows would be batches. Wrap it in a list: `data=[x]`."
-        )
-    if not pairs and isinstance(data, tuple) and is_pair(data):
-        raise TypeError(
-            "`data` must be a list of batches for a `closure`; got a pair of tensors, "
-            "which would be two batches. Wrap it in a list: `data=[(inputs, targets)]`."
-        )
-    if not isinstance(data, Iterable) or isinstance(data, Mapping | str):
-        raise TypeError(
-            "`data` must be a pair (inputs, targets), a list of batches or a DataLoader;"
-            f" got {type(data).__name__}. Wrap a single batch in a list."
-        )
+    ensure(
+        pairs or not hasattr(data, "shape"),
+        "data",
+        "be a list of batches for a `closure`",
+        f"{kind(data)}, whose rows would be batches",
+        "Wrap it in a list: `data=[x]`.",
+        TypeError,
+    )
+    ensure(
+        pairs or not (isinstance(data, tuple) and is_pair(data)),
+        "data",
+        "be a list of batches for a `closure`",
+        "a pair of tensors, which would be two batches",
+        "Wrap it in a list: `data=[(inputs, targets)]`.",
+        TypeError,
+    )
+    ensure(
+        isinstance(data, Iterable) and not isinstance(data, Mapping | str),
+        "data",
+        "be a pair (inputs, targets), a list of batches or a DataLoader",
+        type(data).__name__,
+        "Wrap a single batch in a list.",
+        TypeError,
+    )
     with (
         random_generators_kept(seed),
         _own_generators_kept(data),
     ):  # a loader draws a seed as it starts
         batches = list(_read(data, device, pairs, num_samples))
-    if not batches:
-        raise ValueError(
-            "`data` must hold at least one sample; got none. Pass (inputs, targets), "
-            "or a loader that has not been used up."
-        )
+    advice = "Pass (inputs, targets), or a loader that has not been used up."
+    ensure(bool(batches), "data", "hold at least one sample", "none", advice)
     return batches
 
 
@@ -197,11 +204,13 @@ def _within(data: Iterable[Batch], device: torch.device, has_end: bool) -> Itera
                 f"{number} batches read, {held / half:.1%} of half the free memory; "
                 "the data have no known end, `num_samples=` sets one"
             )
-        if held > half:
-            raise ValueError(
-                f"`data` must fit in half of the free memory; got more than "
-                f"{half / 1e9:.3g} GB. Pass `num_samples=`, or fewer samples."
-            )
+        ensure(
+            held <= half,
+            "data",
+            "fit in half of the free memory",
+            f"more than {half / 1e9:.3g} GB",
+            "Pass `num_samples=`, or fewer samples.",
+        )
         yield batch
 
 
@@ -259,11 +268,14 @@ def _moved(part: Any, device: torch.device) -> Any:
     kinds = {getattr(t, "kind", "O") for t in np.atleast_1d(getattr(part, "dtypes", "O"))}
     if array.dtype == object and kinds <= set("biuf"):  # a table with flags, say
         array = array.astype(np.float64)
-    if array.dtype.kind not in "biufc":
-        raise TypeError(
-            f"`data` must hold numbers; got {type(part).__name__} of type {array.dtype}. "
-            "Encode words and dates as numbers first."
-        )
+    ensure(
+        array.dtype.kind in "biufc",
+        "data",
+        "hold numbers",
+        f"{type(part).__name__} of type {array.dtype}",
+        "Encode words and dates as numbers first.",
+        TypeError,
+    )
     return torch.tensor(native(array), device=device)
 
 
@@ -326,12 +338,13 @@ def _checked_pair(batch: Batch) -> Pair:
         raise _no_pair(batch)
     inputs, targets = batch
     for part in tree_leaves(inputs):
-        if len(part) != len(targets):
-            raise ValueError(
-                "`data` must have as many targets as inputs; got "
-                f"{len(part)} inputs and {len(targets)} targets. Pass `closure=` for "
-                "batches whose first dimension is not that of samples."
-            )
+        ensure(
+            len(part) == len(targets),
+            "data",
+            "have as many targets as inputs",
+            f"{len(part)} inputs and {len(targets)} targets",
+            "Pass `closure=` for batches whose first dimension is not that of samples.",
+        )
     return inputs, targets
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpness._arguments import ensure
-from sharpness._results import NotAvailableError
+from sharpness._results import ensure_available
 from sharpness.risk import batch_dependence, batches, curvature, memory
 from sharpness.risk.batch_dependence import FEW, Count
 from sharpness.risk.curvature import Linearise
@@ -245,11 +245,9 @@ class ChunkedMean:
         self.all = [Chunk(part, n) for part, n in zip(parts, counts, strict=True)]
         self.counted = [chunk for chunk in self.all if self._counts(chunk)]
         self.num_terms = sum(chunk.count for chunk in self.all)
-        if not self.num_terms:
-            raise NoLossTermsError(
-                "`data` must hold at least one loss term; got none that counts (every "
-                "target equals `ignore_index`, or every weight is 0)."
-            )
+        got = "none that counts (every target equals `ignore_index`, or every weight is 0)"
+        some = bool(self.num_terms)
+        ensure(some, "data", "hold at least one loss term", got, kind=NoLossTermsError)
 
     def _counts(self, chunk: Chunk) -> bool:
         """A mean over no terms at all would be NaN, and a sum is one of zeros."""
@@ -392,18 +390,21 @@ class ChunkedMean:
         objective = self._objective
         if matrix == "hessian":
             return curvature.hessian(objective, self.mean)
-        if self._closed:
-            raise NotAvailableError(
-                f"`matrix` must be 'hessian' for a risk with a `closure`; got {matrix!r} "
-                "(not available for a closure). Pass `loss=` and pairs."
-            )
+        ensure_available(
+            not self._closed,
+            "matrix",
+            "be 'hessian' for a risk with a `closure`",
+            f"{matrix!r} (not available for a closure)",
+            "Pass `loss=` and pairs.",
+        )
         if matrix == "gauss_newton":
             return curvature.gauss_newton(objective, self.mean)
-        if self.whole == batch_dependence.LOSS_COUPLED:
-            raise NotAvailableError(
-                f"`loss` must be a mean or a sum over rows for matrix={matrix!r}; got one "
-                "that couples them (not available: a sample has no gradient of its own)."
-            )
+        ensure_available(
+            self.whole != batch_dependence.LOSS_COUPLED,
+            "loss",
+            f"be a mean or a sum over rows for matrix={matrix!r}",
+            "one that couples them (not available: a sample has no gradient of its own)",
+        )
         ensure(
             self._batchnorm != "batch" or not batchnorm_layers(objective.model),
             "batchnorm",

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sharpness._results import NotAvailableError
+from sharpness._arguments import ensure
+from sharpness._results import ensure_available
 from sharpness.risk.fisher_terms import FisherTerms, loss_of_scores
 from sharpness.risk.memory import graph_nodes
 from sharpness.risk.objective import Objective, gradients
@@ -65,11 +66,13 @@ def gauss_newton(objective: Objective, mean: Mean) -> Linearise:
             loss = loss_of_scores(objective.loss, at)
             value = mean(objective.loss_of(leaves, batch, at, loss), batch)
             slope = gradients(value, [at], create_graph=True)
-        if not any(part.requires_grad for part in slope):
-            raise NotAvailableError(
-                "`loss` must curve in the model's outputs for the Gauss-Newton matrix; got "
-                "one that is linear in them. Move the model's last function into the loss."
-            )
+        ensure_available(
+            any(part.requires_grad for part in slope),
+            "loss",
+            "curve in the model's outputs for the Gauss-Newton matrix",
+            "one that is linear in them",
+            "Move the model's last function into the loss.",
+        )
         curvature, pullback = Pullback(slope, [at]), Pullback([outputs], leaves)
         return lambda pieces: pullback(curvature(pushforward(pieces)))
 
@@ -110,11 +113,14 @@ def _pushforward(
     """
     with torch.enable_grad():
         outputs = objective.outputs(leaves, batch)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(
-                "`model` must return one tensor for this matrix; got "
-                f"{type(outputs).__name__}. Wrap it, or use matrix='hessian'."
-            )
+        ensure(
+            isinstance(outputs, Tensor),
+            "model",
+            "return one tensor for this matrix",
+            type(outputs).__name__,
+            "Wrap it, or use matrix='hessian'.",
+            TypeError,
+        )
         u = torch.zeros_like(outputs, requires_grad=True)
         if outputs.requires_grad:
             slopes = gradients(outputs, leaves, grad_outputs=u, create_graph=True)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness._arguments import ensure, is_whole, require, whole, whole_seed
-from sharpness._results import DerivativeDisagreesError, NotAvailableError
+from sharpness._results import DerivativeDisagreesError, ensure_available
 from sharpness.risk import batch_dependence, batches, files, intake
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix, Pullback
@@ -701,11 +701,13 @@ class EmpiricalRisk:
 
         Cost: a gradient for each sample; at once by `torch.func.vmap`, or one by one.
         """
-        if not self.can_be_cut:
-            raise NotAvailableError(
-                "`risk` must be a mean over samples to have their gradients; got one that "
-                "is evaluated a batch at a time (not available). Use `parts()`."
-            )
+        ensure_available(
+            self.can_be_cut,
+            "risk",
+            "be a mean over samples to have their gradients",
+            "one that is evaluated a batch at a time (not available)",
+            "Use `parts()`.",
+        )
         mean = self._mean.subset(torch.as_tensor(index, device=self.device))
         return SampleGradients(self._objective, mean, self._of_samples, unit)
 
@@ -772,8 +774,8 @@ class EmpiricalRisk:
         """
         self._refuse_closure("data")
         joined = batches.joined(self._mean.given)
-        if len(joined) != 1:
-            raise TypeError("`data` must have rows of one shape to be one batch.")
+        got = f"batches of {len(joined)} shapes"
+        ensure(len(joined) == 1, "data", "have rows of one shape", got, kind=TypeError)
         return joined[0]
 
     def probe_inputs(self, most: int = 16) -> Any:
@@ -818,11 +820,13 @@ class EmpiricalRisk:
         leaves = self._pieces(theta)
         with self._evaluating(theta), torch.no_grad():
             parts = [self._objective.outputs(leaves, batch) for batch in self.batches]
-        if not all(isinstance(part, Tensor) for part in parts):
-            raise TypeError(
-                f"`model` must return one tensor; got {type(parts[0]).__name__} "
-                "(its outputs cannot be joined)."
-            )
+        ensure(
+            all(isinstance(part, Tensor) for part in parts),
+            "model",
+            "return one tensor",
+            f"{type(parts[0]).__name__} (its outputs cannot be joined)",
+            kind=TypeError,
+        )
         return torch.cat(parts)
 
     def accuracy(self, theta: Tensor | None = None) -> float:
@@ -834,11 +838,12 @@ class EmpiricalRisk:
             TypeError: outputs that are no scores of classes, or other targets.
         """
         self._refuse_closure("accuracy")
-        if not self.is_classification:
-            raise NotAvailableError(
-                "`risk` must classify, with scores (N, C, ...) and class numbers; got "
-                "other outputs or targets (not available for regression)."
-            )
+        ensure_available(
+            self.is_classification,
+            "risk",
+            "classify, with scores (N, C, ...) and class numbers",
+            "other outputs or targets (not available for regression)",
+        )
         right = self._is_right(self.outputs(theta), self.targets)
         return float(right.sum() / self._counts().sum().double())
 
@@ -989,11 +994,13 @@ class EmpiricalRisk:
             yield
 
     def _refuse_closure(self, what: str) -> None:
-        if self._objective.closure is not None:
-            raise NotAvailableError(
-                f"`{what}` must come from a risk with a `loss`; got one with a "
-                "`closure` (not available for a closure). Pass `loss=` and pairs."
-            )
+        ensure_available(
+            self.has_outputs,
+            what,
+            "come from a risk with a `loss`",
+            "one with a `closure` (not available for a closure)",
+            "Pass `loss=` and pairs.",
+        )
 
 
 def _are_classes(outputs: Any, targets: Any) -> bool:
@@ -1023,12 +1030,14 @@ def _check_batchnorm(model: nn.Module, batchnorm: str) -> None:
 def _check_arguments(
     loss: Any, closure: Any, batchnorm: str, batchnorm_batch: int, chunk_size: Any
 ) -> None:
-    if (loss is None) == (closure is None):
-        both = "both" if loss is not None else "neither"
-        raise TypeError(
-            f"`loss` must be given, or `closure` instead of it; got {both}. "
-            "Pass `loss(outputs, targets)`, or `closure(model, batch)`."
-        )
+    ensure(
+        (loss is None) != (closure is None),
+        "loss",
+        "be given, or `closure` instead of it",
+        "neither" if loss is None else "both",
+        "Pass `loss(outputs, targets)`, or `closure(model, batch)`.",
+        TypeError,
+    )
     require(
         batchnorm in get_args(BatchNorm),
         "batchnorm",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharpness import _tensors
 from sharpness._arguments import ensure
-from sharpness._results import NotAvailableError
+from sharpness._results import ensure_available
 from sharpness.risk import loss_terms
 
 
@@ -81,11 +81,13 @@ def loss_of_scores(loss: Any, outputs: Tensor) -> Any:
     if not loss_terms.is_any(loss, nn.NLLLoss, F.nll_loss):
         return loss
     apart = float(outputs.detach().double().logsumexp(1).abs().max())
-    if not apart <= _ROUNDINGS * torch.finfo(outputs.dtype).eps * outputs.shape[1]:
-        raise NotAvailableError(
-            "`model` must end in a log-softmax for an NLL's Gauss-Newton matrix; got "
-            f"outputs whose log-sum-exp reaches {apart:.3g}. Use matrix='hessian'."
-        )
+    ensure_available(
+        apart <= _ROUNDINGS * torch.finfo(outputs.dtype).eps * outputs.shape[1],
+        "model",
+        "end in a log-softmax for an NLL's Gauss-Newton matrix",
+        f"outputs whose log-sum-exp reaches {apart:.3g}",
+        "Use matrix='hessian'.",
+    )
     names = ("weight", "ignore_index", "reduction")
     settings = {name: loss_terms.keyword(loss, name) for name in names}
     return partial(F.cross_entropy, **{k: v for k, v in settings.items() if v is not None})

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from sharpness._arguments import require
+
 Engine = Literal["kept_graph", "compiled", "differences"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 
@@ -44,11 +46,9 @@ def asked_engine(asked: str | Mapping[str, Any]) -> str:
         ValueError: neither.
     """
     name = asked.get("engine") if isinstance(asked, Mapping) else asked
-    if name not in ("auto", *ENGINES):
-        raise ValueError(
-            f"`engine` must be 'auto', {', '.join(map(repr, ENGINES))}, or the plan of an "
-            f"earlier risk; got {asked!r}."
-        )
+    kinds = ", ".join(map(repr, ("auto", *ENGINES)))
+    contract = f"be {kinds}, or the plan of an earlier risk"
+    require(name in ("auto", *ENGINES), "engine", contract, asked)
     return str(name)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
-from sharpness._results import NotAvailableError
+from sharpness._results import ensure_available
 from sharpness.risk import batches
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.loss_terms import is_class_loss, keyword
@@ -49,11 +49,12 @@ class SampleGradients:
         if unit == "term":
             targets = [chunk.batch[1] for chunk in mean.all]
             numbers = not any(y.is_floating_point() for y in targets)
-            if not (is_class_loss(objective.loss) and numbers):
-                raise NotAvailableError(
-                    "`unit` must be 'sample' for a loss that does not compare with class "
-                    f"numbers; got 'term' (not available for {_name(objective.loss)})."
-                )
+            ensure_available(
+                is_class_loss(objective.loss) and numbers,
+                "unit",
+                "be 'sample' for a loss that does not compare with class numbers",
+                f"'term' (not available for {_name(objective.loss)})",
+            )
             self._num = sum(int((y != self._ignored).sum()) for y in targets)
 
     def __len__(self) -> int:
