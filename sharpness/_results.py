@@ -34,6 +34,7 @@ class Status(StrEnum):
     MAX_SECONDS = "max_seconds"
     NON_FINITE = "non_finite"
     DERIVATIVE_DISAGREES = "derivative_disagrees"
+    FAILED = "failed"
     INTERRUPTED = "interrupted"
 
     @property
@@ -75,6 +76,7 @@ _ADVICE = {
     Status.DERIVATIVE_DISAGREES: "A derivative disagrees with f; `doctor(risk)` gives both "
     "numbers. Look for `detach`, `no_grad`, rounding or a custom backward pass, or take it "
     "as it comes with `EmpiricalRisk(check=False)`.",
+    Status.FAILED: "A check failed; its finding says what was seen and what to do.",
     Status.ZERO_GRADIENT: "The gradient is exactly zero, so there is no direction of "
     "first-order ascent and the value 0 says nothing. Check whether the loss is constant.",
     Status.NOT_REACHED: "The accuracy never fell as far as asked, however large the "

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,6 +148,17 @@ def random_normal(like: Tensor, generator: torch.Generator) -> Tensor:
     """
     draw = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     return draw.to(device=like.device, dtype=like.dtype)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Entries 1 and -1, each as likely, in the shape, type and place of `like`."""
+    bits = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
+    return bits.to(like).mul_(2).sub_(1)
+
+
+def float64(tensor: Tensor) -> np.ndarray:
+    """As a NumPy array of that type."""
+    return np.asarray(tensor.detach().double().cpu().numpy())
 
 
 def random_unit(like: Tensor, generator: torch.Generator) -> Tensor:

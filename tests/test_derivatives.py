@@ -383,7 +383,8 @@ def alarms(name, build, seed, dtypes):
             given = tuple(in_type(part, dtype) for part in pair)
             risk = sh.EmpiricalRisk(copy.deepcopy(model).to(dtype), loss, given)
             seen = Derivatives()
-            for found in (seen.gradient(risk._sample), seen.product(risk._sample)):
+            sample = risk._f.sample
+            for found in (seen.of("gradient", sample), seen.of("product", sample)):
                 agreed += found.agrees is True
                 if found.disagrees:
                     wrong.append((name, seed, state, dtype, found))

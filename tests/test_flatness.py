@@ -29,9 +29,8 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 import sharpness as sh
-from sharpness import _run
+from sharpness import _run, _tensors
 from sharpness._json import to_line
-from sharpness.measures import flatness
 
 CE = nn.CrossEntropyLoss()
 RADII = pytest.mark.parametrize("measure", [sh.pac_bayes_sigma, sh.box_alpha])
@@ -504,7 +503,7 @@ def test_each_layer_has_that_of_its_dense_hessian(model, shape, monkeypatch):
         row = hadamard(like.numel())[(len(drawn) - 1) // num_layers % like.numel()]
         return torch.from_numpy(row).to(like).view_as(like)
 
-    monkeypatch.setattr(flatness, "_signs", signs)
+    monkeypatch.setattr(_tensors, "random_signs", signs)
     risk = sh.EmpiricalRisk(model, CE, data)
     num_layers = sum(len(each) > 1 for each in risk.shapes)
     found = sh.relative_flatness(risk, num_probes=64)

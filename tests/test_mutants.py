@@ -66,6 +66,7 @@ from sharpness.risk import (
     empirical,
     fisher_terms,
     loss_terms,
+    mean_loss,
     products,
 )
 
@@ -146,7 +147,7 @@ def training_mode_is_not_restored(patch):
         model.eval()
         yield
 
-    patch.setattr(empirical, "evaluation", evaluation)
+    patch.setattr(mean_loss, "evaluation", evaluation)
 
 
 @seen_by(
@@ -175,7 +176,7 @@ def two_evaluations_are_not_compared(patch):
 
 @seen_by(test_float32.test_no_shortcut_is_taken_forth_or_back)
 def shortcuts_of_the_caller_are_taken(patch):
-    patch.setattr(empirical, "true_float32", nullcontext)
+    patch.setattr(mean_loss, "true_float32", nullcontext)
 
 
 # -- Lanczos and the eigenpairs ----------------------------------------------------

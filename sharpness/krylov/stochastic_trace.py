@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpness._tensors import float64, random_signs
+
 Multiply = Callable[[Tensor], Tensor]
 
 
@@ -29,10 +31,7 @@ class Probes:
     def _row(self, i: int) -> Tensor:
         # PyTorch's CPU generator looks at 32 bits of its seed.
         mixed = int(np.random.SeedSequence(self._seed, spawn_key=(i,)).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(mixed)
-        shape = (self._like.numel(),)
-        bits = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
-        return bits.to(self._like).mul_(2).sub_(1)
+        return random_signs(self._like, torch.Generator().manual_seed(mixed))
 
 
 class Estimator(Protocol):
@@ -210,23 +209,19 @@ def _orthonormal(y: Tensor, q: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
         rows = rows - torch.from_numpy(part.T).to(q) @ q
         columns, r = torch.linalg.qr(rows.T)
         with np.errstate(invalid="ignore"):  # of an infinite matrix
-            above, corner = above + part @ corner, _small(r) @ corner
+            above, corner = above + part @ corner, float64(r) @ corner
         rows = columns.T.contiguous()
     return rows, above, corner
 
 
 def _gram(a: Tensor, b: Tensor) -> np.ndarray:
-    return _small(a @ b.T)
+    return float64(a @ b.T)
 
 
 def _dots(a: Tensor, b: Tensor) -> np.ndarray:
     """Inner products row by row, in float64."""
     pairs = zip(a, b, strict=True)
     return np.array([float(torch.dot(x.double(), y.double())) for x, y in pairs])
-
-
-def _small(a: Tensor) -> np.ndarray:
-    return np.asarray(a.double().cpu().numpy())
 
 
 def _beside(a: np.ndarray, b: np.ndarray) -> np.ndarray:

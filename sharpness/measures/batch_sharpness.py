@@ -88,23 +88,20 @@ def batch_sharpness(
         batch_size = whole("batch_size", batch_size, 1)
     num_batches, seed = whole("num_batches", num_batches, 2), whole_seed(seed)
     run = Run("batches", max_seconds=max_seconds, total=num_batches, progress=progress)
-    curvatures: list[float] = []
-    squares: list[float] = []
-    sizes: list[int] = []
+    seen: list[tuple[float, float, int]] = []  # curvature, square, size
     with run:
         for batch in _batches(risk, batch_size, num_batches, seed):
             run.step()
-            if not sizes:
+            if not seen:
                 batch.gradient()  # refuses layers that are computed again
             slope, product = batch.gradient_and_product()
-            curvatures.append(float(_tensors.dot64(slope, product)))
-            squares.append(float(_tensors.dot64(slope, slope)))
-            sizes.append(batch.num_samples)
-    curved, square = np.array(curvatures), np.array(squares)
-    some = square != 0  # NaN counts, and shows
-    ratios = curved[some] / square[some]
+            curvature, square = (_tensors.dot64(slope, v) for v in (product, slope))
+            seen.append((float(curvature), float(square), batch.num_samples))
+    curved, squares, sizes = np.array(seen, float).reshape(-1, 3).T
+    some = squares != 0  # NaN counts, and shows
+    ratios = curved[some] / squares[some]
     enough = len(ratios) > 1
-    finite = bool(np.isfinite(curved).all() and np.isfinite(square).all())
+    finite = bool(np.isfinite(curved).all() and np.isfinite(squares).all())
     status = Status.worst(run.status, finite=finite)
     if status.ok and not enough:
         status = Status.ZERO_GRADIENT
@@ -112,13 +109,13 @@ def batch_sharpness(
     return BatchSharpness(
         value=value,
         standard_error=error,
-        ratio_of_means=float(curved.sum() / square.sum()) if enough else math.nan,
-        batch_size=float(np.mean(sizes)) if sizes else math.nan,
+        ratio_of_means=float(curved.sum() / squares.sum()) if enough else math.nan,
+        batch_size=float(sizes.mean()) if seen else math.nan,
         num_batches=len(ratios),
         status=status,
         cost=Cost(
-            products=sum(sizes) / risk.num_samples,
-            gradients=sum(sizes) / risk.num_samples,
+            products=float(sizes.sum()) / risk.num_samples,
+            gradients=float(sizes.sum()) / risk.num_samples,
             seconds=run.seconds,
         ),
         settings={"batch_size": batch_size, "num_batches": num_batches, "seed": seed},

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import (
     Any,
@@ -48,6 +49,7 @@ from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.lbfgsb import lbfgsb
 from sharpness.risk import memory
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.statistics import mean_and_sd
 
 Solver = Literal["lbfgsb", "scipy", "ascent"]
 Columns = Literal["normal", "unit"]
@@ -225,15 +227,25 @@ def epsilon_sharpness(
     require(start in get_args(Start), "start", "be 'random' or 'zero'", start)
     corners = _checked_corners(risk, corners)
     manifold = _Manifold(risk, subspace_dim, columns, seed)
-    options = _Options(
-        solver, max_iter, num_starts, start, corners, seed, Deadline(max_seconds), progress
+    asked = {
+        "subspace_dim": manifold.p,
+        "columns": manifold.columns,
+        "max_iter": max_iter,
+        "num_starts": num_starts,
+        "seed": seed,
+        "start": start,
+    }
+    measured = partial(
+        _measured,
+        solvers=("lbfgsb", "ascent") if solver is None else (solver,),
+        corners=corners,
+        deadline=Deadline(max_seconds),
+        progress=progress,
     )
-    firsts = (_measured(risk, manifold, e, options) for e in epsilons)
+    firsts = (measured(risk, manifold, {"epsilon": e, **asked}) for e in epsilons)
     results = until_interrupted(
-        _measured_again(risk, manifold, found, options)
-        if _may_be_rounding(found)
-        else found
-        for found in firsts
+        _again(measured, risk, manifold, first) if _may_be_rounding(first) else first
+        for first in firsts
     )
     return results if several else results[0]
 
@@ -327,37 +339,19 @@ def _over_draws(
 ) -> SubspaceSharpness:
     """Mean and sd of the draws that are done; of the one begun, if there is no other."""
     done = [draw for draw in draws if draw.status not in _CUT_SHORT] or draws
-    phi = np.array([draw.phi for draw in done])
+    phi, sd = mean_and_sd([draw.phi for draw in done])
     known = [draw.phi_protocol for draw in done if draw.phi_protocol is not None]
-    all_known, several = len(known) == len(done), len(done) > 1
+    protocol = mean_and_sd(known) if len(known) == len(done) else (None, None)
     return SubspaceSharpness(
-        phi=float(phi.mean()),
-        phi_sd=float(phi.std(ddof=1)) if several else math.nan,
-        phi_protocol=float(np.mean(known)) if all_known else None,
-        phi_protocol_sd=(float(np.std(known, ddof=1)) if several else math.nan)
-        if all_known
-        else None,
+        phi=phi,
+        phi_sd=sd,
+        phi_protocol=protocol[0],
+        phi_protocol_sd=protocol[1],
         draws=tuple(done),
         status=Status.worst(*(d.status for d in draws), *([] if complete else [ended])),
         cost=sum((draw.cost for draw in draws), Cost()),
         settings=draws[0].settings,
     )
-
-
-@dataclass(frozen=True)
-class _Options:
-    solver: Solver | None
-    max_iter: int
-    num_starts: int
-    start: Start
-    corners: Tensor | None
-    seed: int
-    deadline: Deadline
-    progress: bool | None
-
-    @property
-    def solvers(self) -> tuple[Solver, ...]:
-        return ("lbfgsb", "ascent") if self.solver is None else (self.solver,)
 
 
 class _Manifold:
@@ -424,13 +418,20 @@ def _least_squares(a: Tensor, theta: Tensor) -> Tensor:
 
 
 def _measured(
-    risk: EmpiricalRisk, manifold: _Manifold, epsilon: float, options: _Options
+    risk: EmpiricalRisk,
+    manifold: _Manifold,
+    settings: Mapping[str, Any],
+    *,
+    solvers: Sequence[Solver],
+    corners: Tensor | None,
+    deadline: Deadline,
+    progress: bool | None,
 ) -> EpsilonSharpness:
-    run = Run("evaluations", max_seconds=options.deadline.left, progress=options.progress)
-    search = _Search(run, risk, manifold, epsilon)
+    run = Run("evaluations", max_seconds=deadline.left, progress=progress)
+    search = _Search(run, risk, manifold, settings["epsilon"])
     protocol = None
     with run:
-        for state in search.states(options):
+        for state in search.states(settings, solvers, corners):
             of_protocol = search.is_first_start and search.solver != "ascent"
             if protocol is None and of_protocol and _ends_protocol(state):
                 protocol = 100 * max(0.0, state.value) / (1 + search.value)
@@ -448,15 +449,7 @@ def _measured(
         message=search.message,
         status=Status.worst(status, finite=search.is_finite),
         cost=Cost(gradients=run.num_steps, seconds=run.seconds),
-        settings={
-            "epsilon": epsilon,
-            "subspace_dim": manifold.p,
-            "columns": manifold.columns,
-            "max_iter": options.max_iter,
-            "num_starts": options.num_starts,
-            "seed": options.seed,
-            "start": options.start,
-        },
+        settings=settings,
         dtype=str(risk.dtype).removeprefix("torch."),
     )
 
@@ -473,14 +466,15 @@ def _may_be_rounding(found: EpsilonSharpness) -> bool:
     return doubtful and found.dtype == "float32" and found.status in _WHOLE
 
 
-def _measured_again(
-    risk: EmpiricalRisk, manifold: _Manifold, first: EpsilonSharpness, options: _Options
+def _again(
+    measured: Callable[..., EpsilonSharpness],
+    risk: EmpiricalRisk,
+    manifold: _Manifold,
+    first: EpsilonSharpness,
 ) -> EpsilonSharpness:
     """The search in float64; where there is none, a rise in doubt counts as none."""
     try:
-        found = _measured(
-            risk.double(), manifold.double(), first.settings["epsilon"], options
-        )
+        found = measured(risk.double(), manifold.double(), first.settings)
     except (RuntimeError, TypeError):  # a layer, or a device, that knows float32 only
         return replace(
             first,
@@ -536,38 +530,40 @@ class _Search:
         self.is_first_start = True
         self.best = _Best(0.0, torch.zeros_like(one), "none")
 
-    def states(self, options: _Options) -> Iterator[Maximum]:
+    def states(
+        self, settings: Mapping[str, Any], solvers: Sequence[Solver], corners: Tensor | None
+    ) -> Iterator[Maximum]:
         """States of every solver from every start; their values are rises of f."""
         if not self.is_finite:
             return
-        for i, start in enumerate(self._starts(options)):
+        for i, start in enumerate(self._starts(settings, corners)):
             self.is_first_start = i == 0
             rise, gradient = self._rise(start)
             scale = float(gradient.double().square().mean().sqrt()) or 1.0
             objective = self._scaled(start, (rise, gradient), scale)
-            for solver in options.solvers:
+            for solver in solvers:
                 self.solver = solver
-                run = _SOLVERS[solver](objective, start, self._box, options.max_iter)
+                run = _SOLVERS[solver](objective, start, self._box, settings["max_iter"])
                 for state in run:
                     if self.best.solver == solver:
                         self.message = state.message
                     yield replace(state, value=state.value * scale)
 
-    def _starts(self, options: _Options) -> Iterator[Tensor]:
-        generator = _tensors.seeded(options.seed + 1)
-        from_zero = options.start == "zero"
+    def _starts(
+        self, settings: Mapping[str, Any], corners: Tensor | None
+    ) -> Iterator[Tensor]:
+        generator = _tensors.seeded(settings["seed"] + 1)
+        from_zero = settings["start"] == "zero"
         if from_zero:
             yield torch.zeros_like(self._box.upper)
-        for i in range(options.num_starts - from_zero):
+        for i in range(settings["num_starts"] - from_zero):
             if i % 2 == 0:
                 u = 2 * torch.rand(self._box.upper.shape, generator=generator) - 1
                 u = (u * (1 if i else _START)).to(self._box.upper)
             yield u if i % 2 == 0 else -u
-        if options.corners is not None:
-            for vector in options.corners:
-                towards = self._manifold.pulled_back(vector)
-                corner = _START * towards.sign()
-                yield from (corner, -corner)
+        for vector in () if corners is None else corners:
+            corner = _START * self._manifold.pulled_back(vector).sign()
+            yield from (corner, -corner)
 
     def _scaled(
         self, start: Tensor, at_start: tuple[float, Tensor], scale: float

@@ -417,7 +417,7 @@ def relative_flatness(
         for _ in range(num_probes if is_finite else 0):
             run.step()
             probes = [
-                root @ _signs(weight, generator)
+                root @ _tensors.random_signs(weight, generator)
                 for weight, root in zip(rows, roots, strict=True)
             ]
             forms, errors = _quadratic_forms(risk, chosen, probes)
@@ -471,11 +471,6 @@ def _root_of_rows(weight: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((weight.double() @ weight.double().T).cpu())
     root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
     return root.to(weight)
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    bits = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
-    return (2 * bits - 1).to(like)
 
 
 class _Root:

@@ -402,10 +402,10 @@ def _streamed(
     rows = torch.cat(kept)
     rows -= rows.mean(0)
     return _Vectors(
-        squares=_float64(torch.cat(norms)) ** 2,
-        along=_float64(torch.cat(along)),
+        squares=_tensors.float64(torch.cat(norms)) ** 2,
+        along=_tensors.float64(torch.cat(along)),
         mean_square=float(_tensors.dot64(mean, mean)),
-        square_trace=_square_trace(_float64(rows @ rows.T), min(mean.numel(), num)),
+        square_trace=_square_trace(_tensors.float64(rows @ rows.T), min(mean.numel(), num)),
         batch_size=1.0,
         share=1.0,
         how="",
@@ -450,7 +450,7 @@ def _in_curvature(
     draw.spend(num * size)
     for i, gradient in enumerate(gradients):
         run.step()
-        gram[i] = _float64(gradients @ other.product(gradient, matrix))
+        gram[i] = _tensors.float64(gradients @ other.product(gradient, matrix))
         draw.spend(0, rest / draw.risk.num_samples)
     gram = (gram + gram.T) / 2
     centred = gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
@@ -521,7 +521,7 @@ def _of_halves(draw: _Draw, run: Run) -> _Halves:
     return _Halves(
         deviations=float((squares / (draw.num_samples - 2)).sqrt_().double().sum()),
         plug_in=float(sum(parts).abs().double().sum()) / draw.num_samples,  # type: ignore[union-attr]
-        crossed=_float64(torch.cat(crossed)),
+        crossed=_tensors.float64(torch.cat(crossed)),
         share=draw.num_samples / draw.risk.num_samples,
         how=how,
     )
@@ -537,7 +537,3 @@ def _unknown(status: Status, how: str = "", num: int = 0) -> dict[str, Any]:
         "num_vectors": num,
         "how": how,
     }
-
-
-def _float64(tensor: Tensor) -> np.ndarray:
-    return np.asarray(tensor.cpu().double().numpy())

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sharpness._results import Reading, Result, Status, number
 from sharpness.measures.summary import Keywords, Summary, summary
-from sharpness.risk.empirical import BatchNorm, EmpiricalRisk
+from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.mean_loss import BatchNorm
 from sharpness.statistics import ReadingComparison, compare_readings, numbers_of
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -191,24 +191,28 @@ def worst_case_sharpness(
     num_steps = whole("num_steps", num_steps, 1)
     shards = list(_shards(risk, shard_size, seed))
     scale = perturbation_scale(risk, adaptive)
-    deadline = Deadline(max_seconds)
+    deadline, single = Deadline(max_seconds), len(shards) == 1
 
     def within(radius: float) -> WorstCaseSharpness:
-        search = _Ascent(shards, scale, Ball(norm, radius), num_steps)
+        searches = [_Search(shard, scale, keep=single) for shard in shards]
         run = Run("gradients", max_seconds=deadline.left, progress=progress)
         with run:
-            search.run(run)
+            for search in searches:
+                search.run(run, Ball(norm, radius), num_steps)
+        # Those that are finished; the one that is not, if it is the only one.
+        done = [search for search in searches if search.finished]
+        counted = done or [search for search in searches if search.values]
         return WorstCaseSharpness(
-            value=search.mean("rise"),
-            standard_error=search.standard_error(),
-            sam_value=search.mean("sam"),
-            risk_value=search.mean("value"),
-            displacement=search.displacement if len(shards) == 1 else None,
+            value=_mean(counted, "rise"),
+            standard_error=None if single else mean_and_error([s.rise for s in counted])[1],
+            sam_value=_mean(counted, "sam"),
+            risk_value=_mean(counted, "value"),
+            displacement=searches[0].displacement,
             num_shards=len(shards),
             shard_size=None
             if shard_size is None
             else max(shard.num_samples for shard in shards),
-            status=Status.worst(run.status, search.status),
+            status=Status.worst(run.status, _status(searches, counted)),
             cost=Cost(gradients=run.num_steps, seconds=run.seconds),
             settings={
                 "rho": radius,
@@ -333,8 +337,7 @@ def normal_draws(risk: EmpiricalRisk, num: int, seed: int) -> Iterator[Tensor]:
     """Standard normal vectors (n,), the same on every device."""
     generator = _tensors.seeded(seed)
     for _ in range(num):
-        z = torch.randn(risk.theta.shape, generator=generator, dtype=torch.float32)
-        yield z.to(risk.theta)
+        yield _tensors.random_normal(risk.theta, generator)
 
 
 class NormalisedLogits(nn.Module):
@@ -366,84 +369,43 @@ class NormalisedLogits(nn.Module):
 # -- inside ----------------------------------------------------------------------------
 
 
-class _Ascent:
-    """Auto-PGD on each shard in turn.
+class _Search:
+    """Auto-PGD on one shard, and the values of f it has seen, that at theta first.
 
     Every point that is evaluated lies in the ball, so each is a candidate for the best;
     the second one is SAM's, since the first step is cut back to the ball.
     """
 
-    def __init__(
-        self, shards: Sequence[EmpiricalRisk], scale: Tensor, ball: Ball, num_steps: int
-    ) -> None:
-        self._shards, self._scale, self._ball = shards, scale, ball
-        self._num_steps = num_steps
-        self.displacement = torch.zeros_like(scale)
-        self._seen: list[_Seen] = []
-        self._is_finite = True
+    def __init__(self, shard: EmpiricalRisk, scale: Tensor, *, keep: bool) -> None:
+        self._shard, self._scale, self.terms = shard, scale, shard.num_terms
+        self.displacement = torch.zeros_like(scale) if keep else None  # of the best
+        self.values: list[float] = []
+        self.finished, self.is_finite = False, True
 
-    @property
-    def status(self) -> Status:
-        """What the finished shards say together."""
-        if not self._is_finite:
-            return Status.NON_FINITE
-        is_flat = all(len(seen.values) == 1 for seen in self._counted)
-        return Status.ZERO_GRADIENT if is_flat and self._counted else Status.COMPLETED
+    def run(self, run: Run, ball: Ball, num_steps: int) -> None:
+        """Climb while the run lasts."""
 
-    @property
-    def _counted(self) -> list[_Seen]:
-        """The shards that are finished; the one that is not, if it is the only one."""
-        done = [seen for seen in self._seen if seen.finished]
-        return done or [seen for seen in self._seen if seen.values]
-
-    def run(self, run: Run) -> None:
-        """Search the shards while the run lasts."""
-        zero = torch.zeros_like(self._scale)
-        for shard in self._shards:
-            seen = _Seen(shard.num_terms)
-            self._seen.append(seen)
-            function = self._function(shard, seen, run)
-            for state in auto_pgd(function, zero, self._ball, num_steps=self._num_steps):
-                last = state
-            seen.finished = True
-            if last.num_iters == 0 and last.message != "the gradient is zero":
-                self._is_finite = False
-
-    def _function(
-        self, shard: EmpiricalRisk, seen: _Seen, run: Run
-    ) -> Callable[[Tensor], tuple[float, Tensor]]:
         def function(u: Tensor) -> tuple[float, Tensor]:
             run.step()
             displacement = self._scale * u
-            value, gradient = shard.value_and_gradient(shard.theta + displacement)
-            if seen.is_best(value):
+            value, gradient = self._shard.value_and_gradient(
+                self._shard.theta + displacement
+            )
+            is_best = math.isfinite(value) and all(value > v for v in self._finite)
+            if is_best and self.displacement is not None:
                 self.displacement = displacement
-            seen.values.append(value)
+            self.values.append(value)
             return value, gradient * self._scale
 
-        return function
+        zero = torch.zeros_like(self._scale)
+        for state in auto_pgd(function, zero, ball, num_steps=num_steps):
+            last = state
+        self.finished = True
+        self.is_finite = last.num_iters > 0 or last.message == "the gradient is zero"
 
-    def mean(self, what: str) -> float:
-        """Mean over the shards, each with the weight of its loss terms."""
-        if not self._counted:
-            return math.nan
-        values = [getattr(seen, what) for seen in self._counted]
-        return float(np.average(values, weights=[seen.terms for seen in self._counted]))
-
-    def standard_error(self) -> float | None:
-        """Of the mean over shards; None for a single shard."""
-        if len(self._shards) == 1:
-            return None
-        return mean_and_error([seen.rise for seen in self._counted])[1]
-
-
-@dataclass
-class _Seen:
-    """The values of f that one shard's search has seen, that at theta first."""
-
-    terms: float
-    values: list[float] = field(default_factory=list)
-    finished: bool = False
+    @property
+    def _finite(self) -> list[float]:
+        return [v for v in self.values if math.isfinite(v)]
 
     @property
     def value(self) -> float:
@@ -459,13 +421,23 @@ class _Seen:
     @property
     def rise(self) -> float:
         """The largest finite rise, at least 0."""
-        finite = [v for v in self.values if math.isfinite(v)]
-        return max(finite) - self.values[0] if finite else math.nan
+        return max(self._finite) - self.values[0] if self._finite else math.nan
 
-    def is_best(self, value: float) -> bool:
-        return math.isfinite(value) and all(
-            value > v for v in self.values if math.isfinite(v)
-        )
+
+def _mean(searches: Sequence[_Search], what: str) -> float:
+    """Mean over the shards, each with the weight of its loss terms."""
+    if not searches:
+        return math.nan
+    values = [getattr(search, what) for search in searches]
+    return float(np.average(values, weights=[search.terms for search in searches]))
+
+
+def _status(searches: Sequence[_Search], counted: Sequence[_Search]) -> Status:
+    """What the finished shards say together."""
+    if not all(search.is_finite for search in searches):
+        return Status.NON_FINITE
+    is_flat = all(len(search.values) == 1 for search in counted)
+    return Status.ZERO_GRADIENT if is_flat and counted else Status.COMPLETED
 
 
 def _shards(

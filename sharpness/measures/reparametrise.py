@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -295,23 +295,18 @@ def _following(calls: Mapping[str, _Call]) -> Iterator[tuple[_Call, _Call]]:
 def _watched(network: nn.Module, inputs: Any) -> dict[str, _Call]:
     """The calls of modules without children, of those called once on one tensor."""
     calls: dict[str, list[_Call | None]] = {}
-    handles = []
-    for name, module in network.named_modules():
-        if next(module.children(), None) is None:
 
-            def note(m: nn.Module, given: Any, out: Any, name: str = name) -> None:
-                single = len(given) == 1 and isinstance(given[0], Tensor)
-                fits = single and isinstance(out, Tensor) and out is not given[0]
-                call = _Call(name, m, given[0], out) if fits else None
-                calls.setdefault(name, []).append(call)
+    def note(name: str, module: nn.Module, given: Any, out: Any) -> None:
+        single = len(given) == 1 and isinstance(given[0], Tensor)
+        fits = single and isinstance(out, Tensor) and out is not given[0]
+        call = _Call(name, module, given[0], out) if fits else None
+        calls.setdefault(name, []).append(call)
 
-            handles.append(module.register_forward_hook(note))
-    try:
-        with _out_of_place(network), torch.no_grad():
-            _call(network, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, _out_of_place(network), torch.no_grad():
+        for name, module in network.named_modules():
+            if next(module.children(), None) is None:
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
+        _call(network, inputs)
     return {name: c[0] for name, c in calls.items() if len(c) == 1 and c[0] is not None}
 
 

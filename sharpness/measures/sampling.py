@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,9 +156,8 @@ def lambda_max_sampling(
     generator = _tensors.seeded(seed)
     order = torch.randperm(risk.num_samples, generator=generator)
     folds = torch.tensor_split(order, num_folds)
-    search: dict[str, Any] = {"matrix": matrix, "tol": tol, "seed": seed}
-    search |= {"progress": progress}
-    whole = eigenpairs(risk, max_seconds=deadline.left, **search)
+    search = partial(eigenpairs, matrix=matrix, tol=tol, seed=seed, progress=progress)
+    whole = search(risk, max_seconds=deadline.left)
     products = float(whole.num_hvps)
     at_v, crossed, inexact = [], [], 0.0
     with run:
@@ -167,8 +167,7 @@ def lambda_max_sampling(
             run.step()
             part = risk.subset(fold)
             others = risk.subset(torch.cat([*folds[:g], *folds[g + 1 :]]))
-            search["max_seconds"] = deadline.left
-            pairs = eigenpairs(others, **search)
+            pairs = search(others, max_seconds=deadline.left)
             share = len(fold) / risk.num_samples
             products += pairs.num_hvps * (1 - share)
             if pairs.status in (Status.INTERRUPTED, Status.MAX_SECONDS):

@@ -325,13 +325,15 @@ def spectral_density(
     multiply = Multiplication(run, risk, matrix)
     with run:
         plan = risk.prepare(num_starts * num_steps, matrix)
-        for batch in _batches(num_starts, plan.directions_at_once):
-            starts = [_tensors.random_unit(risk.theta, generator) for _ in range(batch)]
+        for first in range(0, num_starts, plan.directions_at_once):
+            together = range(first, min(num_starts, first + plan.directions_at_once))
+            starts = [_tensors.random_unit(risk.theta, generator) for _ in together]
             for ended in _lockstep(multiply, starts, generator, num_steps):
                 done += ended
-    rules = tuple(Rule.of(first) for first in done)
-    width = sigma or _default_sigma(rules)
-    points = _grid(grid, rules, width)
+    rules = tuple(map(Rule.of, done))
+    nodes = np.concatenate([np.empty(0), *(rule.nodes for rule in rules)])
+    width = sigma or _default_sigma(nodes)
+    points = _grid(grid, nodes, width)
     inexact = multiply.errors_together(min(num_steps, risk.n))
     density, band, unresolved = _band(rules, points, width, risk.n, confidence, inexact)
     found = SpectralDensity(
@@ -343,7 +345,7 @@ def spectral_density(
         product_error=inexact,
         n=risk.n,
         num_starts=len(rules),
-        ends=_ends(rules),
+        ends=(float(nodes.min()), float(nodes.max())) if rules else (math.nan, math.nan),
         rules=rules,
         status=Status.worst(run.status, *([Status.INEXACT] if inexact > width else [])),
         cost=Cost(products=run.num_steps, seconds=run.seconds),
@@ -356,11 +358,6 @@ def spectral_density(
         },
     )
     return replace(found, negative_mass=found._negative_mass()) if rules else found
-
-
-def _batches(total: int, at_once: int) -> Iterator[int]:
-    for start in range(0, total, at_once):
-        yield min(at_once, total - start)
 
 
 def _lockstep(
@@ -410,24 +407,17 @@ def _band(
     return fine, np.stack([low, high + error + (most - fine)]), float(np.mean(lost))
 
 
-def _ends(rules: tuple[Rule, ...]) -> tuple[float, float]:
-    lows, highs = (([float(r.nodes[i]) for r in rules] or [math.nan]) for i in (0, -1))
-    return min(lows), max(highs)
-
-
-def _default_sigma(rules: tuple[Rule, ...]) -> float:
-    if not rules:
+def _default_sigma(nodes: np.ndarray) -> float:
+    if not len(nodes):
         return math.nan
-    nodes = np.concatenate([rule.nodes for rule in rules])
     scale = float(np.ptp(nodes)) or float(np.abs(nodes).max())
     return _WIDTH * scale or _WIDTH  # of the zero matrix, any width will do
 
 
-def _grid(grid: np.ndarray | int, rules: tuple[Rule, ...], sigma: float) -> np.ndarray:
+def _grid(grid: np.ndarray | int, nodes: np.ndarray, sigma: float) -> np.ndarray:
     if not is_whole(grid):
         return np.asarray(grid, float)
-    if not rules:
-        return np.empty(0)
-    nodes = np.concatenate([rule.nodes for rule in rules])
+    if not len(nodes):
+        return nodes
     low, high = nodes.min() - _MARGIN * sigma, nodes.max() + _MARGIN * sigma
     return np.linspace(low, high, int(grid))

@@ -173,7 +173,12 @@ def summary(
     Cost: by default about 50 products and 70 gradients over the data, 20 s for F1 on 1000
     samples and two cores; the density alone takes 800 products.
     """
-    shared = MeasureSettings(**{**settings, **_as_tuples(settings)})  # type: ignore[arg-type]
+    radii = {
+        name: tuple(positive_list(name, settings[name])[0])
+        for name in ("epsilon", "rho")  # which may come as a single number
+        if settings.get(name) is not None
+    }
+    shared = MeasureSettings(**{**settings, **radii})  # type: ignore[arg-type]
     chosen = selected(measures)
     sound, got = 1 <= shared.k <= risk.n, f"k={shared.k} (n={risk.n} parameters)"
     ensure(sound, "k", "lie in [1, n]", got)
@@ -217,16 +222,6 @@ def summary(
         ),
         settings=asdict(shared),
     )
-
-
-def _as_tuples(settings: Keywords) -> dict[str, tuple[float, ...]]:
-    """The lists of radii, which may come as a single number."""
-    given = {name: settings.get(name) for name in ("epsilon", "rho")}
-    return {
-        name: tuple(positive_list(name, value)[0])
-        for name, value in given.items()
-        if value is not None
-    }
 
 
 def selected(measures: str | Sequence[str] | None) -> list[str]:

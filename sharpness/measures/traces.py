@@ -204,15 +204,19 @@ def frobenius_norm(
         max_seconds=max_seconds,
         progress=progress,
     )
-    found = replace(squared, settings={**squared.settings, "tol": tol})
+    settings = {**squared.settings, "tol": tol}
     if not math.isfinite(squared.value):
-        return found
+        return replace(squared, settings=settings)
     norm = math.sqrt(squared.value)
     low, high = (math.sqrt(max(0.0, end)) for end in squared.interval)
-    error = squared.standard_error / (2 * norm) if norm else 0.0
-    moved = squared.product_error / (2 * norm) if norm else 0.0
-    found = replace(found, value=norm, standard_error=error, interval=(low, high))
-    return replace(found, product_error=moved)
+    return replace(
+        squared,
+        value=norm,
+        standard_error=squared.standard_error / (2 * norm) if norm else 0.0,
+        product_error=squared.product_error / (2 * norm) if norm else 0.0,
+        interval=(low, high),
+        settings=settings,
+    )
 
 
 @of_a_risk

@@ -389,7 +389,7 @@ class ChunkedMean:
     def _linearise(self, matrix: str) -> Linearise:
         objective = self._objective
         if matrix == "hessian":
-            return curvature.hessian(objective, self.mean)
+            return partial(curvature.hessian, objective, self.mean)
         ensure_available(
             not self._closed,
             "matrix",
@@ -398,7 +398,7 @@ class ChunkedMean:
             "Pass `loss=` and pairs.",
         )
         if matrix == "gauss_newton":
-            return curvature.gauss_newton(objective, self.mean)
+            return partial(curvature.gauss_newton, objective, self.mean)
         ensure_available(
             self.whole != batch_dependence.LOSS_COUPLED,
             "loss",
@@ -414,7 +414,7 @@ class ChunkedMean:
         terms = FisherTerms(evaluated(objective.loss))
         if matrix == "sampled_fisher":
             terms = FisherTerms(loss_of_sampled(objective.loss), elementwise=True)
-        return curvature.fisher(objective, self.mean, terms)
+        return partial(curvature.fisher, objective, self.mean, terms)
 
     def _with_sampled_targets(self, leaves: Sequence[Tensor], seed: int) -> list[Any]:
         # Chunks without a counted term draw too: a seed means the same in any chunks.

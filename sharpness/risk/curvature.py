@@ -1,7 +1,8 @@
 r"""The matrices a risk is multiplied with, one chunk at a time.
 
-Each function here returns `linearise(leaves, batch) -> apply`: what does not depend on
-the direction happens once, and `apply(pieces)` is one product of the chunk's matrix.
+Each function here linearises at some leaves, on a batch: what does not depend on the
+direction happens once, and what it returns, `apply(pieces)`, is one product of the chunk's
+matrix.
 Every matrix is that of the mean over the chunk; the caller weights the chunks.
 
 With z the outputs, J = dz/dtheta, l the loss and c its terms (samples; unmasked targets
@@ -40,68 +41,66 @@ Linearise = Callable[[Sequence[Tensor], Any], Matvec]
 Mean = Callable[[Tensor, Any], Tensor]  # the value of a batch -> its mean
 
 
-def hessian(objective: Objective, mean: Mean) -> Linearise:
+def hessian(
+    objective: Objective, mean: Mean, leaves: Sequence[Tensor], batch: Any
+) -> Matvec:
     """Reverse mode twice: the gradient with a graph, and one pass back through it."""
-
-    def linearise(leaves: Sequence[Tensor], batch: Any) -> Matvec:
-        with torch.enable_grad():
-            value = mean(objective.reduced(leaves, batch), batch)
-            slopes = gradients(value, leaves, create_graph=True)
-        _check_differentiable(slopes, value)
-        return Pullback(slopes, leaves)
-
-    return linearise
+    with torch.enable_grad():
+        value = mean(objective.reduced(leaves, batch), batch)
+        slopes = gradients(value, leaves, create_graph=True)
+    _check_differentiable(slopes, value)
+    return Pullback(slopes, leaves)
 
 
-def gauss_newton(objective: Objective, mean: Mean) -> Linearise:
+def gauss_newton(
+    objective: Objective, mean: Mean, leaves: Sequence[Tensor], batch: Any
+) -> Matvec:
     """J v by reverse mode twice, the loss' curvature in its outputs, then J^T.
 
     Forward mode would do for J v, but many kernels lack it.
     """
-
-    def linearise(leaves: Sequence[Tensor], batch: Any) -> Matvec:
-        pushforward, outputs = _pushforward(objective, leaves, batch)
-        with torch.enable_grad():
-            at = outputs.detach().requires_grad_()
-            loss = loss_of_scores(objective.loss, at)
-            value = mean(objective.loss_of(leaves, batch, at, loss), batch)
-            slope = gradients(value, [at], create_graph=True)
-        ensure_available(
-            any(part.requires_grad for part in slope),
-            "loss",
-            "curve in the model's outputs for the Gauss-Newton matrix",
-            "one that is linear in them",
-            "Move the model's last function into the loss.",
-        )
-        curvature, pullback = Pullback(slope, [at]), Pullback([outputs], leaves)
-        return lambda pieces: pullback(curvature(pushforward(pieces)))
-
-    return linearise
+    pushforward, outputs = _pushforward(objective, leaves, batch)
+    with torch.enable_grad():
+        at = outputs.detach().requires_grad_()
+        loss = loss_of_scores(objective.loss, at)
+        value = mean(objective.loss_of(leaves, batch, at, loss), batch)
+        slope = gradients(value, [at], create_graph=True)
+    ensure_available(
+        any(part.requires_grad for part in slope),
+        "loss",
+        "curve in the model's outputs for the Gauss-Newton matrix",
+        "one that is linear in them",
+        "Move the model's last function into the loss.",
+    )
+    curvature, pullback = Pullback(slope, [at]), Pullback([outputs], leaves)
+    return lambda pieces: pullback(curvature(pushforward(pieces)))
 
 
-def fisher(objective: Objective, mean: Mean, terms: FisherTerms) -> Linearise:
+def fisher(
+    objective: Objective,
+    mean: Mean,
+    terms: FisherTerms,
+    leaves: Sequence[Tensor],
+    batch: Any,
+) -> Matvec:
     """Outer products of the terms' gradients: J^T S S^T J, S_c = dl_c/dz.
 
     The loss is that of the terms: sampled targets may have another than given ones.
     """
+    pushforward, outputs = _pushforward(objective, leaves, batch)
+    with torch.enable_grad():
+        at = outputs.detach().requires_grad_()
+        value = mean(objective.loss_of(leaves, batch, at, terms.loss), batch)
+        (slope,) = gradients(value, [at])  # a_c dl_c/dz
+    weight, dims = terms.weights(at.detach(), batch[1]), terms.dims(outputs)
+    scaled = torch.where(weight > 0, slope / weight, torch.zeros_like(slope))
+    pullback = Pullback([outputs], leaves)
 
-    def linearise(leaves: Sequence[Tensor], batch: Any) -> Matvec:
-        pushforward, outputs = _pushforward(objective, leaves, batch)
-        with torch.enable_grad():
-            at = outputs.detach().requires_grad_()
-            value = mean(objective.loss_of(leaves, batch, at, terms.loss), batch)
-            (slope,) = gradients(value, [at])  # a_c dl_c/dz
-        weight, dims = terms.weights(at.detach(), batch[1]), terms.dims(outputs)
-        scaled = torch.where(weight > 0, slope / weight, torch.zeros_like(slope))
-        pullback = Pullback([outputs], leaves)
+    def apply(pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        along = slope * pushforward(pieces)[0]
+        return pullback([scaled * (along.sum(dims, keepdim=True) if dims else along)])
 
-        def apply(pieces: Sequence[Tensor]) -> Sequence[Tensor]:
-            along = slope * pushforward(pieces)[0]
-            return pullback([scaled * (along.sum(dims, keepdim=True) if dims else along)])
-
-        return apply
-
-    return linearise
+    return apply
 
 
 def _pushforward(
@@ -141,30 +140,24 @@ class Pullback:
 
     def __call__(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         """From a piece for each value to one for each leaf."""
-        return self._back(self.values, self._leaves, pieces)
-
-    def within(self, block: Sequence[int], pieces: Sequence[Tensor]) -> Sequence[Tensor]:
-        """From some of the values to the same of the leaves: a diagonal block.
-
-        Autograd walks only the part of the graph that connects them.
-        """
-        values, leaves = ([all_[i] for i in block] for all_ in (self.values, self._leaves))
-        return self._back(values, leaves, pieces)
-
-    def _back(
-        self, values: Sequence[Tensor], leaves: Sequence[Tensor], pieces: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
-        curved = [(j, value) for j, value in enumerate(values) if value.requires_grad]
+        curved = [(j, value) for j, value in enumerate(self.values) if value.requires_grad]
         if not curved:
-            return [torch.zeros_like(leaf) for leaf in leaves]
+            return [torch.zeros_like(leaf) for leaf in self._leaves]
         return torch.autograd.grad(
             [value for _, value in curved],
-            leaves,
+            self._leaves,
             [pieces[j].to(value.dtype) for j, value in curved],
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )
+
+    def within(self, block: Sequence[int]) -> Pullback:
+        """From some of the values to the same of the leaves: a diagonal block.
+
+        Autograd walks only the part of the graph that connects them.
+        """
+        return Pullback([self.values[i] for i in block], [self._leaves[i] for i in block])
 
 
 def _check_differentiable(slopes: Sequence[Tensor], value: Tensor) -> None:

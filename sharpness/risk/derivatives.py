@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,21 +88,18 @@ class Derivatives:
     def __init__(self) -> None:
         self._seen: dict[str, Comparison] = {}
 
-    def gradient(self, sample: Sampling) -> Comparison:
-        """The gradient against f. Cost: a gradient and 4 values of the sample."""
-        return self._compared("gradient", sample)
+    def of(self, what: Literal["gradient", "product"], sample: Sampling) -> Comparison:
+        """The gradient against f, or a Hessian-vector product against gradients.
 
-    def product(self, sample: Sampling) -> Comparison:
-        """Hessian-vector product against gradients. Cost: 5 gradients and a product."""
-        return self._compared("product", sample)
-
-    def _compared(self, what: str, sample: Sampling) -> Comparison:
+        Cost: a gradient and 4 values of the sample; 5 gradients and a product.
+        """
         if what not in self._seen:
-            self._seen[what] = _compared(what, sample)
+            self._seen[what] = compared(what, sample)
         return self._seen[what]
 
 
-def _compared(what: str, sample: Sampling) -> Comparison:
+def compared(what: Literal["gradient", "product"], sample: Sampling) -> Comparison:
+    """The same, seen anew: in float64 where that is possible."""
     for wide in (True, False):
         try:
             line = _Line(sample(wide))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,10 +19,13 @@ from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors
 from sharpness._results import (
+    Cost,
     DerivativeDisagreesError,
     NondeterministicRiskError,
+    Reading,
+    Result,
+    Status,
     counted,
-    html_table,
 )
 from sharpness.risk.derivatives import Comparison
 from sharpness.risk.differences import Differences
@@ -29,6 +34,7 @@ from sharpness.risk.loss_terms import is_of_values
 from sharpness.risk.model_state import batchnorm_layers, random_states
 
 OK, NOTE, FAILED = "ok", "note", "failed"
+_DISTANCES = ("symmetric", "gradient", "product", "differences")
 _NAMED = 3  # names listed before "and n more"
 
 
@@ -46,18 +52,17 @@ class CheckResult:
         return f"{self.status:<6} {self.check:<16} {self.text} {self.advice}".rstrip()
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Checkup:
-    """All findings about a risk."""
+@dataclass(frozen=True, kw_only=True)
+class Checkup(Result):
+    """All findings about a risk; its status is `failed` where one of the checks has."""
 
     findings: tuple[CheckResult, ...]
     values: tuple[float, float]  # of f, evaluated twice
-    seconds: float
 
     @property
     def ok(self) -> bool:
         """Whether no check failed."""
-        return not self._failed
+        return self.status.ok
 
     @property
     def _failed(self) -> list[CheckResult]:
@@ -67,19 +72,24 @@ class Checkup:
         """The finding of a check, by its name."""
         return next(finding for finding in self.findings if finding.check == check)
 
+    def readings(self) -> list[Reading]:
+        """A row for each check: what it measured, if anything, and what it saw."""
+        return [
+            Reading(
+                name=f.check,
+                value=math.nan if f.value is None else f.value,
+                evidence=f"{f.status}: {f.text} {f.advice}".rstrip(),
+                axis="relative distance" if f.check in _DISTANCES else "",
+            )
+            for f in self.findings
+        ]
+
     def __str__(self) -> str:
         verdict = f"{len(self._failed) or 'none'} failed"
         head = f"{len(self.findings)} checks, {verdict} ({self.seconds:.1f} s)"
         return "\n".join([head, *(f"  {finding}" for finding in self.findings)])
 
-    def __repr__(self) -> str:
-        return str(self)
-
-    def _repr_html_(self) -> str:
-        rows = [(f.check, str(f.status), f"{f.text} {f.advice}") for f in self.findings]
-        return html_table(("check", "", "finding"), rows)
-
-    def raise_for_status(self) -> Checkup:
+    def raise_for_status(self) -> Self:
         """Itself when no check failed.
 
         Raises:
@@ -127,7 +137,7 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
     values = risk.value(), risk.value()
     first, second = risk.gradient(), risk.gradient()
     hu, hv, again = risk.hvp(u), risk.hvp(v), risk.hvp(v)
-    findings = [
+    findings = (
         _finite(values[0], first),
         _deterministic(values, (first, second), (hv, again)),
         _symmetric(risk, (u, hu), (v, hv)),
@@ -138,9 +148,14 @@ def doctor(risk: EmpiricalRisk, *, seed: int = 0) -> Checkup:
         *_data(risk),
         _scale(risk),
         _untouched(risk, before),
-    ]
+    )
+    failed = any(finding.status == FAILED for finding in findings)
     return Checkup(
-        findings=tuple(findings), values=values, seconds=time.perf_counter() - began
+        findings=findings,
+        values=values,
+        status=Status.FAILED if failed else Status.COMPLETED,
+        cost=Cost(seconds=time.perf_counter() - began),
+        settings={"seed": seed},
     )
 
 
@@ -266,38 +281,38 @@ def _engine(risk: EmpiricalRisk) -> CheckResult:
 
 
 def _inventory(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[CheckResult]:
-    if norms := batchnorm_layers(risk.model):
-        text = f"{counted(len(norms), 'layer')}, on {risk.batchnorm} statistics"
-        yield CheckResult("BatchNorm", NOTE, text)
-    modules = risk.model.named_modules()
+    norms, modules = batchnorm_layers(risk.model), risk.model.named_modules()
     drops = [k for k, m in modules if isinstance(m, _DropoutNd) and m.p > 0]
-    yield from _named("dropout", "off while measuring:", drops)
-    if risk.draws_random_numbers:
-        text = "the forward pass draws random numbers: the same ones at each evaluation"
-        yield CheckResult("random draws", NOTE, text)
-    yield from _parameters(risk, gradient, hv)
-
-
-def _parameters(risk: EmpiricalRisk, gradient: Tensor, hv: Tensor) -> Iterator[CheckResult]:
-    theta, single = risk.names, dict(risk.model.named_parameters())
-    moving = zip(
-        theta, *(_tensors.split(v, risk.shapes) for v in (gradient, hv)), strict=True
+    pieces = (_tensors.split(v, risk.shapes) for v in (gradient, hv))
+    moves = {
+        name: (bool(slope.any()), bool(curve.any()))
+        for name, slope, curve in zip(risk.names, *pieces, strict=True)
+    }
+    unused, linear = (
+        [k for k, move in moves.items() if move == kind]
+        for kind in ((False, False), (True, False))
     )
-    flat = {name: (bool(slope.any()), bool(curve.any())) for name, slope, curve in moving}
-    unused = [name for name in theta if flat[name] == (False, False)]
-    yield from _named("unused", "f does not depend on", unused)
-    linear = [name for name in theta if flat[name] == (True, False)]
-    yield from _named("no curvature", "f is linear in", linear)
-    others = [name for name in single if name not in flat]
-    yield from _named("held fixed", "not in theta:", others)
+    single = dict(risk.model.named_parameters())
     every = risk.model.named_parameters(remove_duplicate=False)
     tied = [name for name, _ in every if name not in single]
-    yield from _named("tied", "counted once, under another name:", tied)
+    draws = "the forward pass draws random numbers: the same ones at each evaluation"
+    of_layers = f"{counted(len(norms), 'layer')}, on {risk.batchnorm} statistics"
+    for check, text in (
+        ("BatchNorm", of_layers if norms else ""),
+        ("dropout", _listed("off while measuring:", drops)),
+        ("random draws", draws if risk.draws_random_numbers else ""),
+        ("unused", _listed("f does not depend on", unused)),
+        ("no curvature", _listed("f is linear in", linear)),
+        ("held fixed", _listed("not in theta:", [k for k in single if k not in moves])),
+        ("tied", _listed("counted once, under another name:", tied)),
+    ):
+        if text:
+            yield CheckResult(check, NOTE, text)
 
 
-def _named(check: str, text: str, names: list[str]) -> Iterator[CheckResult]:
-    if names:
-        yield CheckResult(check, NOTE, f"{text} {_some(names)}")
+def _listed(text: str, names: list[str]) -> str:
+    """The text with the names; empty where there is none."""
+    return f"{text} {_some(names)}" if names else ""
 
 
 def _data(risk: EmpiricalRisk) -> Iterator[CheckResult]:
@@ -367,13 +382,8 @@ def _fail_once(risk: EmpiricalRisk) -> None:
         raise _DeliberateError
 
     *_, last = risk.model.modules()
-    hook = last.register_forward_hook(fail)
-    try:
+    with last.register_forward_hook(fail), suppress(_DeliberateError):
         risk.value_and_gradient()
-    except _DeliberateError:
-        pass
-    finally:
-        hook.remove()
 
 
 class _DeliberateError(Exception):

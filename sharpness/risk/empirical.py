@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from functools import cached_property, partial, wraps
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
@@ -17,27 +17,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from sharpness import _tensors
 from sharpness._arguments import ensure, is_whole, require, whole, whole_seed
 from sharpness._results import DerivativeDisagreesError, ensure_available
 from sharpness.risk import batch_dependence, batches, files, intake
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix, Pullback
-from sharpness.risk.derivatives import Comparison, Derivatives, Sample
+from sharpness.risk.derivatives import Comparison, Derivatives, compared
 from sharpness.risk.kept_graph import KeptGraph
 from sharpness.risk.loss_terms import keyword
+from sharpness.risk.mean_loss import BatchNorm, MeanLoss, exact_arithmetic
 from sharpness.risk.model_state import (
     batchnorm_layers,
     convolves,
     deep_copy,
-    evaluation,
     is_recurrent,
-    no_layers_computed_again,
     original,
-    true_float32,
     unwrapped,
 )
-from sharpness.risk.objective import Objective, gradients
+from sharpness.risk.objective import Objective
 from sharpness.risk.plan import Plan, asked_engine
 from sharpness.risk.points import Point, Points
 from sharpness.risk.products import Products, Task, rounding
@@ -46,11 +43,9 @@ from sharpness.risk.sample_gradients import SampleGradients, Unit
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-BatchNorm = Literal["running", "batch", "recalibrated"]
 MATRICES: tuple[str, ...] = get_args(Matrix)
 _Computed = TypeVar("_Computed")
 _Asked = ParamSpec("_Asked")
-_FEWEST_CHECKED = 32  # samples on which derivatives are compared with differences
 
 
 def _fitting(
@@ -65,8 +60,11 @@ def _fitting(
     ) -> _Computed:
         while True:
             try:
-                given = risk._mean.given
-                with risk._exact_arithmetic(), intake.explained(risk._objective, given):
+                given = risk._f.mean.given
+                with (
+                    exact_arithmetic(risk.device, risk.tf32),
+                    intake.explained(risk._objective, given),
+                ):
                     return evaluate(risk, *args, **kwargs)
             except torch.OutOfMemoryError as error:
                 trouble = str(error).split(". ")[0]
@@ -226,14 +224,14 @@ class EmpiricalRisk:
         given = intake.batches_of(
             data, self.device, pairs=closure is None, num_samples=num_samples
         )
-        with self._exact_arithmetic():
+        with exact_arithmetic(self.device, tf32):
             if closure is None:
                 most = batch_dependence.num_few(chunk_size)
                 given, changes = intake.fitted(self._objective, given, batchnorm, most)
             else:
                 changes = intake.closure_notes(self._objective, given, batchnorm)
             self.notes += changes
-            self._mean = ChunkedMean(
+            mean = ChunkedMean(
                 self._objective,
                 given,
                 terms=terms,
@@ -241,7 +239,8 @@ class EmpiricalRisk:
                 batchnorm_batch=batchnorm_batch,
                 chunk_size=chunk_size,
             )
-        self.notes += self._mean.notes
+        self.notes += mean.notes
+        self._f = MeanLoss(self._objective, mean, batchnorm, batchnorm_batch, tf32)
         self._again: dict[str, Any] = {  # what another risk like this one is built with
             "loss": loss,
             "closure": closure,
@@ -261,8 +260,11 @@ class EmpiricalRisk:
         self._gradient: Tensor | None = None
         self._value: float | None = None  # at theta, once it is known
         self._derivatives = Derivatives() if check else None
-        if batchnorm == "recalibrated":
-            self._objective.fixed |= self._statistics(self._pieces(None))
+        self._f.estimate_statistics()
+
+    @property
+    def _mean(self) -> ChunkedMean:
+        return self._f.mean
 
     # -- what it is ------------------------------------------------------------------
 
@@ -323,8 +325,8 @@ class EmpiricalRisk:
         if not self.has_outputs:
             return False
         inputs, targets = self._mean.first(2)
-        with self._evaluating(None), torch.no_grad():
-            outputs = self._objective.outputs(self._pieces(None), (inputs, targets))
+        with self._f.evaluating(), torch.no_grad():
+            outputs = self._objective.outputs(self._f.pieces(None), (inputs, targets))
         of_classes = _are_classes(outputs, targets)
         return of_classes and bool((self.targets < outputs.shape[1]).all())
 
@@ -332,7 +334,7 @@ class EmpiricalRisk:
     def draws_random_numbers(self) -> bool:
         """Whether a forward pass draws some, the same at each. Cost: one of a batch."""
         leaves = self._objective.leaves(self.theta)
-        with self._evaluating(None):
+        with self._f.evaluating():
             return batch_dependence.draws(
                 self._objective, leaves, self._mean.counted[0].batch
             )[1]
@@ -387,11 +389,9 @@ class EmpiricalRisk:
     @_fitting
     def value(self, theta: Tensor | None = None) -> float:
         """The risk at `theta` (n,), by default the model's own. Cost: one forward pass."""
-        closed = not self.has_outputs  # a closure may differentiate the model
-        leaves = [piece.requires_grad_(closed) for piece in self._pieces(theta)]
-        with self._evaluating(theta), torch.set_grad_enabled(closed):
-            parts = [part.detach().double() for part in self._mean.shares(leaves)]
-        return self._seen(theta, float(torch.stack(parts).sum()))
+        value = self._f.value(theta)
+        self._value = value if theta is None else self._value
+        return value
 
     @_fitting
     def values(self, thetas: Tensor, at_once: int = 1) -> tuple[Tensor, Tensor]:
@@ -435,20 +435,15 @@ class EmpiricalRisk:
         """At once; nothing where that does not work."""
         if len(thetas) == 1 or not self._take_together:
             return []
-        with self._evaluating(None), torch.no_grad():
-            found = points.at_several([self._pieces(theta) for theta in thetas])
+        with self._f.evaluating(), torch.no_grad():
+            found = points.at_several([self._f.pieces(theta) for theta in thetas])
         return [found] if found else []
 
     def _one(self, points: Points, theta: Tensor) -> Point:
         closed = not self.has_outputs  # a closure may differentiate the model
-        leaves = [piece.requires_grad_(closed) for piece in self._pieces(theta)]
-        with self._evaluating(theta), torch.set_grad_enabled(closed):
+        leaves = [piece.requires_grad_(closed) for piece in self._f.pieces(theta)]
+        with self._f.evaluating(theta), torch.set_grad_enabled(closed):
             return points.at(leaves)
-
-    def _seen(self, theta: Tensor | None, value: float) -> float:
-        if theta is None:
-            self._value = value
-        return value
 
     def gradient(
         self, theta: Tensor | None = None, *, freeze_batchnorm: bool = False
@@ -462,9 +457,9 @@ class EmpiricalRisk:
                 the plain one with `batchnorm="recalibrated"` alone.
         """
         risk = self
-        if freeze_batchnorm and self.batchnorm == "recalibrated":
+        if freeze_batchnorm:
             risk = copy.copy(self)
-            risk.batchnorm = "running"
+            risk._f = self._f.frozen()
         return risk.value_and_gradient(theta)[1]
 
     @_fitting
@@ -476,15 +471,9 @@ class EmpiricalRisk:
                 constructor gives it all the same).
         """
         self._require_gradient_of_f()
-        leaves = [piece.requires_grad_() for piece in self._pieces(theta)]
-        parts, gradient = [], torch.zeros_like(self.theta)
-        with self._evaluating(theta), torch.enable_grad():
-            for share in self._mean.shares(leaves):
-                with no_layers_computed_again(self.model):
-                    pieces = gradients(share, leaves)
-                gradient += _tensors.flatten(g.to(self.dtype) for g in pieces)
-                parts.append(share.detach().double())
-        return self._seen(theta, float(torch.stack(parts).sum())), gradient
+        value, gradient = self._f.value_and_gradient(theta)
+        self._value = value if theta is None else self._value
+        return value, gradient
 
     def hvp(self, v: Tensor) -> Tensor:
         """Hessian of f times `v`: (n,) -> (n,), or (b, n) -> (b, n), row by row.
@@ -578,7 +567,7 @@ class EmpiricalRisk:
         Cost: that of a gradient and a product, in one go where the data are one chunk.
         """
         self._require_gradient_of_f()
-        if self.engine != "differences" and not self._doubt():
+        if self.engine != "differences" and not self._doubt_of_product():
             with suppress(NotImplementedError):
                 return self._exact_gradient_and_product()
         slope = self.gradient()
@@ -659,14 +648,14 @@ class EmpiricalRisk:
             str(places[~inside].tolist()[:1]) if len(places) else "none",
             "They count from 0 and may repeat.",
         )
-        return self._with(_mean=self._mean.subset(places))
+        return self._with(_f=self._f.of(self._mean.subset(places)))
 
     def parts(self) -> list[EmpiricalRisk]:
         """The means over what is evaluated at once: batches, BatchNorm parts, or chunks.
 
         Weighted by their terms they add up to f.
         """
-        return [self._with(_mean=part) for part in self._mean.parts()]
+        return [self._with(_f=self._f.of(part)) for part in self._mean.parts()]
 
     def unchecked(self) -> EmpiricalRisk:
         """The same risk with `check=False`: its derivatives as they come."""
@@ -709,12 +698,7 @@ class EmpiricalRisk:
             "Use `parts()`.",
         )
         mean = self._mean.subset(torch.as_tensor(index, device=self.device))
-        return SampleGradients(self._objective, mean, self._of_samples, unit)
-
-    @contextmanager
-    def _of_samples(self) -> Iterator[None]:
-        with self._exact_arithmetic(), self._evaluating(None):
-            yield
+        return SampleGradients(self._f.of(mean), unit)
 
     def double(self) -> EmpiricalRisk:
         """The same risk at the same theta, computed in float64 throughout.
@@ -726,16 +710,13 @@ class EmpiricalRisk:
         Cost: nothing yet; passes take about twice as long on a CPU, and up to 64 times on
         GPUs made for games.
         """
-        wide = self._objective.double()
-        other = self._with(_objective=wide, theta=wide.theta, _mean=self._mean.of(wide))
-        if other.batchnorm == "recalibrated":
-            other._objective.fixed |= other._statistics(other._pieces(None))
-        return other
+        wide = self._f.double()
+        return self._with(_f=wide, _objective=wide.objective, theta=wide.objective.theta)
 
     def network(self) -> nn.Module:
         """A copy of the model with the parameters and buffers that are measured."""
         copied = deep_copy(self.model)
-        state = dict(zip(self.names, self._pieces(None), strict=True))
+        state = dict(zip(self.names, self._f.pieces(None), strict=True))
         state |= {k.removeprefix("model."): v for k, v in self._objective.fixed.items()}
         for name, tensor in (*copied.named_parameters(), *copied.named_buffers()):
             tensor.data = state[name].clone()
@@ -817,9 +798,7 @@ class EmpiricalRisk:
             TypeError: the risk was built from a closure, which hides the outputs.
         """
         self._refuse_closure("outputs")
-        leaves = self._pieces(theta)
-        with self._evaluating(theta), torch.no_grad():
-            parts = [self._objective.outputs(leaves, batch) for batch in self.batches]
+        parts = self._f.outputs(theta)
         ensure(
             all(isinstance(part, Tensor) for part in parts),
             "model",
@@ -874,57 +853,33 @@ class EmpiricalRisk:
 
     # -- inside ----------------------------------------------------------------------
 
-    def _sample(self, wide: bool) -> Sample:
-        """A few rows of it, in float64 if asked for; BatchNorm's statistics held."""
-        if wide and not self._mean.fits_in_float64():
-            raise MemoryError("A batch that is whole does not fit in float64.")
-        part = self.unchecked()
-        if part.batchnorm == "recalibrated":
-            part.batchnorm = "running"
-        part._mean = self._mean.sample(max(_FEWEST_CHECKED, self.num_samples // 100))
-        part = part.double() if wide else part
-
-        eps = max(torch.finfo(dtype).eps for dtype in part._objective.dtypes)
-        kind = type(self)  # a method that was replaced on this risk would evaluate this one
-        return Sample(
-            part.theta,
-            part.shapes,
-            eps,
-            partial(kind.value, part),
-            partial(kind.value_and_gradient, part),
-            partial(kind._exact_product, part),
-        )
-
     @_fitting
-    def _exact_product(self, theta: Tensor, v: Tensor) -> Tensor:
-        work = self._mean.of(self._objective.moved(theta)).work("hessian", 0)
-        return KeptGraph(work, 0)(v)
-
     def beside_differences(self) -> tuple[Comparison, Comparison]:
         """The gradient beside differences of f, a product beside those of gradients.
 
         Seen anew, as by `check=True`. Cost: about eleven gradients of a few rows.
         """
-        seen = Derivatives()
-        return seen.gradient(self._sample), seen.product(self._sample)
+        return compared("gradient", self._f.sample), compared("product", self._f.sample)
 
     def _require_gradient_of_f(self) -> None:
-        if self._derivatives is not None:
-            slope = self._derivatives.gradient(self._sample)
-            if slope.disagrees:
-                self._note(f"gradient disagrees with f: a slope of {slope}")
-                raise DerivativeDisagreesError("model", f"a slope of {slope}")
+        if doubt := self._doubt("gradient", "a slope of"):
+            self._note(f"gradient disagrees with f: {doubt}")
+            raise DerivativeDisagreesError("model", doubt)
 
-    def _doubt(self) -> str:
+    def _doubt_of_product(self) -> str:
         """Why the graph's product is not the Hessian's, where differences say so."""
-        if self._derivatives is None or self.engine == "differences":
-            return ""
-        product = self._derivatives.product(self._sample)
-        if not product.disagrees:
-            return ""
-        doubt = f"a product of norm {product}"
-        self._note(f"second derivative disagrees with gradients: {doubt}")
+        wanted = self.engine != "differences"
+        doubt = self._doubt("product", "a product of norm") if wanted else ""
+        if doubt:
+            self._note(f"second derivative disagrees with gradients: {doubt}")
         return doubt
+
+    def _doubt(self, what: Literal["gradient", "product"], words: str) -> str:
+        """A derivative beside differences, in words, where it is not that of f."""
+        if self._derivatives is None:
+            return ""
+        seen = self._derivatives.of(what, self._f.sample)
+        return f"{words} {seen}" if seen.disagrees else ""
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -935,25 +890,6 @@ class EmpiricalRisk:
         if self._derivatives is None:
             return True
         return math.isfinite(self.value() if self._value is None else self._value)
-
-    def _pieces(self, theta: Tensor | None) -> list[Tensor]:
-        """`theta` as separate tensors, none of which shares a graph with another."""
-        theta = self.theta if theta is None else theta
-        theta = _tensors.flat_like(theta, self.names, self.shapes)
-        return self._objective.pieces(theta.to(self.device))
-
-    @contextmanager
-    def _evaluating(self, theta: Tensor | None) -> Iterator[None]:
-        """Evaluation as `batchnorm` says, with the statistics of `theta`."""
-        moved = self.batchnorm == "recalibrated" and theta is not None
-        buffers = self._statistics(self._pieces(theta)) if moved else {}
-        with self._objective.holding(buffers), evaluation(self.model, self.batchnorm):
-            yield
-
-    def _statistics(self, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
-        parts = self._mean.statistics_parts(self.batchnorm_batch)
-        with evaluation(self.model, "estimating"):
-            return self._objective.estimated_statistics(leaves, parts)
 
     def _products_of(self, matrix: str, num_products: int) -> Products:
         contract = f"be one of {', '.join(MATRICES)}"
@@ -974,7 +910,7 @@ class EmpiricalRisk:
             chunk_size=self.chunk_size,
             budget=self._mean.budget,
             asked=self.engine,
-            doubt=self._doubt() if matrix == "hessian" else "",
+            doubt=self._doubt_of_product() if matrix == "hessian" else "",
             compiling_seldom_pays=is_recurrent(self.model) or convolves(self.model),
         )
 
@@ -983,15 +919,6 @@ class EmpiricalRisk:
         self._mean.halve(trouble)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    @contextmanager
-    def _exact_arithmetic(self) -> Iterator[None]:
-        # An autocast around the call would reach into backward passes.
-        with (
-            torch.autocast(self.device.type, enabled=False),
-            nullcontext() if self.tf32 else true_float32(),
-        ):
-            yield
 
     def _refuse_closure(self, what: str) -> None:
         ensure_available(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class Footprints:
     def of(self, batch: Any) -> Footprint:
         """Of the Hessian's product; of the gradient, where there is no second."""
         try:
-            return self.predicted(curvature.hessian(self.objective, self.mean), batch)
+            hessian = partial(curvature.hessian, self.objective, self.mean)
+            return self.predicted(hessian, batch)
         except (RuntimeError, NotImplementedError):
             return self.predicted(self._gradient_only, batch)
 

@@ -97,7 +97,7 @@ class KeptGraph:
         self, apply: Matvec, block: Block, pieces: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         if isinstance(apply, Pullback):
-            return apply.within(block, pieces)
+            return apply.within(block)(pieces)
         padded = [torch.zeros_like(leaf) for leaf in self._work.leaves]
         for i, piece in zip(block, pieces, strict=True):
             padded[i] = piece

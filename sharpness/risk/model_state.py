@@ -118,11 +118,8 @@ def no_layers_computed_again(model: nn.Module) -> Iterator[None]:
                 "Switch it off: `chunk_size` bounds the memory here."
             )
 
-    hook = register_module_forward_pre_hook(refuse)
-    try:
+    with register_module_forward_pre_hook(refuse):
         yield
-    finally:
-        hook.remove()
 
 
 def original(loss: Any) -> tuple[Any, list[str]]:

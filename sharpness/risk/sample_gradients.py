@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,9 +13,9 @@ from torch.utils._pytree import tree_map
 from sharpness import _tensors
 from sharpness._results import ensure_available
 from sharpness.risk import batches
-from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.loss_terms import is_class_loss, keyword
-from sharpness.risk.objective import Objective, gradients
+from sharpness.risk.mean_loss import MeanLoss, exact_arithmetic
+from sharpness.risk.objective import gradients
 
 Unit = Literal["sample", "term"]
 # Of one block, beside which vmap holds about two more: small enough for any machine, and
@@ -26,23 +25,16 @@ _UNCUT = 32  # rows at once where nothing was learnt about the memory of a chunk
 
 
 class SampleGradients:
-    """Iterable over blocks (b, n) of the gradients g_i, whose mean is that of `mean`.
+    """Iterable over blocks (b, n) of the gradients g_i, whose mean is that of f.
 
     Args:
-        objective: what is evaluated.
-        mean: over the samples that are asked for, in their order.
-        evaluating: the state of model and arithmetic that each evaluation needs.
+        f: the mean over the samples that are asked for, in their order.
         unit: what has a gradient of its own: a sample, or one of its class numbers.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        mean: ChunkedMean,
-        evaluating: Callable[[], AbstractContextManager[None]],
-        unit: Unit,
-    ) -> None:
-        self._objective, self._mean, self._evaluating = objective, mean, evaluating
+    def __init__(self, f: MeanLoss, unit: Unit) -> None:
+        self._f, self._objective, self._mean = f, f.objective, f.mean
+        objective, mean = f.objective, f.mean
         self._at_once = True  # until vmap is seen to fail
         self._unit, self._num = unit, mean.num_samples
         self._ignored = int(keyword(objective.loss, "ignore_index", -100))
@@ -96,7 +88,8 @@ class SampleGradients:
         scales = [self._num * self._mean.weight_of(row) for row in rows]
         some = [i for i, scale in enumerate(scales) if scale]  # others may be 0 / 0
         found = torch.zeros(num, len(theta), dtype=theta.dtype, device=theta.device)
-        with self._evaluating(), torch.enable_grad():
+        exact = exact_arithmetic(theta.device, self._f.tf32)
+        with exact, self._f.evaluating(), torch.enable_grad():
             if self._at_once and len(some) > 1:
                 places = torch.tensor(some, device=theta.device)
                 weights = torch.tensor(scales, dtype=theta.dtype, device=theta.device)[
