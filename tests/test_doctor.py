@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import sharpness as sh
+from sharpness._results import Status
 from sharpness.results import Checkup
 
 QUIET = {
@@ -45,6 +46,23 @@ def test_a_plain_model_passes_every_check_and_has_nothing_to_note():
     assert found.ok
     assert found.raise_for_status() is found
     assert "9 checks, none failed" in str(found)
+
+
+def test_a_checkup_is_a_result_like_any_other(tmp_path):
+    found = checkup_of(lambda h: torch.tanh(h).detach(), engine="kept_graph")
+    assert found.status is Status.FAILED
+    assert not found.status.ok
+    assert found.settings == {"seed": 0}
+    assert found.seconds > 0
+    rows = {row.name: row for row in found.readings()}
+    assert list(rows) == [finding.check for finding in found.findings]
+    assert rows["finite"].value == found.values[0]
+    assert rows["gradient"].evidence.startswith("failed: a slope of")
+    assert list(found.to_frame()["name"]) == list(rows)
+    assert "<td>untouched</td>" in found._repr_html_()
+    found.save(tmp_path / "checkup")
+    assert str(sh.load_result(tmp_path / "checkup")) == str(found)
+    assert found.plot().axes
 
 
 def test_a_model_that_varies_from_call_to_call_is_named_and_raised():
