@@ -146,10 +146,14 @@ def _state_in(
     several = several or ({"": there} if _is_state(there) else dict(_inner(there)))
     several = several or {"": there}
     if asked is None:
-        names = ", ".join(several)
-        advice = f"Say which: --state {next(iter(several))}."
-        ensure(len(several) == 1, path, "hold one state_dict", f"several: {names}", advice)
-        chosen = next(iter(several.values()))
+        first, chosen = next(iter(several.items()))
+        ensure(
+            len(several) == 1,
+            path,
+            "hold one state_dict",
+            f"several: {', '.join(several)}",
+            f"Say which: --state {first}.",
+        )
     else:
         chosen = there
         for part in asked.split("."):
@@ -157,17 +161,26 @@ def _state_in(
         got = f"{asked!r}, which it has not (it has {', '.join(map(str, there))})"
         ensure(_is_state(chosen), "--state", f"name a state_dict of {path}", got)
     narrow = next((str(k) for k, v in chosen.items() if _is_quantised(str(k), v)), None)
-    advice = "Save the network it was quantised from."
-    got = f"quantised ones, first {narrow}"
-    ensure(narrow is None, path, "hold floating-point tensors", got, advice)
+    ensure(
+        narrow is None,
+        path,
+        "hold floating-point tensors",
+        f"quantised ones, first {narrow}",
+        "Save the network it was quantised from.",
+    )
     state = {str(k): v.to_dense() for k, v in chosen.items() if isinstance(v, Tensor)}
     absent = next((name for name, value in state.items() if value.is_meta), None)
     got = f"none, on the device 'meta', first {absent}"
     ensure(absent is None, path, "hold values", got, "Save it once it is materialised.")
     if unread and not state:
         raise _pickled(path, unread[0])
-    advice = "Save `model.state_dict()`, alone or under the name 'state_dict'."
-    ensure(bool(state), path, "hold a state_dict", _described(facts), advice)
+    ensure(
+        bool(state),
+        path,
+        "hold a state_dict",
+        _described(facts),
+        "Save `model.state_dict()`, alone or under the name 'state_dict'.",
+    )
     return state
 
 
@@ -226,16 +239,22 @@ def weights_of(path: str | Path) -> Path:
     if other:
         ensure(False, path, "hold one state_dict", *other)
     held = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    got = f"a folder that holds {held or 'nothing'}, {'several' if files else 'no weights'}"
-    ensure(len(found) == 1, path, "be a checkpoint", got, "Name the file.")
+    ensure(
+        len(found) == 1,
+        path,
+        "be a checkpoint",
+        f"a folder that holds {held or 'nothing'}, {'several' if files else 'no weights'}",
+        "Name the file.",
+    )
     return place / found[0]
 
 
 def _read_index(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of all files that an index names, beside it; their digest."""
     check_file(path)
-    contract = 'be an index with a "weight_map" of files beside it'
-    with explained(path, contract, "something else"):
+    with explained(
+        path, 'be an index with a "weight_map" of files beside it', "something else"
+    ):
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
         if outside:
@@ -358,11 +377,20 @@ def _check_facts(path: Path, facts: Any) -> None:
         "`sharpness.EmpiricalRisk(model, loss, data)`."
     )
     ours = "be a checkpoint written by sharpness"
-    native = isinstance(facts, dict) and facts.get("format") == FORMAT
-    ensure(native, path, ours, _described(facts), advice)
-    reader = "Read it with the version of sharpness that wrote it."
-    schema = facts.get("schema")
-    ensure(schema == SCHEMA, path, f"have schema {SCHEMA}", str(schema), reader)
+    ensure(
+        isinstance(facts, dict) and facts.get("format") == FORMAT,
+        path,
+        ours,
+        _described(facts),
+        advice,
+    )
+    ensure(
+        facts.get("schema") == SCHEMA,
+        path,
+        f"have schema {SCHEMA}",
+        str(facts.get("schema")),
+        "Read it with the version of sharpness that wrote it.",
+    )
     missing = [name for name in FIELDS if name not in facts]
     ensure(not missing, path, ours, f"one without {', '.join(missing)}", advice)
 
@@ -374,8 +402,9 @@ def _described(facts: Any) -> str:
 
 def _safetensors_content(path: Path, facts: dict[str, Any]) -> bytes:
     tensors: dict[str, Tensor] = {}
-    header = {FORMAT: json.dumps(_without_tensors(facts, tensors))}
-    return safetensors.torch.save(tensors, metadata=header)
+    return safetensors.torch.save(
+        tensors, metadata={FORMAT: json.dumps(_without_tensors(facts, tensors))}
+    )
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -83,11 +83,6 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
-def _smallest_sign_flip(num: int) -> float:
-    """2^-n while all patterns are tried; one of 10 000 beyond."""
-    return 0.5**num if num <= 13 else 1e-4
-
-
 def mean_and_sd(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and sample standard deviation (NaN for one value)."""
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
@@ -286,17 +281,16 @@ class ReadingComparison:
 
     @property
     def _words(self) -> str:
+        side = "larger" if self.num_larger else "smaller"  # where all pairs agree
         if self.num_pairs == 1:
             if self.beyond_error is False or self.first == self.second:
                 return "the same was found" if self.bound else "within the errors"
-            side = "larger" if self.num_larger else "smaller"
             known = "" if self.beyond_error else " (no error known)"
             return f"second {side}{', bounds have no order' if self.bound else known}"
-        if self.num_pairs == 2 and 2 in (self.num_larger, self.num_smaller):
-            side = "larger" if self.num_larger else "smaller"
-            return f"second {side} in both pairs, too few to test"
         if self.num_pairs == 2:
-            return "no difference shown"
+            agree = 2 in (self.num_larger, self.num_smaller)
+            told = f"second {side} in both pairs, too few to test"
+            return told if agree else "no difference shown"
         is_larger, shown = self.p_value < 0.5, min(self.p_value, 1 - self.p_value) < LEVEL
         if math.isnan(self.p_value):
             is_larger = self.num_larger == self.num_pairs
@@ -350,8 +344,13 @@ def compare_readings(
         a, b = ([r[name]["value"] for r in group] for group in (first, second))
         if any(value is None or not math.isfinite(value) for value in (*a, *b)):
             continue
-        errors = [r[name].get("error") for r in (first[0], second[0])]
-        row = _compared(name, np.array(a, float), np.array(b, float), errors, gaps)
+        row = _compared(
+            name,
+            np.array(a, float),
+            np.array(b, float),
+            [r[name].get("error") for r in (first[0], second[0])],
+            gaps,
+        )
         found.append(replace(row, bound=first[0][name].get("bound", "")))
     return found
 
@@ -384,7 +383,7 @@ def _compared(
         effect_size=math.nan if constant else mean / sd,
         p_value=paired_t(differences),
         sign_flip_p=sign_flip(differences),
-        sign_flip_smallest=_smallest_sign_flip(num),
+        sign_flip_smallest=0.5**num if num <= 13 else 1e-4,  # as `sign_flip` tries them
         beyond_error=beyond,
         kendall_tau=tau,
         kendall_p=tau_p,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -16,16 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from sharpness import _tensors
-from sharpness._arguments import is_whole, known, positive, whole
+from sharpness._arguments import ensure, is_whole, known, package, positive, whole
 from sharpness._json import as_plain
 from sharpness._results import Cost, NotAvailableError, Reading, Result, Status, counted
 from sharpness._saving import restored
 from sharpness.measures.batch_sharpness import batch_sharpness
-from sharpness.measures.eigenvalues import (
-    HessianEigenpairs,
-    check_confidence,
-    eigenpairs,
-)
+from sharpness.measures.eigenvalues import check_confidence, eigenpairs
 from sharpness.measures.epsilon import epsilon_sharpness
 from sharpness.measures.gradient_noise import GradientNoise, gradient_noise
 from sharpness.measures.preconditioner import adam_preconditioner
@@ -50,8 +47,13 @@ class TrackedValue(Result):
 
     def _rows(self) -> Iterable[Reading]:
         bound = "≥" if self.error is None else ""
-        unit = "%" if "epsilon" in self.settings else ""
-        yield Reading(name="", value=self.value, error=self.error, bound=bound, unit=unit)
+        yield Reading(
+            name="",
+            value=self.value,
+            error=self.error,
+            bound=bound,
+            unit="%" if "epsilon" in self.settings else "",
+        )
 
     def __str__(self) -> str:
         (row,) = self._rows()
@@ -454,11 +456,13 @@ class SharpnessTracker:
                 "Leave it out where there is none."
             )
         preconditioned = "lambda_max_preconditioned" in self._measures
-        if preconditioned and not isinstance(inner, Adam | AdamW | NAdam):
-            raise ValueError(
-                "`optimizer` must be Adam, AdamW or NAdam for 'lambda_max_preconditioned'; "
-                f"got {type(inner).__name__}. Track 'lambda_max' instead."
-            )
+        ensure(
+            not preconditioned or isinstance(inner, Adam | AdamW | NAdam),
+            "optimizer",
+            "be Adam, AdamW or NAdam for 'lambda_max_preconditioned'",
+            type(inner).__name__,
+            "Track 'lambda_max' instead.",
+        )
         return inner
 
     def _values(self, risk: EmpiricalRisk, loss: float) -> dict[str, Any]:
@@ -471,41 +475,42 @@ class SharpnessTracker:
                     break
         return found
 
-    def _phi(self, risk: EmpiricalRisk) -> TrackedValue:
-        try:
-            found = epsilon_sharpness(
-                risk, self._epsilon, solver="lbfgsb", seed=self._seed, progress=False
-            )
-        except NotAvailableError:  # f <= -1, which no training should end for
-            return replace(_NON_FINITE, status=Status.NOT_AVAILABLE)
-        return _tracked(found, found.phi, None)
-
     def _thresholds(self) -> dict[str, float]:
-        found = stability_thresholds(self._optimizer)
-        if "batch_sharpness" in self._measures:
-            found = found | batch_thresholds(self._optimizer)
-        return found
-
-    def _of_noise(self, name: str, risk: EmpiricalRisk) -> TrackedValue:
-        draws: dict[str, Any] = {
-            "seed": _tensors.mixed(self._seed, self.num_updates),
-            "progress": False,
-        }
-        try:
-            if name == "noise_scale":
-                found = gradient_noise(risk, optimizer=self._optimizer, **draws)
-                return _of_noise_scale(found)
-            size = self._batch_size if risk.can_be_cut else None
-            found = batch_sharpness(risk, size, _NUM_BATCHES, **draws)
-        except NotAvailableError:  # which no training should end for
-            return replace(_NON_FINITE, status=Status.NOT_AVAILABLE)
-        return _tracked(found, found.value, found.standard_error)
+        wanted = "batch_sharpness" in self._measures
+        of_batches = batch_thresholds(self._optimizer) if wanted else {}
+        return stability_thresholds(self._optimizer) | of_batches
 
     def _value(self, name: str, risk: EmpiricalRisk) -> TrackedValue | None:
-        if name == "phi":
-            return self._phi(risk)
-        if name in ("batch_sharpness", "noise_scale"):
-            return self._of_noise(name, risk)
+        # Another draw at each point, also where nothing has moved.
+        seed = _tensors.mixed(self._seed, self.num_updates)
+        if name.startswith("lambda_max"):
+            return self._lambda_max(name, risk, seed)
+        try:
+            match name:
+                case "phi":
+                    rise = epsilon_sharpness(
+                        risk,
+                        self._epsilon,
+                        solver="lbfgsb",
+                        seed=self._seed,
+                        progress=False,
+                    )
+                    return _tracked(rise, rise.phi, None)
+                case "batch_sharpness":
+                    size = self._batch_size if risk.can_be_cut else None
+                    found = batch_sharpness(
+                        risk, size, _NUM_BATCHES, seed=seed, progress=False
+                    )
+                    return _tracked(found, found.value, found.standard_error)
+                case _:
+                    noise = gradient_noise(
+                        risk, optimizer=self._optimizer, seed=seed, progress=False
+                    )
+                    return _of_noise(noise)
+        except NotAvailableError:  # f <= -1, say, which no training should end for
+            return replace(_NON_FINITE, status=Status.NOT_AVAILABLE)
+
+    def _lambda_max(self, name: str, risk: EmpiricalRisk, seed: int) -> TrackedValue | None:
         preconditioner = None
         if name == "lambda_max_preconditioned":
             state = _named_state(self._optimizer, risk.model)
@@ -519,15 +524,16 @@ class SharpnessTracker:
             preconditioner=preconditioner,
             tol=self._tol,
             confidence=self._confidence,
-            # Another draw at each point, also where nothing has moved.
-            seed=_tensors.mixed(self._seed, self.num_updates),
+            seed=seed,
             # Freezing or thawing a layer changes what theta is.
             v0=last if last is not None and last.shape[1] == risk.n else None,
             progress=False,
         )
         if len(pairs.eigenvectors):
             self._eigenvectors[name] = pairs.eigenvectors.clone()  # not the whole basis
-        return _of_pairs(pairs)
+        bounds = pairs.error_bounds
+        error = float(bounds[0]) if len(bounds) else math.nan
+        return _tracked(pairs, pairs.lambda_max, error)
 
 
 def stability_thresholds(optimizer: Optimizer | None) -> dict[str, float]:
@@ -646,12 +652,7 @@ def _tracked(found: Result, value: float, error: float | None) -> TrackedValue:
     )
 
 
-def _of_pairs(pairs: HessianEigenpairs) -> TrackedValue:
-    bounds = pairs.error_bounds
-    return _tracked(pairs, pairs.lambda_max, float(bounds[0]) if len(bounds) else math.nan)
-
-
-def _of_noise_scale(found: GradientNoise) -> TrackedValue:
+def _of_noise(found: GradientNoise) -> TrackedValue:
     low, high = found.interval
     if high is None:
         return _tracked(found, low, None)
@@ -681,13 +682,7 @@ def _selected(measures: str | Sequence[str]) -> list[str]:
 
 def _imported(name: str, *modules: str) -> Any:
     """A class from the first of these modules that is installed."""
-    for module in modules:
-        try:
+    for module in modules[:-1]:
+        with suppress(ModuleNotFoundError):
             return getattr(import_module(module), name)
-        except ModuleNotFoundError:
-            continue
-    package = modules[0].split(".")[0]
-    raise ImportError(
-        f"`{package}_callback` must find {' or '.join(modules)}; got no such module. "
-        f"Run `pip install {package}`."
-    )
+    return getattr(package(modules[-1], modules[0].partition(".")[0]), name)

@@ -93,8 +93,13 @@ def _train(options: Any) -> int:
     )
     folder = Path(options.output or _default_folder(options))
     for start in filter(None, (options.start_from or "").split(",")):
-        got, advice = f"{start}, no such file", "A run keeps some with --keep-every."
-        ensure(Path(start).is_file(), "--start-from", "be a checkpoint file", got, advice)
+        ensure(
+            Path(start).is_file(),
+            "--start-from",
+            "be a checkpoint file",
+            f"{start}, no such file",
+            "A run keeps some with --keep-every.",
+        )
     following = None
     if options.track is not None:
         following = Following(measures=options.track, every=options.track_every)
@@ -180,8 +185,12 @@ def _batch_sizes(text: str | None, regime: Regime, num_train: int) -> dict[str, 
     text = text or str(regime.batch_size or "small,large")
     contract = f"be 'small', 'large' or a whole number from 1 to {num_train}"
     for part in text.split(","):
-        sound = part in sizes or (part.isdecimal() and 1 <= int(part) <= num_train)
-        ensure(sound, "--batch-size", f"{contract} (the training set)", repr(part))
+        ensure(
+            part in sizes or (part.isdecimal() and 1 <= int(part) <= num_train),
+            "--batch-size",
+            f"{contract} (the training set)",
+            repr(part),
+        )
     parts = text.split(",")
     return {p if p in sizes else f"batch{p}": sizes.get(p) or int(p) for p in parts}
 

@@ -694,7 +694,7 @@ def test_a_variant_is_a_name_with_arguments(text, expected):
 
 @pytest.mark.parametrize("text", ["F1?width", "F1?a=1&b", "F1?&"])
 def test_an_argument_without_a_value_is_refused(text):
-    with pytest.raises(ValueError, match=r"arguments must be .*; got 'F1\?") as caught:
+    with pytest.raises(ValueError, match=r"`arguments` must be .*; got 'F1\?") as caught:
         parsed(text)
     assert "\n" not in str(caught.value)
 

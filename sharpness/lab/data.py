@@ -17,11 +17,10 @@ import os
 import re
 import sys
 import tarfile
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -34,30 +33,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sharpness import _tensors
-from sharpness._arguments import ensure, is_whole, known, package, require
+from sharpness._arguments import ensure, explained, is_whole, known, package, require
 from sharpness.lab.named import DATA
 from sharpness.risk.files import Part, read_npz
 
 _Bytes = NDArray[np.uint8]
-
-
-class _Published(NamedTuple):
-    """The files of a set as its authors publish them, and what they hold."""
-
-    num_train: int
-    num_test: int
-    shape: Sequence[int]  # of a sample's inputs
-    num_classes: int
-    files: Sequence[str]  # training files first
-    layout: str  # the folder that torchvision, or the archive, puts them in
-    url: str
-    archives: dict[str, str]  # what lies under `url`, with its published md5
-
-
-_TABLE = json.loads((files("sharpness.lab") / "published.json").read_text())
-_PUBLISHED = {name: _Published(**facts) for name, facts in _TABLE.items()}
-_FEWER = "Ask for fewer, or take all samples."
-_SYSTEM = Path("/usr/share/datasets")  # Debian's dataset-fashion-mnist
 
 
 class Outline(NamedTuple):
@@ -69,8 +49,27 @@ class Outline(NamedTuple):
     num_classes: int
 
 
+class _Published(NamedTuple):
+    """The files of a set as its authors publish them, and what they hold."""
+
+    outline: Outline
+    files: Sequence[str]  # training files first
+    layout: str  # the folder that torchvision, or the archive, puts them in
+    url: str
+    archives: dict[str, str]  # what lies under `url`, with its published md5
+
+
+_TABLE = json.loads((files("sharpness.lab") / "published.json").read_text())
+_PUBLISHED = {
+    name: _Published(Outline(**facts.pop("outline")), **facts)
+    for name, facts in _TABLE.items()
+}
+_FEWER = "Ask for fewer, or take all samples."
+_SYSTEM = Path("/usr/share/datasets")  # Debian's dataset-fashion-mnist
+
+
 _OUTLINES = {
-    **{name: Outline(*facts[:4]) for name, facts in _PUBLISHED.items()},
+    **{name: published.outline for name, published in _PUBLISHED.items()},
     "spoken-digits": Outline(116_967, 12_783, (360,), 480),
 }
 
@@ -168,6 +167,10 @@ def load(
     return replace(dataset, train=train, test=test)
 
 
+cached = lru_cache(maxsize=4)(load)
+"""The same, where the sets asked for last stay in memory."""
+
+
 def outline(name: str) -> Outline | None:
     """Sizes and shapes of a published set, without its files; None for any other set."""
     whole, wanted = _asked(name, _Subset(None, None, 0))
@@ -191,9 +194,13 @@ def class_balanced(labels: Tensor, num_samples: int, seed: int) -> Tensor:
     classes = sizes.nonzero().flatten()
     rarest = int(sizes[classes].min()) if len(classes) else 0
     most = rarest * len(classes) + int((sizes > rarest).sum())
-    contract = f"lie in [1, {most}] for balanced classes"
-    got = f"{num_samples} ({len(labels)} samples, the rarest class has {rarest})"
-    ensure(1 <= num_samples <= most, "num_samples", contract, got, _FEWER)
+    ensure(
+        1 <= num_samples <= most,
+        "num_samples",
+        f"lie in [1, {most}] for balanced classes",
+        f"{num_samples} ({len(labels)} samples, the rarest class has {rarest})",
+        _FEWER,
+    )
     generator = _tensors.seeded(seed)
     quota, extra = divmod(num_samples, len(classes))
     order = classes[torch.randperm(len(classes), generator=generator)]
@@ -213,10 +220,15 @@ def at_random(total: int, num_samples: int, seed: int) -> Tensor:
     Raises:
         ValueError: `num_samples` outside [1, total].
     """
-    contract = f"lie in [1, {total}]"
-    require(1 <= num_samples <= total, "num_samples", contract, num_samples, _FEWER)
-    generator = _tensors.seeded(seed)
-    return torch.randperm(total, generator=generator)[:num_samples].sort().values
+    require(
+        1 <= num_samples <= total,
+        "num_samples",
+        f"lie in [1, {total}]",
+        num_samples,
+        _FEWER,
+    )
+    order = torch.randperm(total, generator=_tensors.seeded(seed))
+    return order[:num_samples].sort().values
 
 
 def has_classes(targets: Tensor) -> bool:
@@ -253,9 +265,13 @@ def _asked(name: str, wanted: _Subset) -> tuple[str, _Subset]:
     numbers = {kind: int(number) for kind, _, number in parts}
     if found is None or len(numbers) < len(parts):  # one said twice is no name
         return name, wanted
-    names, got = "num_train`, `num_test` and `subset_seed", f"{wanted} beside {name!r}"
-    contract = "be left out where the name has them"
-    ensure(not str(wanted), names, contract, got, "Say it once.")
+    ensure(
+        not str(wanted),
+        "num_train`, `num_test` and `subset_seed",
+        "be left out where the name has them",
+        f"{wanted} beside {name!r}",
+        "Say it once.",
+    )
     return found[1], _Subset(numbers.get(""), numbers.get("test"), numbers.get("seed", 0))
 
 
@@ -286,9 +302,13 @@ def _taken(dataset: Dataset, wanted: _Subset) -> Dataset:
 def _some(name: str, part: Part, argument: str, num: int, seed: int) -> Part:
     x, y = part
     classes = len(y.unique()) if has_classes(y) else 0
-    contract = "be a whole number, at least one of each class"
-    got = f"{num} ({name} has {classes} classes)"
-    ensure(is_whole(num) and num >= classes, argument, contract, got, "Ask for more.")
+    ensure(
+        is_whole(num) and num >= classes,
+        argument,
+        "be a whole number, at least one of each class",
+        f"{num} ({name} has {classes} classes)",
+        "Ask for more.",
+    )
     try:
         chosen = class_balanced(y, num, seed) if classes else at_random(len(y), num, seed)
     except ValueError as error:
@@ -351,8 +371,13 @@ def _bundled(
     side = math.isqrt(pixels.shape[1])
     images = torch.from_numpy(pixels.reshape(-1, 1, side, side))
     train, test = _split(*_part(images, torch.from_numpy(labels), full_scale))
-    source = f"{origin} {version(origin)}"
-    return Dataset(name=name, train=train, test=test, num_classes=10, source=source)
+    return Dataset(
+        name=name,
+        train=train,
+        test=test,
+        num_classes=10,
+        source=f"{origin} {version(origin)}",
+    )
 
 
 # -- .npz files ------------------------------------------------------------------------
@@ -365,8 +390,13 @@ def _from_npz(name: str, path: str | Path) -> Dataset:
     train, test = parts["train"], parts.get("test")
     if test is None:
         train, test = _split(*train)
-        contract = "have two samples of one class, or a test part"
-        ensure(len(train[1]) > 0, path, contract, f"{len(test[1])} samples", _WRITE)
+        ensure(
+            len(train[1]) > 0,
+            path,
+            "have two samples of one class, or a test part",
+            f"{len(test[1])} samples",
+            _WRITE,
+        )
     _check(path, "inputs", train[0], test[0])
     _check(path, "targets", train[1], test[1])
     return Dataset(
@@ -379,17 +409,25 @@ def _from_npz(name: str, path: str | Path) -> Dataset:
 
 
 def _check(path: str | Path, what: str, train: Tensor, test: Tensor) -> None:
-    alike = train.shape[1:] == test.shape[1:] and train.dtype == test.dtype
-    kinds = [f"{tuple(t.shape)} of {t.dtype}" for t in (train, test)]
-    contract = f"have {what} of one kind to train and to test"
-    ensure(alike, path, contract, " and ".join(kinds), _WRITE)
+    ensure(
+        train.shape[1:] == test.shape[1:] and train.dtype == test.dtype,
+        path,
+        f"have {what} of one kind to train and to test",
+        " and ".join(f"{tuple(t.shape)} of {t.dtype}" for t in (train, test)),
+        _WRITE,
+    )
     if train.is_floating_point():
         finite = all(bool(t.isfinite().all()) for t in (train, test))
         ensure(finite, path, f"have finite {what}", "NaN or infinity", _WRITE)
     else:
         least = min(int(t.min()) for t in (train, test))
-        contract = f"have no {what} below 0 among the integers"
-        ensure(least >= 0, path, contract, str(least), _WRITE)
+        ensure(
+            least >= 0,
+            path,
+            f"have no {what} below 0 among the integers",
+            str(least),
+            _WRITE,
+        )
 
 
 def _num_classes(train: Part, test: Part) -> int | None:
@@ -422,7 +460,7 @@ def _spoken_digits(data_dir: str | Path | None) -> Path:
 
 
 def _published(name: str, data_dir: str | Path | None) -> Dataset:
-    folder, num = _folder(name, data_dir), _PUBLISHED[name].num_classes
+    folder, num = _folder(name, data_dir), _PUBLISHED[name].outline.num_classes
     paths = [_path(folder, file) for file in _PUBLISHED[name].files]
     if name in ("mnist", "fashion-mnist"):
         train, test = _idx_part(*paths[:2]), _idx_part(*paths[2:])
@@ -438,12 +476,8 @@ def _path(folder: Path, file: str) -> Path:
 
 def _content(path: Path) -> bytes:
     raw = path.read_bytes()
-    try:
+    with explained(path, "be a whole gzip file", f"{len(raw)} bytes", _REPLACE):
         return gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (EOFError, OSError, zlib.error) as error:
-        got = f"{len(raw)} bytes ({error})"
-        wrong = f"`{path}` must be a whole gzip file; got {got}. {_REPLACE}"
-        raise ValueError(wrong) from None
 
 
 def _idx(path: Path, item: tuple[int, ...]) -> _Bytes:
@@ -463,8 +497,12 @@ def _idx(path: Path, item: tuple[int, ...]) -> _Bytes:
 
 def _idx_part(images_path: Path, labels_path: Path) -> Part:
     images, labels = _idx(images_path, (28, 28)), _idx(labels_path, ())
-    contract, got = f"hold {len(images)} labels, one an image", str(len(labels))
-    _require(len(labels) == len(images), labels_path, contract, got)
+    _require(
+        len(labels) == len(images),
+        labels_path,
+        f"hold {len(images)} labels, one an image",
+        str(len(labels)),
+    )
     _require(labels.max() < 10, labels_path, "have labels below 10", str(labels.max()))
     return _part(torch.from_numpy(images[:, None]), torch.from_numpy(labels))
 
@@ -478,8 +516,12 @@ def _cifar_part(paths: Sequence[Path], num_classes: int) -> Part:
 def _cifar_rows(path: Path, num_classes: int) -> _Bytes:
     raw = _content(path)
     width = 3073 if num_classes == 10 else 3074  # CIFAR-100: a coarse label comes first
-    whole, got = len(raw) > 0 and len(raw) % width == 0, f"{len(raw)} bytes"
-    _require(whole, path, f"hold whole records of {width} bytes", got)
+    _require(
+        len(raw) > 0 and len(raw) % width == 0,
+        path,
+        f"hold whole records of {width} bytes",
+        f"{len(raw)} bytes",
+    )
     rows = np.frombuffer(raw, np.uint8).reshape(-1, width)
     contract, largest = f"have labels below {num_classes}", int(rows[:, -3073].max())
     _require(largest < num_classes, path, contract, str(largest))

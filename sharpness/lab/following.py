@@ -14,7 +14,7 @@ from sharpness.lab.data import Dataset
 from sharpness.lab.run import OnUpdate, criterion_for
 from sharpness.measures.registry import TRACKED
 from sharpness.record import append_record, new_record
-from sharpness.tracking import SharpnessTracker
+from sharpness.tracking import OnPoint, SharpnessTracker, TrackedPoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,20 @@ class Following(Checked):
     def of(self, dataset: Dataset, path: Path, batch_size: int) -> OnUpdate:
         """What `run.train` calls: each point goes to `records.jsonl` beside `path`.
 
-        BatchNorm takes the statistics of batches of the training's size. A run that was
-        killed measures again what came after its last save; of points with one number the
-        last counts.
+        A run that was killed measures again what came after its last save; of points with
+        one number the last counts.
+        """
+        records = path.with_name("records.jsonl")
+
+        def note(point: TrackedPoint) -> None:
+            append_record(records, new_record("tracking", path=path, point=point))
+
+        return self.told(dataset, batch_size, note)
+
+    def told(self, dataset: Dataset, batch_size: int, on_point: OnPoint) -> OnUpdate:
+        """What `run.train` calls: each point goes to `on_point`.
+
+        BatchNorm takes the statistics of batches of the training's size.
         """
         trackers: list[SharpnessTracker] = []
 
@@ -68,10 +79,7 @@ class Following(Checked):
                         at_start=False,
                         batchnorm="batch",
                         batchnorm_batch=max(2, batch_size),
-                        on_point=lambda point: append_record(
-                            path.with_name("records.jsonl"),
-                            new_record("tracking", path=path, point=point),
-                        ),
+                        on_point=on_point,
                     )
                 )
             trackers[0].num_updates = update

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-from sharpness._arguments import known, require
+from sharpness._arguments import explained, known, require
 
 Made = TypeVar("Made")
 
@@ -32,7 +32,7 @@ AUGMENTATIONS = ("none", "keskar", "crop-flip", "augment")
 REMEDIES = ("none", "conservative", "adversarial", "sam", "asam")
 
 
-def parsed(text: str) -> tuple[str, dict[str, Any]]:
+def parsed(text: str, argument: str = "arguments") -> tuple[str, dict[str, Any]]:
     """`ResNet-8?batchnorm=False` as ("ResNet-8", {"batchnorm": False}).
 
     Arguments are joined by `&`; their values are Python literals, and whatever is none
@@ -42,12 +42,10 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
         ValueError: an argument without a value.
     """
     name, _, query = text.partition("?")
-    try:
+    with explained(
+        argument, "be written NAME?argument=value&...", repr(text), kinds=(ValueError,)
+    ):
         pairs = parse_qsl(query.replace("+", "%2B"), True, bool(query))
-    except ValueError:
-        raise ValueError(
-            f"arguments must be written NAME?argument=value&...; got {text!r}."
-        ) from None
     return name, {key: _literal(value) for key, value in pairs}
 
 
@@ -70,10 +68,7 @@ def from_spec(argument: str, text: str, table: Mapping[str, Callable[..., Made]]
         ValueError: an unknown name, or arguments it does not take.
     """
     require(isinstance(text, str), argument, "be a name, with its arguments", text)
-    try:
-        name, arguments = parsed(text)
-    except ValueError as error:
-        raise ValueError(str(error).replace("arguments", f"`{argument}`", 1)) from None
+    name, arguments = parsed(text, argument)
     known(argument, name, table)
     try:
         return table[name](**arguments)

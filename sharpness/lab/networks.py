@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpness import _tensors
 from sharpness._arguments import ensure, explained, known, require
+from sharpness.lab.named import parsed
 
 # -- the networks of Keskar et al. -------------------------------------------------------
 
@@ -276,8 +277,12 @@ def _pooled_classes(channels: int, num_classes: int) -> list[nn.Module]:
 
 
 def _check_batchnorm(batchnorm: object, choices: tuple[object, ...]) -> None:
-    contract = f"be one of {', '.join(map(repr, choices))}"
-    require(batchnorm in choices, "batchnorm", contract, batchnorm)
+    require(
+        batchnorm in choices,
+        "batchnorm",
+        f"be one of {', '.join(map(repr, choices))}",
+        batchnorm,
+    )
 
 
 class _SamePool(nn.Module):
@@ -465,6 +470,23 @@ def arguments_for(
             f"{', '.join(fitting) or 'none'}."
         )
     return {asked: sizes[asked] for asked in _asked(make)}
+
+
+def fitted(network: str, x: Tensor, y: Tensor, num_classes: int | None) -> dict[str, Any]:
+    """A network's name and arguments as `build` takes them, where it is to fit data.
+
+    Args:
+        network: its name, with the arguments that are asked for.
+        x: inputs of samples (N, ...).
+        y: their targets.
+        num_classes: as in `arguments_for`.
+
+    Raises:
+        ValueError: what `arguments_for` raises.
+    """
+    name, asked = parsed(network)
+    fitting = arguments_for(name, x.shape[1:], num_classes, y.shape[1:])
+    return {"name": name, "arguments": {**fitting, **asked}}
 
 
 def _sizes(

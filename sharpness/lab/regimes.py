@@ -52,8 +52,11 @@ def _hoffer(schedule: str, epochs: float, **settings: Any) -> Regime:
         "ghost_batch_size": 128,
         "regime_adaptation": True,
     }
-    source = "Hoffer, Hubara, Soudry 2017, arXiv:1705.08741, and the authors' code"
-    return Regime(source=source, epochs=epochs, training={**common, **settings})
+    return Regime(
+        source="Hoffer, Hubara, Soudry 2017, arXiv:1705.08741, and the authors' code",
+        epochs=epochs,
+        training={**common, **settings},
+    )
 
 
 REGIMES: dict[str, Regime] = {

@@ -118,8 +118,12 @@ class Adversarial(Checked):
 
     def __call__(self, step: Step) -> Tensor:
         """Make one update; returns the loss () of the clean batch before it."""
-        contract = "fit the data: 'adversarial' moves inputs that are real numbers"
-        ensure(step.inputs.is_floating_point(), "remedy", contract, str(step.inputs.dtype))
+        ensure(
+            step.inputs.is_floating_point(),
+            "remedy",
+            "fit the data: 'adversarial' moves inputs that are real numbers",
+            str(step.inputs.dtype),
+        )
         step.optimizer.zero_grad()
         clean = step.inputs.detach().requires_grad_()
         loss = step.gradient(clean, 1 - self.share)

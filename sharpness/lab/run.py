@@ -24,7 +24,6 @@ from sharpness.checkpoint import Checkpoint
 from sharpness.lab import networks
 from sharpness.lab.data import Dataset
 from sharpness.lab.ghost import use_ghost_batches
-from sharpness.lab.named import parsed
 from sharpness.lab.remedies import Loss, Step
 from sharpness.lab.training import OPTIMIZERS, StoppingCriteria, Training
 from sharpness.risk.empirical import EmpiricalRisk
@@ -156,13 +155,10 @@ class TrainingRun:
 
     def _start(self) -> None:
         """Build the network, its starting point and its optimizer."""
-        name, arguments = parsed(self.training.network)
-        x, y = self.dataset.train
-        fitting = networks.arguments_for(
-            name, x.shape[1:], self.dataset.num_classes, y.shape[1:]
+        self.network = networks.fitted(
+            self.training.network, *self.dataset.train, self.dataset.num_classes
         )
-        self.network = {"name": name, "arguments": {**fitting, **arguments}}
-        self.initialisation = networks.initialisation_of(name)
+        self.initialisation = networks.initialisation_of(self.network["name"])
         with torch.random.fork_rng(devices=[]):
             self.model = networks.build(self.network)
         networks.initialise(self.model, self.training.seed)
@@ -392,8 +388,13 @@ class TrainingRun:
         return metrics
 
     def _risk(self, data: tuple[Tensor, Tensor], mode: Any) -> EmpiricalRisk:
-        loss = criterion_for(self.dataset)
-        return EmpiricalRisk(self.model, loss, data, batchnorm=mode, device=self.device)
+        return EmpiricalRisk(
+            self.model,
+            criterion_for(self.dataset),
+            data,
+            batchnorm=mode,
+            device=self.device,
+        )
 
     def _carry_on(self, saved: Checkpoint) -> None:
         ours = {
@@ -461,8 +462,12 @@ def optimizer_for(
     if training.optimizer in ("momentum", "nesterov"):
         arguments = {**arguments, "momentum": training.momentum}
     kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
-    rate, decay = training.learning_rate, training.weight_decay
-    return kind(parameters, lr=rate, weight_decay=decay, **arguments)
+    return kind(
+        parameters,
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        **arguments,
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 from sharpness._arguments import (
@@ -78,11 +78,14 @@ class Schedule(Checked):
         times = [positive("drops", epoch) for epoch in drops]
         require(times == sorted(set(times)), "drops", "be rising epochs", drops)
         some = "no epochs" if self.kind == "constant" else "at least one epoch"
-        wanted = bool(drops) == (self.kind != "constant")
-        require(wanted, "drops", f"be {some} for {self.kind}", drops)
+        require(
+            bool(drops) == (self.kind != "constant"),
+            "drops",
+            f"be {some} for {self.kind}",
+            drops,
+        )
         require(self.factor > 1, "factor", "be above 1", self.factor)
-        start = self.warmup_start
-        require(start <= 1, "warmup_start", "be at most 1", start)
+        require(self.warmup_start <= 1, "warmup_start", "be at most 1", self.warmup_start)
 
     def stretched(self, times: float) -> Schedule:
         """The same schedule over `times` as many epochs."""
@@ -96,9 +99,13 @@ class Schedule(Checked):
             ValueError: `batch_size` is above `max_batch_size` from the beginning.
         """
         most = math.inf if self.max_batch_size is None else self.max_batch_size
-        got = f"{most} (batch_size={batch_size})"
-        contract = "be at least the first batch size"
-        ensure(batch_size <= most, "max_batch_size", contract, got, "Raise it.")
+        ensure(
+            batch_size <= most,
+            "max_batch_size",
+            "be at least the first batch size",
+            f"{most} (batch_size={batch_size})",
+            "Raise it.",
+        )
         found = [Phase(0.0, batch_size, learning_rate)]
         for i, epoch in enumerate(self.drops):
             _, batch, rate = found[-1]
@@ -192,8 +199,8 @@ def scaled_rate(
 
 def _updates_before(phases: Sequence[Phase], num_train: int) -> list[Fraction]:
     """Updates made when each phase begins: exact, so that none is on the wrong side."""
-    lengths = [
-        (Fraction(end) - Fraction(phase.begins)) * num_train / phase.batch_size
-        for phase, end in zip(phases, [phase.begins for phase in phases[1:]], strict=False)
-    ]
+    lengths = (
+        (Fraction(after.begins) - Fraction(phase.begins)) * num_train / phase.batch_size
+        for phase, after in pairwise(phases)
+    )
     return list(accumulate(lengths, initial=Fraction(0)))

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -83,8 +83,8 @@ class ExecutionSettings(Checked):
     stacked: bool | None = None
 
     def dataset(self) -> Dataset:
-        """The data set; the last one loaded stays in memory."""
-        return _loaded(self.data, self.data_dir, self.device)
+        """The data set; the last few loaded stay in memory."""
+        return data.cached(self.data, data_dir=self.data_dir, device=self.device)
 
     def side_by_side(self, num_runs: int) -> tuple[int, int]:
         """(runs at once, threads of each) for so many runs."""
@@ -118,8 +118,7 @@ def sweep(
     paths = [run.path for run in runs]
     contract = "each have a path of their own"
     for path in paths:
-        got = f"{path} twice"
-        ensure(paths.count(path) == 1, "runs", contract, got, "Leave one out.")
+        ensure(paths.count(path) == 1, "runs", contract, f"{path} twice", "Leave one out.")
     num_train = len(place.dataset().train[0])
     numbered = list(enumerate(runs))
     units = [[run] for run in numbered] if following else _units(numbered, place)
@@ -215,8 +214,9 @@ class _Worker:
             kind = "" if isinstance(error, ValueError | OSError) else type(error).__name__
             failure = " ".join(f"{kind}: {error}".removeprefix(": ").split())
         self._show([(number, run)])
-        spent = time.monotonic() - began
-        return Outcome(run=run, seconds=spent, failure=failure, facts=facts)
+        return Outcome(
+            run=run, seconds=time.monotonic() - began, failure=failure, facts=facts
+        )
 
     def _show(self, unit: _Unit, epoch: int | None = None) -> None:
         """Write down how far the runs are; `epoch=None` means at their end."""
@@ -224,11 +224,6 @@ class _Worker:
         for number, run in unit:
             done = 1.0 if epoch is None else epoch / run.epochs(num_train)
             levels[number] = min(1.0, done)
-
-
-@lru_cache(maxsize=1)
-def _loaded(name: str, data_dir: str | None, device: str) -> Dataset:
-    return data.load(name, data_dir=data_dir, device=device)
 
 
 def side_by_side(jobs: int | None, device: str, num: int) -> tuple[int, int]:

@@ -126,8 +126,12 @@ class Training(Checked):
         super().__post_init__()
         require(whole("seed", self.seed, 0) < 2**63, "seed", "be below 2^63", self.seed)
         require(self.momentum < 1, "momentum", "be below 1", self.momentum)
-        some = self.momentum > 0 or self.optimizer != "nesterov"
-        require(some, "momentum", "be above 0 for nesterov", self.momentum)
+        require(
+            self.momentum > 0 or self.optimizer != "nesterov",
+            "momentum",
+            "be above 0 for nesterov",
+            self.momentum,
+        )
         _ = self.laid_out, self.augmented, self.update_with
 
     @property
@@ -207,11 +211,19 @@ class StoppingCriteria(Checked):
 
     def __post_init__(self) -> None:
         """Refuse a budget of nothing."""
-        limited = self.epochs is not None or self.updates is not None
-        require(limited, "epochs", "be given, or `updates`", self.epochs)
+        require(
+            self.epochs is not None or self.updates is not None,
+            "epochs",
+            "be given, or `updates`",
+            self.epochs,
+        )
         super().__post_init__()
-        sound = self.until_accuracy is None or self.until_accuracy <= 1
-        require(sound, "until_accuracy", "be at most 1", self.until_accuracy)
+        require(
+            self.until_accuracy is None or self.until_accuracy <= 1,
+            "until_accuracy",
+            "be at most 1",
+            self.until_accuracy,
+        )
 
     def num_updates(self, course: Course) -> int:
         """The most updates it allows, at least one."""

@@ -90,11 +90,11 @@ def panels(
     return there, list(inner.subplots(squeeze=False, sharex=shared).ravel())
 
 
-def written(figure: Any, path: str | Path | None) -> Figure:
+def written(figure: Any, path: str | Path | None, dpi: int = 150) -> Figure:
     """The figure itself; as a PNG (PDF, SVG) at `path`, too, where there is one."""
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=dpi)
     return cast(Figure, figure)
 
 

@@ -21,16 +21,20 @@ _PIPED_WIDTH = 124  # columns when the output is no terminal
 
 def console() -> Console:
     """A console on stdout: colour on a terminal only, wide enough in a pipe."""
-    width = None if sys.stdout.isatty() else _PIPED_WIDTH
-    return Console(width=width, highlight=False, soft_wrap=False, markup=False)
+    return Console(
+        width=None if sys.stdout.isatty() else _PIPED_WIDTH,
+        highlight=False,
+        soft_wrap=False,
+        markup=False,
+    )
 
 
-def plain_table(title: str, *columns: str, right: int = 0) -> Table:
+def plain_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: int
+) -> Table:
     """A table without frames; the last `right` columns are left-aligned text."""
     table = Table(
-        title=title or None,
         box=box.SIMPLE_HEAD,
-        title_justify="left",
         pad_edge=False,
         collapse_padding=True,
         padding=(0, 1, 0, 0),
@@ -38,6 +42,8 @@ def plain_table(title: str, *columns: str, right: int = 0) -> Table:
     for i, column in enumerate(columns):
         number = 0 < i < len(columns) - right
         table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -50,11 +56,8 @@ def p_value(p: float) -> str:
 
 def readings_table(readings: Sequence[Reading]) -> Table:
     """Value, evidence and cost of every number."""
-    table = plain_table("", "measure", "value", "evidence", "cost", right=2)
-    for reading in readings:
-        cells = (reading.name, reading.value_text, reading.evidence_text, reading.cost)
-        table.add_row(*map(Text, cells))
-    return table
+    rows = [(r.name, r.value_text, r.evidence_text, r.cost) for r in readings]
+    return plain_table(("measure", "value", "evidence", "cost"), rows, right=2)
 
 
 class ReadingRows:
@@ -91,10 +94,7 @@ def readings_text(readings: Sequence[Reading], notes: Sequence[str]) -> str:
 
 def table_text(columns: Sequence[str], rows: Iterable[Sequence[str]], *notes: str) -> str:
     """Rows of cells as plain text, the last column to the left; notes below."""
-    table = plain_table("", *columns, right=1)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return _as_text(table, *notes)
+    return _as_text(plain_table(columns, rows, right=1), *notes)
 
 
 def _as_text(*parts: Table | str) -> str:
@@ -113,11 +113,10 @@ def headline(record: Mapping[str, Any]) -> str:
     """One line: which network, measured on what, trained how."""
     checkpoint, settings, about = record["checkpoint"], record["settings"], record["data"]
     training, risk = checkpoint["training"], settings["risk"]
-    trained = ""
-    if training.get("batch_size"):
-        trained = (
-            f" · trained with batch {training['batch_size']} for {training['epoch']} epochs"
-        )
+    batch = training.get("batch_size")
+    trained = (
+        f" · trained with batch {batch} for {training['epoch']} epochs" if batch else ""
+    )
     normalisation = {
         "batch": " · BatchNorm on batch statistics",
         "running": " · BatchNorm on running statistics",
@@ -153,8 +152,7 @@ def comparison_title(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
 ) -> str:
     """Which checkpoints stand on which side."""
-    sides = (_side(group) for group in (first, second))
-    return "first: {}\nsecond: {}".format(*sides)
+    return f"first: {_side(first)}\nsecond: {_side(second)}"
 
 
 def _side(group: Sequence[Mapping[str, Any]]) -> str:
@@ -165,9 +163,8 @@ def _side(group: Sequence[Mapping[str, Any]]) -> str:
 def comparison_table(rows: Sequence[ReadingComparison]) -> Table:
     """A row for each measure: both sides, ratio, effect, p-values, tau, verdict."""
     columns = ("measure", "first", "second", "ratio", "d", "larger", "p", "flip p", "tau")
-    table = plain_table("", *columns, "verdict", right=1)
-    for row in rows:
-        cells = (
+    cells = [
+        (
             row.name,
             row.first_text,
             row.second_text,
@@ -179,7 +176,9 @@ def comparison_table(rows: Sequence[ReadingComparison]) -> Table:
             "–" if row.kendall_tau is None else f"{row.kendall_tau:.2f}",
             row.verdict.removeprefix("second "),
         )
-        table.add_row(*map(Text, cells))
+        for row in rows
+    ]
+    table = plain_table((*columns, "verdict"), cells, right=1)
     table.columns[0].min_width = max([7, *(len(row.name) for row in rows)])
     return table
 

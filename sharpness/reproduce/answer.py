@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharpness.lab import data
-from sharpness.report.forest import Estimate, ForestPanel, draw_forest
+from sharpness.report.panels import Estimate, ForestPanel, draw_forest
 from sharpness.reproduce.claims import (
     MIN_STARTS,
     Effect,
     Finding,
     Published,
     Verdict,
+    counts_of,
     effect_of,
     moves,
     published_effect,
@@ -66,16 +67,16 @@ class _Group:
 
     Args:
         study: network, data and sizes.
-        ratios: (row, how, large over small batch) of `_ROWS`.
-        gaps: (how, test accuracy of the large batch less the small one's, points).
-        distances: (how, distance from the start, small over large batch).
+        ratios: large over small batch, by row of `_ROWS` and how.
+        gaps: test accuracy of the large batch less the small one's, points, by how.
+        distances: distance from the start, small over large batch, by how.
         findings: of Tables 2, 3 and 4, and of the distance.
     """
 
     study: KeskarStudy
-    ratios: list[tuple[int, str, Effect]]
-    gaps: list[tuple[str, Effect]]
-    distances: list[tuple[str, Effect]]
+    ratios: dict[tuple[int, str], Effect]
+    gaps: dict[str, Effect]
+    distances: dict[str, Effect]
     findings: dict[str, Finding]
 
     @property
@@ -109,8 +110,7 @@ class _Group:
 
     def ratio(self, row: int, how: str = _END) -> Effect | None:
         """One of the ratios."""
-        found = [effect for at, way, effect in self.ratios if (at, way) == (row, how)]
-        return found[0] if found else None
+        return self.ratios.get((row, how))
 
 
 def groups(store: ObservationStore) -> list[_Group]:
@@ -144,34 +144,34 @@ def _group(study: KeskarStudy, store: ObservationStore) -> _Group:
         return published_effect(published, ratio) if published else None
 
     normal, best = phi(0, of="phi_normal"), phi(0, "phi", "phi_normal_best")
-    ratios: list[tuple[int, str, Effect | None]] = [
-        (0, _PAPER, theirs("table3", "0.001")),
-        (1, _PAPER, theirs("table3", "0.0005")),
-        (2, _PAPER, theirs("table4", "0.001")),
-        (2, _END, effect(end, normal, ends)),
-        (2, _BEST, effect(end, best, ends) if "phi_normal_best" in study.also else None),
-        (0, _BEST, effect(end, phi(0, "phi"), ends)),
-        (1, _BEST, effect(end, phi(1, "phi"), ends)),
-    ]
+    ratios = {
+        (0, _PAPER): theirs("table3", "0.001"),
+        (1, _PAPER): theirs("table3", "0.0005"),
+        (2, _PAPER): theirs("table4", "0.001"),
+        (2, _END): effect(end, normal, ends),
+        (2, _BEST): effect(end, best, ends) if "phi_normal_best" in study.also else None,
+        (0, _BEST): effect(end, phi(0, "phi"), ends),
+        (1, _BEST): effect(end, phi(1, "phi"), ends),
+    }
     for row, pick in ((0, phi(0)), (1, phi(1)), (3, lambda_max)):
-        ratios += [
-            (row, _END, effect(end, pick, ends)),
-            (row, _EPOCHS, effect(other, pick, study.equal_epochs())),
-            (row, _LOSS, effect(end, pick, study.matched(), other)),
-        ]
+        ratios |= {
+            (row, _END): effect(end, pick, ends),
+            (row, _EPOCHS): effect(other, pick, study.equal_epochs()),
+            (row, _LOSS): effect(end, pick, study.matched(), other),
+        }
     test = "test_accuracy_{}".format
-    gaps: list[tuple[str, Effect | None]] = [
-        (_PAPER, theirs("table2", "test", ratio=False)),
-        (_END, effect(accuracy, metric(test("batch"), 100), ends, ratio=False)),
-        (_RUNNING, effect(accuracy, metric(test("running"), 100), ends, ratio=False)),
-    ]
+    gaps = {
+        _PAPER: theirs("table2", "test", ratio=False),
+        _END: effect(accuracy, metric(test("batch"), 100), ends, ratio=False),
+        _RUNNING: effect(accuracy, metric(test("running"), 100), ends, ratio=False),
+    }
     away = effect(end, distance, [(large, small) for small, large in ends])
     paper = PAPERS["keskar2017"]
     return _Group(
         study=study,
-        ratios=[(row, how, e) for row, how, e in ratios if e and e.is_ratio],
-        gaps=[(how, e) for how, e in gaps if e and (study.batchnorm or how != _RUNNING)],
-        distances=[(_END, away)] if away else [],
+        ratios={key: e for key, e in ratios.items() if e and e.is_ratio},
+        gaps={k: e for k, e in gaps.items() if e and (study.batchnorm or k != _RUNNING)},
+        distances={_END: away} if away else {},
         findings={
             name: finding(paper, paper.item(name), study, store)
             for name in ("table2", "table3", "table4", "distance")
@@ -193,7 +193,7 @@ def sentences(store: ObservationStore) -> list[str]:
 
     theirs = [effect for group in own if (effect := group.ratio(0, _PAPER))]
     paper = f" (the paper: {'; '.join(map(str, theirs))})" if theirs else ""
-    gaps = _listed([(g, dict(g.gaps).get(_END)) for g in found if g.fits])
+    gaps = _listed([(g, g.gaps.get(_END)) for g in found if g.fits])
     unfit = _joined([group.name for group in found if not group.fits])
     aside = f"; not comparable, since one has not fitted, are {unfit}" if unfit else ""
     return [
@@ -247,11 +247,7 @@ def _answer(found: Sequence[_Group], table: str) -> str:
 
 def _sure(found: Sequence[_Group]) -> str:
     verdicts = [one for group in found for one in group.findings.values()]
-    counts = [
-        f"{sum(one.outcome is verdict for one in verdicts)} {verdict}"
-        for verdict in reversed(Verdict)
-        if any(one.outcome is verdict for one in verdicts)
-    ]
+    counts = counts_of(one.outcome for one in verdicts)
     nums = [f"n = {group.n}" for group in found]
     return (
         f"Of {len(verdicts)} verdicts (Tables 2 to 4 and the distance from the start, on "
@@ -271,7 +267,9 @@ def draw_answer(path: Path, store: ObservationStore) -> Path:
     for i, group in enumerate(found):
         top = i * height
         for row in range(len(_ROWS)):
-            of_row = [(how, effect) for at, how, effect in group.ratios if at == row]
+            of_row = {
+                how: effect for (at, how), effect in group.ratios.items() if at == row
+            }
             ratios += _estimates(
                 top + 1 + row, of_row, group.n, faint=_ROWS[row] == "λ_max"
             )
@@ -318,27 +316,20 @@ def draw_answer(path: Path, store: ObservationStore) -> Path:
 
 def _estimates(
     row: float,
-    effects: Sequence[tuple[str, Effect]],
+    effects: dict[str, Effect],
     n: int,
     faint: bool = False,
     spread: float = 0.75,
 ) -> list[Estimate]:
     """Side by side around a row, in the legend's order; n where it is another one."""
-    ordered = sorted(effects, key=lambda one: list(_MARKERS).index(one[0]))
-    found = []
-    for i, (how, effect) in enumerate(ordered):
-        middle, low, high = effect.edges
-        text = "" if how == _PAPER or effect.n == n else f"n = {effect.n}"
-        at = row + spread * ((i + 0.5) / len(ordered) - 0.5)
-        found.append(
-            Estimate(
-                row=at,
-                middle=middle,
-                low=low,
-                high=high,
-                label=how,
-                text=text,
-                faint=faint,
-            )
+    ordered = [how for how in _MARKERS if how in effects]
+    return [
+        Estimate(
+            row=row + spread * ((i + 0.5) / len(ordered) - 0.5),
+            edges=effects[how].edges,
+            label=how,
+            text="" if how == _PAPER or effects[how].n == n else f"n = {effects[how].n}",
+            faint=faint,
         )
-    return found
+        for i, how in enumerate(ordered)
+    ]

@@ -6,7 +6,8 @@ docs/concepts/verdicts.md says the rules in words.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -36,6 +37,12 @@ class Verdict(StrEnum):
     STAND_IN = "stand-in"
     NOT_RUN = "not run"
     NO_CLAIM = "no claim to judge"
+
+
+def counts_of(outcomes: Iterable[Verdict]) -> list[str]:
+    """`4 reproduced`, `1 undecided`: of those there are, the weakest objection first."""
+    counts = Counter(outcomes)
+    return [f"{counts[v]} {v}" for v in reversed(Verdict) if counts[v]]
 
 
 class Role(StrEnum):
@@ -136,8 +143,11 @@ class Finding:
         if any(check.verdict is Verdict.NOT_REPRODUCED for check in self.of(Role.PREMISE)):
             return Verdict.NO_PREMISE
         nothing = Verdict.NO_CLAIM if self.checks else Verdict.NOT_RUN
-        found = [check.verdict for check in self.of(Role.PRIMARY)]
-        return min(found, key=list(Verdict).index, default=nothing)
+        return min(
+            (check.verdict for check in self.of(Role.PRIMARY)),
+            key=list(Verdict).index,
+            default=nothing,
+        )
 
     @property
     def verdict(self) -> Verdict:
@@ -226,8 +236,9 @@ def effect_of(moved: Sequence[float], is_ratio: bool) -> Effect:
     """
     known = len(moved) >= MIN_STARTS
     low, high = student_interval(moved) if known else (-math.inf, math.inf)
-    mean = float(np.mean(moved))
-    return Effect(middle=mean, low=low, high=high, n=len(moved), is_ratio=is_ratio)
+    return Effect(
+        middle=float(np.mean(moved)), low=low, high=high, n=len(moved), is_ratio=is_ratio
+    )
 
 
 def published_effect(paper: Published, is_ratio: bool) -> Effect:
@@ -410,8 +421,14 @@ def within(
     elif n >= MIN_STARTS and (most < low or least > high):
         verdict = Verdict.NOT_REPRODUCED
     interval = f" ({least:.3g} to {most:.3g})" if least < most < math.inf else ""
-    ours = f"{mean_sd(mean, sd)}{interval}"
-    return Check(claim=claim, paper=paper, ours=ours, n=n, verdict=verdict, role=role)
+    return Check(
+        claim=claim,
+        paper=paper,
+        ours=f"{mean_sd(mean, sd)}{interval}",
+        n=n,
+        verdict=verdict,
+        role=role,
+    )
 
 
 def ratio_within(
@@ -429,8 +446,13 @@ def ratio_within(
     Nothing can be said where a value is not positive, or where there is none.
     """
     if not first or min(*first, *second) <= 0:
-        ours = "no ratio: not all are positive" if first else "–"
-        return Check(claim=claim, paper=paper, ours=ours, n=len(first), role=role)
+        return Check(
+            claim=claim,
+            paper=paper,
+            ours="no ratio: not all are positive" if first else "–",
+            n=len(first),
+            role=role,
+        )
     logs, _ = moves(first, second, True)
     edges = [math.log10(edge) if edge > 0 else -math.inf for edge in (low, high)]
     check = within(claim, logs, *edges, paper=paper, role=role)

@@ -26,6 +26,9 @@ def metric(name: str, times: float = 1.0) -> Pick:
     return lambda facts: times * float(facts["metrics"][name])
 
 
+TEST_ACCURACY_RUNNING = metric("test_accuracy_running", 100)  # percent
+
+
 def phi(i: int, name: str = "phi_protocol", of: str = "phi") -> Pick:
     """Phi for the i-th epsilon: by the protocol, or the best found."""
     return lambda facts: number(facts[of][i][name])

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
 from sharpness.reproduce.claims import Check, Role, holds
 from sharpness.reproduce.columns import Pick, adaptive_rise, lambda_max, panel, phi
-from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Rescaled
 from sharpness.reproduce.paper import Item, Paper
 from sharpness.reproduce.runner import ObservationStore
@@ -52,13 +50,7 @@ class DinhStudy(paper.Study):
         """One for each starting point."""
         return [
             Rescaled(
-                of=ModelSpec(
-                    data=self.data,
-                    training=Training(
-                        network=self.network, batch_size=self.batch_size, seed=seed
-                    ),
-                    budget=StoppingCriteria(epochs=self.epochs),
-                ),
+                of=self.trained(self.epochs, batch_size=self.batch_size, seed=seed),
                 factors=self.factors,
                 measures=("lambda_max", "phi", "phi_normal", "adaptive"),
                 num_samples=self.num_samples,
@@ -114,8 +106,7 @@ def _panels(study: DinhStudy, store: ObservationStore) -> list[Panel]:
         "factor of the first layer",
         "measure, relative to the trained network",
     )
-    ticks = study.factors
-    return [panel(x_label, y_label, curves, log_x=True, log_y=True, ticks=ticks)]
+    return [panel(x_label, y_label, curves, log_x=True, log_y=True, ticks=study.factors)]
 
 
 ITEMS = (

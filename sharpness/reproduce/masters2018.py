@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Curve, Panel
 from sharpness.reproduce import paper
 from sharpness.reproduce.claims import Check, Role, holds, trend
 from sharpness.reproduce.columns import (
+    TEST_ACCURACY_RUNNING,
     accuracy,
     band,
     listed,
-    metric,
     panel,
     read,
     table,
@@ -61,25 +60,17 @@ class MastersStudy(paper.Study):
 
     def network_at(self, batch_size: int, rate: float, seed: int, **more: Any) -> ModelSpec:
         """A run of the grid."""
-        settings: dict[str, Any] = {
-            "network": self.network,
-            "schedule": f"decay?drops=({self.epochs / 2:g},{self.epochs * 0.75:g})"
-            "&factor=10",
-            **more,
-        }
-        return ModelSpec(
-            data=self.data,
-            training=Training(
-                batch_size=batch_size,
-                seed=seed,
-                optimizer="sgd",
-                learning_rate=rate,
-                scaling="linear",
-                base_batch_size=1,
-                weight_decay=self.weight_decay,
-                **settings,
-            ),
-            budget=StoppingCriteria(epochs=self.epochs),
+        schedule = f"decay?drops=({self.epochs / 2:g},{self.epochs * 0.75:g})&factor=10"
+        return self.trained(
+            self.epochs,
+            batch_size=batch_size,
+            seed=seed,
+            optimizer="sgd",
+            learning_rate=rate,
+            scaling="linear",
+            base_batch_size=1,
+            weight_decay=self.weight_decay,
+            **{"schedule": schedule, **more},
         )
 
     def grid(self) -> list[tuple[int, float, ModelSpec]]:
@@ -122,14 +113,13 @@ class MastersStudy(paper.Study):
         ]
 
 
-_TEST = metric("test_accuracy_running", 100)
-
-
 def _by_rate(study: MastersStudy, store: ObservationStore) -> pd.Series:
     """Test accuracy by batch size, base rate and starting point; 0 where diverged."""
     return pd.Series(
         {
-            (size, rate, network.training.seed): read(store, accuracy(network), _TEST, 0.0)
+            (size, rate, network.training.seed): read(
+                store, accuracy(network), TEST_ACCURACY_RUNNING, 0.0
+            )
             for size, rate, network in study.grid()
         }
     ).rename_axis(["size", "rate", "start"])
@@ -210,7 +200,7 @@ def _by_ghost(study: MastersStudy, store: ObservationStore) -> dict[int, pd.Data
         size: table(
             store,
             accuracy,
-            _TEST,
+            TEST_ACCURACY_RUNNING,
             [(ghost, network) for of, ghost, network in study.ghostly() if of == size],
             diverged=0.0,
         )
@@ -238,13 +228,20 @@ def _ghost_panels(study: MastersStudy, store: ObservationStore) -> list[Panel]:
         band(f"SGD batch {size}", found, colour=colour)
         for colour, (size, found) in enumerate(_by_ghost(study, store).items())
     ]
-    x_label, y_label = "samples of BatchNorm's statistics", "test accuracy, %"
-    return [panel(x_label, y_label, curves, log_x=True, ticks=study.ghosts)]
+    return [
+        panel(
+            "samples of BatchNorm's statistics",
+            "test accuracy, %",
+            curves,
+            log_x=True,
+            ticks=study.ghosts,
+        )
+    ]
 
 
 def _warm(study: MastersStudy, store: ObservationStore) -> Iterator[Check]:
     found = _by_rate(study, store)
-    warm = table(store, accuracy, _TEST, study.warmed(), diverged=0.0)
+    warm = table(store, accuracy, TEST_ACCURACY_RUNNING, study.warmed(), diverged=0.0)
     best, last = _best_of(found).mean(), study.batch_sizes[-1]
     small = best[best.index <= 32].max()
     with_it, without = warm.max(axis="columns").mean(), best[last]

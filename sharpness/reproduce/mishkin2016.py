@@ -7,22 +7,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Panel
 from sharpness.reproduce import paper
 from sharpness.reproduce.claims import Check, Role, paired, within
 from sharpness.reproduce.columns import (
+    TEST_ACCURACY_RUNNING,
     accuracy,
     band_panels,
-    metric,
     observed,
     pairs,
 )
 from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.paper import Item, Paper, paper_numbers
 from sharpness.reproduce.runner import ObservationStore
-
-_TEST = metric("test_accuracy_running", 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +40,17 @@ class MishkinStudy(paper.Study):
     def network_at(self, times: float, scaled: bool, seed: int) -> ModelSpec:
         """A run with `times` the default batch size."""
         drops = ",".join(f"{self.epochs * 0.3125 * k:g}" for k in (1, 2, 3))
-        return ModelSpec(
-            data=self.data,
-            training=Training(
-                network=self.network,
-                batch_size=int(self.default * times),
-                seed=seed,
-                optimizer="momentum",
-                momentum=0.9,
-                learning_rate=self.learning_rate,
-                scaling="linear" if scaled and times != 1 else "none",
-                base_batch_size=self.default,
-                weight_decay=5e-4,
-                schedule=f"decay?drops=({drops})&factor=10",
-            ),
-            budget=StoppingCriteria(epochs=self.epochs),
+        return self.trained(
+            self.epochs,
+            batch_size=int(self.default * times),
+            seed=seed,
+            optimizer="momentum",
+            momentum=0.9,
+            learning_rate=self.learning_rate,
+            scaling="linear" if scaled and times != 1 else "none",
+            base_batch_size=self.default,
+            weight_decay=5e-4,
+            schedule=f"decay?drops=({drops})&factor=10",
         )
 
     def runs(self, scaled: bool) -> list[tuple[float, ModelSpec]]:
@@ -81,7 +74,7 @@ def _checks(study: MishkinStudy, store: ObservationStore) -> Iterator[Check]:
             (study.network_at(1, False, seed), study.network_at(times, scaled, seed))
             for seed in study.seeds
         ]
-        return pairs(store, accuracy, _TEST, networks)
+        return pairs(store, accuracy, TEST_ACCURACY_RUNNING, networks)
 
     for times, numbers in theirs.items():
         size = f"batch {study.default * times:g} ({times:g} times the default)"
@@ -105,9 +98,15 @@ def _told(check: Check, paper: str, role: Role) -> Check:
 
 def _panels(study: MishkinStudy, store: ObservationStore) -> list[Panel]:
     groups = [("scaled rate", 0, study.runs(True)), ("same rate", 1, study.runs(False))]
-    quantities = [("test accuracy, %", accuracy, _TEST, False)]
-    ticks = sorted({x for x, _ in study.runs(True)})
-    return band_panels(store, "batch size", quantities, groups, log_x=True, ticks=ticks)
+    quantities = [("test accuracy, %", accuracy, TEST_ACCURACY_RUNNING, False)]
+    return band_panels(
+        store,
+        "batch size",
+        quantities,
+        groups,
+        log_x=True,
+        ticks=sorted({x for x, _ in study.runs(True)}),
+    )
 
 
 ITEMS = (

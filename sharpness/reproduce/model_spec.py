@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 from sharpness import checkpoint
@@ -103,7 +103,7 @@ class Bench:
 
     def dataset(self, name: str) -> Dataset:
         """A named set; the last few asked for are kept."""
-        return _loaded(name, self.data_dir)
+        return data.cached(name, data_dir=self.data_dir)
 
     def train_missing(self, moments: Sequence[ModelSpec]) -> None:
         """Train one run through its moments, in order of their epochs.
@@ -162,8 +162,9 @@ class Bench:
             training = replace(training, start_from=str(self.path(moment.start)))
         if moment.until_loss_of is not None:
             twin = checkpoint.load(self.path(moment.until_loss_of))
-            loss = twin.training["metrics"]["train_loss_batch"]
-            budget = replace(budget, until_loss=loss)
+            budget = replace(
+                budget, until_loss=twin.training["metrics"]["train_loss_batch"]
+            )
         train(training, budget, self.dataset(moment.data), path, device=self.device)
 
 
@@ -177,11 +178,6 @@ def _carry_over(reached: Path, path: Path) -> None:
     earlier = checkpoint.load(reached)
     training = {**earlier.training, "finished": False}
     checkpoint.save(path, replace(earlier, training=training))
-
-
-@lru_cache(maxsize=4)
-def _loaded(name: str, data_dir: str | None) -> Dataset:
-    return data.load(name, data_dir=data_dir)
 
 
 def in_order(wanted: Iterable[ModelSpec]) -> list[list[list[ModelSpec]]]:

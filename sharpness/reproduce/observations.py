@@ -10,13 +10,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from sharpness import _tensors, checkpoint
 from sharpness.krylov.lanczos import Lanczos
 from sharpness.lab import networks
-from sharpness.lab.run import DivergedError, criterion_for, train
+from sharpness.lab.following import Following
+from sharpness.lab.run import DivergedError, train
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.loading import LoadedCheckpoint, load_checkpoint
 from sharpness.measurement import data_facts, risk_of
@@ -29,7 +28,7 @@ from sharpness.measures.settings import MeasurementSettings, MeasureSettings
 from sharpness.reproduce.model_spec import Bench, ModelSpec
 from sharpness.reproduce.serialisation import kind
 from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.tracking import SharpnessTracker
+from sharpness.tracking import TrackedPoint
 
 EPSILONS = (1e-3, 5e-4)  # Keskar et al. (2017)
 Facts = dict[str, Any]
@@ -116,11 +115,9 @@ class Measured(_OfOneNetwork):
 
     def found(self, bench: Bench) -> Facts:
         """Every measure with its evidence."""
-        path = bench.path(self.of)
-        subject = load_checkpoint(path, data_dir=bench.data_dir)
-        num = _at_most(subject, "train", self.num_samples)
+        subject = load_checkpoint(bench.path(self.of), data_dir=bench.data_dir)
         settings = MeasurementSettings(
-            num_samples=num,
+            num_samples=_at_most(subject, "train", self.num_samples),
             batchnorm=self.batchnorm,
             of_measures=MeasureSettings(seed=self.seed),
         )
@@ -203,8 +200,9 @@ class Rescaled(_OfOneNetwork):
     def found(self, bench: Bench) -> Facts:
         """For each factor the drift of the outputs, and every measure."""
         subject = load_checkpoint(bench.path(self.of), data_dir=bench.data_dir)
-        num = _at_most(subject, "train", self.num_samples)
-        settings = MeasurementSettings(num_samples=num, batchnorm="running")
+        settings = MeasurementSettings(
+            num_samples=_at_most(subject, "train", self.num_samples), batchnorm="running"
+        )
         risk = risk_of(subject, settings, bench.device)
         before = risk.outputs()
         points = []
@@ -239,25 +237,10 @@ class TrackingRun:
     def found(self, bench: Bench) -> Facts:
         """The points, and how the training ended; nothing else of it is kept."""
         dataset, reason = bench.dataset(self.data), None
-        trackers: list[SharpnessTracker] = []
-
-        def on_update(update: int, model: nn.Module, optimizer: Optimizer) -> None:
-            if update:
-                trackers[0].step()
-                return
-            trackers.append(
-                SharpnessTracker(
-                    model,
-                    criterion_for(dataset),
-                    dataset.balanced_subset(self.num_samples),
-                    optimizer=optimizer,
-                    every=self.every,
-                    measures=(self.measure,),
-                    batchnorm="batch",
-                    batchnorm_batch=max(2, self.training.batch_size),
-                )
-            )
-
+        points: list[TrackedPoint] = []
+        following = Following(
+            measures=(self.measure,), every=self.every, num_samples=self.num_samples
+        )
         with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
                 train(
@@ -266,11 +249,12 @@ class TrackingRun:
                     dataset,
                     Path(folder) / "tracked.pt",
                     device=bench.device,
-                    on_update=on_update,
+                    on_update=following.told(
+                        dataset, self.training.batch_size, points.append
+                    ),
                 )
             except DivergedError as error:
                 reason = str(error)
-        points = trackers[0].history
         return {
             "diverged_at": reason,
             "steps": [point.step for point in points],

@@ -7,22 +7,21 @@ left as it is.
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby, product
 from pathlib import Path
 
 from sharpness import _command
-from sharpness.record import append_record, parsed, read_records
+from sharpness.record import append_record, read_records
 from sharpness.report.panels import draw
 from sharpness.reproduce.answer import draw_answer, sentences
-from sharpness.reproduce.claims import Finding, Role, Verdict, with_holm
+from sharpness.reproduce.claims import Finding, Role, counts_of, with_holm
 from sharpness.reproduce.paper import Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import ObservationStore
 from sharpness.reproduce.shown import by_study, finding_text, markdown
-from sharpness.reproduce.upgrade import upgraded
 
 _BEGIN, _END = "<!-- {0}:begin -->", "<!-- {0}:end -->"
 ANSWER, ITEMS = "answer", "items"
@@ -67,17 +66,12 @@ def answer_text(store: ObservationStore, found: Sequence[Found]) -> str:
     rows = []
     for paper, of_paper in groupby(found, key=lambda row: row[0]):
         told = [one for *_, one in of_paper]
-        own = [one.outcome for one in told if one.stand_in is None]
-        others = [one.outcome for one in told if one.stand_in]
-        rows.append((f"[{paper.name}](#{paper.name})", _counts(own), _counts(others)))
+        own = counts_of(one.outcome for one in told if one.stand_in is None)
+        others = counts_of(one.outcome for one in told if one.stand_in)
+        counts = (", ".join(parts) or "–" for parts in (own, others))
+        rows.append((f"[{paper.name}](#{paper.name})", *counts))
     table = markdown(("paper", "verdicts on its items", "on stand-ins for its data"), rows)
     return f"{answers}\n\n![{alt}](reproductions/{PICTURE})\n\n{table}"
-
-
-def _counts(outcomes: Sequence[Verdict]) -> str:
-    """`4 reproduced, 1 undecided`."""
-    counts = Counter(outcomes)
-    return ", ".join(f"{counts[v]} {v}" for v in reversed(Verdict) if counts[v]) or "–"
 
 
 def items_text(store: ObservationStore, found: Sequence[Found]) -> str:
@@ -157,8 +151,8 @@ def _draw_pictures(folder: Path, store: ObservationStore, found: Sequence[Found]
 def _merge(source: Path, target: Path) -> int:
     """Add the observations that are not there yet; how many."""
     there = ObservationStore(read_records(target) if target.exists() else ())
-    given = (record for record in parsed(source) if record.get("digest"))
-    new = [upgraded(record) for record in given if not there.has(record["digest"])]
+    given = (record for record in read_records(source) if record.get("digest"))
+    new = [record for record in given if not there.has(record["digest"])]
     for record in new:
         append_record(target, record)
     target.with_name(target.name + ".lock").unlink(missing_ok=True)
@@ -180,20 +174,19 @@ def _parser() -> _command.Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = _parser().parse_args(arguments)
+    return _command.run(_parser(), arguments, _write)
 
-    def command() -> int:
-        folder = options.root / "docs" / "reproductions"
-        page = options.root / "docs" / "reproductions.md"
-        for run in options.records:
-            kept = folder / f"{run.name.removeprefix('reproduce-')}.jsonl"
-            print(f"{kept}: {_merge(run / 'records.jsonl', kept)} observations added")
-        store = recorded(folder)
-        page.write_text(written(page.read_text(encoding="utf-8"), store), encoding="utf-8")
-        _draw_pictures(folder, store, findings(store))
-        return _command.OK
 
-    return _command.guarded("sharpness.reproduce.page", command)
+def _write(options: argparse.Namespace) -> int:
+    folder = options.root / "docs" / "reproductions"
+    page = options.root / "docs" / "reproductions.md"
+    for run in options.records:
+        kept = folder / f"{run.name.removeprefix('reproduce-')}.jsonl"
+        print(f"{kept}: {_merge(run / 'records.jsonl', kept)} observations added")
+    store = recorded(folder)
+    page.write_text(written(page.read_text(encoding="utf-8"), store), encoding="utf-8")
+    _draw_pictures(folder, store, findings(store))
+    return _command.OK
 
 
 def written(text: str, store: ObservationStore) -> str:

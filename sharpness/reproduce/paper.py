@@ -10,9 +10,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
+from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.report.panels import Panel
 from sharpness.reproduce import Preset
 from sharpness.reproduce.claims import Check, Finding
+from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.observations import Observation
 from sharpness.reproduce.runner import ObservationStore
 
@@ -44,6 +46,22 @@ class Study:
     def seeds(self) -> range:
         """Starting points."""
         return range(self.num_seeds)
+
+    def trained(
+        self,
+        epochs: float,
+        start: ModelSpec | None = None,
+        until_loss_of: ModelSpec | None = None,
+        **settings: Any,
+    ) -> ModelSpec:
+        """Its network after so many epochs on its data; `settings` of the `Training`."""
+        return ModelSpec(
+            data=self.data,
+            training=Training(**{"network": self.network, **settings}),
+            budget=StoppingCriteria(epochs=epochs),
+            start=start,
+            until_loss_of=until_loss_of,
+        )
 
     def with_seeds(self, num: int) -> Self:
         """The same with so many starting points, everywhere."""

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from sharpness import _progress
+from sharpness._arguments import ensure
 from sharpness._json import as_plain
 from sharpness.lab import data, networks
 from sharpness.lab.data import Dataset
-from sharpness.lab.named import parsed
 from sharpness.lab.run import criterion_for
 from sharpness.lab.sweep import pool, side_by_side
 from sharpness.record import append_record, new_record, read_records
@@ -26,6 +26,7 @@ from sharpness.reproduce.observations import Observation
 from sharpness.reproduce.serialisation import described, digest, restored
 
 _KIND = "observation"
+_Unit = TypeVar("_Unit")
 Found = dict[str, dict[str, Any]]  # records by the digest of their observation
 
 
@@ -130,10 +131,10 @@ class Runner:
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
             for stage in stages:
                 stage.sort(key=costs.of_run, reverse=True)
-                for run in self._each(_train, stage):
+                for run, _ in self._each(Bench.train_missing, stage):
                     bar.update(round(costs.of_run(run)))
                     said(f"trained {run[-1]}")
-            for i, (observation, record) in enumerate(self._each(_observe, missing), 1):
+            for i, (observation, record) in enumerate(self._each(_recorded, missing), 1):
                 append_record(self.records, record)
                 bar.update(round(costs.of(observation)))
                 if i * 10 // len(missing) > (i - 1) * 10 // len(missing):
@@ -148,10 +149,8 @@ class Runner:
         Raises:
             ValueError: it is no record of an observation.
         """
-        if record.get("kind") != _KIND:
-            raise ValueError(
-                f"`record` must be of an observation; got kind {record.get('kind')!r}."
-            )
+        kind = record.get("kind")
+        ensure(kind == _KIND, "record", "be of an observation", f"kind {kind!r}")
         observation = restored(record["observation"])
         self.bench.folder.mkdir(parents=True, exist_ok=True)
         with _threads(record["threads"]):
@@ -160,23 +159,22 @@ class Runner:
                     self.bench.train_missing(run)
             return _recorded(self.bench, observation)
 
-    def _each(self, work: Any, units: Sequence[Any]) -> Iterator[Any]:
+    def _each(
+        self, work: Callable[[Bench, _Unit], Any], units: Sequence[_Unit]
+    ) -> Iterator[tuple[_Unit, Any]]:
+        """Every unit with what came of it, as they come."""
         asked = self.jobs and min(self.jobs, len(units))
         jobs, threads = side_by_side(asked, self.device, len(units))
-        yield from pool(jobs, work, ((self.bench, threads, unit) for unit in units))
+        yield from pool(
+            jobs, _with_threads, ((threads, work, self.bench, unit) for unit in units)
+        )
 
 
-def _train(bench: Bench, threads: int, run: list[ModelSpec]) -> list[ModelSpec]:
+def _with_threads(
+    threads: int, work: Callable[[Bench, _Unit], Any], bench: Bench, unit: _Unit
+) -> tuple[_Unit, Any]:
     with _threads(threads):
-        bench.train_missing(run)
-        return run
-
-
-def _observe(
-    bench: Bench, threads: int, observation: Observation
-) -> tuple[Observation, dict[str, Any]]:
-    with _threads(threads):
-        return observation, _recorded(bench, observation)
+        return unit, work(bench, unit)
 
 
 @contextmanager
@@ -248,16 +246,10 @@ class Costs:
     def _gradient(self, network: str, name: str) -> float:
         """Seconds of one on `_PROBE` samples."""
         if (network, name) not in self._seconds:
-            kind, arguments = parsed(network)
             with torch.random.fork_rng(devices=[]), _threads(1):
                 *_, dataset = self._outline(name)
                 x, y = dataset.train
-                fitting = networks.arguments_for(
-                    kind, x.shape[1:], dataset.num_classes, y.shape[1:]
-                )
-                model = networks.build(
-                    {"name": kind, "arguments": {**fitting, **arguments}}
-                )
+                model = networks.build(networks.fitted(network, x, y, dataset.num_classes))
                 criterion = criterion_for(dataset)
                 self._seconds[network, name] = min(
                     timeit.repeat(

@@ -8,6 +8,8 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sharpness._arguments import require
+
 _T = TypeVar("_T", bound=type)
 _KINDS: dict[str, type] = {}
 _NAMES: dict[type, str] = {}
@@ -55,13 +57,14 @@ def restored(plain: Any) -> Any:
         return plain
     fields = {name: restored(item) for name, item in plain.items() if name != "kind"}
     name = plain.get("kind")
-    if name not in _KINDS:
-        raise ValueError(
-            f"`observation` must be one of {', '.join(sorted(_KINDS))}; got {name!r}. "
-            "Use the version of sharpness that wrote the record."
-        )
-    made = _KINDS[name]
-    return made(**fields)
+    require(
+        name in _KINDS,
+        "observation",
+        f"be one of {', '.join(sorted(_KINDS))}",
+        name,
+        "Use the version of sharpness that wrote the record.",
+    )
+    return _KINDS[name](**fields)  # type: ignore[index]
 
 
 def digest(plan: Any) -> str:

@@ -5,19 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from sharpness.report import tables
+from sharpness.report.tables import p_value, plain_table
 from sharpness.reproduce.claims import Check, Finding, Role
-
-
-def plain(columns: Sequence[str], rows: Iterable[Sequence[str]], right: int) -> Table:
-    """A table for the terminal, whose last `right` columns are text."""
-    table = tables.plain_table("", *columns, right=right)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
 
 
 def print_finding(console: Console, finding: Finding) -> None:
@@ -27,8 +17,9 @@ def print_finding(console: Console, finding: Finding) -> None:
     for premise in finding.of(Role.PREMISE):
         console.print(_premise(premise))
     if checks := _but_premises(finding):
-        columns = ("", "paper", "ours", "n", "p", "verdict")
-        table = plain(columns, map(cells, checks), right=1)
+        table = plain_table(
+            ("", "paper", "ours", "n", "p", "verdict"), map(cells, checks), right=1
+        )
         for column in table.columns[1:3]:
             column.justify = "left"
         console.print(table)
@@ -40,12 +31,14 @@ def print_finding(console: Console, finding: Finding) -> None:
 def print_verdicts(console: Console, findings: Sequence[Finding]) -> None:
     """Every item's verdict in a line."""
     rows = [(f.title, f.study, _holm_text(f), f.verdict_text) for f in findings]
-    console.print("", plain(("item", "on", "p (Holm)", "verdict"), rows, right=3), sep="\n")
+    console.print(
+        "", plain_table(("item", "on", "p (Holm)", "verdict"), rows, right=3), sep="\n"
+    )
 
 
 def _holm_text(finding: Finding) -> str:
     adjusted = [c.holm for c in finding.of(Role.PRIMARY) if c.holm is not None]
-    return ", ".join(map(tables.p_value, adjusted)) or "–"
+    return ", ".join(map(p_value, adjusted)) or "–"
 
 
 def _premise(check: Check) -> str:
@@ -71,8 +64,8 @@ def p_text(check: Check) -> str:
     if check.p is None:
         return "–"
     if check.flip_p is None and check.holm is not None:
-        return f"{tables.p_value(check.p)} / – / {tables.p_value(check.holm)}"
-    return " / ".join(tables.p_value(p) for p in known if p is not None)
+        return f"{p_value(check.p)} / – / {p_value(check.holm)}"
+    return " / ".join(p_value(p) for p in known if p is not None)
 
 
 def finding_text(finding: Finding, picture: str | None) -> str:

@@ -15,6 +15,7 @@ from sharpness.report.panels import Panel
 from sharpness.reproduce import paper
 from sharpness.reproduce.claims import Check, Role, holds, paired, ratio_within, within
 from sharpness.reproduce.columns import (
+    TEST_ACCURACY_RUNNING,
     accuracy,
     band_panels,
     metric,
@@ -27,7 +28,6 @@ from sharpness.reproduce.model_spec import ModelSpec
 from sharpness.reproduce.paper import Item, Paper, paper_numbers
 from sharpness.reproduce.runner import ObservationStore
 
-_TEST = metric("test_accuracy_running", 100)
 _KINDS = ("decay", "hybrid", "increase")
 
 
@@ -57,21 +57,17 @@ class SmithStudy(paper.Study):
         """A moment of a run; `times` the batch size goes with `times` the rate."""
         drops = ",".join(f"{drop:g}" for drop in self.drops)
         most = "" if kind == "decay" else f"&max_batch_size={self.most}"
-        return ModelSpec(
-            data=self.data,
-            training=Training(
-                network=self.network,
-                batch_size=self.batch_size * times,
-                seed=seed,
-                optimizer="momentum",
-                momentum=momentum,
-                learning_rate=self.learning_rate * times,
-                weight_decay=5e-4,
-                schedule=f"{kind}?drops=({drops})&factor=5{most}",
-                ghost_batch_size=self.ghost,
-                augmentation=self.augmentation,
-            ),
-            budget=StoppingCriteria(epochs=epochs),
+        return self.trained(
+            epochs,
+            batch_size=self.batch_size * times,
+            seed=seed,
+            optimizer="momentum",
+            momentum=momentum,
+            learning_rate=self.learning_rate * times,
+            weight_decay=5e-4,
+            schedule=f"{kind}?drops=({drops})&factor=5{most}",
+            ghost_batch_size=self.ghost,
+            augmentation=self.augmentation,
         )
 
     def moments(self, kind: str) -> list[tuple[float, ModelSpec]]:
@@ -125,7 +121,7 @@ def _schedules(study: SmithStudy, store: ObservationStore) -> Iterator[Check]:
         ),
     ):
         found = zip(study.ends("decay"), networks, strict=True)
-        first, second = pairs(store, accuracy, _TEST, found)
+        first, second = pairs(store, accuracy, TEST_ACCURACY_RUNNING, found)
         yield replace(
             within(
                 f"{name}, test accuracy less that of decaying, points: within 1.5",
@@ -144,7 +140,7 @@ def _schedules(study: SmithStudy, store: ObservationStore) -> Iterator[Check]:
 def _panels(study: SmithStudy, store: ObservationStore) -> list[Panel]:
     quantities = (
         ("training loss", accuracy, metric("train_loss_running"), True),
-        ("test accuracy, %", accuracy, _TEST, False),
+        ("test accuracy, %", accuracy, TEST_ACCURACY_RUNNING, False),
     )
     groups = [(kind, colour, study.moments(kind)) for colour, kind in enumerate(_KINDS)]
     return band_panels(store, "epoch", quantities, groups, marks=study.drops)
@@ -160,8 +156,9 @@ def _updates(study: SmithStudy, store: ObservationStore) -> Iterator[Check]:
         budget = StoppingCriteria(epochs=regime.epochs)
         count, (low, high) = budget.num_updates(training.course(50_000)), theirs["range"]
         words, text = f"{name}: updates in 200 epochs of CIFAR-10", theirs["text"]
-        fits = low <= count <= high
-        yield holds(words, fits, ours=str(count), n=1, paper=text, counted=True)
+        yield holds(
+            words, low <= count <= high, ours=str(count), n=1, paper=text, counted=True
+        )
 
 
 ITEMS = (

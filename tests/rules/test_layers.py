@@ -41,6 +41,7 @@ RANKS = [
         "train",
         "batchsize.__main__",
         "reproduce.__main__",
+        "reproduce.command",
         "reproduce.page",
         "__main__",
         "__init__",

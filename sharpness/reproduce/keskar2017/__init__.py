@@ -7,32 +7,15 @@ others) unless they say otherwise.
 
 from __future__ import annotations
 
-from sharpness.reproduce.keskar2017 import (
-    between_minima,
-    by_training,
-    in_short,
-    remedies,
-    tables,
-)
+from sharpness.reproduce.keskar2017 import figures, in_short, tables
 from sharpness.reproduce.keskar2017.study import STUDIES
 from sharpness.reproduce.paper import InShort, Paper
-
-_MODULES = (tables, by_training, between_minima, remedies)
-
-_ORDER = (
-    *("table2", "table3", "table4", "beyond", "distance"),
-    *("figure2", "figure3", "figure4", "figure5", "figure6", "figure7"),
-    *("table6", "table7", "adversarial"),
-)
 
 PAPER = Paper(
     name="keskar2017",
     citation="Keskar, Mudigere, Nocedal, Smelyanskiy, Tang (2017), On Large-Batch Training "
     "for Deep Learning: Generalization Gap and Sharp Minima, arXiv:1609.04836",
-    items=sorted(
-        (item for module in _MODULES for item in module.ITEMS),
-        key=lambda item: _ORDER.index(item.name),
-    ),
+    items=(*tables.ITEMS, *figures.ITEMS, *tables.REMEDIES),
     studies=STUDIES,
     in_short=InShort(
         about=lambda study: study.about_ends,

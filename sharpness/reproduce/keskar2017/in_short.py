@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharpness.report.forest import Estimate, ForestPanel, draw_forest
+from sharpness.report.panels import Estimate, ForestPanel, draw_forest
 from sharpness.reproduce.claims import MIN_STARTS, Effect, effect_of, moves
 from sharpness.reproduce.columns import (
     Observe,
@@ -28,6 +28,7 @@ from sharpness.reproduce.runner import ObservationStore
 from sharpness.statistics import mean_and_sd, mean_sd
 
 Values = tuple[list[float], list[float]]  # small and large batch, by starting point
+_END = "at the end of training"
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six")
 
 
@@ -140,8 +141,11 @@ def draw(path: Path, study: KeskarStudy, store: ObservationStore) -> Path:
     """Ratios of sharpness and of distance, and the gap in test accuracy."""
     found = values(study, store)
     names = ("phi(1e-3), %", "phi(5e-4), %", "lambda_max", "distance from the start")
-    ratios = [_estimate(1 + i, found[name]) for i, name in enumerate(names)]
-    gap = _estimate(2.5, found["test accuracy, %"], ratio=False)
+    ratios = [
+        Estimate(row=1 + i, edges=_effect(*found[name]).edges, label=_END)
+        for i, name in enumerate(names)
+    ]
+    gap = _effect(*found["test accuracy, %"], ratio=False)
     title = f"{study.network} on {study.data}, batch {study.small} and {study.large}"
     labels = [name.removesuffix(", %") for name in names]
     return draw_forest(
@@ -158,16 +162,10 @@ def draw(path: Path, study: KeskarStudy, store: ObservationStore) -> Path:
             ForestPanel(
                 title="test accuracy: large − small",
                 x_label="points",
-                estimates=[gap],
+                estimates=[Estimate(row=2.5, edges=gap.edges, label=_END)],
                 lines=(0,),
             ),
         ],
         groups=[(f"{title}; n = {len(found['lambda_max'][0])}", labels)],
-        markers={"at the end of training": ("o", 0)},
+        markers={_END: ("o", 0)},
     )
-
-
-def _estimate(row: float, found: Values, ratio: bool = True) -> Estimate:
-    middle, low, high = _effect(*found, ratio).edges
-    label = "at the end of training"
-    return Estimate(row=row, middle=middle, low=low, high=high, label=label)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.reproduce import paper
 from sharpness.reproduce.columns import metric
 from sharpness.reproduce.model_spec import ModelSpec
@@ -101,24 +100,10 @@ class KeskarStudy(paper.Study):
         return replace(self, num_seeds=num, **fewer)
 
     def network_at(
-        self,
-        batch_size: int,
-        seed: int,
-        epochs: float,
-        start: ModelSpec | None = None,
-        until_loss_of: ModelSpec | None = None,
-        **settings: Any,
+        self, batch_size: int, seed: int, epochs: float, **more: Any
     ) -> ModelSpec:
         """A network of this study: Adam at 1e-3, the same for every batch size."""
-        return ModelSpec(
-            data=self.data,
-            training=Training(
-                network=self.network, batch_size=batch_size, seed=seed, **settings
-            ),
-            budget=StoppingCriteria(epochs=epochs),
-            start=start,
-            until_loss_of=until_loss_of,
-        )
+        return self.trained(epochs, batch_size=batch_size, seed=seed, **more)
 
     def epochs(self, role: BatchRole) -> tuple[float, ...]:
         """When networks of a role are observed."""
@@ -151,8 +136,10 @@ class KeskarStudy(paper.Study):
         train = self.published("table2")["train"]
 
         def until(network: ModelSpec, percent: float) -> ModelSpec:
-            reached = round(percent / 100, 6)
-            return replace(network, budget=replace(network.budget, until_accuracy=reached))
+            return replace(
+                network,
+                budget=replace(network.budget, until_accuracy=round(percent / 100, 6)),
+            )
 
         return [(until(a, train[0][0]), until(b, train[1][0])) for a, b in self.ends()]
 
@@ -177,9 +164,12 @@ class KeskarStudy(paper.Study):
 
     def measured(self, of: ModelSpec, *measures: str, **more: Any) -> Measured:
         """On this study's samples, with draws of each starting point's own or one draw."""
-        seed = 0 if self.one_draw else of.training.seed
         return Measured(
-            of=of, measures=measures, num_samples=self.num_samples, seed=seed, **more
+            of=of,
+            measures=measures,
+            num_samples=self.num_samples,
+            seed=0 if self.one_draw else of.training.seed,
+            **more,
         )
 
     def sharpness(self, of: ModelSpec) -> Measured:
