@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sharpness.report.figures import Figure
+from sharpness.report.figures import Figure, written
 
 ROWS, FEATURES, NOISE = 1_000_000, 4, 1.0
 SIZES = (10, 100, 1000, 10_000, 100_000, 1_000_000)
@@ -110,4 +110,4 @@ def draw(x: Tensor, y: Tensor) -> Figure:
 if __name__ == "__main__":
     torch.manual_seed(0)
     path = sys.argv[1] if len(sys.argv) > 1 else "thousand_against_million.png"
-    draw(*generated()).written(path)
+    written(draw(*generated()), path)

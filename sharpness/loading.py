@@ -284,7 +284,7 @@ def load_trainable(
     """A network to be trained on, from a checkpoint or as its factory makes it.
 
     Unlike `load_checkpoint` it leaves data where they lie: what a factory returns is taken
-    as it is, so that arrays on disk and data sets are read a batch at a time.
+    as it is, and arrays and tables stay on disk, so that they are read a batch at a time.
 
     Args:
         path: a checkpoint, as in `load_checkpoint`; None for the network as it is made.
@@ -310,6 +310,10 @@ def load_trainable(
         made = _called("--data", source, _factory("--data", source))
         splits = made if isinstance(made, Mapping) and "train" in made else {"train": made}
         about = {"name": source}
+    elif data and files.is_file(source) and not files.is_data_set(source):
+        with _of_the_flag(source):
+            splits, about = files.parts_on_disk(source), {"name": source}
+        done += files.notes(source)
     else:
         parts, about = _made_data(
             source, data_dir, model or nn.Identity(), done, as_trained=not data
@@ -337,10 +341,15 @@ def load_trainable(
 def _first_row(data: Any) -> Pair:
     """The first row, or batch, of whatever data there are."""
     if batches.is_pair(data):
-        return cast(Pair, tree_map(lambda part: torch.as_tensor(part[:1]), data))
+        return cast(Pair, tree_map(lambda part: _tensor_of(part[:1]), data))
     row = data[0] if hasattr(data, "__getitem__") else next(iter(data))
     inputs, targets = as_pair(row)
     return tree_map(torch.as_tensor, inputs), torch.as_tensor(targets)
+
+
+def _tensor_of(part: Any) -> Tensor:
+    """A copy, since rows of a file cannot be written to."""
+    return part if isinstance(part, Tensor) else torch.tensor(batches.native(part))
 
 
 def _fresh(name: str, first: Pair, data: Any, seed: int) -> nn.Module:
@@ -352,7 +361,7 @@ def _fresh(name: str, first: Pair, data: Any, seed: int) -> nn.Module:
     num_classes = None
     if not targets.is_floating_point():
         ensure(batches.is_pair(data), "--network", "be a factory for such data", repr(name))
-        num_classes = int(torch.as_tensor(data[1]).max()) + 1
+        num_classes = int(data[1].max()) + 1
     fitted = networks.arguments_for(
         head, inputs.shape[1:], num_classes, targets.shape[1:] or torch.Size([1])
     )

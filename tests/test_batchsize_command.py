@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from helpers.batchsize import by_law, race, size, times
 from sharpness import read_records
 from sharpness.batchsize import __main__ as command
 from sharpness.batchsize import advice
+from sharpness.loading import load_trainable
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 FACTORIES = """
 import numpy as np
 import torch
@@ -139,6 +143,22 @@ def test_an_interrupt_exits_130_with_what_there_is(here, told, capsys, monkeypat
     record = read_records(here / "runs/batchsize/records.jsonl")[0]
     assert record["status"] == "interrupted"
     assert record["advice"]["times"]["batch_sizes"] == [8, 32, 128]
+
+
+def test_the_examples_of_the_page_are_what_it_says(monkeypatch, capsys):
+    monkeypatch.chdir(EXAMPLES.parent)
+    where = "examples/four_features.py"
+    found = load_trainable(network=f"{where}:network", data=f"{where}:rows?num=50")
+    assert [len(part[1]) for part in (found.train, found.validation)] == [50, 4096]
+    assert sum(p.numel() for p in found.model.parameters()) == 193
+
+    example = runpy.run_path(str(EXAMPLES / "thousand_against_million.py"))
+    few = {"ROWS": 20_000, "SIZES": (10, 1000), "RACED": {10: 0.003}, "SECONDS": 0.01}
+    example["draw"].__globals__.update(few)
+    axes = example["draw"](*example["generated"]()).axes
+    errors = axes[0].lines[0].get_ydata()
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.3)  # the root of 1000 / 10
+    assert "batch 1000: gradient off by" in capsys.readouterr().out
 
 
 NETWORK, DATA = ["--network", "mine.py:network"], ["--data", "mine.py:rows"]

@@ -12,8 +12,9 @@ from matplotlib.ticker import LogLocator
 from sharpness.batchsize.choice import Choice
 from sharpness.batchsize.race import Race
 from sharpness.batchsize.updates import UpdateTimes
-from sharpness.report.figures import Figure, panels, written
+from sharpness.report.figures import Figure, panels, plain_ticks, written
 
+_HEADROOM = 0.35  # of the curves' height, for the legend
 # Blue and vermilion of Okabe and Ito (2008): told apart by the colour-blind, and as light
 # and dark in grey; marks and lines differ as well.
 _SEEN, _FITTED = "#0072B2", "#D55E00"
@@ -37,12 +38,14 @@ def draw(
         _seconds(seconds, times)
     if choice is not None:
         _compared(product, choice)
+    product.margins(y=_HEADROOM)
     titles = "updates to the target", "seconds per update", "seconds to the target"
     for axes, title in zip((updates, seconds, product), titles, strict=True):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(LogLocator(2, numticks=7))
         axes.xaxis.set_major_formatter(lambda size, _: _short(size))
+        plain_ticks(axes.yaxis)
         axes.tick_params(labelsize=8)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel("batch size")
