@@ -571,9 +571,10 @@ def _pairs(
 ) -> tuple[dict[str, Pair], dict[str, Any]]:
     """A text, a named set, or what a factory returns."""
     if Path(source.partition("?")[0]).is_file():
-        got = f"text for {type(getattr(model, 'model', model)).__name__}"
         is_causal, contract = isinstance(model, _NextTokens), "be data with labels"
-        ensure(is_causal, f"--data {source}", contract, got, "See docs/howto/data.md.")
+        got = f"a {Path(source).suffix or 'plain'} file"
+        advice = "Take .npz, .csv, .parquet or a factory; text is for causal models."
+        ensure(is_causal, f"--data {source}", contract, got, advice)
         text = _from_text(source, cast(_NextTokens, model), done)
         return {"train": text}, {"name": source}
     if ":" not in source or as_trained:

@@ -757,13 +757,41 @@ def test_other_classes_of_transformers_are_one_line_that_says_which_are_known(
     assert len(str(caught.value)) <= 200
 
 
-def test_text_is_data_of_causal_models_alone(nets, tmp_path):
+@pytest.mark.parametrize("name", ["corpus.txt", "d.tsv", "x.npy", "pair.pt"])
+def test_text_is_data_of_causal_models_alone(nets, tmp_path, name):
     saved(nets.mlp())
-    (tmp_path / "corpus.txt").write_text("words")
-    with pytest.raises(
-        ValueError, match=r"`--data corpus.txt` must .* text for Sequential"
-    ):
-        load_checkpoint("net.pt", network="nets.py:mlp", data="corpus.txt")
+    (tmp_path / name).write_text("words")
+    with pytest.raises(ValueError, match=rf"`--data {name}` must .*got a .* file. Take"):
+        load_checkpoint("net.pt", network="nets.py:mlp", data=name)
+
+
+TABLES = {
+    "semicolons": ("d.csv", b"a;b;c\n1;2;0\n", r"no two \(it has a;b;c\). Put commas"),
+    "nothing": ("d.csv", b"", "be a .csv table; got 0 bytes"),
+    "other letters": ("d.csv", b"\xff\xfe\x00a", "be a .csv table; got 4 bytes"),
+    "a head alone": ("d.csv", b"a,b,label\n", "got no rows"),
+    "broken": ("d.parquet", b"PAR1xx", "be a .parquet table; got 6 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_file_that_is_no_table_is_one_line(nets, tmp_path, name):
+    file, content, line = TABLES[name]
+    if file.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    saved(nets.mlp())
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"`--data {file}` must .*{line}") as caught:
+        load_checkpoint("net.pt", network="nets.py:mlp", data=file)
+    assert "\n" not in str(caught.value)
+
+
+def test_row_numbers_that_pandas_writes_are_no_input(nets):
+    saved(nets.mlp())
+    x, y = nets.points()
+    pd.DataFrame(x.numpy(), columns=list("abcde")).assign(label=y.numpy()).to_csv("d.csv")
+    subject = load_checkpoint("net.pt", network="nets.py:mlp", data="d.csv")
+    assert torch.allclose(subject.train[0].float(), x)
 
 
 # -- what the network was trained with ---------------------------------------------------

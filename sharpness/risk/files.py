@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from sharpness._arguments import ensure, package
+from sharpness._arguments import ensure, explained, package
 from sharpness.risk import batches, memory
 
 Part = tuple[Tensor, Tensor]  # inputs (N, ...), targets (N, ...)
@@ -26,6 +26,7 @@ _ROWS_AT_ONCE = 4096  # of a table
 _ROWS_COPIED = 65536  # at once
 _SAMPLES_AT_ONCE = 256  # of a data set on disk
 _TABLES = (".csv", ".parquet")
+_INDEX = "Unnamed: 0"  # what pandas calls the column of its own row numbers
 _TARGETS = ("y", "label", "labels", "target", "targets", "class")
 _SPELLINGS = {
     "train": [("x", "y"), ("x_train", "y_train"), ("train_x", "train_y")],
@@ -152,8 +153,10 @@ def target_of(source: str | Path) -> str:
     columns = [str(name) for name in next(_frames(path, 1)).columns]
     usual = [name for name in columns if name.lower() in _TARGETS]
     known = not asked or asked in columns
-    got = f"no column {asked!r} (it has {', '.join(columns[:5])})"
-    ensure(known and len(columns) > 1, path, "hold inputs and targets", got)
+    got = f"no column {asked!r}" if asked else "no two"
+    got += f" (it has {', '.join(columns[:5])})"
+    advice = "" if asked else "Put commas between the columns."
+    ensure(known and len(columns) > 1, path, "hold inputs and targets", got, advice)
     return asked or [*usual, columns[-1]][0]
 
 
@@ -210,15 +213,28 @@ def _rows(
 
 
 def _frames(path: Path, rows: int) -> Iterator[Any]:
-    """A table, so many rows at a time."""
+    """A table, so many rows at a time; without the index that pandas writes."""
     if not path.is_file():
         raise FileNotFoundError(f"`{path}` must be a table; got no such file.")
-    if path.suffix == ".csv":
-        with package("pandas", "'sharpness[files]'").read_csv(
-            path, chunksize=rows
-        ) as table:
-            yield from table
-        return
+    is_csv = path.suffix == ".csv"
+    parts = (_of_csv if is_csv else _of_parquet)(path, rows)
+    got, advice = f"{path.stat().st_size} bytes", "Write it with `DataFrame.to_csv`."
+    kinds = (ValueError, OSError)  # of the readers, which do not name the file
+    while True:
+        with explained(path, f"be a {path.suffix} table", got, advice, kinds):
+            frame = next(parts, None)
+        if frame is None:
+            return
+        yield frame.drop(columns=[_INDEX], errors="ignore") if is_csv else frame
+
+
+def _of_csv(path: Path, rows: int) -> Iterator[Any]:
+    read = package("pandas", "'sharpness[files]'").read_csv
+    with read(path, chunksize=rows) as table:
+        yield from table
+
+
+def _of_parquet(path: Path, rows: int) -> Iterator[Any]:
     parquet = package("pyarrow.parquet", "'sharpness[files]'")
     with parquet.ParquetFile(path) as table:
         for batch in table.iter_batches(rows):
