@@ -13,7 +13,7 @@ from torch import nn
 
 import sharpness as sh
 from sharpness.batchsize.problem import Problem
-from sharpness.risk import files, memory
+from sharpness.risk import batches, files, memory
 
 X = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 Y = np.arange(40) % 4
@@ -98,6 +98,7 @@ def test_a_table_is_of_one_type_throughout(tmp_path, monkeypatch):
 def test_no_row_is_read_that_is_not_asked_for(tmp_path, monkeypatch):
     """Also where the whole file would not fit."""
     path = folder(tmp_path)
+    monkeypatch.setattr(batches, "_OF_A_TENSOR", 0)
     monkeypatch.setattr(memory, "free_bytes", lambda _: 2 * 25 * 20)
     with pytest.raises(ValueError, match="half of the free memory"):
         sh.EmpiricalRisk(nn.Linear(3, 4), "cross_entropy", path)
