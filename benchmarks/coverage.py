@@ -32,6 +32,7 @@ from scipy import optimize, stats
 from torch import Tensor, nn
 
 import sharpness as sh
+from sharpness.measures import flatness, traces
 from sharpness.measures import spectrum as spectrum_module
 from sharpness.results import SpectralDensity
 
@@ -148,12 +149,12 @@ def trace(spectrum: str, method: str, dtype: torch.dtype, seed: int) -> bool:
 
 
 def frobenius_norm(spectrum: str, seed: int) -> bool:
-    found = sh.frobenius_norm(matrix_risk(spectrum), seed=seed, max_hvps=MAX_HVPS)
+    found = traces.frobenius_norm(matrix_risk(spectrum), seed=seed, max_hvps=MAX_HVPS)
     return within(found.interval, float(np.linalg.norm(SPECTRA[spectrum])))
 
 
 def diagonal(spectrum: str, seed: int) -> np.ndarray:
-    found = sh.diagonal(matrix_risk(spectrum), seed=seed, max_hvps=MAX_HVPS)
+    found = traces.diagonal(matrix_risk(spectrum), seed=seed, max_hvps=MAX_HVPS)
     t = stats.t.ppf(0.975, found.num_probes - 1)
     off = (found.values - rotated(spectrum).diag()).abs()
     return (off <= t * found.standard_errors + 1e-12).numpy()
@@ -288,7 +289,7 @@ def margins(dimension: int) -> tuple[sh.EmpiricalRisk, float]:
 
 def pac_bayes_sigma(dimension: int, seed: int) -> bool:
     risk, truth = margins(dimension)
-    found = sh.pac_bayes_sigma(risk, seed=seed, progress=False)
+    found = flatness.pac_bayes_sigma(risk, seed=seed, progress=False)
     if getattr(found, "interval", None) is not None:
         return within(found.interval, truth)
     num = found.settings["num_draws"]
@@ -311,7 +312,7 @@ def regression(outputs: int) -> tuple[sh.EmpiricalRisk, float]:
 
 def relative_flatness(outputs: int, seed: int) -> bool:
     risk, truth = regression(outputs)
-    found = sh.relative_flatness(risk, seed=seed, progress=False)
+    found = flatness.relative_flatness(risk, seed=seed, progress=False)
     if hasattr(found, "intervals"):
         return within(found.intervals[0], truth)
     return by_t(found.values[0], found.standard_errors[0], found.num_probes, truth)

@@ -9,10 +9,7 @@ from .measures.batch_sharpness import batch_sharpness as batch_sharpness
 from .measures.eigenvalues import eigenpairs as eigenpairs
 from .measures.epsilon import epsilon_sharpness as epsilon_sharpness
 from .measures.epsilon import subspace_sharpness as subspace_sharpness
-from .measures.flatness import box_alpha as box_alpha
 from .measures.flatness import norms as norms
-from .measures.flatness import pac_bayes_sigma as pac_bayes_sigma
-from .measures.flatness import relative_flatness as relative_flatness
 from .measures.gradient_noise import gradient_noise as gradient_noise
 from .measures.landscape import interpolation as interpolation
 from .measures.landscape import low_loss_path as low_loss_path
@@ -22,12 +19,9 @@ from .measures.models import measure_model as measure_model
 from .measures.perturbation import average_case_sharpness as average_case_sharpness
 from .measures.perturbation import worst_case_sharpness as worst_case_sharpness
 from .measures.planes import loss_plane as loss_plane
-from .measures.preconditioner import adam_preconditioner as adam_preconditioner
 from .measures.sampling import lambda_max_sampling as lambda_max_sampling
 from .measures.spectrum import spectral_density as spectral_density
 from .measures.summary import summary as summary
-from .measures.traces import diagonal as diagonal
-from .measures.traces import frobenius_norm as frobenius_norm
 from .measures.traces import trace as trace
 from .record import read_records as read_records
 from .results import load_result as load_result

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sharpness as sh
 from sharpness.lab import networks
+from sharpness.measures import flatness, traces
 from sharpness.results import DerivativeDisagreesError, Status
 from sharpness.risk.derivatives import Derivatives
 
@@ -119,16 +120,16 @@ MEASURES = {
     "layers": sh.layerwise_eigenpairs,
     "trace": sh.trace,
     "fisher": lambda r, **_: sh.trace(r, matrix="empirical_fisher", **QUIET),
-    "frobenius_norm": sh.frobenius_norm,
-    "diagonal": sh.diagonal,
+    "frobenius_norm": traces.frobenius_norm,
+    "diagonal": traces.diagonal,
     "spectral_density": sh.spectral_density,
     "phi": lambda r, **_: sh.epsilon_sharpness(r, 1e-3, **QUIET),
     "phi by scipy": lambda r, **_: sh.epsilon_sharpness(r, 1e-3, solver="scipy", **QUIET),
     "worst case": lambda r, **_: sh.worst_case_sharpness(r, 0.05, **QUIET),
     "shards": lambda r, **_: sh.worst_case_sharpness(r, 0.05, shard_size=10, **QUIET),
     "norms": lambda r, **_: sh.norms(r),
-    "box_alpha": sh.box_alpha,
-    "relative_flatness": sh.relative_flatness,
+    "box_alpha": flatness.box_alpha,
+    "relative_flatness": flatness.relative_flatness,
     "lambda_max_sampling": sh.lambda_max_sampling,
     "summary": lambda r, **_: sh.summary(r, ["spectrum"], **QUIET),
     "tracker": lambda r, **_: sh.SharpnessTracker(

@@ -13,6 +13,7 @@ from helpers.problems import quadratic, softmax_regression
 
 import sharpness as sh
 from sharpness._results import Reading, Results, number
+from sharpness.measures import flatness, traces
 from sharpness.report import figures
 
 
@@ -32,12 +33,12 @@ MEASURED = {
     "subspace": lambda r: sh.subspace_sharpness(r, [1e-2, 1e-3], subspace_dim=3),
     "worst": lambda r: sh.worst_case_sharpness(r, [0.05, 0.1]),
     "average": lambda r: sh.average_case_sharpness(r, [0.05, 0.1], num_draws=3),
-    "sigma": lambda r: sh.pac_bayes_sigma(r, num_draws=3),
+    "sigma": lambda r: flatness.pac_bayes_sigma(r, num_draws=3),
     "trace": sh.trace,
-    "diagonal": sh.diagonal,
+    "diagonal": traces.diagonal,
     "density": lambda r: sh.spectral_density(r, num_starts=2),
     "norms": sh.norms,
-    "flatness": sh.relative_flatness,
+    "flatness": flatness.relative_flatness,
     "interpolation": interpolated,
     "path": lambda r: sh.low_loss_path(r, r.theta + 1, num_steps=2, num_points=3),
     "plane": lambda r: sh.loss_plane(r, num_points=3),

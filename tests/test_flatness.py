@@ -31,9 +31,10 @@ from torch import Tensor, nn
 import sharpness as sh
 from sharpness import _run, _tensors
 from sharpness._json import to_line
+from sharpness.measures import flatness
 
 CE = nn.CrossEntropyLoss()
-RADII = pytest.mark.parametrize("measure", [sh.pac_bayes_sigma, sh.box_alpha])
+RADII = pytest.mark.parametrize("measure", [flatness.pac_bayes_sigma, flatness.box_alpha])
 
 
 def one_feature_each(margins: Tensor, lower: float = 0.0) -> sh.EmpiricalRisk:
@@ -71,7 +72,7 @@ def calls_of(risk: sh.EmpiricalRisk, name: str, fail_at: int | None = None) -> l
 @pytest.mark.parametrize("drop", [0.1, 0.3])
 @pytest.mark.parametrize("margin", [0.03, 1.0, 50.0])
 def test_sigma_is_the_standard_deviation_of_the_normal_distribution(margin, drop):
-    found = sh.pac_bayes_sigma(alike(margin), accuracy_drop=drop)
+    found = flatness.pac_bayes_sigma(alike(margin), accuracy_drop=drop)
     sigma = margin / (math.sqrt(2) * stats.norm.isf(drop))
     assert (found.status, found.accuracy) == ("converged", 1.0)
     low, high = found.interval
@@ -90,7 +91,7 @@ def test_noise_is_scaled_by_each_weight_with_a_floor(size, lower, magnitude_awar
     """The mean of Phi(-margin / (sigma sqrt(s_0^2 + s_1^2))) is the drop."""
     margins = size * torch.linspace(0.5, 2, 400, dtype=dtype)
     risk = one_feature_each(margins, size * lower)
-    found = sh.pac_bayes_sigma(risk, magnitude_aware=magnitude_aware, tol=5e-3)
+    found = flatness.pac_bayes_sigma(risk, magnitude_aware=magnitude_aware, tol=5e-3)
     theta = risk.theta.double().numpy().reshape(2, -1)
     spread = np.sqrt((theta**2 + 1e-6 if magnitude_aware else np.ones_like(theta)).sum(0))
 
@@ -108,7 +109,7 @@ def test_noise_is_scaled_by_each_weight_with_a_floor(size, lower, magnitude_awar
 @pytest.mark.parametrize("power", [-12, -6, 3, 12])
 def test_sigma_scales_with_the_weights(power):
     plain, scaled = (
-        sh.pac_bayes_sigma(alike(margin, 50), num_draws=6)
+        flatness.pac_bayes_sigma(alike(margin, 50), num_draws=6)
         for margin in (1.1, 1.1 * 4.0**power)
     )
     assert scaled.status == "converged"
@@ -145,11 +146,11 @@ def linear_classifier(num_features: int) -> tuple[sh.EmpiricalRisk, float]:
 @pytest.mark.parametrize("num_features", [2, 3, 40])
 def test_the_interval_of_sigma_covers_as_often_as_it_says(num_features):
     risk, sigma = linear_classifier(num_features)
-    found = [sh.pac_bayes_sigma(risk, seed=seed) for seed in range(60)]
+    found = [flatness.pac_bayes_sigma(risk, seed=seed) for seed in range(60)]
     assert all(f.status == "converged" for f in found)
     hits = sum(f.interval[0] <= sigma <= f.interval[1] for f in found)
     assert hits >= stats.binom.ppf(1e-3, 60, 0.95)
-    again = sh.pac_bayes_sigma(risk, seed=7)
+    again = flatness.pac_bayes_sigma(risk, seed=7)
     assert dataclasses.replace(again, cost=found[7].cost) == found[7] != found[8]
 
 
@@ -165,7 +166,7 @@ def one_margin() -> sh.EmpiricalRisk:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_where_few_draws_bear_the_drop_the_interval_has_no_lower_end(seed):
-    found = sh.pac_bayes_sigma(one_margin(), seed=seed)
+    found = flatness.pac_bayes_sigma(one_margin(), seed=seed)
     assert found.status == "converged"
     assert found.interval[0] == 0
     assert found.interval[1] > found.value
@@ -174,7 +175,7 @@ def test_where_few_draws_bear_the_drop_the_interval_has_no_lower_end(seed):
 
 
 def test_two_draws_have_no_interval():
-    found = sh.pac_bayes_sigma(alike(1.0, 50), num_draws=2)
+    found = flatness.pac_bayes_sigma(alike(1.0, 50), num_draws=2)
     assert found.interval == (0, math.inf)
     json.loads(to_line({"found": found}))
 
@@ -198,7 +199,7 @@ def test_alpha_is_where_enough_small_margins_are_used_up(
     """W_0j rises and W_1j falls by alpha in units of s: margins below both are lost."""
     risk = one_feature_each(size * shuffled_margins(), lower)
     calls = calls_of(risk, "value_and_gradient")
-    found = sh.box_alpha(
+    found = flatness.box_alpha(
         risk, accuracy_drop=drop, num_steps=num_steps, magnitude_aware=magnitude_aware
     )
     theta = risk.theta.numpy().reshape(2, -1)
@@ -215,7 +216,7 @@ def test_alpha_is_where_enough_small_margins_are_used_up(
 @pytest.mark.parametrize(("num", "drop"), [(10, 0.1), (20, 0.1), (10, 0.3), (50, 0.1)])
 def test_a_drop_of_exactly_what_was_asked_for_is_enough(num, drop):
     margins = shuffled_margins(num)
-    found = sh.box_alpha(one_feature_each(margins), accuracy_drop=drop, num_steps=1)
+    found = flatness.box_alpha(one_feature_each(margins), accuracy_drop=drop, num_steps=1)
     alpha = float(margins.sort().values[round(num * drop) - 1]) / 2
     assert alpha <= found.value * (1 + 1e-12) <= alpha * 1.11
 
@@ -236,7 +237,7 @@ def at_chance() -> sh.EmpiricalRisk:
 
 
 @pytest.mark.parametrize(
-    "measure", [sh.pac_bayes_sigma, partial(sh.box_alpha, num_steps=2)]
+    "measure", [flatness.pac_bayes_sigma, partial(flatness.box_alpha, num_steps=2)]
 )
 @pytest.mark.parametrize("magnitude_aware", [False, True])
 @pytest.mark.parametrize(("build", "accuracy"), [(single_class, 1), (at_chance, 0.5)])
@@ -281,7 +282,7 @@ def test_what_ends_a_search_leaves_the_bracket_reached_so_far(done, how, monkeyp
     clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
     monkeypatch.setattr(_run, "time", clock)
     limit = passes + 0.5 if how == "max_seconds" else None
-    found = sh.pac_bayes_sigma(risk, num_draws=5, max_seconds=limit)
+    found = flatness.pac_bayes_sigma(risk, num_draws=5, max_seconds=limit)
     whole = passes - (how == "interrupted")  # the last one was not completed
     assert (found.status, found.num_evals, found.seconds) == (how, whole, passes + 1)
     assert found.bracket == PATH[done]
@@ -296,7 +297,7 @@ def test_what_ends_a_search_leaves_the_bracket_reached_so_far(done, how, monkeyp
 def test_an_interrupted_box_keeps_its_bracket(call):
     risk = one_feature_each(shuffled_margins())
     calls = calls_of(risk, "value_and_gradient", fail_at=call)
-    found = sh.box_alpha(risk, accuracy_drop=0.25)
+    found = flatness.box_alpha(risk, accuracy_drop=0.25)
     assert (found.status, found.num_evals, len(calls)) == ("interrupted", call - 1, call)
     alpha = float(shuffled_margins().sort().values[7]) / 2
     assert found.bracket[0] <= alpha <= found.bracket[1]
@@ -322,11 +323,19 @@ def test_a_number_outside_its_range_is_refused(measure, name, wrong, value):
 @pytest.mark.parametrize(
     ("measure", "options", "said"),
     [
-        (sh.pac_bayes_sigma, {"num_draws": 1}, "`num_draws` must be at least 2; got 1"),
-        (sh.box_alpha, {"num_steps": 0}, "`num_steps` must be at least 1; got 0"),
-        (sh.relative_flatness, {"num_probes": 1}, "`num_probes` must be at least 2; got 1"),
-        (sh.relative_flatness, {"layers": ["w"]}, "`layers` must .*got 'w'.*weight"),
-        (sh.relative_flatness, {"layers": []}, "`layers` must"),
+        (
+            flatness.pac_bayes_sigma,
+            {"num_draws": 1},
+            "`num_draws` must be at least 2; got 1",
+        ),
+        (flatness.box_alpha, {"num_steps": 0}, "`num_steps` must be at least 1; got 0"),
+        (
+            flatness.relative_flatness,
+            {"num_probes": 1},
+            "`num_probes` must be at least 2; got 1",
+        ),
+        (flatness.relative_flatness, {"layers": ["w"]}, "`layers` must .*got 'w'.*weight"),
+        (flatness.relative_flatness, {"layers": []}, "`layers` must"),
         (sh.norms, {"start": torch.ones(3)}, r"`start` must .*n=10; got \(3,\)"),
         (sh.norms, {"start": torch.ones(10, 1)}, r"`start` must .*got \(10, 1\)"),
     ],
@@ -353,7 +362,7 @@ def one_hot() -> sh.EmpiricalRisk:
 def test_a_risk_without_classes_has_neither_radius_nor_accuracy(build):
     risk = build()
     assert not risk.is_classification
-    for measure in (sh.pac_bayes_sigma, sh.box_alpha):
+    for measure in (flatness.pac_bayes_sigma, flatness.box_alpha):
         with pytest.raises(TypeError, match="`risk` must classify"):
             measure(risk)
     with pytest.raises(TypeError):
@@ -472,7 +481,7 @@ def test_the_last_layer_of_a_softmax_network_has_a_closed_form():
     inner = torch.diag_embed(p) - p[:, :, None] * p[:, None]
     sizes = h.square().sum(1)[:, None, None]
     expected = float((w @ w.T * (inner * sizes).mean(0)).sum())
-    found = sh.relative_flatness(problem.risk(), num_probes=400)
+    found = flatness.relative_flatness(problem.risk(), num_probes=400)
     assert abs(found["2.weight"] - expected) <= 4 * found.standard_errors[-1]
     assert found.standard_errors[-1] < 0.05 * expected
     reading = found.readings()[0]
@@ -506,7 +515,7 @@ def test_each_layer_has_that_of_its_dense_hessian(model, shape, monkeypatch):
     monkeypatch.setattr(_tensors, "random_signs", signs)
     risk = sh.EmpiricalRisk(model, CE, data)
     num_layers = sum(len(each) > 1 for each in risk.shapes)
-    found = sh.relative_flatness(risk, num_probes=64)
+    found = flatness.relative_flatness(risk, num_probes=64)
     assert found.layers == tuple(n for n in risk.names if n.endswith("weight"))
     expected = [kappa(model, data, name) for name in found.layers]
     assert found.values == pytest.approx(expected, rel=1e-9)
@@ -520,7 +529,7 @@ def test_a_diagonal_hessian_leaves_no_doubt(num_features, dtype):
     x = torch.arange(1, num_features + 1, dtype=dtype).diag()
     model = filled(nn.Linear(num_features, 1, bias=False, dtype=dtype), generator(6))
     risk = sh.EmpiricalRisk(model, nn.MSELoss(), (x, 0 * x[:, :1]))
-    found = sh.relative_flatness(risk, num_probes=2)
+    found = flatness.relative_flatness(risk, num_probes=2)
     w, rel = model.weight.detach().double(), 100 * torch.finfo(dtype).eps
     expected = float(w.square().sum() * 2 * x.double().square().sum() / num_features)
     assert found.values == pytest.approx((expected,), rel=rel)
@@ -529,7 +538,7 @@ def test_a_diagonal_hessian_leaves_no_doubt(num_features, dtype):
 
 def test_the_standard_error_is_that_of_the_mean_over_probes():
     problem = tiny_mlp()
-    estimate = partial(sh.relative_flatness, problem.risk(), layers=["2.weight"])
+    estimate = partial(flatness.relative_flatness, problem.risk(), layers=["2.weight"])
     expected = kappa(problem.model, problem.data, "2.weight")
     found = [estimate(seed=seed) for seed in range(40)]
     z = np.array([(f.values[0] - expected) / f.standard_errors[0] for f in found])
@@ -548,7 +557,7 @@ def test_scaling_a_layer_changes_nothing_and_scaling_a_neuron_does(factor):
         whole[2].weight /= factor
         single[2].weight[:, 2] /= factor
     risks = [sh.EmpiricalRisk(m, CE, tiny_mlp().data) for m in (plain, whole, single)]
-    values = [sh.relative_flatness(risk).values for risk in risks]
+    values = [flatness.relative_flatness(risk).values for risk in risks]
     assert values[1] == pytest.approx(values[0], rel=1e-10)
     assert values[2][1] != pytest.approx(values[0][1], rel=0.05)
 
@@ -558,7 +567,7 @@ def test_weights_that_are_zero_or_unused_have_none():
     nn.init.zeros_(model[1].weight)
     model.spare = nn.Linear(5, 5).double()
     model.forward = lambda x: model[1](model[0](x))
-    found = sh.relative_flatness(sh.EmpiricalRisk(model, CE, tiny_mlp().data))
+    found = flatness.relative_flatness(sh.EmpiricalRisk(model, CE, tiny_mlp().data))
     assert found["1.weight"] == found["spare.weight"] == 0.0
     assert found.standard_errors == (0.0, 0.0, 0.0)
     assert found.status == "completed"
@@ -571,10 +580,10 @@ def test_relative_flatness_is_of_the_sweeps_that_were_made(done, how, monkeypatc
     calls = calls_of(risk, "block_products", fail_at)
     clock = SimpleNamespace(monotonic=lambda: float(len(calls)))
     monkeypatch.setattr(_run, "time", clock)
-    found = sh.relative_flatness(risk, max_seconds=None if fail_at else done - 0.5)
+    found = flatness.relative_flatness(risk, max_seconds=None if fail_at else done - 0.5)
     assert (found.status, found.num_probes, found.num_hvps) == (how, done, 2 * done)
     if done > 1:
-        fewer = sh.relative_flatness(tiny_mlp().risk(), num_probes=done)
+        fewer = flatness.relative_flatness(tiny_mlp().risk(), num_probes=done)
         assert found.values == fewer.values
     assert math.isnan(found.values[0]) == (done == 0)
     assert math.isnan(found.standard_errors[0]) == (done < 2)
@@ -585,9 +594,9 @@ def test_relative_flatness_is_of_the_sweeps_that_were_made(done, how, monkeypatc
 
 MEASURES = [
     sh.norms,
-    partial(sh.pac_bayes_sigma, num_draws=3),
-    partial(sh.box_alpha, num_steps=3),
-    partial(sh.relative_flatness, num_probes=3),
+    partial(flatness.pac_bayes_sigma, num_draws=3),
+    partial(flatness.box_alpha, num_steps=3),
+    partial(flatness.relative_flatness, num_probes=3),
 ]
 
 
@@ -635,7 +644,7 @@ def test_relative_flatness_by_differences_is_that_of_exact_products(dtype):
     """Its error over the probes holds what the differences themselves are off by."""
     problem = tiny_mlp(dtype=dtype)
     found, exact = (
-        sh.relative_flatness(problem.risk(engine=engine), num_probes=3)
+        flatness.relative_flatness(problem.risk(engine=engine), num_probes=3)
         for engine in ("differences", "kept_graph")
     )
     for layer in range(2):

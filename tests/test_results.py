@@ -18,6 +18,7 @@ from sharpness import load_result
 from sharpness._json import as_plain
 from sharpness._results import Cost, Reading, Result
 from sharpness._saving import restored
+from sharpness.measures import flatness, traces
 from sharpness.results import Status, readings_of
 
 QUIET = {"progress": False}
@@ -28,7 +29,7 @@ MADE = {
     "HessianEigenpairs": lambda: sh.eigenpairs(mlp_risk(), 3, max_hvps=4, **QUIET),
     "LayerwiseEigenpairs": lambda: sh.layerwise_eigenpairs(tiny_mlp().risk(), **QUIET),
     "StochasticEstimate": lambda: sh.trace(mlp_risk(), max_hvps=60, **QUIET),
-    "DiagonalEstimate": lambda: sh.diagonal(mlp_risk(), max_hvps=30, **QUIET),
+    "DiagonalEstimate": lambda: traces.diagonal(mlp_risk(), max_hvps=30, **QUIET),
     "SpectralDensity": lambda: sh.spectral_density(
         mlp_risk(), num_starts=2, num_steps=5, grid=20, **QUIET
     ),
@@ -37,8 +38,10 @@ MADE = {
     ),
     "WorstCaseSharpness": lambda: sh.worst_case_sharpness(mlp_risk(), 0.1, **QUIET),
     "AverageCaseSharpness": lambda: sh.average_case_sharpness(mlp_risk(), 0.1, **QUIET),
-    "AccuracyRadius": lambda: sh.pac_bayes_sigma(mlp_risk(), num_draws=2, **QUIET),
-    "RelativeFlatness": lambda: sh.relative_flatness(mlp_risk(), num_probes=2, **QUIET),
+    "AccuracyRadius": lambda: flatness.pac_bayes_sigma(mlp_risk(), num_draws=2, **QUIET),
+    "RelativeFlatness": lambda: flatness.relative_flatness(
+        mlp_risk(), num_probes=2, **QUIET
+    ),
     "Norms": lambda: sh.norms(mlp_risk()),
     "LambdaMaxSampling": lambda: sh.lambda_max_sampling(mlp_risk(20), num_folds=3, **QUIET),
     "Audit": lambda: sh.audit(relu_risk(), "norms", **QUIET),

@@ -12,19 +12,20 @@ from sharpness import _run
 from sharpness._progress import duration
 from sharpness._results import NonFiniteProductError, Status
 from sharpness._run import Deadline, Run
+from sharpness.measures import flatness, traces
 
 LIMITED = {
     "eigenpairs": lambda risk, **o: sh.eigenpairs(risk, 8, **o),
     "layers": lambda risk, **o: sh.layerwise_eigenpairs(risk, **o),
     "density": lambda risk, **o: sh.spectral_density(risk, **o),
     "trace": lambda risk, **o: sh.trace(risk, **o),
-    "diagonal": lambda risk, **o: sh.diagonal(risk, **o),
+    "diagonal": lambda risk, **o: traces.diagonal(risk, **o),
     "phi": lambda risk, **o: sh.epsilon_sharpness(risk, [0.01] * 4, **o),
     "subspace": lambda risk, **o: sh.subspace_sharpness(risk, subspace_dim=2, **o),
     "worst": lambda risk, **o: sh.worst_case_sharpness(risk, [0.01] * 4, **o),
     "average": lambda risk, **o: sh.average_case_sharpness(risk, [0.01] * 4, **o),
-    "sigma": lambda risk, **o: sh.pac_bayes_sigma(risk, **o),
-    "flatness": lambda risk, **o: sh.relative_flatness(risk, **o),
+    "sigma": lambda risk, **o: flatness.pac_bayes_sigma(risk, **o),
+    "flatness": lambda risk, **o: flatness.relative_flatness(risk, **o),
 }
 
 

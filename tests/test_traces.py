@@ -36,6 +36,7 @@ from sharpness.krylov.stochastic_trace import (
     Probes,
     XTrace,
 )
+from sharpness.measures import traces
 from sharpness.results import Status, StochasticEstimate
 from sharpness.risk import products
 
@@ -43,8 +44,8 @@ EPS = float(np.finfo(float).eps)
 METHODS = ["hutch++", "hutchinson", "xtrace"]
 MEASURES: dict[str, Callable[..., Any]] = {
     "trace": sh.trace,
-    "frobenius_norm": sh.frobenius_norm,
-    "diagonal": sh.diagonal,
+    "frobenius_norm": traces.frobenius_norm,
+    "diagonal": traces.diagonal,
 }
 PRODUCTS_A_PROBE = {"hutch++": 3, "hutchinson": 1, "xtrace": 2}
 N = 80
@@ -339,7 +340,7 @@ def test_the_interval_of_the_trace_covers_it_r36(name, method):
 def test_the_interval_of_the_frobenius_norm_covers_it(name):
     risk, a = problem(name)
     runs = [
-        sh.frobenius_norm(risk, seed=seed, tol=0.05, max_hvps=60) for seed in range(200)
+        traces.frobenius_norm(risk, seed=seed, tol=0.05, max_hvps=60) for seed in range(200)
     ]
     hits = sum(covered(run, np.linalg.norm(a), rounding(a)) for run in runs)
     print("coverage", hits / 200)
@@ -395,7 +396,7 @@ def test_a_converged_trace_meets_tol_and_an_unfinished_one_does_not(name, method
 def test_a_converged_frobenius_norm_meets_tol_nearly(name, tol):
     """To first order: the interval is that of the square."""
     risk, a = problem(name)
-    found = sh.frobenius_norm(risk, tol=tol)
+    found = traces.frobenius_norm(risk, tol=tol)
     assert found.status == "converged"
     low, high = found.interval
     assert high - low <= 2 * tol * found.value * (1 + tol**2)
@@ -405,7 +406,7 @@ def test_a_converged_frobenius_norm_meets_tol_nearly(name, tol):
 
 def test_less_tol_takes_more_products():
     risk, _ = problem("flat")
-    costs = [sh.frobenius_norm(risk, tol=tol).num_hvps for tol in (0.1, 0.01, 0.003)]
+    costs = [traces.frobenius_norm(risk, tol=tol).num_hvps for tol in (0.1, 0.01, 0.003)]
     costs_ = [sh.trace(risk, tol=tol).num_hvps for tol in (0.1, 0.01, 0.003)]
     assert costs == sorted(costs)
     assert costs_ == sorted(costs_)
@@ -527,7 +528,7 @@ def test_the_same_seed_gives_the_same_bits(method):
 
 
 def test_the_diagonal_of_the_same_seed_has_the_same_bits():
-    first, again, other = (sh.diagonal(mlp_risk(), seed=seed) for seed in (4, 4, 5))
+    first, again, other = (traces.diagonal(mlp_risk(), seed=seed) for seed in (4, 4, 5))
     assert torch.equal(first.values, again.values)
     assert torch.equal(first.standard_errors, again.standard_errors)
     assert not torch.equal(first.values, other.values)
@@ -583,7 +584,7 @@ def test_the_smallest_budget_is_that_of_ten_probes(method):
 
 def test_the_default_that_an_error_names_is_that_of_the_measure():
     with pytest.raises(ValueError, match=r"The default is 0\.1\."):
-        sh.diagonal(fast(torch.eye(5).double()), tol=0)
+        traces.diagonal(fast(torch.eye(5).double()), tol=0)
 
 
 # -- special Hessians --------------------------------------------------------------
@@ -605,7 +606,7 @@ def test_a_flat_risk_has_norm_and_diagonal_zero_r9():
         data=ONE_SAMPLE,
     )
     for risk in (linear, quadratic([0.0] * 40)):
-        norm, diagonal = sh.frobenius_norm(risk), sh.diagonal(risk)
+        norm, diagonal = traces.frobenius_norm(risk), traces.diagonal(risk)
         assert (norm.value, norm.standard_error, norm.interval) == (0, 0, (0, 0))
         assert not diagonal.values.any()
         assert diagonal.relative_error == 0.0
@@ -623,13 +624,13 @@ def test_a_trace_that_is_nan_says_so(method, bad):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_norm_that_is_nan_says_so(bad):
-    found = sh.frobenius_norm(quadratic([1.0, bad, *[2.0] * 30]))
+    found = traces.frobenius_norm(quadratic([1.0, bad, *[2.0] * 30]))
     assert found.status == "non_finite"
     assert "unknown" in str(found)
 
 
 def test_a_diagonal_that_is_nan_says_so():
-    found = sh.diagonal(quadratic([1.0, float("nan"), *[2.0] * 30]))
+    found = traces.diagonal(quadratic([1.0, float("nan"), *[2.0] * 30]))
     assert found.status == "non_finite"
 
 
@@ -640,9 +641,9 @@ def test_a_few_parameters_are_no_obstacle(method, n):
     found = sh.trace(fast(a), method=method, confidence=0.9999)
     assert covered(found, float(a.trace()), 1e-12)
     assert found.interval[1] - found.interval[0] < 10
-    norm = sh.frobenius_norm(fast(a), confidence=0.9999)
+    norm = traces.frobenius_norm(fast(a), confidence=0.9999)
     assert covered(norm, float(a.norm()), 1e-12)
-    diagonal = sh.diagonal(fast(a), tol=0.01)
+    diagonal = traces.diagonal(fast(a), tol=0.01)
     error = (diagonal.values - a.diag()).norm() / a.diag().norm()
     assert error <= 4 * diagonal.relative_error + 1e-12
 
@@ -666,10 +667,10 @@ def test_norm_and_diagonal_scale_with_the_loss_r7(scale):
     exact = 0 if math.frexp(scale)[0] == 0.5 else 1e-10
     for name in ("flat", "outliers"):
         a = symmetric(SPECTRA[name])
-        plain, scaled = (sh.frobenius_norm(fast(m)) for m in (a, scale * a))
+        plain, scaled = (traces.frobenius_norm(fast(m)) for m in (a, scale * a))
         assert scaled.num_hvps == plain.num_hvps
         assert scaled.value / scale == pytest.approx(plain.value, rel=exact, abs=0)
-        plain, scaled = (sh.diagonal(fast(m)) for m in (a, scale * a))
+        plain, scaled = (traces.diagonal(fast(m)) for m in (a, scale * a))
         assert scaled.num_hvps == plain.num_hvps
         difference = (scaled.values / scale - plain.values).norm() / plain.values.norm()
         assert float(difference) <= exact
@@ -683,10 +684,10 @@ def test_a_float32_risk_agrees_with_float64_to_its_rounding():
         wide = sh.trace(fast(a), method=method)
         assert narrow.value == pytest.approx(wide.value, rel=1e-4)
         assert type(narrow.value) is float
-    assert sh.frobenius_norm(fast(a.float())).value == pytest.approx(
-        sh.frobenius_norm(fast(a)).value, rel=1e-4
+    assert traces.frobenius_norm(fast(a.float())).value == pytest.approx(
+        traces.frobenius_norm(fast(a)).value, rel=1e-4
     )
-    narrow = sh.diagonal(fast(a.float()))
+    narrow = traces.diagonal(fast(a.float()))
     assert narrow.values.dtype == narrow.standard_errors.dtype == torch.float32
 
 
@@ -741,10 +742,10 @@ def test_the_trace_of_a_network_is_that_of_the_dense_matrix(matrix, method):
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_norm_and_diagonal_of_a_network_are_those_of_the_dense_matrix(matrix):
     a = dense_once(matrix)
-    norm = sh.frobenius_norm(mlp_risk(), matrix=matrix, confidence=0.999)
+    norm = traces.frobenius_norm(mlp_risk(), matrix=matrix, confidence=0.999)
     assert covered(norm, np.linalg.norm(a), rounding(a))
     assert norm.quantity == "Frobenius norm"
-    found = sh.diagonal(mlp_risk(), matrix=matrix, tol=0.05, max_hvps=2000)
+    found = traces.diagonal(mlp_risk(), matrix=matrix, tol=0.05, max_hvps=2000)
     assert found.status == norm.status == "converged"
     error = np.abs(found.values.numpy() - np.diag(a))
     assert np.linalg.norm(error) <= 3 * 0.05 * np.linalg.norm(np.diag(a))
@@ -776,7 +777,7 @@ def test_several_directions_at_once_give_the_numbers_of_one(measure, monkeypatch
 def test_each_entry_lies_within_two_standard_errors_as_often_as_it_should(name):
     """One entry a run, since those of a run share their probes."""
     risk, a = problem(name)
-    runs = [sh.diagonal(risk, tol=1e-9, max_hvps=40, seed=seed) for seed in range(200)]
+    runs = [traces.diagonal(risk, tol=1e-9, max_hvps=40, seed=seed) for seed in range(200)]
     assert {run.num_probes for run in runs} == {20}
     hits = 0
     for i, run in enumerate(runs):
@@ -790,7 +791,7 @@ def test_each_entry_lies_within_two_standard_errors_as_often_as_it_should(name):
 @pytest.mark.parametrize("name", ["flat", "outliers", "negative"])
 def test_the_relative_error_is_that_of_its_definition(name, tol):
     risk, a = problem(name)
-    found = sh.diagonal(risk, tol=tol, max_hvps=10_000)
+    found = traces.diagonal(risk, tol=tol, max_hvps=10_000)
     norms = [float(v.norm()) for v in (found.standard_errors, found.values)]
     assert found.relative_error == pytest.approx(norms[0] / norms[1], rel=1e-12)
     assert found.relative_error <= tol
@@ -803,7 +804,7 @@ def test_the_relative_error_is_that_of_its_definition(name, tol):
 
 def test_the_diagonal_of_a_low_rank_matrix_is_exact():
     a = symmetric(np.append(np.zeros(N - 6), [5.0, 4.0, -3.0, 2.0, 1.0, 1.0]))
-    found = sh.diagonal(fast(a))
+    found = traces.diagonal(fast(a))
     assert found.values.numpy() == pytest.approx(a.diag().numpy(), abs=1e-12)
     assert found.standard_errors.numpy() == pytest.approx(np.zeros(N), abs=1e-12)
     assert found.num_hvps == 30
@@ -811,7 +812,7 @@ def test_the_diagonal_of_a_low_rank_matrix_is_exact():
 
 def test_the_diagonal_by_hand_from_the_same_probes():
     a = symmetric(SPECTRA["outliers"]).numpy()
-    found = sh.diagonal(fast(torch.from_numpy(a)), tol=1e-9, max_hvps=30, seed=4)
+    found = traces.diagonal(fast(torch.from_numpy(a)), tol=1e-9, max_hvps=30, seed=4)
     q = np.linalg.qr(a @ signs(N, 8, 10))[0]
     rest = np.eye(N) - q @ q.T
     rest = rest @ a @ rest
@@ -825,7 +826,7 @@ def test_the_diagonal_by_hand_from_the_same_probes():
 
 def test_the_frobenius_norm_by_hand_from_the_same_probes():
     a = symmetric(SPECTRA["flat"]).numpy()
-    found = sh.frobenius_norm(fast(torch.from_numpy(a)), tol=1e-9, max_hvps=30, seed=4)
+    found = traces.frobenius_norm(fast(torch.from_numpy(a)), tol=1e-9, max_hvps=30, seed=4)
     q = np.linalg.qr(a @ signs(N, 8, 10))[0]
     z = signs(N, 9, 10)
     squares = np.sum((a @ (z - q @ (q.T @ z))) ** 2, 0) + np.sum((a @ q) ** 2)
@@ -922,13 +923,15 @@ def test_differenced_products_give_what_exact_ones_give(seed, dtype):
     differenced, exact = margin_problem(seed, dtype)
     assert differenced.prepare().engine == "differences"
     # Hutch++ has directions of rounding in its sketch where the rank is small.
-    for measure in (partial(sh.trace, method="hutchinson"), sh.frobenius_norm):
+    for measure in (partial(sh.trace, method="hutchinson"), traces.frobenius_norm):
         found, known = (measure(r, seed=seed, max_hvps=30) for r in (differenced, exact))
         assert abs(found.value - known.value) <= found.product_error
         assert known.product_error < found.product_error < 0.05 * known.value
         low, high = found.interval
         assert high - low >= 2 * found.product_error
-    found, known = (sh.diagonal(r, seed=seed, max_hvps=30) for r in (differenced, exact))
+    found, known = (
+        traces.diagonal(r, seed=seed, max_hvps=30) for r in (differenced, exact)
+    )
     apart = (found.values - known.values).double().norm()
     assert apart <= found.standard_errors.double().norm()
 

@@ -10,6 +10,7 @@ from torch import nn
 import sharpness as sh
 from sharpness._json import to_line
 from sharpness.lab import data
+from sharpness.measures import flatness
 
 COUNTS = {
     "k": lambda n: sh.eigenpairs(mlp_risk(), n, progress=False),
@@ -32,7 +33,9 @@ COUNTS = {
     "shard_size": lambda n: sh.worst_case_sharpness(
         mlp_risk(), 0.1, shard_size=n, progress=False
     ),
-    "num_draws": lambda n: sh.pac_bayes_sigma(mlp_risk(), num_draws=n, progress=False),
+    "num_draws": lambda n: flatness.pac_bayes_sigma(
+        mlp_risk(), num_draws=n, progress=False
+    ),
     "density": lambda n: sh.spectral_density(
         mlp_risk(), num_starts=n, num_steps=n, grid=n, seed=n, progress=False
     ),
