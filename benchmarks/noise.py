@@ -16,13 +16,14 @@ theta.
 batches of 8. Andreyev and Beneventano (2024), arXiv:2412.20553: batch sharpness rises to
 2 / eta and stays there, while lambda_max stays lower. As in their code: 3072-512-512-10
 with ReLU, He's normal weights times 0.2, images normalised by channel, lambda_max of 2048
-of the images; 77 000 updates, half of theirs.
-Their loss is the sum over the 10 classes and eta 0.01; with `MSELoss`, the mean, the same
-steps are those of eta 0.1. What it hovers at is the mean over the second half of the
-updates, its standard error that of six equal blocks.
+of the images; 77 000 updates, half of theirs. Their loss is the sum over the 10 classes
+and eta 0.01; with `MSELoss`, the mean, the same steps are those of eta 0.1. What it
+hovers at is the mean over the second half of the updates, its standard error that of six
+equal blocks.
 
-Results go to `noise.json` beside this file; a case that is there is not run again. One that
-was killed goes on at the epoch that it was in, from `runs/noise/`.
+Results go to `noise.json` beside this file; a case that is there is not run again. One
+that was killed goes on at the epoch that it was in, from `runs/noise/`; `scale-
+unfinished` is what `scale` had after 14 epochs.
 """
 
 from __future__ import annotations
