@@ -240,7 +240,10 @@ def test_train_writes_both_batch_sizes_and_skips_what_is_done(tmp_path, capsys):
     first = capsys.readouterr().out
     names = {p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")}
     assert names == {"small-seed0.pt", "large-seed0.pt", "records.jsonl"}
-    assert len(re.findall(r"1 epochs, \d+ updates, training loss", first)) == 2
+    assert re.findall(r"(\w+)-seed0\.pt +(\d+) +\d+ +\d+", first) == [
+        ("small", "32"),
+        ("large", "143"),
+    ]
     before = files(tmp_path)
     assert train.main([*call, "--device", "cpu", "--jobs", "1"]) == 0
     assert files(tmp_path) == before

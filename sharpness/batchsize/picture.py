@@ -41,19 +41,20 @@ def draw(
     product.margins(y=_HEADROOM)
     titles = "updates to the target", "seconds per update", "seconds to the target"
     for axes, title in zip((updates, seconds, product), titles, strict=True):
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xlabel("batch size")
+        if not axes.get_legend_handles_labels()[1]:
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+            continue
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(LogLocator(2, numticks=7))
         axes.xaxis.set_major_formatter(lambda size, _: _short(size))
         plain_ticks(axes.yaxis)
         axes.tick_params(labelsize=8)
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.set_xlabel("batch size")
         axes.grid(color="0.92")
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, fontsize=8)
-        else:
-            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+        axes.legend(frameon=False, fontsize=8)
     return written(figure, path)
 
 

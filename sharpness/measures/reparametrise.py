@@ -135,7 +135,7 @@ def scaled_by(
     positive("factor", factor)
     rescale = partial(_rescale, lambda weight: weight.new_full((len(weight),), factor))
     pairs = _pairs(_watched(network, inputs))
-    current, kept, _ = _applied(network, inputs, rescale, pairs)
+    current, kept, _ = _applied(network, inputs, rescale, pairs, same_too=True)
     layers = [layer for pair in kept for layer in (pair.source, pair.consumer)]
     contract = "have two layers with ReLU or pooling between"
     ensure(bool(layers), "network", contract, "none")
@@ -147,6 +147,8 @@ def _applied(
     inputs: Any,
     rescale: Callable[[nn.Module, _Pair], bool],
     places: Iterable[_Pair],
+    *,
+    same_too: bool = False,
 ) -> tuple[nn.Module, list[_Pair], float]:
     """A copy with a map applied wherever it can be, those places, and the last drift."""
     current, kept, drift = copy.deepcopy(network), [], 0.0
@@ -155,7 +157,7 @@ def _applied(
         with torch.no_grad():
             applied = rescale(candidate, place)
         changed = _drift(network, candidate, inputs) if applied else math.inf
-        if changed <= _TOLERANCE and _differ(current, candidate):
+        if changed <= _TOLERANCE and (same_too or _differ(current, candidate)):
             current, drift = candidate, changed
             kept.append(place)
     return current, kept, drift
