@@ -121,6 +121,23 @@ def check_figure(flag: str, path: Path) -> None:
     check_writable(flag, path)
 
 
+def add_report(group: Any, what: str) -> None:
+    """The flag `--report`, with what stands on the page."""
+    group.add_argument("--report", help=f"an HTML page to write, in one file: {what}")
+
+
+def check_report(path: str | None) -> None:
+    """Refuse a page that cannot be written, or that a browser would not open.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if path is not None:
+        sound = Path(path).suffix in (".html", ".htm")
+        ensure(sound, "--report", "end in .html", path)
+        check_writable("--report", Path(path))
+
+
 def say(name: str, text: str) -> None:
     """One line on stderr from a command."""
     print(f"{name}: {text}", file=sys.stderr)

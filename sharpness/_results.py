@@ -296,6 +296,19 @@ class Result:
         """A pandas data frame with a row for each of the `readings()`."""
         return _frame(self.readings())
 
+    @property
+    def has_picture(self) -> bool:
+        """Whether `plot()` draws something else than a bar for each number."""
+        kind, base = type(self), Result
+        return kind.plot is not base.plot or kind._figure is not base._figure
+
+    def drawn(self) -> tuple[Sequence[str], list[tuple[float, ...]]]:
+        """What `plot()` draws beyond the readings: names of columns, and rows.
+
+        Both are empty where it draws the readings.
+        """
+        return (), []
+
     def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """A matplotlib figure of the numbers with their errors.
 

@@ -59,6 +59,12 @@ def _compare(options: Any) -> int:
     rows = compare_readings(_numbers(first), _numbers(second), gaps)
     if options.figure:
         figures.comparison_plot(rows, (options.first, options.second), options.figure)
+    if options.report:
+        from sharpness._pages import comparison_page
+
+        names = (options.first, options.second)
+        page = comparison_page(options.report, (first, second), rows, gaps, names)
+        _command.say("sharpness.compare", f"{page} written")
     if options.json:
         checkpoints = [[r["checkpoint"]["path"] for r in g] for g in (first, second)]
         derived = [{"ratio": row.ratio, "verdict": row.verdict} for row in rows]
@@ -101,7 +107,7 @@ def _record(path: str, options: Any, device: str) -> Record:
         }
     )
     for record in reversed(read_records(output) if output.exists() else Records()):
-        if _question(record) == question and Status(record["status"]).ok:
+        if measure.question_of(record) == question and Status(record["status"]).ok:
             return record
     found = measurement.measured(
         subject, settings, device=device, on_estimate=_command.announce
@@ -117,21 +123,6 @@ def _numbers(records: list[Record]) -> list[Any]:
     from sharpness.statistics import numbers_of
 
     return [numbers_of(readings_of(record)) for record in records]
-
-
-def _question(record: Record) -> Record | None:
-    """What a record is a measurement of; None for a record of another kind."""
-    try:
-        checkpoint, settings = record["checkpoint"], dict(record["settings"])
-        _ = settings.pop("risk", None), record["measures"], record["status"]
-        return {
-            "sha256": checkpoint["sha256"],
-            "network": checkpoint["network"],
-            "data": record["data"],
-            "settings": settings,
-        }
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _paired(first: list[Record], second: list[Record]) -> tuple[list[Record], list[Record]]:

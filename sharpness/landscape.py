@@ -62,6 +62,7 @@ def _parser() -> _command.Parser:
     add("--figure", help="a PNG, PDF or SVG (default: beside the checkpoint)")
     add("--points", help="the CSV file of points (default: beside the checkpoint)")
     add("--json", action="store_true", help="print the record as JSON on one line")
+    _command.add_report(parser, "the picture, every point, how to read it, and the record")
     add("--output", help="record file to append to (default: beside the checkpoint)")
     return parser
 
@@ -83,6 +84,7 @@ def _landscape(options: Any) -> int:
         check_file(weights_of(path))
     output = measure.output_of(options, options.checkpoint)
     _command.check_writable("--output", output)
+    _command.check_report(options.report)
     subject = measure.loaded(options.checkpoint, options)
     settings = measure.settings_of(options, subject)
     networks = [_state(path, options, subject) for path in paths]
@@ -100,6 +102,11 @@ def _landscape(options: Any) -> int:
         landscape=found,
     )
     append_record(output, record)
+    if options.report:
+        from sharpness._pages import landscape_page
+
+        page = landscape_page(options.report, found, record)
+        _command.say("sharpness.landscape", f"{page} written")
     if options.json:
         print(to_line(record))
     else:

@@ -33,12 +33,20 @@ def _parser() -> _command.Parser:
         "default, on the\nsame data, each number with its evidence and cost.",
         epilog=_measures_by_family(),
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "checkpoint",
-        nargs="+",
+        nargs="*",
         help="a .pt or .safetensors file, several, or a glob in quotes",
     )
     add_options(parser)
+    add(
+        "--from",
+        dest="page",
+        help="measure again what a page of --report shows, with its settings; what is "
+        "given beside it goes before. Functions of --network, --data and --loss have to "
+        "be given again: a page runs no code",
+    )
     add = parser.add_argument_group("more about a checkpoint").add_argument
     add(
         "--audit",
@@ -110,6 +118,9 @@ def add_options(parser: _command.Parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print JSON, one line a record")
     add("--output", help="record file to append to (default: beside the checkpoint)")
+    _command.add_report(
+        parser, "the numbers with figures, what they mean and do not say, and the record"
+    )
 
 
 def add_samples(parser: _command.Parser) -> Any:
@@ -129,10 +140,40 @@ def add_samples(parser: _command.Parser) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return _command.run(_parser(), arguments, _measure)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.page is None and not options.checkpoint:
+        parser.error("the following arguments are required: checkpoint, or --from")
+    name = parser.prog.removeprefix("python -m ")
+    return _command.guarded(name, lambda: _asked(parser, arguments, options))
 
 
-def _measure(options: Any) -> int:
+def _asked(parser: _command.Parser, arguments: Sequence[str] | None, options: Any) -> int:
+    """Measure, with the options of a page where one is given below those that are."""
+    if options.page is None:
+        return _measure(options, [])
+    from sharpness._pages import measured_with
+    from sharpness.report.page import read_page
+
+    records = read_page(options.page)
+    given = options.checkpoint
+    parser.set_defaults(**measured_with(options.page, records))
+    options = parser.parse_args(arguments)
+    for name in ("network", "data", "loss"):
+        was, flag = records[0]["checkpoint"]["source"][name], f"--{name}"
+        sound = was is None or getattr(options, name) is not None
+        ensure(
+            sound,
+            flag,
+            "be given again, since a page runs no code",
+            "none",
+            f"It was {was}.",
+        )
+    return _measure(options, [] if given else records)
+
+
+def _measure(options: Any, before: Sequence[dict[str, Any]]) -> int:
+    """Measure every checkpoint; `before` are records that this repeats."""
     from sharpness.measurement import check_possible
 
     device = _command.chosen_device(options.device)
@@ -140,7 +181,47 @@ def _measure(options: Any) -> int:
     check_options(options, paths)
     if options.cross_check:
         check_possible(options.batchnorm)
-    return max([_one(path, options, device) for path in paths])
+    found: list[Measurement] = []
+    try:
+        codes = [_one(path, options, device, found) for path in paths]
+    finally:  # what has been measured is shown
+        _report(options, found)
+    for old, new in zip(before, found, strict=False):
+        _say_what_differs(old, new.record)
+    return max(codes)
+
+
+def _report(options: Any, found: Sequence[Measurement]) -> None:
+    if options.report and found:
+        from sharpness._pages import measurement_page
+
+        _command.say(
+            "sharpness.measure", f"{measurement_page(options.report, found)} written"
+        )
+
+
+def _say_what_differs(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Of a measurement that was to be repeated: file, network, data, settings."""
+    was, now = question_of(old), question_of(new)
+    if was and now and (names := [name for name in was if was[name] != now[name]]):
+        path = new["checkpoint"]["path"]
+        text = f"not as on the page: {', '.join(names)} of {path}"
+        _command.say("sharpness.measure", text)
+
+
+def question_of(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What a record is a measurement of; None for a record of another kind."""
+    try:
+        checkpoint, settings = record["checkpoint"], dict(record["settings"])
+        _ = settings.pop("risk", None), record["measures"], record["status"]
+        return {
+            "sha256": checkpoint["sha256"],
+            "network": checkpoint["network"],
+            "data": record["data"],
+            "settings": settings,
+        }
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def check_options(options: Any, paths: Sequence[str]) -> None:
@@ -150,6 +231,7 @@ def check_options(options: Any, paths: Sequence[str]) -> None:
 
     selected(options.measures)
     measure_settings(options)
+    _command.check_report(options.report)
     for path in paths:
         check_file(weights_of(path))
         _command.check_writable("--output", output_of(options, path))
@@ -177,7 +259,10 @@ def loaded(path: str, options: Any) -> LoadedCheckpoint:
     from sharpness.loading import load_checkpoint
 
     names = ("network", "state", "data", "loss", "data_dir")
-    return load_checkpoint(path, **{name: getattr(options, name) for name in names})
+    source = {name: getattr(options, name) for name in names}
+    subject = load_checkpoint(path, **source)
+    subject.facts["source"] = source  # as given, for who repeats it
+    return subject
 
 
 def settings_of(options: Any, subject: LoadedCheckpoint) -> MeasurementSettings:
@@ -197,7 +282,7 @@ def measure_settings(options: Any) -> MeasureSettings:
     return MeasureSettings(**{name: getattr(options, name) for name in names})
 
 
-def _one(path: str, options: Any, device: str) -> int:
+def _one(path: str, options: Any, device: str, done: list[Measurement]) -> int:
     from sharpness import measurement
     from sharpness.measures.audit import audit
 
@@ -221,6 +306,7 @@ def _one(path: str, options: Any, device: str) -> int:
             text = audited.table()
     finally:  # what has been measured is kept
         append_record(output, found.record)
+        done.append(found)
     if options.json:
         print(to_line(found.record))
     else:

@@ -85,6 +85,7 @@ def _parser() -> _command.Parser:
         help="folder for records.jsonl and advice.png (default: runs/batchsize)",
     )
     add("--json", action="store_true", help="print the record, one line of JSON")
+    _command.add_report(parser, "the advice, its numbers and figures, and the record")
     return parser
 
 
@@ -105,6 +106,7 @@ def _advise(options: Any) -> int:
     records, picture = folder / "records.jsonl", folder / "advice.png"
     ensure(options.seeds >= 1, "--seeds", "be at least 1", str(options.seeds))
     _command.check_writable("--output", records)
+    _command.check_report(options.report)
     device = _command.chosen_device(options.device)
     names = ("network", "state", "data", "loss", "data_dir", "seed")
     subject = load_trainable(
@@ -137,6 +139,11 @@ def _advise(options: Any) -> int:
     )
     append_record(records, record)
     found.plot(picture)
+    if options.report:
+        from sharpness._pages import advice_page
+
+        page = advice_page(options.report, found, record)
+        _command.say("sharpness.batchsize", f"{page} written")
     if options.json:
         print(to_line(record))
     else:

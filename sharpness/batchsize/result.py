@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
     from sharpness.report.figures import Figure
 
+_NONE = (math.nan, math.nan)
+_DRAWN = (
+    *("batch size", "updates, measured", "seconds per update", "seconds, measured"),
+    *("updates, compared", "seconds, compared"),
+)
 _NAMES = {"lambda_max": "lambda_max", "batch_sharpness": "batch sharpness", "phi": "phi"}
 
 
@@ -50,6 +55,26 @@ class BatchSizeAdvice(Result):
     def __str__(self) -> str:
         """The advice in words, the answer first."""
         return "\n".join(_said(self))
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What it cannot tell."""
+        return tuple(_unknown(self))
+
+    def drawn(self) -> tuple[Sequence[str], list[tuple[float, ...]]]:
+        """For each size: updates, seconds per update, and to the target; NaN if unknown."""
+        race = {} if self.race is None else {r.batch_size: r for r in self.race.sizes}
+        seconds: dict[int, float] = {}
+        if self.times is not None:
+            pairs = zip(self.times.batch_sizes, self.times.seconds, strict=True)
+            seconds = {int(size): float(each) for size, each in pairs}
+        rows: list[tuple[float, ...]] = []
+        for size in sorted(seconds.keys() | race.keys()):
+            raced = race.get(size)
+            found = (raced.updates, raced.seconds) if raced and raced.reached else _NONE
+            compared = self.choice.of(size) if self.choice else _NONE
+            rows.append((size, found[0], seconds.get(size, math.nan), found[1], *compared))
+        return _DRAWN, rows
 
     def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """Updates, seconds per update and their product against the batch size.
@@ -135,7 +160,7 @@ def _said(advice: BatchSizeAdvice) -> Iterator[str]:
     yield from _of_noise(advice)
     for note in advice.notes:
         yield f"Note: {note}."
-    yield f"What this cannot tell: {'; '.join(_unknown(advice))}."
+    yield f"What this cannot tell: {'; '.join(advice.unknown)}."
     yield f"It took {advice.cost}."
 
 

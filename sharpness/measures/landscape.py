@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,13 @@ class Interpolation(Result):
         evidence = f"at alpha {alpha:g}, of {counted(len(self.alphas), 'point')}"
         yield Reading(name="largest f", value=value, evidence=evidence)
 
+    def drawn(self) -> tuple[Sequence[str], list[tuple[float, ...]]]:
+        """Loss, and accuracy where there is one, at each alpha."""
+        shown = {"alpha": self.alphas, "loss": self.values}
+        if self.accuracies:
+            shown["accuracy"] = self.accuracies
+        return list(shown), list(zip(*shown.values(), strict=True))
+
     def _figure(self, path: Any, ax: Any) -> Any:
         """Loss and accuracy from one network to the other."""
         from sharpness.report.figures import way_plot
@@ -84,6 +91,13 @@ class LowLossPath(Result):
         yield Reading(
             name="barrier of the line", value=self.line.barrier, evidence=evidence, **facts
         )
+
+    def drawn(self) -> tuple[Sequence[str], list[tuple[float, ...]]]:
+        """At each t the loss and accuracy of the path, and the loss of the line."""
+        (_, *names), rows = self.path.drawn()
+        line = dict(zip(self.line.alphas, self.line.values, strict=True))
+        beside = [(*row, line.get(row[0], math.nan)) for row in rows]
+        return ["t", *(f"{name} of the path" for name in names), "loss of the line"], beside
 
     def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """Loss and accuracy along the path, and the loss on the line (dashed).

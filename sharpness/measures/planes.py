@@ -111,6 +111,19 @@ class LossPlane(Result):
                 evidence="farthest network: distance from the plane over that from theta",
             )
 
+    def drawn(self) -> tuple[Sequence[str], list[tuple[float, ...]]]:
+        """Coordinates, loss, quadratic model and accuracy of each point, a row each."""
+        columns = [(f"{name} ({self.settings['unit']})") for name in self.names]
+        shown = {"loss": self.values}
+        if self.settings["quadratic"]:
+            shown["quadratic model"] = self.model
+        if self.accuracies is not None:
+            shown["accuracy"] = self.accuracies
+        places = product(*self.axes)
+        numbers = zip(*(each.ravel().tolist() for each in shown.values()), strict=True)
+        rows = [(*at, *found) for at, found in zip(places, numbers, strict=True)]
+        return [*columns, *shown], rows
+
     def plot(self, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
         """Loss, its quadratic model (dashed) and accuracy; a matplotlib figure.
 

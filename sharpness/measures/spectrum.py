@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -228,6 +228,13 @@ class SpectralDensity(Result):
     def _need_a_start(self) -> None:
         contract, got = "have a completed start", f"none ({self.status})"
         ensure(bool(self.rules), "density", contract, got, "Give it more time.")
+
+    def drawn(self) -> tuple[Sequence[str], list[tuple[float, ...]]]:
+        """Density with the ends of its band at each eigenvalue of the grid."""
+        low, high = self.band
+        shown = (self.grid, self.density, low, high)
+        rows = list(zip(*(each.tolist() for each in shown), strict=True))
+        return ("eigenvalue", "density", "band from", "band to"), rows
 
     def plot(
         self, path: str | Path | None = None, *, title: str = "", ax: Axes | None = None

@@ -160,25 +160,31 @@ def _side(group: Sequence[Mapping[str, Any]]) -> str:
     return paths[0] if len(paths) == 1 else f"{len(paths)} checkpoints, {paths[0]}, …"
 
 
+COMPARED = (
+    *("measure", "first", "second", "ratio", "d", "larger", "p", "flip p", "tau"),
+    "verdict",
+)
+
+
+def comparison_cells(row: ReadingComparison) -> tuple[str, ...]:
+    """The texts below `COMPARED`."""
+    return (
+        row.name,
+        row.first_text,
+        row.second_text,
+        number(row.ratio),
+        number(row.effect_size),
+        f"{row.num_larger} of {row.num_pairs}",
+        p_value(row.p_value),
+        p_value(row.sign_flip_p) if row.num_pairs > 1 else "–",
+        "–" if row.kendall_tau is None else f"{row.kendall_tau:.2f}",
+        row.verdict.removeprefix("second "),
+    )
+
+
 def comparison_table(rows: Sequence[ReadingComparison]) -> Table:
     """A row for each measure: both sides, ratio, effect, p-values, tau, verdict."""
-    columns = ("measure", "first", "second", "ratio", "d", "larger", "p", "flip p", "tau")
-    cells = [
-        (
-            row.name,
-            row.first_text,
-            row.second_text,
-            number(row.ratio),
-            number(row.effect_size),
-            f"{row.num_larger} of {row.num_pairs}",
-            p_value(row.p_value),
-            p_value(row.sign_flip_p) if row.num_pairs > 1 else "–",
-            "–" if row.kendall_tau is None else f"{row.kendall_tau:.2f}",
-            row.verdict.removeprefix("second "),
-        )
-        for row in rows
-    ]
-    table = plain_table((*columns, "verdict"), cells, right=1)
+    table = plain_table(COMPARED, map(comparison_cells, rows), right=1)
     table.columns[0].min_width = max([7, *(len(row.name) for row in rows)])
     return table
 

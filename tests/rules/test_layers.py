@@ -35,6 +35,7 @@ RANKS = [
     {"reproduce"},
     {
         "_command",
+        "_pages",
         "measure",
         "compare",
         "landscape",
