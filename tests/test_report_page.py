@@ -122,7 +122,7 @@ def _float(text):
 
 def test_sizes_stand_in_a_table_with_what_was_raced(pages):
     cells = Page(pages["batchsize"]).cells
-    at = cells.index("32.00")  # its updates by the law 100 + 3200 / 32
+    at = cells.index("32")  # its updates by the law 100 + 3200 / 32
     assert float(cells[at + 1]) == 200
 
 

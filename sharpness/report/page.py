@@ -206,7 +206,7 @@ def _cell(cell: Cell, column: int) -> str:
         text, value = cell
         key = f"{value:.9g}" if math.isfinite(value) else ""
         return f'{start} data-value="{key}">{_text(text)}'
-    return f"{start}>{_text(cell) if isinstance(cell, str) else number(cell)}"
+    return f"{start}>{number(cell) if isinstance(cell, float) else _text(cell)}"
 
 
 def _maps(figure: Any) -> list[QuadMesh]:
