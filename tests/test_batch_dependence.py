@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.problems import generator, normal
+from helpers.problems import filled, generator, normal
 from torch import nn
 from torch.func import functional_call
 
@@ -585,3 +585,22 @@ def test_rounding_is_no_dependence_and_hides_none(dtype):
     model = network().to(dtype)
     assert not EmpiricalRisk(model, mean_square, (x, t)).notes
     assert EmpiricalRisk(model, root, (x, t)).notes
+
+
+@pytest.mark.parametrize("shape", [(30, 16), (30, 1, 4, 4), (30, 1)])
+def test_a_closure_that_is_no_mean_weighs_batches_by_rows_whatever_the_shape(shape):
+    """A second dimension of one, such as the channel of grey images, is no time."""
+    x, targets = normal(generator(0), *shape), torch.arange(30) % 3
+    size = x[0].numel()
+    model = nn.Sequential(nn.Flatten(), filled(nn.Linear(size, 3), generator(1))).double()
+    weight = torch.tensor([1.0, 5.0, 0.2]).double()
+    batches = list(zip(x.split([8, 8, 14]), targets.split([8, 8, 14]), strict=True))
+
+    def closure(m, batch):
+        return F.cross_entropy(m(batch[0].double()), batch[1], weight=weight)
+
+    risk = EmpiricalRisk(model, closure=closure, data=batches)
+    expected = sum(float(closure(model, b).detach()) * len(b[1]) for b in batches) / 30
+    assert risk.value() == pytest.approx(expected, rel=1e-6)
+    assert risk.num_samples == 30
+    assert any("as given" in note for note in risk.notes)

@@ -317,7 +317,7 @@ def interrupting(monkeypatch, target, name, after):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "name", "after", "kept"),
-    [(runner, "_train", 2, (3, 0)), (runner, "append_record", 5, (6, 5))],
+    [(runner.Bench, "train_missing", 2, (3, 0)), (runner, "append_record", 5, (6, 5))],
 )
 def test_an_interrupted_run_carries_on(
     target, name, after, kept, tmp_path, capsys, studies

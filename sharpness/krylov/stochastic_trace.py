@@ -16,6 +16,7 @@ from torch import Tensor
 from sharpness._tensors import float64, random_signs
 
 Multiply = Callable[[Tensor], Tensor]
+_PASSES, _MOST_PASSES = 2, 8  # of Gram-Schmidt
 
 
 class Probes:
@@ -204,8 +205,19 @@ def _orthonormal(y: Tensor, q: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
         rows = full[len(q) :].contiguous()
         return rows, _gram(q, y), _gram(rows, y)
     above, corner, rows = np.zeros((len(q), len(y))), np.eye(len(y)), y
-    for _ in range(2):
+    limit, generator = torch.finfo(y.dtype).eps ** 0.5, torch.Generator().manual_seed(0)
+    for i in range(_MOST_PASSES):
         part = _gram(q, rows)
+        # Where y adds nothing to q the rounding that is left may lie in the span of q, and
+        # no pass leads out of it; any other direction does as well there.
+        lost = np.abs(part).max(0, initial=0) > limit
+        if i >= _PASSES and not lost.any():
+            break
+        if i >= _PASSES:
+            rows, corner = rows.clone(), np.where(lost[:, None], 0, corner)
+            for row in np.flatnonzero(lost):
+                rows[row] = random_signs(y[0], generator)
+            part = _gram(q, rows)
         rows = rows - torch.from_numpy(part.T).to(q) @ q
         columns, r = torch.linalg.qr(rows.T)
         with np.errstate(invalid="ignore"):  # of an infinite matrix

@@ -174,6 +174,8 @@ def _closure_kinds(
         for batch in given:
             batch = some_rows(batch, dim) if few else batch
             total = length(batch, dim)
+            if dim and total == 1:  # no time, such as the channel of grey images
+                return frozenset()
             cut = _halves(total) if total > 1 else [torch.arange(total)]
             parts = [weighed(_cut(batch, total, i, dim, lists=True)) for i in cut]
             if total > 1:
