@@ -143,7 +143,9 @@ def _state_in(
     """The tensors by name: of the one state dict, or of the one that is asked for."""
     there = facts if isinstance(facts, dict) else {}
     several = {str(k): v for k, v in there.items() if _is_state(v)}
-    several = several or ({"": there} if _is_state(there) else dict(_inner(there)))
+    inner = {} if _is_state(there) else dict(_inner(there))
+    alike = [set(state) for state in several.values()]  # such as the means of a network
+    several |= {k: v for k, v in inner.items() if not alike or set(v) in alike}
     several = several or {"": there}
     if asked is None:
         first, chosen = next(iter(several.items()))
@@ -158,7 +160,8 @@ def _state_in(
         chosen = there
         for part in asked.split("."):
             chosen = _under(chosen, part) if isinstance(chosen, dict) else None
-        got = f"{asked!r}, which it has not (it has {', '.join(map(str, there))})"
+        has = ", ".join(filter(None, several)) or ", ".join(map(str, there))
+        got = f"{asked!r}, which is none (it has {has})"
         ensure(_is_state(chosen), "--state", f"name a state_dict of {path}", got)
     narrow = next((str(k) for k, v in chosen.items() if _is_quantised(str(k), v)), None)
     ensure(
@@ -194,9 +197,9 @@ def _inner(facts: dict[Any, Any], head: str = "") -> Iterator[tuple[str, Any]]:
 
 def _under(facts: dict[Any, Any], part: str) -> Any:
     """What has that name, or the tensors whose names begin with it and a dot."""
-    head = f"{part}."
-    some = {k[len(head) :]: v for k, v in facts.items() if str(k).startswith(head)}
-    return facts.get(part, some)
+    head, named = f"{part}.", {str(k): v for k, v in facts.items()}  # folds are numbers
+    some = {k[len(head) :]: v for k, v in named.items() if k.startswith(head)}
+    return named.get(part, some)
 
 
 def _is_quantised(name: str, value: Any) -> bool:

@@ -643,7 +643,10 @@ def _as_pair(made: Any, source: str) -> Pair:
         parts = [as_pair(part) for part in made]
     else:
         parts = _read(made, source)
-    paired = all(isinstance(part, tuple | list) and len(part) == 2 for part in parts)
+    paired = all(
+        isinstance(part, tuple | list) and len(part) == 2 and isinstance(part[1], Tensor)
+        for part in parts
+    )
     contract = "give a pair (inputs, targets), a list of such batches, or a loader"
     got = f"{type(made).__name__} from {source}"
     ensure(bool(parts) and paired, "--data", contract, got)

@@ -1,6 +1,7 @@
 """What people pass in: it works and gives the right value, or one line says what to do."""
 
 import copy
+import math
 import re
 import subprocess
 import sys
@@ -495,6 +496,11 @@ CONV = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4))
 DETECTED = (lambda m, b: sum(m(b["x"], b["y"]).values()), {"x": X, "y": Y})
 REFUSED = {
     "float labels": (lambda: risk_of((X, Y.float())), "class numbers.*float32.*long"),
+    "labels that are missing": (
+        lambda: risk_of((X, torch.where(Y > 0, Y, math.nan))),
+        "NaN among the targets",
+    ),
+    "a scripted network": (lambda: risk_of(model=torch.jit.script(MODEL)), "TorchScript"),
     "labels from 1": (lambda: risk_of((X, Y + 1)), r"labels in \[0, 4\).*got 4 .*10 of 40"),
     "negative labels": (lambda: risk_of((X, Y - 1)), "got -1"),
     "narrow inputs": (lambda: risk_of((X[:, :2], Y)), r"fit the model; got .*\(16|40, 2\)"),

@@ -203,6 +203,11 @@ REPORTED = {
         lambda s: {"runs": {"first": s, "second": s}},
         "several: runs.first, runs.second. Say which: --state runs.first",
     ),
+    "means beside it": (
+        lambda s: {"model": s, "ema": {"decay": 0.99, "shadow": s}},
+        "several: model, ema.shadow. Say which: --state model",
+    ),
+    "folds": (lambda s: {0: s, 1: s}, "several: 0, 1. Say which: --state 0"),
     "a module inside": (lambda s: {"model": nn.Linear(2, 2), "epoch": 3}, "whole module"),
     "arrays": (lambda s: {k: v.numpy() for k, v in s.items()}, r"torch.from_numpy\(array"),
     "a list of weights": (lambda s: list(s.values()), "must hold a state_dict"),

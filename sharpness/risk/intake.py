@@ -53,6 +53,11 @@ def check_roles(model: Any, loss: Any, data: Any) -> None:
         got += " (outputs or a loss value?)"
     if is_loss or not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module; got {got}. {advice}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "`model` must be a network of Python's; got a TorchScript program, whose "
+            "parameters nothing can be put in place of. Pass the network it was made from."
+        )
     if loss is not None and not (callable(loss) or isinstance(loss, str)):
         raise TypeError(
             "`loss` must be a function of (outputs, targets), or a name such as "
@@ -579,6 +584,11 @@ _LINES: tuple[tuple[Callable[[_Trouble], bool], str], ...] = (
         _trains,
         "`closure` must give the loss in evaluation mode, as f is measured; got {cause}. "
         "In training mode it works: compute it from outputs.",
+    ),
+    (
+        lambda t: t.scores_classes and bool(t.targets.isnan().any()),
+        "`data` must have class numbers for {loss}; got NaN among the targets. Leave those "
+        "rows out before `y.long()`, which would make numbers of them.",
     ),
     (
         lambda t: t.scores_classes and t.targets.is_floating_point(),
