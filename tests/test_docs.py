@@ -47,6 +47,7 @@ def run_measure(page):
     assert measure.main(shlex.split(line)) == 0
     (record,) = sharpness.read_records("records.jsonl")
     assert record["checkpoint"]["path"].endswith("digits.pt")
+    assert "lambda_max" in Path("digits.html").read_text()
 
 
 def test_the_quickstart_runs(capsys):
