@@ -96,6 +96,16 @@ def test_the_table_of_products_is_that_of_the_raw_numbers(monkeypatch):
     assert between.strip() == table.strip()
 
 
+def test_the_tables_of_the_advice_are_those_of_the_raw_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    advice = importlib.import_module("advice")
+    found = advice.stored(ROOT / "benchmarks" / "advice.json")
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    between = page.split("<!-- advice:begin -->")[1].split("<!-- advice:end -->")[0]
+    assert len(found["advice"]) == len(advice.SEEDS)
+    assert between.strip() == advice.page(found)
+
+
 def test_the_table_of_spectra_is_that_of_the_raw_numbers(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spectra = importlib.import_module("spectra")
