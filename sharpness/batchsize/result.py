@@ -217,6 +217,9 @@ def _sources(choice: Choice) -> str:
 
 
 def _of_the_race(race: Race) -> Iterator[str]:
+    if not math.isfinite(race.target):
+        yield "The time was over before there was a validation loss to race to."
+        return
     reached = [r.batch_size for r in race.sizes if r.reached]
     yield (
         f"{len(reached)} of {len(race.sizes)} sizes reached a validation loss of "
