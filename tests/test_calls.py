@@ -176,6 +176,12 @@ def risk_of(data=(X, Y), loss=CE, model=MODEL, **settings):
     return EmpiricalRisk(model, loss, data, **settings)
 
 
+def of_two_outputs(outputs, targets):
+    """For a model that gives a second one in training mode."""
+    first, second = outputs
+    return CE(first, targets) + CE(second, targets)
+
+
 def closure_risk(closure, *data, model=MODEL):
     return EmpiricalRisk(model, closure=closure, data=list(data))
 
@@ -499,6 +505,10 @@ REFUSED = {
     "labels that are missing": (
         lambda: risk_of((X, torch.where(Y > 0, Y, math.nan))),
         "NaN among the targets",
+    ),
+    "outputs of training mode": (
+        lambda: risk_of(loss=of_two_outputs),
+        "in evaluation mode.*values to unpack",
     ),
     "a scripted network": (lambda: risk_of(model=torch.jit.script(MODEL)), "TorchScript"),
     "labels from 1": (lambda: risk_of((X, Y + 1)), r"labels in \[0, 4\).*got 4 .*10 of 40"),

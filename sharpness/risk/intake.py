@@ -675,6 +675,11 @@ _LINES: tuple[tuple[Callable[[_Trouble], bool], str], ...] = (
         "`closure` must work as closure(model, batch) on a {batch}; got {cause}. Adapt it.",
     ),
     (
+        lambda t: t.outputs is not None and "values to unpack" in str(t.error),
+        "`loss` must take the outputs that the model gives in evaluation mode, as f is "
+        "measured; got {cause}. In training mode it may give others.",
+    ),
+    (
         lambda t: t.outputs is not None and isinstance(t.error, _PROGRAMMED),
         "`loss` must take outputs and targets ({targets}); got {cause}. For "
         "closure(model, batch) pass `closure=`.",
