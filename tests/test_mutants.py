@@ -682,10 +682,10 @@ def the_fisher_rao_norm_takes_the_hessian(patch):
 def the_running_mean_stays(patch):
     original = reparametrise._rescale_before_norm
 
-    def rescale(network, source, norm, *rest):
-        before = network.get_submodule(norm).running_mean.clone()
-        applied = original(network, source, norm, *rest)
-        network.get_submodule(norm).running_mean.copy_(before)
+    def rescale(draw, network, pair):
+        before = network.get_submodule(pair.consumer).running_mean.clone()
+        applied = original(draw, network, pair)
+        network.get_submodule(pair.consumer).running_mean.copy_(before)
         return applied
 
     patch.setattr(reparametrise, "_rescale_before_norm", rescale)
@@ -841,7 +841,12 @@ def draws_are_not_noticed(patch):
 
 @seen_by(test_landscape.test_the_ends_are_the_two_points)
 def the_line_runs_backwards(patch):
-    patch.setattr(landscape, "_on_line", lambda a, b, alpha: torch.lerp(b, a, alpha))
+    original = landscape._along
+
+    def mirrored(risk, at, points):
+        return original(risk, lambda alpha: at(1 - alpha), points)
+
+    patch.setattr(landscape, "_along", mirrored)
 
 
 NAMES = [mutate.__name__ for mutate, *_ in MUTANTS]
