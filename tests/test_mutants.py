@@ -38,12 +38,19 @@ import test_remedies
 import test_reparametrise
 import test_schedules
 import test_subspace
+import test_traces
 import test_tracking
 import torch
 from helpers.problems import second_minimum
 
 from sharpness import _tensors, compat, statistics, tracking
-from sharpness.krylov import basis, certificate, eigenpair_search, lanczos
+from sharpness.krylov import (
+    basis,
+    certificate,
+    eigenpair_search,
+    lanczos,
+    stochastic_trace,
+)
 from sharpness.lab import augment, ghost, remedies, run, schedules
 from sharpness.measures import (
     audit,
@@ -676,6 +683,16 @@ def the_fisher_rao_norm_takes_the_hessian(patch):
 
 
 # -- the audit, and PyHessian's door -----------------------------------------------
+
+
+@seen_by(
+    test_traces.test_coordinates_without_curvature_do_not_spoil_the_sketch,
+    "hutch++",
+    torch.float32,
+    0,
+)
+def a_sketch_takes_its_own_directions_again(patch):
+    patch.setattr(stochastic_trace, "_MOST_PASSES", stochastic_trace._PASSES)
 
 
 @seen_by(test_reparametrise.test_running_statistics_are_scaled_along, "batchnorm")
