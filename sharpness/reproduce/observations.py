@@ -36,6 +36,16 @@ Facts = dict[str, Any]
 
 _phi = partial(epsilon_sharpness, epsilon=EPSILONS, progress=False)
 _subspace = partial(_phi, subspace_dim=100, columns="normal", solver="lbfgsb")
+NUM_DRAWS = 5  # of the random subspace, where it is drawn again
+
+
+def _redrawn(risk: EmpiricalRisk, *, seed: int) -> list[Any]:
+    """Phi in several subspaces: the protocol's search, and the best of three starts each.
+
+    No subspace is drawn twice over the starting points.
+    """
+    draws = range(NUM_DRAWS * seed, NUM_DRAWS * (seed + 1))
+    return [_subspace(risk, solver=None, num_starts=3, seed=draw) for draw in draws]
 
 
 def _lanczos(risk: EmpiricalRisk, *, seed: int) -> Facts:
@@ -64,6 +74,7 @@ MEASURES: dict[str, tuple[Callable[..., Any], float]] = {
     "phi_unit": (partial(_subspace, columns="unit"), 22),
     "phi_normal_zero": (partial(_subspace, start="zero"), 22),
     "phi_normal_best": (partial(_subspace, solver=None, num_starts=2), 120),
+    "phi_normal_redrawn": (_redrawn, NUM_DRAWS * 180),
     "lanczos": (_lanczos, 80),
     "adaptive": (
         partial(worst_case_sharpness, rho=0.5, adaptive="elementwise", progress=False),
