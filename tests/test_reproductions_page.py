@@ -88,7 +88,7 @@ def test_sentences_follow_the_records(seen):
     before, after = answer.sentences(seen), answer.sentences(without)
     assert "F1 on 60000 MNIST images" in before[0]
     assert "F1 on 60000 MNIST images" not in "".join(after)
-    assert "not known yet" in after[0]
+    assert "Not known yet" in after[0]
     assert before[1] == after[1]
     assert len(after) == 6
 
