@@ -40,6 +40,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -536,6 +537,56 @@ def summed_up(steps: dict[str, Any]) -> dict[str, Any]:
 def line(name: str, part: dict[str, Any]) -> str:
     done = [step["headline"] for step in part["steps"].values() if "headline" in step]
     return "; ".join([f"{name}: {part['status']}, {part['seconds']:.0f} s", *done[:1]])
+
+
+# -- page --------------------------------------------------------------------------------
+
+
+def page(record: dict[str, Any]) -> str:
+    """The record as Markdown: products beside the peers, and a line for each other step."""
+    parts, device = record["parts"], record["device"]
+    products_ = parts.get("products", {"steps": {}})["steps"]
+    heads = ["network, samples", "gradient, ms", *CONTENDERS]
+    rows = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    for network in record["settings"]["sizes"]["samples"]:
+        cells = [products_.get(f"{network}: {name}", {}) for name in CONTENDERS]
+        rows.append([*_labels(network, cells), *map(_ratio, cells)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    told = [
+        f"- {name}, {step}: {_told(name, facts)}."
+        for name, part in parts.items()
+        if name != "products"
+        for step, facts in part["steps"].items()
+    ]
+    about = record["environment"]
+    caption = (
+        f"One Hessian-vector product on one {device['name']}, in eager gradients of the "
+        f"same batch (median of {record['settings']['sizes']['rounds']} rounds in turn; float32 "
+        f"without TF32; torch {about['torch']}, driver {device['driver']}, "
+        f"{record['date']}). Lower is faster; —: not run."
+    )
+    return "\n\n".join(["\n".join(lines), textwrap.fill(caption, 120), "\n".join(told)])
+
+
+def _told(part: str, facts: dict[str, Any]) -> str:
+    if part != "top5" or facts["status"] != "done":
+        return str(facts.get("headline", facts["status"]))
+    cost, status = facts["eigenpairs"]["cost"], facts["eigenpairs"]["status"]
+    return f"{cost['products']} products, {cost['seconds']:.1f} s, {status}"
+
+
+def _labels(network: str, cells: Sequence[dict[str, Any]]) -> list[str]:
+    done = [cell for cell in cells if cell.get("status") == "done"]
+    if not done:
+        return [network, "—"]
+    seconds = statistics.median(cell["seconds_per_gradient"] for cell in done)
+    return [f"{network}, {done[0]['samples']}", f"{1e3 * seconds:.3g}"]
+
+
+def _ratio(cell: dict[str, Any]) -> str:
+    if cell.get("status") != "done":
+        return "—"
+    return f"{cell['ratio']:.2f}" + (" (wrong)" if cell["wrong"] else "")
 
 
 # -- command -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What is printed is run: code blocks, commands, links and the quickstart."""
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -94,6 +95,16 @@ def test_the_table_of_products_is_that_of_the_raw_numbers(monkeypatch):
     between = page.split("<!-- products:begin -->")[1].split("<!-- products:end -->")[0]
     assert "F1, 4096 samples in 4 batches" in table
     assert between.strip() == table.strip()
+
+
+def test_the_numbers_of_the_gpu_are_those_of_the_record(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu = importlib.import_module("gpu")
+    record = json.loads((ROOT / "benchmarks" / "gpu.json").read_text())
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    between = page.split("<!-- gpu:begin -->")[1].split("<!-- gpu:end -->")[0]
+    assert "C1, 1024" in between
+    assert between.strip() == gpu.page(record)
 
 
 def test_the_tables_of_the_advice_are_those_of_the_raw_numbers(monkeypatch):

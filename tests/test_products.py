@@ -1,5 +1,6 @@
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 import warnings
 from collections import namedtuple
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from sharpness import EmpiricalRisk, NotAvailableError, norms
 from sharpness.risk import memory, plan
 
+ROOT = Path(__file__).parents[1]
 EXACT = 1e-10  # against another formula, in float64
 ROUNDING = 1e-12  # the same sum in another order, in float64
 PER_CASE = ["empirical_fisher", "sampled_fisher", "gradient_covariance"]
@@ -696,7 +699,7 @@ def test_where_compiling_fails_the_kept_graph_multiplies_and_the_plan_says_why(
 @pytest.fixture
 def cheap_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", uncompiled)
-    monkeypatch.setattr(plan, "_SECONDS_A_TENSOR", 1e-3)
+    monkeypatch.setitem(plan._SECONDS_A_TENSOR, "cpu", 1e-3)
 
 
 @pytest.mark.usefixtures("cheap_compiler")
@@ -718,6 +721,21 @@ def test_many_products_are_worth_compiling_and_few_are_not():
     fresh = tiny_mlp().risk(chunk_size=7)
     assert fresh.prepare(10**7) == found
     assert_near(fresh.hvp(risk.theta), tiny_mlp().risk().hvp(risk.theta), ROUNDING)
+
+
+def test_on_a_gpu_the_rule_is_no_bolder_than_what_was_measured_there():
+    """With C1 and F1 as `benchmarks/gpu.json` has them compiling is not too early."""
+    found = json.loads((ROOT / "benchmarks" / "gpu.json").read_text())
+    steps = found["parts"]["products"]["steps"]
+    for name, num_tensors in (("C1", 18), ("F1", 22)):
+        kept, compiled = steps[f"{name}: sharpness"], steps[f"{name}: sharpness compiled"]
+        saved = kept["seconds_per_product"] - compiled["seconds_per_product"]
+        paid = compiled["first_product_seconds"] - kept["first_product_seconds"]
+        held = kept["settings"]["engine"]["predicted_bytes"]
+        needed = math.ceil(paid / saved)
+        assert not plan.worth_compiling(needed, held, num_tensors, "cuda", False)
+        assert plan.worth_compiling(5 * needed, held, num_tensors, "cuda", False)
+    assert not plan.worth_compiling(10**9, held, num_tensors, "mps", False)
 
 
 def test_for_few_products_of_a_small_network_nothing_is_compiled(monkeypatch):

@@ -911,7 +911,8 @@ class EmpiricalRisk:
             budget=self._mean.budget,
             asked=self.engine,
             doubt=self._doubt_of_product() if matrix == "hessian" else "",
-            compiling_seldom_pays=is_recurrent(self.model) or convolves(self.model),
+            compiling_seldom_pays=is_recurrent(self.model)
+            or (self.device.type == "cpu" and convolves(self.model)),
         )
 
     def _take_smaller_chunks(self, trouble: str) -> None:

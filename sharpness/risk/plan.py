@@ -11,10 +11,11 @@ from sharpness._arguments import require
 Engine = Literal["kept_graph", "compiled", "differences"]
 ENGINES: tuple[str, ...] = get_args(Engine)
 
-# Measured on two CPU cores (docs/decisions.md): compiling takes about this long for each
-# parameter tensor, and a compiled product saves about this long for each GB of graph.
-_SECONDS_A_TENSOR = 1.0
-_SECONDS_SAVED_A_GB = 0.35
+# Measured (docs/decisions.md) on two CPU cores, and on one H200, where of two networks the
+# slower to compile and the one that gains less are taken: compiling takes about this long
+# for each parameter tensor, and a product then saves about this long for each GB of graph.
+_SECONDS_A_TENSOR = {"cpu": 1.0, "cuda": 0.8}
+_SECONDS_SAVED_A_GB = {"cpu": 0.35, "cuda": 0.0027}
 # Rows x parameters up to which a block of directions beats one after another: on a CPU
 # measured, on a GPU a guess.
 _BLOCK_WORK = {"cpu": 2e6, "cuda": 1e8}
@@ -57,13 +58,14 @@ def worth_compiling(
 ) -> bool:
     """Whether so many products repay the time that compiling takes.
 
-    On a CPU only, where it was measured. `seldom` marks networks it seldom pays for:
-    convolutions gained nothing, loops over time steps give traces of thousands of nodes.
+    On the kinds of device where it was measured. `seldom` marks networks it seldom pays
+    for: convolutions gained nothing on a CPU, loops over time steps give traces of
+    thousands of nodes.
     """
-    if device != "cpu" or seldom:
+    if device not in _SECONDS_A_TENSOR or seldom:
         return False
-    saved = num_products * graph_bytes / 1e9 * _SECONDS_SAVED_A_GB
-    return saved > _SECONDS_A_TENSOR * num_tensors
+    saved = num_products * graph_bytes / 1e9 * _SECONDS_SAVED_A_GB[device]
+    return saved > _SECONDS_A_TENSOR[device] * num_tensors
 
 
 def directions_at_once(rows: int, n: int, device: str) -> int:
