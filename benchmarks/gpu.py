@@ -558,11 +558,10 @@ def page(record: dict[str, Any]) -> str:
         if name != "products"
         for step, facts in part["steps"].items()
     ]
-    about = record["environment"]
+    about, rounds = record["environment"], record["settings"]["sizes"]["rounds"]
     caption = (
         f"One Hessian-vector product on one {device['name']}, in eager gradients of the "
-        f"same batch (median of {record['settings']['sizes']['rounds']} rounds in turn; float32 "
-        f"without TF32; torch {about['torch']}, driver {device['driver']}, "
+        f"same batch (median of {rounds} rounds in turn; float32 without TF32; torch {about['torch']}, driver {device['driver']}, "
         f"{record['date']}). Lower is faster; —: not run."
     )
     return "\n\n".join(["\n".join(lines), textwrap.fill(caption, 120), "\n".join(told)])
