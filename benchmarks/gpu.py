@@ -561,8 +561,8 @@ def page(record: dict[str, Any]) -> str:
     about, rounds = record["environment"], record["settings"]["sizes"]["rounds"]
     caption = (
         f"One Hessian-vector product on one {device['name']}, in eager gradients of the "
-        f"same batch (median of {rounds} rounds in turn; float32 without TF32; torch {about['torch']}, driver {device['driver']}, "
-        f"{record['date']}). Lower is faster; —: not run."
+        f"same batch (median of {rounds} rounds in turn; float32 without TF32; "
+        f"torch {about['torch']}, driver {device['driver']}, {record['date']}). Lower is faster; —: not run."
     )
     return "\n\n".join(["\n".join(lines), textwrap.fill(caption, 120), "\n".join(told)])
 
