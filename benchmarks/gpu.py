@@ -562,7 +562,8 @@ def page(record: dict[str, Any]) -> str:
     caption = (
         f"One Hessian-vector product on one {device['name']}, in eager gradients of the "
         f"same batch (median of {rounds} rounds in turn; float32 without TF32; "
-        f"torch {about['torch']}, driver {device['driver']}, {record['date']}). Lower is faster; —: not run."
+        f"torch {about['torch']}, driver {device['driver']}, {record['date']}). "
+        "Lower is faster; —: not run."
     )
     return "\n\n".join(["\n".join(lines), textwrap.fill(caption, 120), "\n".join(told)])
 

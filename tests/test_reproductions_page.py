@@ -61,6 +61,7 @@ def test_the_page_is_not_stale(seen, findings, made):
 
 def test_the_page_begins_with_six_sentences_a_picture_and_a_table(seen):
     lines = part(page.ANSWER).splitlines()
+    assert lines[0] == answer.lead(seen)
     told = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
     assert told == answer.sentences(seen)
     assert len(told) == 6
@@ -91,6 +92,8 @@ def test_sentences_follow_the_records(seen):
     assert "Not known yet" in after[0]
     assert before[1] == after[1]
     assert len(after) == 6
+    assert "F1 on 60000 MNIST images" in answer.lead(seen)
+    assert "nothing is known yet" in answer.lead(without)
 
 
 def test_an_answer_counts_verdicts(seen):
@@ -99,6 +102,7 @@ def test_an_answer_counts_verdicts(seen):
     outcomes = [g.findings["table3"].outcome for g in answer.groups(seen)[1:]]
     yes = outcomes.count(Verdict.REPRODUCED)
     assert f"Yes on {yes} of {len(outcomes)}" in answer.sentences(seen)[1]
+    assert f"sharper by φ on {yes} of {len(outcomes)} networks" in answer.lead(seen)
 
 
 def test_the_picture_shows_every_ratio_with_its_interval(seen, monkeypatch):

@@ -12,7 +12,6 @@ from pathlib import Path
 from sharpness.lab import data
 from sharpness.report.panels import Estimate, ForestPanel, draw_forest
 from sharpness.reproduce.claims import (
-    MIN_STARTS,
     Effect,
     Finding,
     Published,
@@ -37,12 +36,12 @@ from sharpness.reproduce.paper import finding
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import ObservationStore
 
-_END = "at the end of training, the paper's protocol"
-_BEST = "at the end, best value found"
-_EPOCHS = "after equal epochs, the paper's protocol"
-_LOSS = "at equal training loss, the paper's protocol"
-_RUNNING = "BatchNorm on running statistics"
-_PAPER = "the paper (five trials)"
+_END = "at the end of training, by the paper's search"
+_BEST = "at the end, the largest value any search found"
+_EPOCHS = "after equal epochs, by the paper's search"
+_LOSS = "at equal training loss, by the paper's search"
+_RUNNING = "accuracy with BatchNorm's running statistics"
+_PAPER = "the paper, on all of its data (five trials)"
 _MARKERS = {
     _END: ("o", 0),
     _BEST: ("s", 4),
@@ -57,8 +56,9 @@ _DATA = {
     "cifar10": "CIFAR-10 images",
     "cifar100": "CIFAR-100 images",
     "spoken-digits": "frames of spoken digits",
+    "digits": "digits of 8 × 8 pixels",
 }
-_ROWS = ("φ(1e-3)", "φ(5e-4)", "φ(1e-3), random subspace", "λ_max")
+_ROWS = ("φ(1e-3)", "φ(5e-4)", "φ(1e-3), 100 directions", "λ_max (grey)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +92,10 @@ class _Group:
     def sizes(self) -> str:
         """Batch sizes and epochs, small and large."""
         study = self.study
-        return (
-            f"batch {study.small} and {study.large}, "
-            f"{study.epochs_small[-1]:g} and {study.epochs_large[-1]:g} epochs"
-        )
+        few, many = study.epochs_small[-1], study.epochs_large[-1]
+        if few == many:
+            return f"batch {study.small} and {study.large}, {few:g} epochs each"
+        return f"batch {study.small} ({few:g} epochs) and {study.large} ({many:g})"
 
     @property
     def n(self) -> int:
@@ -182,6 +182,33 @@ def _group(study: KeskarStudy, store: ObservationStore) -> _Group:
 # -- sentences ---------------------------------------------------------------------------
 
 
+def lead(store: ObservationStore) -> str:
+    """The answer in short."""
+    found = groups(store)
+    told = [
+        f"the large batch's minimum of {group.name} is {_middle(sharper)} as sharp by φ as "
+        f"the small batch's, and its test accuracy is {_points(gap.middle)}"
+        for group in found
+        if group.study.has_papers_size
+        and (sharper := group.ratio(0))
+        and (gap := group.gaps.get(_END))
+    ]
+    smaller = [group for group in found if not group.study.has_papers_size]
+    fit = [group for group in smaller if group.fits]
+    sharp = sum(_word(group, "table3") == "yes" for group in smaller)
+    worse = sum(_word(group, "table2") == "yes" for group in fit)
+    own = "; ".join(told) or "nothing is known yet"
+    return (
+        f"**In short.** At the paper's size {own}. At smaller sizes it is sharper by φ on "
+        f"{sharp} of {len(smaller)} networks, and less accurate on {worse} of the "
+        f"{len(fit)} where both fit their training sets."
+    )
+
+
+def _points(gap: float) -> str:
+    return f"{abs(gap):.2f} points {'lower' if gap < 0 else 'higher'}"
+
+
 def sentences(store: ObservationStore) -> list[str]:
     """Six, each an answer with its numbers and its n."""
     found = groups(store)
@@ -200,20 +227,20 @@ def sentences(store: ObservationStore) -> list[str]:
         return group.gaps.get(_END)
 
     return [
-        "**Sharper by φ, the paper's measure, at the paper's size?** "
-        f"{_one_by_one(own, 'table3', phi_of, 'φ, large / small batch, is ', _theirs)}.",
-        f"**And at smaller sizes?** {_by_verdict(smaller, 'table3', phi_of)}.",
-        "**Sharper by λ_max, the largest eigenvalue of the Hessian?** "
-        f"{_order([*own, *smaller], lambda g: g.ratio(3))} at the end of training; "
-        f"{_order(matched, lambda g: g.ratio(3, _LOSS)).lower()} where the large batch "
-        "is stopped at the small one's training loss.",
-        "**Sharper by φ in 100 random directions (Table 4)?** "
+        "**Sharper by φ, at the paper's size?** "
+        f"{_one_by_one(own, 'table3', phi_of, 'large over small batch, φ is ', _theirs)}.",
+        f"**And at smaller sizes?** {_sentence(_by_verdict(smaller, 'table3', phi_of))}.",
+        "**Sharper by λ_max?** "
+        f"{_sentence(_order(found, lambda g: g.ratio(3)))} at the end of training; at "
+        "equal training loss: "
+        f"{_order(matched, lambda g: g.ratio(3, _LOSS))}.",
+        "**Sharper by φ along 100 random directions alone (the paper's Table 4)?** "
         f"{_one_by_one(own, 'table4', phi_in_subspace)}. At smaller sizes: "
-        f"{_by_verdict(smaller, 'table4', phi_in_subspace).lower()}.",
+        f"{_by_verdict(smaller, 'table4', phi_in_subspace)}.",
         "**Does it generalise worse?** "
-        f"{_one_by_one(own, 'table2', gap, 'in points of test accuracy ')}. At smaller "
-        "sizes, where both networks fit their training sets: "
-        f"{_by_verdict(fit, 'table2', gap).lower()}.",
+        f"{_one_by_one(own, 'table2', gap, 'its test accuracy moves by ', _in_points)}. "
+        f"At smaller sizes: {_by_verdict(fit, 'table2', gap)}; on "
+        f"{len(smaller) - len(fit)} more a network has not fitted its training set.",
         f"**How sure?** {_sure(found)}",
     ]
 
@@ -221,7 +248,7 @@ def sentences(store: ObservationStore) -> list[str]:
 _Of = Callable[[_Group], Effect | None]
 _WORDS = {
     "yes": (Verdict.REPRODUCED,),
-    "no": (Verdict.NOT_REPRODUCED,),
+    "the reverse": (Verdict.NOT_REPRODUCED,),
     "undecided": (Verdict.UNDECIDED, Verdict.SOLVER),
     "not comparable": (Verdict.NO_PREMISE,),
 }
@@ -235,6 +262,11 @@ def _word(group: _Group, table: str) -> str:
 def _theirs(group: _Group) -> str:
     effect = group.ratio(0, _PAPER)
     return f"; the paper has {_middle(effect)}" if effect else ""
+
+
+def _in_points(group: _Group) -> str:
+    effect = group.gaps.get(_PAPER)
+    return " points" + (f"; the paper has {_middle(effect)}" if effect else "")
 
 
 def _one_by_one(
@@ -254,32 +286,34 @@ def _one_by_one(
 
 
 def _by_verdict(found: Sequence[_Group], table: str, of: _Of) -> str:
-    """`Yes on 3 of 4 (4.69× to 9.79×), no on 1 (0.19×); n = 6`."""
+    """`yes on 3 of 4 (4.69× to 9.79×), the reverse on 1 (0.19×, ...); n = 6`."""
     by_word = {word: [g for g in found if _word(g, table) == word] for word in _WORDS}
     told = [
         f"{word} on {len(some)}{'' if i else f' of {len(found)}'}{_span(some, of)}"
         for i, (word, some) in enumerate(by_word.items())
         if some or not i
     ]
-    return f"{_sentence(', '.join(told))}; {_starts(found)}"
+    return f"{', '.join(told)}; {_starts(found)}"
 
 
 def _order(found: Sequence[_Group], of: _Of) -> str:
-    """`No one order on 5 networks (0.0112× to 1.85×; n = 4 to 6)`."""
+    """`no consistent answer on 5 networks (0.0112× to 1.85×; n = 4 to 6)`."""
     middles = [effect.middle for group in found if (effect := of(group))]
     above = sum(middle > 0 for middle in middles)
-    word = "No one order"
+    word = "no consistent answer"
     if above in (0, len(middles)):
-        word = "Larger" if above else "Smaller"
+        word = "larger" if above else "smaller"
     span = _span(found, of).removesuffix(")")
     return f"{word} on {len(middles)} networks{span}; {_starts(found)})"
 
 
 def _span(found: Sequence[_Group], of: _Of) -> str:
-    """` (4.69× to 9.79×)`."""
-    effects = sorted((e for g in found if (e := of(g))), key=lambda e: e.middle)
-    ends = dict.fromkeys(_middle(effect) for effect in (*effects[:1], *effects[-1:]))
-    return f" ({' to '.join(ends)})" if ends else ""
+    """` (4.69× to 9.79×)`, or ` (0.19×, MLP on digits of 8 × 8 pixels)`."""
+    told = [(effect, group) for group in found if (effect := of(group))]
+    if len(told) == 1:
+        return f" ({_middle(told[0][0])}, {told[0][1].name})"
+    effects = sorted((effect for effect, _ in told), key=lambda effect: effect.middle)
+    return f" ({_middle(effects[0])} to {_middle(effects[-1])})" if effects else ""
 
 
 def _starts(found: Sequence[_Group]) -> str:
@@ -305,12 +339,11 @@ def _told(effect: Effect) -> str:
 
 def _sure(found: Sequence[_Group]) -> str:
     verdicts = [one for group in found for one in group.findings.values()]
-    counts = counts_of(one.outcome for one in verdicts)
     return (
-        f"Of {len(verdicts)} verdicts on {len(found)} networks ({_starts(found)} starting "
-        f"points; Tables 2 to 4 and the distance from the start) {_joined(counts)}. "
-        f"Brackets hold 95 % intervals; fewer than {MIN_STARTS} starting points decide "
-        "nothing."
+        f"Each network was trained from {_starts(found)} starting points. Of "
+        f"{len(verdicts)} verdicts (the paper's Tables 2 to 4 and the distance from the "
+        f"start, on {len(found)} networks) "
+        f"{_joined(counts_of(one.outcome for one in verdicts))}."
     )
 
 
@@ -332,9 +365,7 @@ def draw_answer(path: Path, store: ObservationStore) -> Path:
             of_row = {
                 how: effect for (at, how), effect in group.ratios.items() if at == row
             }
-            ratios += _estimates(
-                top + 1 + row, of_row, group.n, faint=_ROWS[row] == "λ_max"
-            )
+            ratios += _estimates(top + 1 + row, of_row, group.n, faint=row == 3)
         gaps += _estimates(top + height / 2, group.gaps, group.n, spread=2.4)
         distances += _estimates(top + height / 2, group.distances, group.n)
     unfit = [
@@ -347,7 +378,7 @@ def draw_answer(path: Path, store: ObservationStore) -> Path:
         [
             ForestPanel(
                 title="(a) sharpness: large batch / small batch",
-                x_label="ratio, 95 % interval over n starting points",
+                x_label="← large batch flatter    ratio, 95 % interval    sharper →",
                 estimates=ratios,
                 lines=(1, 10),
                 log=True,
@@ -355,7 +386,7 @@ def draw_answer(path: Path, store: ObservationStore) -> Path:
             ),
             ForestPanel(
                 title="(b) test accuracy: large − small",
-                x_label="points",
+                x_label="← large batch worse (points)",
                 estimates=gaps,
                 lines=(0,),
                 hatched=unfit,

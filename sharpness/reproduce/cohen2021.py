@@ -245,6 +245,7 @@ PAPER = Paper(
     citation="Cohen, Kaur, Li, Kolter, Talwalkar (2021), Gradient Descent on Neural "
     "Networks Typically Occurs at the Edge of Stability, arXiv:2103.00065; for Adam Cohen "
     "et al. (2022), arXiv:2207.14484",
+    says="full-batch training drives curvature up to the threshold of stability",
     items=ITEMS,
     studies=STUDIES,
 )

@@ -159,6 +159,7 @@ PAPER = Paper(
     name="dinh2017",
     citation="Dinh, Pascanu, Bengio, Bengio (2017), Sharp Minima Can Generalize For Deep "
     "Nets, arXiv:1703.04933",
+    says="scaling layers makes a minimum as sharp as one likes, and leaves the function",
     items=ITEMS,
     studies=STUDIES,
 )

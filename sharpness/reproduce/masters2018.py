@@ -349,6 +349,7 @@ PAPER = Paper(
     name="masters2018",
     citation="Masters, Luschi (2018), Revisiting Small Batch Training for Deep Neural "
     "Networks, arXiv:1804.07612",
+    says="the smallest batches generalise best, over the widest range of rates",
     items=ITEMS,
     studies=STUDIES,
 )

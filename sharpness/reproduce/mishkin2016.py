@@ -165,6 +165,7 @@ PAPER = Paper(
     name="mishkin2016",
     citation="Mishkin, Sergievskiy, Matas (2016), Systematic evaluation of CNN advances on "
     "the ImageNet, arXiv:1606.02228",
+    says="large batches lose accuracy unless the rate grows with them",
     items=ITEMS,
     studies=STUDIES,
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 from sharpness import _command
 from sharpness.record import append_record, read_records
 from sharpness.report.panels import draw
-from sharpness.reproduce.answer import draw_answer, sentences
+from sharpness.reproduce.answer import draw_answer, lead, sentences
 from sharpness.reproduce.claims import Finding, Role, counts_of, with_holm
 from sharpness.reproduce.paper import Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
@@ -60,7 +60,7 @@ def recorded(folder: Path) -> ObservationStore:
 
 
 def answer_text(store: ObservationStore, found: Sequence[Found]) -> str:
-    """The first screen: six sentences, a picture, a table of papers."""
+    """The first screen: in short, in six sentences, in a picture; a table of papers."""
     answers = "\n".join(f"- {sentence}" for sentence in sentences(store))
     alt = "Sharpness, test accuracy and distance of large- against small-batch networks"
     rows = []
@@ -69,9 +69,14 @@ def answer_text(store: ObservationStore, found: Sequence[Found]) -> str:
         own = counts_of(one.outcome for one in told if one.stand_in is None)
         others = counts_of(one.outcome for one in told if one.stand_in)
         counts = (", ".join(parts) or "–" for parts in (own, others))
-        rows.append((f"[{paper.name}](#{paper.name})", *counts))
-    table = markdown(("paper", "verdicts on its items", "on stand-ins for its data"), rows)
-    return f"{answers}\n\n![{alt}](reproductions/{PICTURE})\n\n{table}"
+        rows.append((f"[{paper.name}](#{paper.name})", paper.says, *counts))
+    heads = ("paper", "what it says", "our verdicts", "on data in place of the paper's")
+    about = (
+        "Verdicts on every table and figure, each on every network. Premise not met: one "
+        "network has not fitted its training set, so that nothing can be compared."
+    )
+    picture = f"![{alt}](reproductions/{PICTURE})"
+    return "\n\n".join([lead(store), answers, picture, about, markdown(heads, rows)])
 
 
 def items_text(store: ObservationStore, found: Sequence[Found]) -> str:

@@ -111,10 +111,11 @@ class InShort:
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """A paper with its items and the studies of every preset."""
+    """A paper with its main claim, its items and the studies of every preset."""
 
     name: str
     citation: str
+    says: str
     items: Sequence[Item]
     studies: Sequence[Study] = field(repr=False)
     in_short: InShort | None = field(default=None, repr=False)

@@ -235,6 +235,7 @@ PAPER = Paper(
     name="smith2018",
     citation="Smith, Kindermans, Ying, Le (2018), Don't Decay the Learning Rate, Increase "
     "the Batch Size, arXiv:1711.00489",
+    says="growing the batch does what decaying the rate does",
     items=ITEMS,
     studies=STUDIES,
 )

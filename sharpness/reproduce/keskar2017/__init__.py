@@ -15,6 +15,7 @@ PAPER = Paper(
     name="keskar2017",
     citation="Keskar, Mudigere, Nocedal, Smelyanskiy, Tang (2017), On Large-Batch Training "
     "for Deep Learning: Generalization Gap and Sharp Minima, arXiv:1609.04836",
+    says="large batches end in sharper minima, and generalise worse",
     items=(*tables.ITEMS, *figures.ITEMS, *tables.REMEDIES),
     studies=STUDIES,
     in_short=InShort(
