@@ -30,6 +30,7 @@ import test_flatness
 import test_float32
 import test_lanczos
 import test_landscape
+import test_large_heads
 import test_lbfgsb
 import test_optimize
 import test_perturbation
@@ -72,6 +73,7 @@ from sharpness.risk import (
     doctor,
     empirical,
     fisher_terms,
+    large_heads,
     loss_terms,
     mean_loss,
     products,
@@ -295,6 +297,22 @@ def a_restart_forgets_the_noise(patch):
         self.state = replace(self.state, noise=0.0)
 
     patch.setattr(lanczos.Lanczos, "restart", restart)
+
+
+@seen_by(test_large_heads.test_loss_gradient_and_product_are_those_of_the_scores,
+         "mean", True)  # fmt: skip
+def a_softmax_that_moves_is_taken_for_fixed(patch):
+    def no_mean(self, rows):
+        return (torch.zeros_like(self._logs[rows]),) * 2
+
+    patch.setattr(large_heads, "LEAST_CLASSES", 500)
+    patch.setattr(large_heads._Along, "means", no_mean)
+
+
+@seen_by(test_large_heads.test_memory_beside_inputs_and_results_does_not_grow_with_the_rows)
+def blocks_of_scores_hold_all_rows(patch):
+    patch.setattr(large_heads, "LEAST_CLASSES", 500)
+    patch.setattr(large_heads, "_BLOCK", {"cpu": (1024, 256)})
 
 
 @seen_by(test_lanczos.test_ctrl_c_during_a_restart_waits_until_the_rotation_is_done)

@@ -50,8 +50,13 @@ _ROUNDINGS = 1e3
 # -- the forward pass --------------------------------------------------------------------
 
 
-def num_few(chunk_size: int | str) -> int:
-    """Rows of an early look: no more than are evaluated at once, but a pair."""
+def num_few(chunk_size: int | str, objective: Objective) -> int:
+    """Rows of an early look: no more than are evaluated at once, but a pair.
+
+    A pair where each has scores of very many classes, as language models have.
+    """
+    if objective.has_large_head:
+        return 2
     return FEW if isinstance(chunk_size, str) else min(FEW, max(2, chunk_size))
 
 

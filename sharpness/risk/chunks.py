@@ -302,7 +302,8 @@ class ChunkedMean:
         objective, given = self._objective, self.given
         known = None if terms is not None else known_terms(objective.loss)
         with evaluation(objective.model, self._batchnorm), torch.no_grad():
-            few = batch_dependence.few_rows(given, batch_dependence.num_few(chunk_size))
+            most = batch_dependence.num_few(chunk_size, objective)
+            few = batch_dependence.few_rows(given, most)
             self.whole = batch_dependence.why_whole(objective, few, given[0])
             self._objective.widen_loss(
                 given[0] if self.whole == batch_dependence.UNCUT else few

@@ -226,7 +226,7 @@ class EmpiricalRisk:
         )
         with exact_arithmetic(self.device, tf32):
             if closure is None:
-                most = batch_dependence.num_few(chunk_size)
+                most = batch_dependence.num_few(chunk_size, self._objective)
                 given, changes = intake.fitted(self._objective, given, batchnorm, most)
             else:
                 changes = intake.closure_notes(self._objective, given, batchnorm)
@@ -743,7 +743,7 @@ class EmpiricalRisk:
             num_samples=self._most,
         )
         if self.has_outputs:
-            most = batch_dependence.num_few(self._again["chunk_size"])
+            most = batch_dependence.num_few(self._again["chunk_size"], self._objective)
             again, _ = intake.fitted(self._objective, again, self.batchnorm, most)
         return again
 
@@ -808,6 +808,7 @@ class EmpiricalRisk:
         )
         return torch.cat(parts)
 
+    @_fitting
     def accuracy(self, theta: Tensor | None = None) -> float:
         """Share of targets whose class has the largest output, in [0, 1].
 
@@ -823,8 +824,13 @@ class EmpiricalRisk:
             "classify, with scores (N, C, ...) and class numbers",
             "other outputs or targets (not available for regression)",
         )
-        right = self._is_right(self.outputs(theta), self.targets)
-        return float(right.sum() / self._counts().sum().double())
+        leaves, right = self._f.pieces(theta), 0
+        with self._f.evaluating(theta), torch.no_grad():
+            for x, y in self.batches:  # the outputs of all may be too many to hold
+                right += int(
+                    self._is_right(self._objective.outputs(leaves, (x, y)), y).sum()
+                )
+        return right / int(self._counts().sum())
 
     def _is_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Where a target that counts has the largest output."""
@@ -912,7 +918,8 @@ class EmpiricalRisk:
             asked=self.engine,
             doubt=self._doubt_of_product() if matrix == "hessian" else "",
             compiling_seldom_pays=is_recurrent(self.model)
-            or (self.device.type == "cpu" and convolves(self.model)),
+            or (self.device.type == "cpu" and convolves(self.model))
+            or self._objective.has_large_head,
         )
 
     def _take_smaller_chunks(self, trouble: str) -> None:

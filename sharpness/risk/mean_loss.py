@@ -18,6 +18,7 @@ from sharpness.risk.model_state import evaluation, no_layers_computed_again, tru
 from sharpness.risk.objective import Objective, gradients
 
 BatchNorm = Literal["running", "batch", "recalibrated"]
+_VECTORS = 10  # of theta's length that a comparison with differences holds
 _FEWEST_CHECKED = 32  # samples on which derivatives are compared with differences
 
 
@@ -107,10 +108,14 @@ class MeanLoss:
         work = self.mean.of(self.objective.moved(theta)).work("hessian", 0)
         return KeptGraph(work, 0)(v)
 
+    def _fits_in_float64(self) -> bool:
+        vectors = _VECTORS * 8 * self.objective.theta.numel()
+        return vectors <= self.mean.budget and self.mean.fits_in_float64()
+
     def sample(self, wide: bool) -> Sample:
         """A few rows of it, in float64 if asked for; BatchNorm's statistics held."""
-        if wide and not self.mean.fits_in_float64():
-            raise MemoryError("A batch that is whole does not fit in float64.")
+        if wide and not self._fits_in_float64():
+            raise MemoryError("The parameters or a whole batch do not fit in float64.")
         rows = max(_FEWEST_CHECKED, self.mean.num_samples // 100)
         part = self.frozen().of(self.mean.sample(rows))
         part = part.double() if wide else part

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness._arguments import ensure
-from sharpness.risk import loss_terms
+from sharpness.risk import large_heads, loss_terms
 from sharpness.risk.model_state import batchnorm_layers, held, seed_generators
 
 
@@ -65,6 +65,9 @@ class Objective:
         # What each kind of call (outputs, loss, both) writes into.
         self._written: dict[tuple[str, ...], set[str]] = {}
         self._batches_in_float64 = False
+        self.has_large_head = any(
+            p.ndim == 2 and len(p) >= large_heads.LEAST_CLASSES for p in model.parameters()
+        )
 
     def take(self, predicted: Callable[[Any], Any]) -> None:
         """Give the loss this of the model's return value."""
@@ -130,8 +133,11 @@ class Objective:
         return [piece.requires_grad_() for piece in self.pieces(theta)]
 
     def reduced(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
-        """What the loss or the closure returns."""
-        value = self._call(leaves, batch)
+        """What the loss or the closure returns.
+
+        Scores of many classes are not made where cross-entropy follows (`large_heads`).
+        """
+        value = self._with_scores_postponed(leaves, batch)
         is_tensor = isinstance(value, Tensor)
         if self.closure is not None and not (is_tensor and value.ndim == 0):
             got = f"shape {tuple(value.shape)}" if is_tensor else type(value).__name__
@@ -177,6 +183,16 @@ class Objective:
     def holding(self, buffers: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """With these in place of the buffers that were copied."""
         return held([(self, "fixed", {**self.fixed, **buffers})])
+
+    def _with_scores_postponed(self, leaves: Sequence[Tensor], batch: Any) -> Tensor:
+        if self.has_large_head:
+            try:
+                with large_heads.Postponed():
+                    value = self._call(leaves, batch)
+                return value.whole() if isinstance(value, large_heads.Scores) else value
+            except large_heads.NotPostponedError:
+                self.has_large_head = False
+        return self._call(leaves, batch)
 
     def _call(self, leaves: Sequence[Tensor], batch: Any, **kwargs: Any) -> Tensor:
         seed_generators()  # what a batch draws does not depend on the batches before
