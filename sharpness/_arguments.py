@@ -194,6 +194,7 @@ class Checked:
                 check(each.name, value)
 
 
+_IN_PARTS = ("eigenpairs",)  # measures of a risk whose vectors no process has whole
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -209,6 +210,14 @@ def of_a_risk(measure: Callable[_P, _R]) -> Callable[_P, _R]:
                 f"`risk` must be an EmpiricalRisk; got {type(risk).__name__}. Write "
                 f"{measure.__name__}(EmpiricalRisk(model, loss, data))."
             )
+        ensure(
+            measure.__name__ in _IN_PARTS or not getattr(risk, "is_sharded", False),
+            "risk",
+            f"have theta whole on every process for {measure.__name__}",
+            "a sharded model",
+            f"There is {', '.join(_IN_PARTS)} for it.",
+            TypeError,
+        )
         found = measure(*args, **kwargs)
         return found.noted(risk.notes) if hasattr(found, "noted") else found
 

@@ -6,6 +6,7 @@ Nothing here loads PyTorch before a device is asked for, so `--help` answers at 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Container, Sequence
 from dataclasses import fields
@@ -86,9 +87,10 @@ def guarded(name: str, command: Callable[[], int]) -> int:
     """Run a command; an error that a person can cause becomes one line on stderr."""
     try:
         return command()
-    except KeyboardInterrupt:
-        say(name, "interrupted; the same command carries on where it stopped.")
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:  # of one process, or of several that cannot go on
+        why = str(stop) or "interrupted; the same command carries on where it stopped."
+        say(name, why)
+        return int(getattr(stop, "exit_code", INTERRUPTED))
     except (
         *(ValueError, TypeError, OSError, ImportError),
         *(RuntimeError, IndexError, KeyError),  # of a network, on data that do not fit it
@@ -139,16 +141,21 @@ def check_report(path: str | None) -> None:
 
 
 def say(name: str, text: str) -> None:
-    """One line on stderr from a command."""
-    print(f"{name}: {text}", file=sys.stderr)
+    """One line on stderr from a command; of several processes each says which it is."""
+    rank = os.environ.get("RANK")
+    who = name if rank is None else f"{name} [rank {rank}]"
+    print(f"{who}: {text}", file=sys.stderr)
 
 
 def chosen_device(name: str) -> str:
     """The device of `--device`: "auto" is the GPU where there is one."""
     import torch
 
+    of_launch = os.environ.get("LOCAL_RANK")  # torchrun: each process has a GPU
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and of_launch is not None:
+        name = f"cuda:{of_launch}"
     try:
         there = not torch.empty(0, device=name).is_meta  # that one holds no numbers
     except (RuntimeError, AssertionError):

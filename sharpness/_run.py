@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from typing import Any, NoReturn
 
 from sharpness import _progress
+from sharpness._ranks import ALONE, Ranks
 from sharpness._results import DerivativeDisagreesError, NonFiniteProductError, Status
 
+_INTERRUPT = 2.0  # what a process wishes for, above 1 for the end of the time
 _LONG = 60.0  # seconds: what takes longer says so beforehand, also where no bar is seen
 
 
@@ -28,6 +32,9 @@ class Run:
         total: steps expected, for the bar.
         progress: show a bar; by default on a terminal.
         status: how it ends when nothing cuts it short.
+        ranks: the processes that run this together. They agree, at each step, on whether
+            the time is up or one of them was interrupted (SIGINT, SIGTERM), so that all
+            end after the same step; only the first shows a bar.
     """
 
     def __init__(
@@ -40,8 +47,10 @@ class Run:
         total: int | None = None,
         progress: bool | None = None,
         status: Status = Status.COMPLETED,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._shown = unit, total, progress
+        self._shown = unit, total, progress if ranks.is_first else False
+        self._ranks, self._signals = ranks, _Signals()
         self._bar: Any = None
         self._began = time.monotonic()
         self._most_seconds = math.inf if max_seconds is None else max_seconds
@@ -61,7 +70,13 @@ class Run:
     def step(self, num: int = 1) -> None:
         """Begin `num` units of work, unless a limit is reached; those before are done."""
         self._count()
-        if self.num_steps >= self._least and self.seconds > self._most_seconds:
+        late = self.num_steps >= self._least and self.seconds > self._most_seconds
+        if self._ranks.size > 1:
+            wish = self._ranks.most(_INTERRUPT if self._signals.caught else float(late))
+            if wish == _INTERRUPT:
+                raise KeyboardInterrupt
+            late = bool(wish)
+        if late:
             self.stop(Status.MAX_SECONDS)
         if self.num_steps + num > self._most:
             self.stop(Status.MAX_HVPS)
@@ -89,6 +104,8 @@ class Run:
 
     def __enter__(self) -> Run:
         self._bar = _progress.bar(*self._shown)
+        if self._ranks.size > 1:
+            self._signals.hold()
         return self
 
     def __exit__(
@@ -98,6 +115,7 @@ class Run:
             self._count()
         self._bar.close()
         self._taken = time.monotonic() - self._began
+        self._signals.release(isinstance(error, KeyboardInterrupt))
         if isinstance(error, KeyboardInterrupt):
             self.status = Status.INTERRUPTED
         elif isinstance(error, NonFiniteProductError):
@@ -107,6 +125,32 @@ class Run:
         elif not (isinstance(error, _Stopped) and error.run is self):
             return False
         return True
+
+
+class _Signals:
+    """SIGINT and SIGTERM, held back until all processes can be told; a second is not."""
+
+    def __init__(self) -> None:
+        self.caught: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def hold(self) -> None:
+        """From now on a signal is kept in `caught`."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._catch)
+
+    def release(self, heeded: bool) -> None:
+        """As before; one that came too late for a step is passed on."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self.caught is not None and self._before and not heeded:
+            signal.raise_signal(self.caught)
+
+    def _catch(self, number: int, _: object) -> None:
+        if self.caught is not None:
+            raise KeyboardInterrupt
+        self.caught = number
 
 
 class _Stopped(Exception):

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharpness import _command
-from sharpness._arguments import ensure
+from sharpness._arguments import ensure, positive
 from sharpness._json import as_plain, to_line
 from sharpness.measures.registry import DEFAULT_FAMILIES, FAMILIES, MEASURES
 from sharpness.measures.settings import MeasurementSettings, MeasureSettings
 from sharpness.record import append_record
 
 if TYPE_CHECKING:
+    from sharpness._ranks import Ranks
     from sharpness._results import Reading
     from sharpness.loading import LoadedCheckpoint
     from sharpness.measurement import Measurement
@@ -57,6 +58,19 @@ def _parser() -> _command.Parser:
         "--cross-check",
         action="store_true",
         help="also: lambda_max by PyHessian on the same data",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="keep the search for eigenvalues on disk as it goes, and go on with one that "
+        "was cut short by the same command",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=300.0,
+        help="under torchrun: seconds that a process waits for another before it saves "
+        "what there is and ends (default: 300)",
     )
     add(
         "--doctor",
@@ -174,18 +188,33 @@ def _asked(parser: _command.Parser, arguments: Sequence[str] | None, options: An
 
 def _measure(options: Any, before: Sequence[dict[str, Any]]) -> int:
     """Measure every checkpoint; `before` are records that this repeats."""
-    from sharpness.measurement import check_possible
+    from sharpness._ranks import launched
 
     device = _command.chosen_device(options.device)
+    positive("--patience", options.patience)
+    with launched(device, options.patience) as ranks:
+        return _measure_together(options, before, device, ranks)
+
+
+def _measure_together(
+    options: Any, before: Sequence[dict[str, Any]], device: str, ranks: Ranks
+) -> int:
+    from sharpness.measurement import check_possible
+
+    for flag in ("--doctor", "--audit", "--cross-check"):
+        asked = getattr(options, flag.strip("-").replace("-", "_"))
+        sound, got = ranks.size == 1 or not asked, f"{ranks.size} of them"
+        ensure(sound, flag, "be for one process", got, "Run it without torchrun.")
     paths = expanded(options.checkpoint)
     check_options(options, paths)
     if options.cross_check:
         check_possible(options.batchnorm)
     found: list[Measurement] = []
     try:
-        codes = [_one(path, options, device, found) for path in paths]
+        codes = [_one(path, options, device, found, ranks) for path in paths]
     finally:  # what has been measured is shown
-        _report(options, found)
+        if ranks.is_first:
+            _report(options, found)
     for old, new in zip(before, found, strict=False):
         _say_what_differs(old, new.record)
     return max(codes)
@@ -282,8 +311,11 @@ def measure_settings(options: Any) -> MeasureSettings:
     return MeasureSettings(**{name: getattr(options, name) for name in names})
 
 
-def _one(path: str, options: Any, device: str, done: list[Measurement]) -> int:
+def _one(
+    path: str, options: Any, device: str, done: list[Measurement], ranks: Ranks
+) -> int:
     from sharpness import measurement
+    from sharpness._ranks import GroupEndedError
     from sharpness.measures.audit import audit
 
     subject = loaded(path, options)
@@ -292,12 +324,24 @@ def _one(path: str, options: Any, device: str, done: list[Measurement]) -> int:
     if options.cross_check:  # first: where it fails, nothing has been spent
         risk = measurement.risk_of(subject, settings, device)
         extra = measurement.pyhessian_readings(risk, seed=options.seed)
-    shown: dict[str, Any] = {} if options.json else _shown_as_it_comes(settings)
+    shown: dict[str, Any] = {}
+    if ranks.is_first:
+        shown = {} if options.json else _shown_as_it_comes(settings)
+        shown["on_estimate"] = _command.announce
+    output = output_of(options, path)
+    resume = output.with_name(f"{output.name}.{Path(path).stem}.search")
     found = measurement.measured(
-        subject, settings, device=device, on_estimate=_command.announce, **shown
+        subject,
+        settings,
+        device=device,
+        ranks=ranks,
+        resume=resume if options.resume else None,
+        **shown,
     )
     found.record["cross_check"] = as_plain(extra)
-    text, output = "", output_of(options, path)
+    text = ""
+    if ranks.lost and not ranks.is_first:  # whether the first can write, nobody knows
+        output = output.with_name(f"{output.name}.rank{ranks.rank}")
     try:
         if options.audit and not found.interrupted:
             risk = measurement.risk_of(subject, settings, device)
@@ -305,14 +349,20 @@ def _one(path: str, options: Any, device: str, done: list[Measurement]) -> int:
             found.record["audit"] = {r.name: r.value for r in audited.readings()}
             text = audited.table()
     finally:  # what has been measured is kept
-        append_record(output, found.record)
+        if ranks.is_first or ranks.lost:
+            append_record(output, found.record)
         done.append(found)
-    if options.json:
+    if not ranks.is_first:
+        pass
+    elif options.json:
         print(to_line(found.record))
     else:
         _print(found, extra, text, output)
-    if found.interrupted:
-        raise KeyboardInterrupt  # the others are not begun
+    if found.interrupted:  # the others are not begun
+        if ranks.size > 1:
+            why = ranks.lost or "interrupted, so all processes have stopped"
+            raise GroupEndedError(f"{why}; {output} has what there is. --resume goes on.")
+        raise KeyboardInterrupt
     return _command.OK if found.ok else _command.NOT_CONVERGED
 
 

@@ -10,20 +10,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from sharpness._arguments import ensure, explained, package
+from sharpness._ranks import ALONE, Ranks
 from sharpness._results import Reading, Status
 from sharpness.loading import LoadedCheckpoint, as_type
 from sharpness.measures.settings import MeasurementSettings
 from sharpness.measures.summary import Summary, selected, summary
 from sharpness.record import new_record
+from sharpness.risk import batches
+from sharpness.risk.batches import Pair
 from sharpness.risk.doctor import Checkup, doctor
-from sharpness.risk.empirical import EmpiricalRisk
-from sharpness.risk.model_state import random_generators_kept
+from sharpness.risk.empirical import BATCHNORM_BATCH, EmpiricalRisk
+from sharpness.risk.model_state import batchnorm_layers, random_generators_kept
 
 _MOST_TEST_SAMPLES = 10_000  # for the generalisation gap
 
@@ -48,10 +53,16 @@ class Measurement:
 
 
 def risk_of(
-    subject: LoadedCheckpoint, settings: MeasurementSettings, device: str = "cpu"
+    subject: LoadedCheckpoint,
+    settings: MeasurementSettings,
+    device: str = "cpu",
+    ranks: Ranks = ALONE,
 ) -> EmpiricalRisk:
-    """The mean loss of a checkpoint's network on the chosen samples."""
-    return _risk(subject, settings, settings.split, settings.num_samples, device)
+    """The mean loss of a checkpoint's network on the chosen samples.
+
+    Of several processes each takes its own part of them.
+    """
+    return _risk(subject, settings, settings.split, settings.num_samples, device, ranks)
 
 
 def measured(
@@ -63,6 +74,8 @@ def measured(
     on_estimate: Callable[[float], None] | None = None,
     on_begin: Callable[[dict[str, Any]], None] | None = None,
     on_readings: Callable[[list[Reading]], None] | None = None,
+    ranks: Ranks = ALONE,
+    resume: str | Path | None = None,
 ) -> Measurement:
     """Measure a checkpoint.
 
@@ -74,6 +87,8 @@ def measured(
         on_estimate: called with the expected seconds before anything is measured.
         on_begin: called before that with the part of the record that is known by then.
         on_readings: called with the numbers of each measure as soon as it is done.
+        ranks: the processes that measure together; each makes the same call.
+        resume: a folder to keep the search for eigenpairs in, as in `eigenpairs`.
 
     Raises:
         ValueError: f(theta) is not finite, or a setting is out of range.
@@ -85,7 +100,7 @@ def measured(
         _of_the_flag(subject),
         explained("--data", "fit the network and the loss", got, kinds=kinds),
     ):
-        risk = risk_of(subject, settings, device)
+        risk = risk_of(subject, settings, device, ranks)
         value = risk.value()
     ensure(
         math.isfinite(value),
@@ -103,7 +118,9 @@ def measured(
         "value": value,
         "accuracy": accuracy,
         "doctor": checkup,
-        "generalisation": _generalisation(subject, settings, value, accuracy, device),
+        "generalisation": _generalisation(
+            subject, settings, value, accuracy, device, ranks
+        ),
     }
 
     def begin(seconds: float) -> None:  # once `summary` has refused what is wrong
@@ -121,6 +138,7 @@ def measured(
         progress=progress,
         on_estimate=begin,
         on_readings=on_readings,
+        resume=resume,
         **vars(settings.of_measures),
     )
     known["settings"] = {**asdict(settings), "risk": risk.settings()}  # with the engine
@@ -161,12 +179,13 @@ def _generalisation(
     value: float,
     accuracy: float | None,
     device: str,
+    ranks: Ranks,
 ) -> dict[str, Any] | None:
     """Loss and accuracy on test samples, and how much worse they are."""
     if "test" not in subject.parts or settings.split == "test":
         return None
     num = None if len(subject.targets("test")) <= _MOST_TEST_SAMPLES else _MOST_TEST_SAMPLES
-    risk = _risk(subject, settings, "test", num, device)
+    risk = _risk(subject, settings, "test", num, device, ranks)
     loss = risk.value()
     facts: dict[str, Any] = {"test_loss": loss, "loss_gap": loss - value}
     if accuracy is not None:
@@ -181,8 +200,12 @@ def _risk(
     split: str,
     num: int | None,
     device: str,
+    ranks: Ranks,
 ) -> EmpiricalRisk:
     pair = subject.samples(split, num, settings.seed, balanced=split == settings.split)
+    if ranks.size > 1:
+        in_parts = settings.batchnorm == "batch" and bool(batchnorm_layers(subject.model))
+        pair = _own_part(pair, ranks, BATCHNORM_BATCH if in_parts else 1)
     model, dtype = subject.model, subject.dtype
     if settings.dtype is not None:
         dtype = getattr(torch, settings.dtype)
@@ -194,7 +217,25 @@ def _risk(
         batchnorm=settings.batchnorm,
         device=device,
         engine=settings.engine,
+        process_group=ranks.group,
     )
+
+
+def _own_part(pair: Pair, ranks: Ranks, most: int) -> Pair:
+    """A process's samples: near-equal shares of units of up to `most`, which stay whole."""
+    num = len(pair[1])
+    sizes = [len(part[1]) for part in batches.cut(pair, most)] if most > 1 else [1] * num
+    batches_stay = "BatchNorm's batches stay whole: pass --batchnorm running."
+    ensure(
+        len(sizes) >= ranks.size,
+        "--nproc-per-node",
+        f"be at most {len(sizes)} for these samples",
+        f"{ranks.size} processes",
+        batches_stay if most > 1 else "Each process needs a sample.",
+    )
+    ends = [0, *accumulate(sizes)]
+    first, last = (len(sizes) * (ranks.rank + i) // ranks.size for i in (0, 1))
+    return batches.rows(pair, ends[first], ends[last])
 
 
 # -- a second opinion -------------------------------------------------------------------

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpness._ranks import Vectors
+
 _ROWS = 16  # of a block
 # Combined at once, or 1/256 of all: the scratch memory is less than a row.
 _COLUMNS = 1 << 12
@@ -14,19 +16,25 @@ _COLUMNS = 1 << 12
 class Basis:
     """Rows q_1, q_2, ... of length n, in the type and on the device of `like`.
 
+    Where several processes share them, each holds its own part of every row.
+
     Memory comes in blocks of a few rows when it is needed, `most` in all. The first block
     holds `num_first` rows: what is combined there at the end outlives the others.
     """
 
-    def __init__(self, like: Tensor, num_first: int, most: int) -> None:
+    def __init__(
+        self, like: Tensor, num_first: int, most: int, vectors: Vectors | None = None
+    ) -> None:
         self._like, self._num_first, self._most = like.new_empty(0), num_first, most
-        self.n = like.numel()
+        self._held = like.numel()  # entries of a row that are here
+        self._vectors = vectors or Vectors(self._held)
+        self.n = self._vectors.n
         self._blocks: list[Tensor] = []
 
     def __setitem__(self, i: int, row: Tensor) -> None:
         while i >= (held := sum(map(len, self._blocks))):
             size = min(_ROWS if held else self._num_first, self._most - held)
-            self._blocks.append(self._like.new_empty((size, self.n)))
+            self._blocks.append(self._like.new_empty((size, self._held)))
         self._row(i).copy_(row)
 
     def __getitem__(self, i: int) -> Tensor:
@@ -34,7 +42,7 @@ class Basis:
 
     def overlaps(self, w: Tensor, m: int) -> Tensor:
         """Inner products of the first m rows with w, (m,)."""
-        return torch.cat([block @ w for block in self._upto(m)])
+        return self._vectors.total(torch.cat([block @ w for block in self._upto(m)]))
 
     def subtract(self, w: Tensor, coefficients: Tensor) -> None:
         """Take sum_i coefficients_i q_i away from w, in place."""
@@ -51,8 +59,8 @@ class Basis:
         rows, m = coefficients.shape
         blocks = self._upto(m)
         new = torch.from_numpy(np.ascontiguousarray(coefficients)).to(self._like)
-        width = max(_COLUMNS, self.n >> 8)
-        for start in range(0, self.n, width):
+        width = max(_COLUMNS, self._held >> 8)
+        for start in range(0, self._held, width):
             strip = slice(start, start + width)
             mixed = new @ torch.cat([block[:, strip] for block in blocks])
             for block, part in zip(self._upto(rows), self._parts(mixed), strict=True):
@@ -62,7 +70,7 @@ class Basis:
     def rows(self, m: int) -> Tensor:
         """The first m rows, (m, n): a view where one block holds them, else a copy."""
         if not m:
-            return self._like.new_empty((0, self.n))
+            return self._like.new_empty((0, self._held))
         blocks = self._upto(m)
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 

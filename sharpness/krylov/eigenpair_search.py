@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sharpness import _tensors
+from sharpness._ranks import Vectors
 from sharpness.krylov import certificate
 from sharpness.krylov.certificate import Intervals, Kernel
 from sharpness.krylov.lanczos import (
@@ -51,6 +52,7 @@ class Search:
         miss: probability, for each of the k, that it is overlooked; None for no
             certificate.
         basis_size: most vectors held; a full basis is shrunk by a thick restart.
+        vectors: how the processes share them, as in `Lanczos`.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class Search:
         tol: float,
         miss: float | None,
         basis_size: int,
+        vectors: Vectors | None = None,
     ) -> None:
-        self._squared_norm = float(_tensors.dot64(v0, v0))
-        self.run = Lanczos(v0, generator, num_first=k, basis_size=basis_size)
+        self._squared_norm = (vectors or Vectors(v0.numel())).dot(v0, v0)
+        self.run = Lanczos(v0, generator, k, basis_size, vectors)
         self._k, self._which, self._tol, self._miss = k, which, tol, miss
-        self._basis_size = basis_size
+        self.basis_size = basis_size
         self._settled = 0
 
     @property
@@ -99,7 +102,7 @@ class Search:
     def direction(self) -> Tensor:
         """The unit vector (n,) to multiply next; shrinks the basis when it is full."""
         state = self.run.state
-        if state.m >= self._basis_size:
+        if state.m >= self.basis_size:
             theta = ritz_pairs(state).values
             self.run.restart(thick(theta, self._k, self._which))
         return self.run.direction()
@@ -113,6 +116,17 @@ class Search:
         self.run.absorb(product)
         met = meets(self.run.state, self._k, self._tol, self._which) and not self.hidden()
         self._settled = self._settled + 1 if met else 0
+
+    def frozen(self) -> dict[str, Tensor]:
+        """All that `thawed` needs to go on from here; see `Lanczos.frozen`."""
+        of_search = torch.tensor([self._squared_norm, self._settled], dtype=torch.float64)
+        return {**self.run.frozen(), "search": of_search}
+
+    def thawed(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from what `frozen` gave, in a search like that one."""
+        self._squared_norm, settled = saved["search"].tolist()
+        self._settled = int(settled)
+        self.run.thawed(saved)
 
     def hidden(self) -> Intervals | None:
         """Where one of the wanted may hide, further than `tol` from all that are found.

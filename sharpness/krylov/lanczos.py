@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpness import _tensors
+from sharpness._ranks import Vectors
 from sharpness._results import NonFiniteProductError
 from sharpness.krylov.basis import Basis
 
 Which = Literal["LA", "SA", "LM", "BE"]
 WHICH: tuple[str, ...] = get_args(Which)
 Score = Callable[[np.ndarray], np.ndarray]
+_ARRAYS = ("projected", "coupling", "alphas", "betas", "dropped", "numbers")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class Lanczos:
         generator: of random starts after an invariant space.
         num_first: rows that the first block of the basis holds.
         basis_size: most rows; the caller restarts before they are exceeded.
+        vectors: how the processes share them; then `v0` and every vector here is this
+            one's part. None: this process has them whole.
 
     Cost: one product and 4 m n operations a step; memory m n.
     """
@@ -107,15 +110,17 @@ class Lanczos:
         generator: torch.Generator,
         num_first: int = 16,
         basis_size: int | None = None,
+        vectors: Vectors | None = None,
     ) -> None:
-        self.n = v0.numel()
+        self._vectors = vectors or Vectors(v0.numel())
+        self.n = self._vectors.n
         self._eps = torch.finfo(v0.dtype).eps
         self._generator = generator
-        self._next: Tensor | None = _normalised(v0)
+        self._next: Tensor | None = self._normalised(v0)
         self._scale = 0.0
         self._tridiagonal = True  # no restart of any kind so far
         none = np.empty(0)
-        basis = Basis(v0, num_first, basis_size or self.n)
+        basis = Basis(v0, num_first, basis_size or self.n, self._vectors)
         first = Tridiagonal(none, none)
         self.state = LanczosState(
             np.empty((0, 0)), none, 0.0, 0, 0, 0, first, none, 0.0, basis
@@ -129,10 +134,11 @@ class Lanczos:
     def direction(self) -> Tensor:
         """The unit vector (n,) whose product comes next."""
         if self._next is None:
-            draw = _tensors.random_unit(self.state.store[0], self._generator)
+            like = self.state.store[0]
+            draw = self._normalised(self._vectors.normal(like, self._generator))
             for _ in range(2):
                 self._purge(draw, self.state.m)
-            self._next = _normalised(draw)
+            self._next = self._normalised(draw)
         return self._next
 
     def absorb(self, product: Tensor) -> None:
@@ -142,7 +148,7 @@ class Lanczos:
             NonFiniteProductError: it is not finite; the state stays as it was.
         """
         s, q, m = self.state, self.direction(), self.state.m
-        alpha = float(_tensors.dot64(q, product))
+        alpha = self._vectors.dot(q, product)
         w = torch.add(product, q, alpha=-alpha)
         del product
         if s.newest == m and m:  # straight after a restart: overlaps with all of Q
@@ -150,14 +156,14 @@ class Lanczos:
         elif m:
             w.sub_(s.store[m - 1], alpha=s.coupling[-1])
         s.store[m] = q
-        before = float(_tensors.norm64(w))
+        before = self._vectors.norm(w)
         if not np.isfinite(alpha + before):
             raise NonFiniteProductError("the product is not finite")
         drift = self._purge(w, m + 1)
-        beta = float(_tensors.norm64(w))
+        beta = self._vectors.norm(w)
         if beta < before / 2:
             drift += self._purge(w, m + 1)
-            beta = float(_tensors.norm64(w))
+            beta = self._vectors.norm(w)
         alpha += float(drift[m])
         self._scale = max(self._scale, abs(alpha) + beta)
         # A remainder of the size of rounding is no direction.
@@ -177,6 +183,53 @@ class Lanczos:
             newest=m if m and not s.coupling.any() else s.newest,
             first=self._longer_first(alpha, beta),
             log_betas=s.log_betas + (math.log(beta) if beta else -math.inf),
+        )
+
+    def frozen(self) -> dict[str, Tensor]:
+        """All that `thawed` needs to go on from here: small things, and two of length n.
+
+        `basis` (m, n) and `next` (n,), or (0,) after an invariant space, in this process's
+        part.
+        """
+        s = self.state
+        numbers = [s.noise, s.num_products, s.num_random, s.newest, s.log_betas]
+        numbers += [self._scale, self._tridiagonal, self._next is not None]
+        arrays = {
+            "projected": s.projected,
+            "coupling": s.coupling,
+            "alphas": s.first.alphas,
+            "betas": s.first.betas,
+            "dropped": s.dropped,
+            "numbers": np.array(numbers, dtype=float),
+        }
+        return {
+            **{name: torch.from_numpy(np.array(array)) for name, array in arrays.items()},
+            "basis": s.basis,
+            "next": s.basis.new_empty(0) if self._next is None else self._next,
+            "generator": self._generator.get_state(),
+        }
+
+    def thawed(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from what `frozen` gave, on a run like that one."""
+        arrays = {name: tensor.numpy() for name, tensor in saved.items() if name in _ARRAYS}
+        noise, products, random, newest, logs, *of_run = arrays["numbers"].tolist()
+        store = self.state.store
+        for i, row in enumerate(saved["basis"]):
+            store[i] = row
+        self._generator.set_state(saved["generator"])
+        self._scale, self._tridiagonal, has_next = of_run[0], bool(of_run[1]), of_run[2]
+        self._next = saved["next"].to(store[0]) if has_next else None
+        self.state = LanczosState(
+            arrays["projected"],
+            arrays["coupling"],
+            noise,
+            int(products),
+            int(random),
+            int(newest),
+            Tridiagonal(arrays["alphas"], arrays["betas"]),
+            arrays["dropped"],
+            logs,
+            store,
         )
 
     def restart(self, kept: np.ndarray) -> None:
@@ -205,6 +258,9 @@ class Lanczos:
         overlaps = self.state.store.overlaps(w, m)
         self.state.store.subtract(w, overlaps)
         return np.asarray(overlaps.double().cpu().numpy())
+
+    def _normalised(self, v: Tensor) -> Tensor:
+        return v / v.new_tensor(self._vectors.norm(v))
 
     def _longer_first(self, alpha: float, beta: float) -> Tridiagonal:
         first = self.state.first
@@ -387,10 +443,6 @@ def _linalg() -> Any:
 
 def _bordered(t: np.ndarray, coupling: np.ndarray, alpha: float) -> np.ndarray:
     return np.block([[t, coupling[:, None]], [coupling[None, :], np.array([[alpha]])]])
-
-
-def _normalised(v: Tensor) -> Tensor:
-    return v / _tensors.norm64(v).to(v.dtype)
 
 
 @contextmanager

@@ -87,7 +87,13 @@ def batch_sharpness(
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size, 1)
     num_batches, seed = whole("num_batches", num_batches, 2), whole_seed(seed)
-    run = Run("batches", max_seconds=max_seconds, total=num_batches, progress=progress)
+    run = Run(
+        "batches",
+        max_seconds=max_seconds,
+        total=num_batches,
+        progress=progress,
+        ranks=risk.ranks,
+    )
     seen: list[tuple[float, float, int]] = []  # curvature, square, size
     with run:
         for batch in _batches(risk, batch_size, num_batches, seed):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,12 +23,14 @@ from sharpness._arguments import (
     whole,
     whole_seed,
 )
+from sharpness._ranks import Vectors
 from sharpness._results import Cost, Reading, Result, Status, bars
 from sharpness._run import Run
 from sharpness.krylov.certificate import Intervals
 from sharpness.krylov.dense import Dense
 from sharpness.krylov.eigenpair_search import Found, Search
 from sharpness.krylov.lanczos import WHICH, Which, allowed
+from sharpness.measures.resumed import KeptSearch
 from sharpness.risk import memory
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
@@ -75,7 +78,8 @@ class HessianEigenpairs(Result):
     eigenvalues: Tensor  # (k,) float64, descending; unit: loss per parameter^2
     error_bounds: Tensor  # (k,) float64, same unit
     residuals: Tensor  # (k,) float64, ||H v - lambda v||
-    eigenvectors: Tensor = field(repr=False, compare=False)  # (k, n), rows orthonormal
+    # (k, n), rows orthonormal; of a sharded model this process's part of each
+    eigenvectors: Tensor = field(repr=False, compare=False)
     explicit_residual: float | None = None  # of the leading pair, by a product of its own
     lambda_max_upper: float | None = None  # at `confidence` (.95); None at which="SA"
     hidden: Intervals | None = None  # where a value may hide; None without a confidence
@@ -160,7 +164,8 @@ class HessianEigenpairs(Result):
         value = float(self.eigenvalues[index])
         # What is largest in modulus among the positive is largest of all.
         beyond_doubt = self.settings["which"] == "LM" and sign * value > 0
-        complete = len(self.eigenvalues) == self.eigenvectors.shape[1]
+        in_parts = self.settings.get("in_parts", False)
+        complete = not in_parts and len(self.eigenvalues) == self.eigenvectors.shape[1]
         return value if asked or beyond_doubt or complete else math.nan
 
 
@@ -202,6 +207,7 @@ def eigenpairs(
     max_hvps: int | None = None,
     max_seconds: float | None = None,
     progress: bool | None = None,
+    resume: str | Path | None = None,
 ) -> HessianEigenpairs:
     r"""The k largest (or smallest) eigenvalues of the Hessian of f, and eigenvectors.
 
@@ -244,6 +250,9 @@ def eigenpairs(
         max_hvps: most products; by default 100 + 10 k (n where dense).
         max_seconds: stop after the product that passes this time.
         progress: show a bar; by default on a terminal.
+        resume: a folder to keep the search in, every half minute and where it is cut
+            short: the same call goes on from there, also on another number of processes.
+            Emptied when the search has converged. It takes as much room as the basis.
 
     Returns:
         `HessianEigenpairs`. An interrupt (Ctrl-C), `max_hvps` or `max_seconds` give
@@ -272,9 +281,9 @@ def eigenpairs(
     k, dense = int(k), _is_dense(method, risk.n, max_hvps)
     most = max_hvps or (risk.n if dense else 100 + 10 * k)
     held_on = torch.device(basis_device) if basis_device is not None else risk.device
-    start, generator = _start(risk, v0, seed)
+    start, generator = _start(risk, v0, seed, whole=dense)
     start = start.to(held_on)
-    multiply = _multiplication(risk, matrix, preconditioner, held_on)
+    multiply = _multiplication(risk, matrix, preconditioner, held_on, whole=dense)
     ensure(
         basis_size is None or basis_size >= min(risk.n, k + _SPARE),
         "basis_size",
@@ -282,14 +291,16 @@ def eigenpairs(
         f"{basis_size} (k={k})",
         "Leave it out for what the memory holds.",
     )
+    asked = {"k": k, "which": which, "matrix": matrix, "seed": seed}
     search: Search | Dense | None = None
-    plan = None
+    plan, kept = None, None
     run = Run(
         product_name(matrix),
         max_seconds=max_seconds,
         max_steps=most,
         min_steps=1,
         progress=progress,
+        ranks=risk.ranks,
     )
     with run:
         plan = risk.prepare(most if dense else _USUAL_PRODUCTS + 4 * k, matrix)
@@ -304,12 +315,21 @@ def eigenpairs(
                 tol=tol,
                 miss=None if confidence is None else (1 - confidence) / k,
                 basis_size=basis_size or _affordable(risk, plan, k, most, held_on),
+                vectors=risk.vectors,
             )
+            if resume is not None:
+                key = _key(risk, v0, preconditioner, asked)
+                kept = KeptSearch(resume, key, risk.vectors)
+                kept.restore(search)
         del start
         while not search.is_converged:
             run.step()
             search.absorb(multiply(search.direction()))
+            if kept is not None and isinstance(search, Search):
+                kept.keep(search)
         run.stop(Status.CONVERGED)
+    if isinstance(search, Search) and kept is not None:
+        kept.end(search, run.status)
     if search and search.num_products:
         plan = risk.prepare(1, matrix)  # the first product may have changed it
     return _result(
@@ -352,15 +372,17 @@ def _result(
         to_verify = status is Status.CONVERGED and not search.is_whole
         found = search.found(inexact)
         if to_verify and search.num_products < most:
-            explicit = _verified(found, leading(found.values, which), noise, multiply)
+            first = leading(found.values, which)
+            explicit = _verified(found, first, noise, multiply, risk.vectors)
             if explicit is None:
                 status = Status.INTERRUPTED
     products = search.num_products if search else 0
+    vectors = found.vectors if isinstance(search, Dense) else _whole(found.vectors, risk)
     return HessianEigenpairs(
         eigenvalues=torch.from_numpy(found.values),
         error_bounds=torch.from_numpy(found.bounds),
         residuals=torch.from_numpy(found.residuals),
-        eigenvectors=found.vectors,
+        eigenvectors=vectors,
         explicit_residual=explicit,
         lambda_max_upper=upper,
         hidden=found.hidden,
@@ -371,12 +393,34 @@ def _result(
             products=products + (explicit is not None),
             seconds=run.seconds + time.monotonic() - began,
         ),
-        settings={**settings, "confidence": confidence},
+        settings={
+            **settings,
+            "confidence": confidence,
+            **({"in_parts": True} if risk.is_sharded or risk.ranks.lost else {}),
+        },
     )
 
 
+def _whole(parts: Tensor, risk: EmpiricalRisk) -> Tensor:
+    """Eigenvectors (k, n) from this process's part of each.
+
+    The part itself for a sharded model, and where another process is lost.
+    """
+    if risk.ranks.size == 1 or risk.ranks.lost or risk.is_sharded:
+        return parts
+    try:
+        whole = [risk.vectors.whole(part) for part in parts]
+    except KeyboardInterrupt:
+        return parts
+    return torch.stack(whole) if whole else parts.new_empty((0, risk.n))
+
+
 def _verified(
-    found: Found, i: int, noise: float, multiply: Callable[[Tensor], Tensor]
+    found: Found,
+    i: int,
+    noise: float,
+    multiply: Callable[[Tensor], Tensor],
+    vectors: Vectors,
 ) -> float | None:
     """The residual of pair i by a product of its own; None when interrupted.
 
@@ -385,9 +429,9 @@ def _verified(
     v = found.vectors[i]
     try:
         difference = torch.add(multiply(v), v, alpha=-float(found.values[i]))
+        residual = vectors.norm(difference)
     except KeyboardInterrupt:
         return None
-    residual = float(_tensors.norm64(difference))
     doubtful = residual > 2 * (found.residuals[i] + noise)
     found.residuals[i] = residual
     proven = residual + noise
@@ -400,10 +444,16 @@ def _multiplication(
     matrix: Matrix,
     preconditioner: Tensor | None,
     held_on: torch.device,
+    whole: bool,
 ) -> Callable[[Tensor], Tensor]:
-    """The map v -> M v, or P^-1/2 M P^-1/2 v, for vectors on the basis' device."""
+    """The map v -> M v, or P^-1/2 M P^-1/2 v, for vectors on the basis' device.
+
+    For whole vectors, or for this process's part of them.
+    """
+    whole = whole or risk.ranks.size == 1
+    product = risk.product if whole else risk.product_part
     if preconditioner is None:
-        return lambda v: risk.product(v, matrix).to(held_on)
+        return lambda v: product(v, matrix).to(held_on)
     p = preconditioner.detach().to(risk.theta)
     ensure(
         p.shape == risk.theta.shape and bool(((p > 0) & p.isfinite()).all()),
@@ -413,9 +463,22 @@ def _multiplication(
         "`adam_preconditioner(risk, optimizer.state_dict())` gives one.",
     )
     scale = p.rsqrt()
-    return lambda v: (
-        risk.product(v.to(scale.device) * scale, matrix).mul_(scale).to(held_on)
-    )
+    if not (whole or risk.is_sharded):
+        scale = risk.vectors.part(scale)
+    return lambda v: product(v.to(scale.device) * scale, matrix).mul_(scale).to(held_on)
+
+
+def _key(
+    risk: EmpiricalRisk, v0: Tensor | None, preconditioner: Tensor | None, asked: Any
+) -> dict[str, Any]:
+    """Which search it is: of the same risk, for the same pairs, from the same start."""
+    given = {"v0": v0, "preconditioner": preconditioner, "theta": risk.theta}
+    digests = [
+        risk.ranks.objects(None if t is None else _tensors.mixed(0, t))[0]
+        for t in given.values()
+    ]
+    data = {"samples": risk.num_samples, "terms": risk.num_terms}
+    return {**asked, **data, **dict(zip(given, digests, strict=True))}
 
 
 def _affordable(
@@ -426,13 +489,13 @@ def _affordable(
     free = memory.budget_bytes(held_on) / memory.SHARE
     if held_on == risk.device:
         free -= plan.predicted_bytes
-    fit = int(free / 2 / risk.theta.nbytes)
+    row = risk.theta.element_size() * -(-risk.n // risk.ranks.size)  # bytes of it here
+    fit = int(risk.ranks.least(int(free / 2 / row)))
     ensure(
         2 * fit >= needed,
         "k",
         f"leave room for a basis of {needed} vectors",
-        f"k={k}, and memory for {max(0, 2 * fit)} of {risk.theta.nbytes / 1e9:.2f} GB each "
-        f"on {held_on}",
+        f"k={k}, and memory for {max(0, 2 * fit)} of {row / 1e9:.2f} GB each on {held_on}",
         "Pass a smaller `k` or another `basis_device`.",
         MemoryError,
     )
@@ -447,25 +510,31 @@ def nothing(like: Tensor, confidence: float | None) -> Found:
 
 
 def _start(
-    risk: EmpiricalRisk, v0: Tensor | None, seed: int
+    risk: EmpiricalRisk, v0: Tensor | None, seed: int, whole: bool
 ) -> tuple[Tensor, torch.Generator]:
-    """A start c + g as `Search` wants it, and the generator that drew g."""
+    """A start c + g as `Search` wants it, and the generator that drew g.
+
+    Whole, or this process's part of it.
+    """
+    vectors = Vectors(risk.n) if whole else risk.vectors
     if v0 is None:
         generator = _tensors.seeded(seed)
-        return _tensors.random_normal(risk.theta, generator), generator
+        return vectors.normal(risk.theta, generator), generator
     v = (v0.sum(0) if v0.ndim == 2 else v0).to(risk.theta)
     ensure(
-        v.shape == risk.theta.shape and float(_tensors.norm64(v)) > 0,
+        v.shape == risk.theta.shape and (risk.is_sharded or float(_tensors.norm64(v)) > 0),
         "v0",
         f"be a nonzero vector (n,) or (j, n) with n={risk.n}",
         f"shape {tuple(v0.shape)}",
         "Leave it out for a random start.",
     )
     # The g that led to v0 is not independent of it, so another one is drawn.
-    generator = _tensors.seeded(_tensors.mixed(whole_seed(seed), v0))
+    mixed = _tensors.mixed(whole_seed(seed), v0)
+    generator = _tensors.seeded(risk.ranks.objects(mixed)[0])
     # Half of it random: an old eigenvector alone is blind to a new one.
-    c = v * (math.sqrt(risk.n) / _tensors.norm64(v)).to(v.dtype)
-    return c + _tensors.random_normal(v, generator), generator
+    v = v if whole or risk.is_sharded else vectors.part(v)
+    c = v * v.new_tensor(math.sqrt(risk.n) / vectors.norm(v))
+    return c + vectors.normal(v, generator), generator
 
 
 def _is_dense(method: str, n: int, max_hvps: int | None) -> bool:

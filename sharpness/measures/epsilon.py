@@ -427,7 +427,7 @@ def _measured(
     deadline: Deadline,
     progress: bool | None,
 ) -> EpsilonSharpness:
-    run = Run("evaluations", max_seconds=deadline.left, progress=progress)
+    run = Run("evaluations", max_seconds=deadline.left, progress=progress, ranks=risk.ranks)
     search = _Search(run, risk, manifold, settings["epsilon"])
     protocol = None
     with run:

@@ -131,6 +131,7 @@ def pac_bayes_sigma(
         max_seconds=max_seconds,
         progress=progress,
         status=Status.CONVERGED,
+        ranks=risk.ranks,
     )
     drops: dict[float, np.ndarray] = {}
 
@@ -214,7 +215,11 @@ def box_alpha(
     num_steps = whole("num_steps", num_steps, 1)
     scale, accuracy = _scale(risk, magnitude_aware), math.nan
     run = Run(
-        "gradients", max_seconds=max_seconds, progress=progress, status=Status.CONVERGED
+        "gradients",
+        max_seconds=max_seconds,
+        progress=progress,
+        status=Status.CONVERGED,
+        ranks=risk.ranks,
     )
 
     def function(u: Tensor) -> tuple[float, Tensor]:
@@ -300,7 +305,7 @@ def norms(
         origin = _tensors.flat_like(start, risk.names, risk.shapes, "start")
         distance = float(_tensors.norm64(risk.theta - origin.to(risk.theta)))
     fisher_rao, gradient_norm = None, math.nan
-    with Run("norms", progress=False) as run:
+    with Run("norms", progress=False, ranks=risk.ranks) as run:
         gradient_norm = float(_tensors.norm64(risk.gradient()))
         # Neither a closure nor a loss without second derivative has such a product.
         with suppress(ValueError, TypeError):
@@ -412,7 +417,13 @@ def relative_flatness(
     samples: list[list[float]] = []
     inexact: list[list[float]] = []
     generator = _tensors.seeded(seed)
-    run = Run("sweeps", max_seconds=max_seconds, total=num_probes, progress=progress)
+    run = Run(
+        "sweeps",
+        max_seconds=max_seconds,
+        total=num_probes,
+        progress=progress,
+        ranks=risk.ranks,
+    )
     with run:
         for _ in range(num_probes if is_finite else 0):
             run.step()

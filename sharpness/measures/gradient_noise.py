@@ -173,7 +173,7 @@ def gradient_noise(
         num_samples = whole("num_samples", num_samples, FEWEST, "Fewer have no variance.")
     draw = _Draw(risk, min(num_samples or risk.num_samples, risk.num_samples), seed)
     trained_with = training_facts(optimizer)
-    run = Run("gradients", max_seconds=max_seconds, progress=progress)
+    run = Run("gradients", max_seconds=max_seconds, progress=progress, ranks=risk.ranks)
     seen: _Vectors | _Halves | None = None
     with run:
         ensure_available(

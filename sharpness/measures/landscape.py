@@ -218,7 +218,13 @@ def low_loss_path(
         return (1 - t) ** 2 * theta + 2 * t * (1 - t) * bend + t**2 * end
 
     losses: list[float] = []
-    run = Run("gradients", max_seconds=max_seconds, total=num_steps, progress=progress)
+    run = Run(
+        "gradients",
+        max_seconds=max_seconds,
+        total=num_steps,
+        progress=progress,
+        ranks=risk.ranks,
+    )
     with run:
         for t in _stratified(num_steps, seed):
             run.step()

@@ -132,6 +132,7 @@ def layerwise_eigenpairs(
         max_steps=most,
         min_steps=1,
         progress=progress,
+        ranks=risk.ranks,
     )
     with run:
         while open_:

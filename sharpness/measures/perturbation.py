@@ -195,7 +195,9 @@ def worst_case_sharpness(
 
     def within(radius: float) -> WorstCaseSharpness:
         searches = [_Search(shard, scale, keep=single) for shard in shards]
-        run = Run("gradients", max_seconds=deadline.left, progress=progress)
+        run = Run(
+            "gradients", max_seconds=deadline.left, progress=progress, ranks=risk.ranks
+        )
         with run:
             for search in searches:
                 search.run(run, Ball(norm, radius), num_steps)
@@ -285,6 +287,7 @@ def average_case_sharpness(
             max_seconds=deadline.left,
             total=2 * num_draws,
             progress=progress,
+            ranks=risk.ranks,
         )
         with run:
             value = risk.value() if math.isnan(value) else value

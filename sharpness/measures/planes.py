@@ -223,7 +223,7 @@ def loss_plane(
     grid = _Grid(risk, made.directions, axes, points_file)
     several, deadline = at_once or risk.points_at_once(), Deadline(max_seconds)
     model = _Model(risk, made.directions)
-    first = Run("products", max_seconds=deadline.left, progress=False)
+    first = Run("products", max_seconds=deadline.left, progress=False, ranks=risk.ranks)
     with first:
         if quadratic:
             model.take(first)
@@ -232,6 +232,7 @@ def loss_plane(
         max_seconds=deadline.left,
         total=grid.num_left,
         progress=progress,
+        ranks=risk.ranks,
     )
     with run:
         if first.status is Status.INTERRUPTED:

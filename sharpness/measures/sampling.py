@@ -151,7 +151,13 @@ def lambda_max_sampling(
     )
     fraction("confidence", confidence)
     num_folds, seed = int(num_folds), whole_seed(seed)
-    run = Run("folds", max_seconds=max_seconds, total=num_folds, progress=progress)
+    run = Run(
+        "folds",
+        max_seconds=max_seconds,
+        total=num_folds,
+        progress=progress,
+        ranks=risk.ranks,
+    )
     deadline = Deadline(max_seconds)
     generator = _tensors.seeded(seed)
     order = torch.randperm(risk.num_samples, generator=generator)

@@ -328,6 +328,7 @@ def spectral_density(
         min_steps=1,
         total=num_starts * num_steps,
         progress=progress,
+        ranks=risk.ranks,
     )
     multiply = Multiplication(run, risk, matrix)
     with run:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, TypedDict, Unpack
 
 from torch import Tensor
@@ -142,6 +143,7 @@ def summary(
     progress: bool | None = None,
     on_estimate: Callable[[float], None] | None = None,
     on_readings: Callable[[list[Reading]], None] | None = None,
+    resume: str | Path | None = None,
     **settings: Unpack[Keywords],
 ) -> Summary:
     """Every measure of sharpness on the same data, at the same point.
@@ -156,6 +158,7 @@ def summary(
         progress: show a bar with the expected time; by default on a terminal.
         on_estimate: called with the expected seconds before anything is measured.
         on_readings: called with the numbers of each measure as soon as it is done.
+        resume: a folder to keep the search for eigenpairs in, as in `eigenpairs`.
         **settings: `k` and `tol` of the eigenvalues; `epsilon` (a sequence),
             `subspace_dim` and `num_starts` of phi; `rho`, radii of all perturbation
             measures (by default each has its usual one); `shard_size` of m-sharpness;
@@ -191,9 +194,10 @@ def summary(
     if on_estimate is not None:
         on_estimate(sum(expected.values()))
     results: dict[str, list[Result]] = {}
-    left: dict[str, Any] = {"start": start, "training": training}
+    left: dict[str, Any] = {"start": start, "training": training, "resume": resume}
     total = max(1, round(sum(expected.values())))
     bar_format = "{desc}: {percentage:.0f} % of about {total} s"
+    progress = progress if risk.ranks.is_first else False
     with _progress.bar("measuring", total, progress, bar_format=bar_format) as bar:
         for name in chosen:
             bar.set_description(name)
@@ -362,7 +366,7 @@ def _common(settings: MeasureSettings) -> dict[str, Any]:
 
 
 def _lambda_max(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
-    pairs = eigenpairs(risk, s.k, tol=s.tol, **_common(s))
+    pairs = eigenpairs(risk, s.k, tol=s.tol, resume=left.get("resume"), **_common(s))
     left["top"] = pairs.eigenvectors[:1]
     return pairs
 

@@ -260,6 +260,7 @@ def diagonal(
         max_seconds=max_seconds,
         max_steps=max_hvps,
         progress=progress,
+        ranks=risk.ranks,
     )
     multiply = Multiplication(run, risk, matrix)
     estimate = _Diagonal(risk.theta, whole_seed(seed))
@@ -317,6 +318,7 @@ def _estimated(
         max_seconds=max_seconds,
         max_steps=max_hvps,
         progress=progress,
+        ranks=risk.ranks,
     )
     multiply = Multiplication(run, risk, matrix)
     most = (max_hvps - estimator.fixed_products) // estimator.products_a_probe

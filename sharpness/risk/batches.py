@@ -101,8 +101,12 @@ def cut(pair: Pair, most: int) -> list[Pair]:
 
     So a part of one row is there only where `most` is 1, or 2 and N odd.
     """
+    return cut_into(pair, -(-len(pair[1]) // most))
+
+
+def cut_into(pair: Pair, parts: int) -> list[Pair]:
+    """A pair in so many parts, whose sizes differ by at most one."""
     total = len(pair[1])
-    parts = -(-total // most)
     sizes = [total // parts + (i < total % parts) for i in range(parts)]
     return [rows(pair, a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
 

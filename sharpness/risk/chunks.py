@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpness._arguments import ensure
+from sharpness._ranks import ALONE, Ranks
 from sharpness._results import ensure_available
 from sharpness.risk import batch_dependence, batches, curvature, memory
 from sharpness.risk.batch_dependence import FEW, Count
@@ -56,6 +57,9 @@ class ChunkedMean:
         batchnorm: as in `EmpiricalRisk`.
         batchnorm_batch: as in `EmpiricalRisk`.
         chunk_size: as in `EmpiricalRisk`.
+        ranks: the processes, each with its own part of the data.
+        in_lockstep: whether an evaluation waits for other processes, so that each has to
+            make as many.
     """
 
     def __init__(
@@ -67,7 +71,10 @@ class ChunkedMean:
         batchnorm: str,
         batchnorm_batch: int,
         chunk_size: int | str,
+        ranks: Ranks = ALONE,
+        in_lockstep: bool = False,
     ) -> None:
+        self.ranks, self._in_lockstep = ranks, in_lockstep
         self._objective, self._batchnorm = objective, batchnorm
         self._closed = objective.closure is not None
         self.given, self.num_samples = given, int(sum(num_rows(batch) for batch in given))
@@ -82,6 +89,14 @@ class ChunkedMean:
             self._set(self._of_batchnorm_parts(terms, batchnorm_batch))
         else:
             self._set(self._of_pairs(terms, chunk_size))
+
+    num_terms: float  # on all processes
+    num_samples_everywhere: int
+
+    @property
+    def reduction(self) -> str:
+        """What the loss makes of its terms: "mean", "sum" or "none"."""
+        return self._terms.reduction
 
     @property
     def notes(self) -> list[str]:
@@ -136,11 +151,17 @@ class ChunkedMean:
         other._set(parts)
         return other
 
+    def alone(self) -> ChunkedMean:
+        """The mean over this process's part of the data."""
+        return self._of_parts([chunk.batch for chunk in self.all], ranks=ALONE)
+
     def sample(self, rows: int) -> ChunkedMean:
         """Some rows, spread evenly, as one batch, also where that is another f.
 
         Of batches that cannot be cut the first ones that hold so many rows.
         """
+        if self.ranks.size > 1:
+            return self.alone().sample(rows)
         parts = [chunk.batch for chunk in self.counted]
         if not self._has_rows:
             num = 1 + sum(end < rows for end in accumulate(map(num_rows, parts)))
@@ -214,7 +235,7 @@ class ChunkedMean:
 
         For a batch that is not to be cut its own graph is built and measured.
         """
-        if self._closed or self.whole:
+        if self._closed or self.whole or self._in_lockstep:
             return self._footprints.measured(linearise, batch)
         return self._footprints.predicted(linearise, batch)
 
@@ -234,20 +255,25 @@ class ChunkedMean:
                 f"once ({trouble}). Pass smaller ones, or another `device`."
             )
         self.chunk_size = -(-self.chunk_size // 2)
-        self._set(
+        self._cut(
             [part for c in self.all for part in batches.cut(c.batch, self.chunk_size)]
         )
 
     # -- building ----------------------------------------------------------------------
 
     def _set(self, parts: Sequence[Any]) -> None:
-        counts = [float(self._terms.count(self._counted_in(part))) for part in parts]
-        self.all = [Chunk(part, n) for part, n in zip(parts, counts, strict=True)]
-        self.counted = [chunk for chunk in self.all if self._counts(chunk)]
-        self.num_terms = sum(chunk.count for chunk in self.all)
+        self._cut(parts)
+        own = [sum(chunk.count for chunk in self.all), float(self.num_samples)]
+        totals = self.ranks.total(torch.tensor(own, dtype=torch.float64)).tolist()
+        self.num_terms, self.num_samples_everywhere = totals[0], int(totals[1])
         got = "none that counts (every target equals `ignore_index`, or every weight is 0)"
         some = bool(self.num_terms)
         ensure(some, "data", "hold at least one loss term", got, kind=NoLossTermsError)
+
+    def _cut(self, parts: Sequence[Any]) -> None:
+        counts = [float(self._terms.count(self._counted_in(part))) for part in parts]
+        self.all = [Chunk(part, n) for part, n in zip(parts, counts, strict=True)]
+        self.counted = [chunk for chunk in self.all if self._counts(chunk)]
 
     def _counts(self, chunk: Chunk) -> bool:
         """A mean over no terms at all would be NaN, and a sum is one of zeros."""
@@ -314,6 +340,12 @@ class ChunkedMean:
                 self.num_samples = sum(batch_dependence.length(b[0], dim) for b in given)
                 count = terms or torch.numel  # the first dimension may be time
             self._terms = known or LossTerms("mean", count, num_rows)
+            ensure(
+                not self._in_lockstep or (known is not None and not self.whole),
+                "loss",
+                "be one of PyTorch's own, of rows that are apart, for a sharded model",
+                self.whole or "another, whose terms have to be seen on the data",
+            )
             if known is None:
                 self._see_loss(few, batches.joined(given)[0], chunk_size)
             elif weighs_places(objective.loss, given[0][1]):
@@ -325,9 +357,34 @@ class ChunkedMean:
             )
             return given
         self.given = batches.joined(given)
+        if self._in_lockstep:
+            return self._as_many_everywhere(chunk_size)
         if self.chunk_size is None:
             self.chunk_size = self._chosen(self.given[0], chunk_size)
         return [part for b in self.given for part in batches.cut(b, self.chunk_size)]
+
+    def _as_many_everywhere(self, chunk_size: int | str) -> Sequence[Any]:
+        """The same number of chunks on every process, each with a loss term."""
+        pair, ranks = self.given[0], self.ranks
+        size = chunk_size
+        if isinstance(size, str):
+            few = batches.rows(pair, 0, FEW)
+            hessian = partial(curvature.hessian, self._objective, self.mean)
+            each = self._footprints.measured(hessian, few).peak / len(few[1])
+            size = max(1, int(self.budget / 4 / each))
+        num = int(ranks.most(-(-len(pair[1]) // size)))
+        parts = batches.cut_into(pair, min(num, len(pair[1])))
+        empty = any(not self._terms.count(self._counted_in(part)) for part in parts)
+        ensure(
+            not ranks.any(len(self.given) > 1 or len(parts) < num or empty),
+            "data",
+            f"come in {num} chunks on every process, of rows of one shape, each with a "
+            "term that counts, for a sharded model",
+            "others",
+            "Give each process about as many samples.",
+        )
+        self.chunk_size = max(len(part[1]) for part in parts)
+        return parts
 
     def _see_loss(self, few: Any, first: Any, chunk_size: int | str) -> None:
         """Whether a loss that is not PyTorch's own is a mean or a sum over rows."""

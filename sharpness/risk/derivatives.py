@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sharpness import _tensors
+from sharpness._ranks import ALONE, Ranks
 from sharpness.risk.calls import Calls
 
 
@@ -83,10 +84,13 @@ class Comparison:
 
 
 class Derivatives:
-    """Both comparisons, each made when it is first asked for."""
+    """Both comparisons, each made when it is first asked for, on every rank's data.
 
-    def __init__(self) -> None:
-        self._seen: dict[str, Comparison] = {}
+    All ranks go by the first that disagrees.
+    """
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self._ranks, self._seen = ranks, dict[str, Comparison]()
 
     def of(self, what: Literal["gradient", "product"], sample: Sampling) -> Comparison:
         """The gradient against f, or a Hessian-vector product against gradients.
@@ -94,7 +98,9 @@ class Derivatives:
         Cost: a gradient and 4 values of the sample; 5 gradients and a product.
         """
         if what not in self._seen:
-            self._seen[what] = compared(what, sample)
+            seen = self._ranks.objects(compared(what, sample))
+            contrary = [comparison for comparison in seen if comparison.disagrees]
+            self._seen[what] = (contrary or seen)[0]
         return self._seen[what]
 
 

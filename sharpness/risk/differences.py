@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sharpness import _tensors
+from sharpness._ranks import Vectors
 
 Gradient = Callable[[Tensor], Tensor]
 _LENGTHS = 12  # step lengths that are tried once
@@ -32,6 +32,7 @@ class Differences:
     Args:
         gradient: theta (n,) -> gradient (n,).
         theta: the point.
+        vectors: how processes share theta and all vectors; None where each has them whole.
 
     Attributes:
         relative_error: the change along the probe over the product's norm: an estimate
@@ -40,22 +41,26 @@ class Differences:
         product: M times it.
     """
 
-    def __init__(self, gradient: Gradient, theta: Tensor) -> None:
+    def __init__(
+        self, gradient: Gradient, theta: Tensor, vectors: Vectors | None = None
+    ) -> None:
         self._gradient, self._theta = gradient, theta
-        longest = 0.2 * (1.0 + float(_tensors.norm64(theta)))
+        self._vectors = vectors or Vectors(theta.numel())
+        longest = 0.2 * (1.0 + self._norm(theta))
         lengths = [longest / _RATIO**i for i in range(_LENGTHS)]
-        random = _tensors.random_unit(theta, torch.Generator().manual_seed(0))
+        random = self._vectors.normal(theta, torch.Generator().manual_seed(0))
+        random = random / random.new_tensor(self._norm(random))
         steep = self._along(random, lengths[_LENGTHS // 2])
-        size = _tensors.norm64(steep)
-        usable = bool(torch.isfinite(size)) and float(size) > 0
-        self.probe = steep / size.to(steep.dtype) if usable else random
+        size = self._norm(steep)
+        usable = math.isfinite(size) and size > 0
+        self.probe = steep / steep.new_tensor(size) if usable else random
         products = [self._along(self.probe, length) for length in lengths]
         candidates = zip(lengths[1:], products[1:], products, strict=False)
         self._change, self._step, self.product = min(
-            ((_change(near, far), length, near) for length, near, far in candidates),
+            ((self._apart(near, far), length, near) for length, near, far in candidates),
             key=lambda candidate: candidate[0],
         )
-        self.relative_error = _relative(self._change, self.product)
+        self.relative_error = _relative(self._change, self._norm(self.product))
 
     def __call__(self, v: Tensor) -> Tensor:
         """M v for (n,), or for each row of (b, n)."""
@@ -68,14 +73,14 @@ class Differences:
                 return v.clone(), v.new_empty(0)
             products, errors = zip(*map(self.with_error, v), strict=True)
             return torch.stack(products), torch.stack(errors)
-        length = float(_tensors.norm64(v))
+        length = self._norm(v)
         if not length:
             return torch.zeros_like(v), v.new_zeros(())
         step = self._step / length
         least, far, product = math.inf, self._along(v, step * _RATIO), torch.zeros_like(v)
         for _ in range(1 + _SHORTER):
             near = self._along(v, step)
-            change = _change(near, far)
+            change = self._apart(near, far)
             if change <= least:
                 least, product = change, near
             if change <= _USUAL * self._change * length:
@@ -87,12 +92,13 @@ class Differences:
         ahead = self._gradient(self._theta + step * v)
         return (ahead - self._gradient(self._theta - step * v)) / (2 * step)
 
+    def _norm(self, vector: Tensor) -> float:
+        return self._vectors.norm(vector)
 
-def _change(near: Tensor, far: Tensor) -> float:
-    change = float(_tensors.norm64(near - far))
-    return change if math.isfinite(change) else math.inf
+    def _apart(self, near: Tensor, far: Tensor) -> float:
+        change = self._norm(near - far)
+        return change if math.isfinite(change) else math.inf
 
 
-def _relative(change: float, product: Tensor) -> float:
-    size = float(_tensors.norm64(product))
+def _relative(change: float, size: float) -> float:
     return change / size if size else math.inf if change else 0.0

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
+from sharpness import _tensors
 from sharpness._arguments import ensure, is_whole, require, whole, whole_seed
+from sharpness._ranks import Ranks, Vectors
 from sharpness._results import DerivativeDisagreesError, ensure_available
-from sharpness.risk import batch_dependence, batches, files, intake
+from sharpness.risk import batch_dependence, batches, files, intake, sharded
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix, Pullback
 from sharpness.risk.derivatives import Comparison, Derivatives, compared
@@ -43,6 +45,7 @@ from sharpness.risk.sample_gradients import SampleGradients, Unit
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
+BATCHNORM_BATCH = 5000  # samples of a part for BatchNorm, as in Keskar et al.
 MATRICES: tuple[str, ...] = get_args(Matrix)
 _Computed = TypeVar("_Computed")
 _Asked = ParamSpec("_Asked")
@@ -153,13 +156,22 @@ class EmpiricalRisk:
             derivatives of right gradients, `engine="auto"` takes differences; a gradient
             that is not f's, such as a straight-through one, is refused with both numbers;
             products are NaN where f is not finite. False takes derivatives as they come.
+        process_group: of `torch.distributed`, with gloo or NCCL: each process builds the
+            risk with the same model and its own part of the data, however uneven, and f
+            is the mean over all of them. Every process then makes the same calls and
+            gets the same numbers; `batches`, `targets` and `outputs` are its own. With
+            `batchnorm="batch"` the parts are those of each process. A model of FSDP2 or
+            tensor parallelism brings its own group: theta, gradients and products are
+            then this process's part of them (`vectors`), and layers are gathered one at
+            a time.
 
     Raises:
         TypeError: both or neither of `loss` and `closure`, or data of another kind.
         ValueError: empty data, no parameters, an unknown `batchnorm` or `engine`, a
             `chunk_size` with `batchnorm="batch"`, a BatchNorm part or a batch that has to
             be whole beyond the memory, outputs and targets that would be broadcast; data
-            that do not fit model and loss in one of the usual ways, or that hold NaN.
+            that do not fit model and loss in one of the usual ways, or that hold NaN;
+            processes that differ in the model or in how f is defined.
         NondeterministicRiskError: the model draws from a generator of its own.
 
     Cost: building runs the model on a few samples; with a loss that is not PyTorch's own,
@@ -182,7 +194,7 @@ class EmpiricalRisk:
         closure: Callable[[nn.Module, Any], Tensor] | None = None,
         params: str | Sequence[str] | None = None,
         batchnorm: BatchNorm = "running",
-        batchnorm_batch: int = 5000,
+        batchnorm_batch: int = BATCHNORM_BATCH,
         chunk_size: int | Literal["auto"] = "auto",
         device: str | torch.device | None = None,
         terms: Callable[[Any], float] | None = None,
@@ -191,7 +203,9 @@ class EmpiricalRisk:
         tf32: bool = False,
         seed: int = 0,
         check: bool = True,
+        process_group: Any = None,
     ) -> None:
+        self.ranks = Ranks(process_group)
         self.engine = asked_engine(engine)
         if isinstance(engine, Mapping) and chunk_size == "auto":
             chunk_size = engine.get("chunk_size") or "auto"
@@ -203,6 +217,15 @@ class EmpiricalRisk:
         if closure is not None:
             intake.check_takes_two(closure, "closure", "model, batch")
         self.model, of_model = unwrapped(model)
+        places: dict[str, sharded.Place] | None = None
+        if sharded.is_sharded(self.model):
+            self.model, places, self.ranks = sharded.in_parts(self.model)
+            check = False
+            of_model.append(
+                f"the parameters lie on {self.ranks.size} processes: derivatives are not "
+                "compared with differences"
+            )
+            _check_sharded(closure, batchnorm, self.model)
         loss, of_loss = original(intake.made_loss(loss))
         of_data = files.notes(data) if isinstance(data, str | Path) else []
         self.notes = [*of_model, *of_loss, *of_data]
@@ -219,7 +242,11 @@ class EmpiricalRisk:
             tf32=tf32,
         )
         self.device, self.theta = self._objective.device, self._objective.theta
-        _check_batchnorm(self.model, batchnorm)
+        self._parts: sharded.Parts | None = None  # where no process has theta whole
+        if places is not None:
+            chosen = [places[name] for name in self._objective.names]
+            self._parts = sharded.Parts(chosen, self.ranks)
+        _check_batchnorm(self.model, batchnorm, self.ranks)
         self.source, self._most = data, num_samples
         given = intake.batches_of(
             data, self.device, pairs=closure is None, num_samples=num_samples
@@ -238,9 +265,14 @@ class EmpiricalRisk:
                 batchnorm=batchnorm,
                 batchnorm_batch=batchnorm_batch,
                 chunk_size=chunk_size,
+                ranks=self.ranks,
+                in_lockstep=self.is_sharded,
             )
         self.notes += mean.notes
-        self._f = MeanLoss(self._objective, mean, batchnorm, batchnorm_batch, tf32)
+        self._require_one_function(mean)
+        self._f = MeanLoss(
+            self._objective, mean, batchnorm, batchnorm_batch, tf32, self.vectors
+        )
         self._again: dict[str, Any] = {  # what another risk like this one is built with
             "loss": loss,
             "closure": closure,
@@ -255,11 +287,12 @@ class EmpiricalRisk:
             "tf32": tf32,
             "seed": seed,
             "check": check,
+            "process_group": process_group,
         }
         self._products: dict[str, Products] = {}
         self._gradient: Tensor | None = None
         self._value: float | None = None  # at theta, once it is known
-        self._derivatives = Derivatives() if check else None
+        self._derivatives = Derivatives(self.ranks) if check else None
         self._f.estimate_statistics()
 
     @property
@@ -271,7 +304,12 @@ class EmpiricalRisk:
     @property
     def n(self) -> int:
         """Number of parameters in theta."""
-        return self.theta.numel()
+        return self._parts.n if self._parts else self.theta.numel()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether theta and all vectors (n,) are this process's part of them only."""
+        return self._parts is not None
 
     @property
     def names(self) -> list[str]:
@@ -285,8 +323,8 @@ class EmpiricalRisk:
 
     @property
     def num_samples(self) -> int:
-        """Number of samples (with a closure: rows of the batches)."""
-        return self._mean.num_samples
+        """Number of samples (with a closure: rows of the batches), on all processes."""
+        return self._mean.num_samples_everywhere
 
     @property
     def num_terms(self) -> float:
@@ -297,6 +335,11 @@ class EmpiricalRisk:
     def chunk_size(self) -> int | None:
         """Samples evaluated at once; None where batches are evaluated whole."""
         return self._mean.chunk_size
+
+    @property
+    def vectors(self) -> Vectors:
+        """How the processes share the vectors of a Krylov space."""
+        return self._parts or Vectors(self.n, self.ranks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -328,21 +371,25 @@ class EmpiricalRisk:
         with self._f.evaluating(), torch.no_grad():
             outputs = self._objective.outputs(self._f.pieces(None), (inputs, targets))
         of_classes = _are_classes(outputs, targets)
-        return of_classes and bool((self.targets < outputs.shape[1]).all())
+        here = of_classes and bool((self.targets < outputs.shape[1]).all())
+        return not self.ranks.any(not here)
 
     @property
     def draws_random_numbers(self) -> bool:
         """Whether a forward pass draws some, the same at each. Cost: one of a batch."""
         leaves = self._objective.leaves(self.theta)
         with self._f.evaluating():
-            return batch_dependence.draws(
-                self._objective, leaves, self._mean.counted[0].batch
-            )[1]
+            here = any(
+                batch_dependence.draws(self._objective, leaves, chunk.batch)[1]
+                for chunk in self._mean.counted[:1]
+            )
+        return self.ranks.any(here)
 
     @property
     def can_be_cut(self) -> bool:
         """Whether `subset` works: no closure, and f does not depend on the batches."""
-        return self.has_outputs and self._has_fixed_statistics and not self._mean.whole
+        fixed = self._has_fixed_statistics and not self.is_sharded
+        return self.has_outputs and fixed and not self._mean.whole
 
     @property
     def _has_fixed_statistics(self) -> bool:
@@ -350,7 +397,8 @@ class EmpiricalRisk:
 
     def num_classes_seen(self) -> int:
         """How many classes the targets that count are of."""
-        return int(self.targets[self._counts()].unique().numel())
+        here = self.targets[self._counts()].unique().tolist()
+        return len(set().union(*self.ranks.objects(here)))
 
     def settings(self) -> dict[str, Any]:
         """Plain values that say how f is defined and computed, for a record."""
@@ -376,6 +424,7 @@ class EmpiricalRisk:
             "tf32": self.tf32,
             "device": str(self.device),
             "notes": list(self.notes),
+            **({"processes": self.ranks.size} if self.ranks.size > 1 else {}),
         }
 
     def __repr__(self) -> str:
@@ -411,8 +460,10 @@ class EmpiricalRisk:
         points = Points(self._objective, self._mean, self._is_right if classes else None)
         for block in thetas.split(at_once):
             blocks += self._several(points, block) or [self._one(points, t) for t in block]
-        value, right = (torch.cat([p[i].reshape(-1) for p in blocks]) for i in (0, 1))
-        total = self._counts().sum() if classes else math.nan
+        value, right = (
+            self.ranks.total(torch.cat([p[i].reshape(-1) for p in blocks])) for i in (0, 1)
+        )
+        total = self.ranks.total(self._counts().sum()) if classes else math.nan
         return value, (right.to(value) / total).masked_fill(value.isnan(), math.nan)
 
     @_fitting
@@ -429,7 +480,8 @@ class EmpiricalRisk:
 
     @property
     def _take_together(self) -> bool:
-        return self.has_outputs and self.batchnorm != "recalibrated"
+        by_point = self.batchnorm == "recalibrated" or self.ranks.size > 1
+        return self.has_outputs and not by_point
 
     def _several(self, points: Points, thetas: Tensor) -> list[Point]:
         """At once; nothing where that does not work."""
@@ -517,8 +569,9 @@ class EmpiricalRisk:
         Cost: two gradients' worth of arithmetic a row, or less; once a gradient for the
         covariance, and a forward pass for the sampled targets.
         """
-        sound = v.ndim in (1, 2) and v.shape[-1] == self.n
-        contract = f"have shape (n,) or (b, n) with n={self.n}"
+        num = self.theta.numel()
+        sound = v.ndim in (1, 2) and v.shape[-1] == num
+        contract = f"have shape (n,) or (b, n) with n={num}"
         ensure(sound, "v", contract, str(tuple(v.shape)))
         v = v.detach().to(device=self.device, dtype=self.dtype)
         if not self._is_finite():
@@ -526,9 +579,35 @@ class EmpiricalRisk:
         product = self._products_of(matrix, 1)(v)
         if matrix != "gradient_covariance":
             return product
+        gradient = self._known_gradient()
+        along = v @ gradient
+        along = self.vectors.total(along) if self.is_sharded else along
+        return product - along.unsqueeze(-1) * gradient
+
+    @_fitting
+    def product_part(self, part: Tensor, matrix: Matrix = "hessian") -> Tensor:
+        """This process's entries of `product`, from its entries of a vector (n,).
+
+        Where there is one process that is all of them. `vectors` says which are whose.
+
+        Cost: that of `product`; one all-gather, and one reduce-scatter instead of its
+        all-reduce.
+        """
+        if self.is_sharded:
+            return self.product(part, matrix)
+        part = part.detach().to(device=self.device, dtype=self.dtype)
+        if not self._is_finite():
+            return torch.full_like(part, math.nan)
+        product = self._products_of(matrix, 1).of_part(part)
+        if matrix != "gradient_covariance":
+            return product
+        gradient = self.vectors.part(self._known_gradient())
+        return product - self.vectors.total(part @ gradient) * gradient
+
+    def _known_gradient(self) -> Tensor:
         if self._gradient is None:
             self._gradient = self.gradient()
-        return product - (v @ self._gradient).unsqueeze(-1) * self._gradient
+        return self._gradient
 
     @_fitting
     def product_and_error(
@@ -575,9 +654,9 @@ class EmpiricalRisk:
 
     def _exact_gradient_and_product(self) -> tuple[Tensor, Tensor]:
         work = self._mean.work("hessian", self.seed)
-        if len(work.batches) > 1:
+        if len(work.batches) > 1 or self.ranks.size > 1:
             slope = self.gradient()
-            return slope, KeptGraph(work, 0)(slope)
+            return slope, self.ranks.total(KeptGraph(work, 0)(slope))
         apply = work.linearised(0)
         assert isinstance(apply, Pullback)
         slope, product = (torch.zeros_like(self.theta) for _ in range(2))
@@ -648,13 +727,26 @@ class EmpiricalRisk:
             str(places[~inside].tolist()[:1]) if len(places) else "none",
             "They count from 0 and may repeat.",
         )
+        if self.ranks.size > 1:
+            _ = self.is_classification  # a process may have no sample to see it by
+            places = self._own(places)
         return self._with(_f=self._f.of(self._mean.subset(places)))
+
+    def _own(self, places: Tensor) -> Tensor:
+        """Positions among this process's samples; the ranks' follow one another."""
+        numbers = self.ranks.objects(self._mean.num_samples)
+        start, num = sum(numbers[: self.ranks.rank]), numbers[self.ranks.rank]
+        return places[(places >= start) & (places < start + num)] - start
 
     def parts(self) -> list[EmpiricalRisk]:
         """The means over what is evaluated at once: batches, BatchNorm parts, or chunks.
 
         Weighted by their terms they add up to f.
+
+        Raises:
+            TypeError: several processes have parts of their own.
         """
+        self._refuse_ranks()
         return [self._with(_f=self._f.of(part)) for part in self._mean.parts()]
 
     def unchecked(self) -> EmpiricalRisk:
@@ -697,6 +789,7 @@ class EmpiricalRisk:
             "one that is evaluated a batch at a time (not available)",
             "Use `parts()`.",
         )
+        self._refuse_ranks()
         mean = self._mean.subset(torch.as_tensor(index, device=self.device))
         return SampleGradients(self._f.of(mean), unit)
 
@@ -830,7 +923,8 @@ class EmpiricalRisk:
                 right += int(
                     self._is_right(self._objective.outputs(leaves, (x, y)), y).sum()
                 )
-        return right / int(self._counts().sum())
+        counted = int(self._counts().sum())
+        return self.ranks.add(right) / self.ranks.add(counted)
 
     def _is_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Where a target that counts has the largest output."""
@@ -920,6 +1014,8 @@ class EmpiricalRisk:
             compiling_seldom_pays=is_recurrent(self.model)
             or (self.device.type == "cpu" and convolves(self.model))
             or self._objective.has_large_head,
+            vectors=self.vectors,
+            shared=self._parts,
         )
 
     def _take_smaller_chunks(self, trouble: str) -> None:
@@ -927,6 +1023,39 @@ class EmpiricalRisk:
         self._mean.halve(trouble)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _require_one_function(self, mean: ChunkedMean) -> None:
+        """Refuse processes whose risks are not parts of one mean."""
+        if self.ranks.size == 1:
+            return
+        facts = {
+            "parameters": (
+                self.names,
+                None if self.is_sharded else _tensors.mixed(0, self.theta),
+            ),
+            "buffers": _tensors.mixed(0, *self._objective.fixed.values()),
+            "batchnorm": self.batchnorm,
+            "loss": mean.reduction,
+            "need of whole batches": bool(mean.whole),
+        }
+        theirs = self.ranks.objects(facts)
+        others = [name for name in facts if any(t[name] != facts[name] for t in theirs)]
+        ensure(
+            not any(self.ranks.objects(others)),
+            "process_group",
+            "be of processes with one model, loss and kind of data, each with a part of it",
+            f"ranks that differ in: {', '.join(others) or 'nothing seen from here'}",
+            "Load the same checkpoint in each; broadcast what one has drawn.",
+        )
+
+    def _refuse_ranks(self) -> None:
+        ensure_available(
+            self.ranks.size == 1,
+            "process_group",
+            "be None for gradients of single samples and batches",
+            f"one of {self.ranks.size} processes (not available)",
+            "Measure this on one process.",
+        )
 
     def _refuse_closure(self, what: str) -> None:
         ensure_available(
@@ -947,7 +1076,30 @@ def _are_classes(outputs: Any, targets: Any) -> bool:
     return others == tuple(targets.shape)
 
 
-def _check_batchnorm(model: nn.Module, batchnorm: str) -> None:
+def _check_sharded(closure: Any, batchnorm: str, model: nn.Module) -> None:
+    ensure(
+        closure is None,
+        "closure",
+        "be None for a model whose parameters lie on several processes",
+        "one",
+        "Pass `loss` and pairs.",
+    )
+    ensure(
+        batchnorm == "running" or not batchnorm_layers(model),
+        "batchnorm",
+        "be 'running' for a model whose parameters lie on several processes",
+        repr(batchnorm),
+    )
+
+
+def _check_batchnorm(model: nn.Module, batchnorm: str, ranks: Ranks) -> None:
+    ensure(
+        ranks.size == 1 or batchnorm != "recalibrated" or not batchnorm_layers(model),
+        "batchnorm",
+        "be 'running' or 'batch' with a `process_group`",
+        "'recalibrated' (its averages are over all data, and no process has them)",
+        "Recalibrate the model first, with `torch.optim.swa_utils.update_bn`.",
+    )
     untracked = [
         name
         for name, m in model.named_modules()

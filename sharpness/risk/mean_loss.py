@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpness import _tensors
+from sharpness._ranks import Vectors
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.derivatives import Sample
 from sharpness.risk.kept_graph import KeptGraph
@@ -34,6 +35,7 @@ class MeanLoss:
     batchnorm: BatchNorm
     batchnorm_batch: int
     tf32: bool  # as these in `EmpiricalRisk`
+    vectors: Vectors  # how processes share gradients
 
     def of(self, mean: ChunkedMean) -> MeanLoss:
         """The same over other data."""
@@ -83,7 +85,7 @@ class MeanLoss:
         leaves = [piece.requires_grad_(closed) for piece in self.pieces(theta)]
         with self.evaluating(theta), torch.set_grad_enabled(closed):
             parts = [part.detach().double() for part in self.mean.shares(leaves)]
-        return float(torch.stack(parts).sum())
+        return self._value(parts)
 
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
         """F and its gradient (n,) at `theta`."""
@@ -95,7 +97,12 @@ class MeanLoss:
                     pieces = gradients(share, leaves)
                 gradient += _tensors.flatten(g.to(gradient.dtype) for g in pieces)
                 parts.append(share.detach().double())
-        return float(torch.stack(parts).sum()), gradient
+        return self._value(parts), self.vectors.collected(gradient)
+
+    def _value(self, parts: list[Tensor]) -> float:
+        """The sum over chunks, of which a process may have none, and over ranks."""
+        own = float(torch.stack(parts).sum()) if parts else 0.0
+        return self.mean.ranks.add(own)
 
     def outputs(self, theta: Tensor | None = None) -> list[Any]:
         """What the model returns at `theta`, for each chunk."""
@@ -104,7 +111,10 @@ class MeanLoss:
             return [self.objective.outputs(leaves, c.batch) for c in self.mean.all]
 
     def product(self, theta: Tensor, v: Tensor) -> Tensor:
-        """The Hessian at `theta` times v (n,), by a graph that is not kept."""
+        """The Hessian at `theta` times v (n,), by a graph that is not kept.
+
+        Of this process's data alone.
+        """
         work = self.mean.of(self.objective.moved(theta)).work("hessian", 0)
         return KeptGraph(work, 0)(v)
 
@@ -113,11 +123,14 @@ class MeanLoss:
         return vectors <= self.mean.budget and self.mean.fits_in_float64()
 
     def sample(self, wide: bool) -> Sample:
-        """A few rows of it, in float64 if asked for; BatchNorm's statistics held."""
+        """A few rows of it, in float64 if asked for; BatchNorm's statistics held.
+
+        Of this process's data alone: nothing in it waits for another.
+        """
         if wide and not self._fits_in_float64():
             raise MemoryError("The parameters or a whole batch do not fit in float64.")
         rows = max(_FEWEST_CHECKED, self.mean.num_samples // 100)
-        part = self.frozen().of(self.mean.sample(rows))
+        part = replace(self.frozen(), mean=self.mean.sample(rows), vectors=Vectors(0))
         part = part.double() if wide else part
         objective = part.objective
         eps = max(torch.finfo(dtype).eps for dtype in objective.dtypes)

@@ -14,14 +14,16 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sharpness._ranks import local_processes
+
 SHARE = 0.6  # of what is free: a CPU process out of memory is killed, not told
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on `device`."""
+    """What is free on `device`; of a machine's memory, this process's share."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // local_processes()
 
 
 def budget_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharpness._arguments import ensure
+from sharpness._ranks import Vectors
 from sharpness._results import DerivativeDisagreesError
 from sharpness.risk.compiled import CompiledProduct, UnsuitableError
 from sharpness.risk.curvature import Linearise
@@ -35,6 +36,8 @@ class Task:
     asked: str  # an engine's name, or "auto"
     doubt: str  # why exact products are not the derivatives of gradients, or empty
     compiling_seldom_pays: bool  # for this kind of network
+    vectors: Vectors  # how processes share those of a Krylov space
+    shared: Vectors | None  # likewise, where they share theta itself
 
 
 class Products:
@@ -53,20 +56,17 @@ class Products:
 
     def __init__(self, task: Task, num_products: int) -> None:
         self._task, self._tried = task, False
+        self._ranks = task.vectors.ranks
         self._may_compile = task.asked == "auto"
-        largest = max(task.work.batches, key=num_rows)
-        self._rows = int(num_rows(largest))
+        self._rows = max((int(num_rows(batch)) for batch in task.work.batches), default=0)
         self._engine: KeptGraph | CompiledProduct | Differences
         if task.asked == "differences":
             self._use_differences("asked for")
             return
-        try:
-            self._chunk = task.footprint(task.work.linearise, largest)
-        except (RuntimeError, NotImplementedError) as error:
-            if task.asked != "auto" or isinstance(error, torch.OutOfMemoryError):
-                raise
+        trouble = next(filter(None, self._ranks.objects(self._no_second_derivative())), "")
+        if trouble:
             task.gradient(task.theta)  # fails likewise if the trouble is another
-            self._use_differences(f"no second derivative: {_in_short(error)}")
+            self._use_differences(f"no second derivative: {trouble}")
             return
         if task.doubt:
             if task.asked != "auto":
@@ -78,21 +78,56 @@ class Products:
             self._use_kept_graph("the default")
             self.expect(num_products)
 
+    def _no_second_derivative(self) -> str:
+        """Measure a chunk's product; why there is none, in words."""
+        task = self._task
+        try:
+            largest = max(task.work.batches, key=num_rows, default=None)
+            self._chunk = Footprint(0, 0)
+            if largest is not None:  # a process may have no sample of a subset
+                self._chunk = task.footprint(task.work.linearise, largest)
+        except (RuntimeError, NotImplementedError) as error:
+            if task.asked != "auto" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return _in_short(error)
+        return ""
+
     def __call__(self, v: Tensor) -> Tensor:
         """M v, or M times every row of v."""
-        (product,) = self._first_finite(lambda: [self._multiplied(v)])
+        (product,) = self._first_finite(lambda: [self._of_all(self._multiplied(v))])
         return product
+
+    def of_part(self, part: Tensor) -> Tensor:
+        """This process's part of M v, from its part of v: one reduce-scatter.
+
+        For vectors that are whole on every process otherwise.
+        """
+        v = self._task.vectors.whole(part)
+        (product,) = self._first_finite(lambda: [self._part_of_all(self._multiplied(v))])
+        return product
+
+    def _of_all(self, product: Tensor) -> Tensor:
+        """The sum over ranks; differences are of gradients that are sums already."""
+        exact = not isinstance(self._engine, Differences)
+        return self._task.vectors.collected(product) if exact else product
+
+    def _part_of_all(self, product: Tensor) -> Tensor:
+        exact = not isinstance(self._engine, Differences)
+        return (self._ranks.scattered if exact else self._task.vectors.part)(product)
 
     def of_blocks(self, blocks: Sequence[Block], vectors: Sequence[Tensor]) -> list[Tensor]:
         """M_bb v_b for each diagonal block; of whole products where nothing is kept."""
-        return self._first_finite(lambda: self._multiplied_blocks(blocks, vectors))
+        return self._first_finite(
+            lambda: list(map(self._of_all, self._multiplied_blocks(blocks, vectors)))
+        )
 
     def _first_finite(self, multiply: Callable[[], list[Tensor]]) -> list[Tensor]:
         """Products; the first ones by differences where the second derivative is NaN."""
         products = multiply()
         if not self._tried:
             self._tried = True
-            if not _are_finite(products) and self._may_be_differences():
+            finite = not self._ranks.any(not _are_finite(products))
+            if not finite and self._may_be_differences():
                 self._use_differences("the second derivative is not finite")
                 products = multiply()
         return products
@@ -150,8 +185,8 @@ class Products:
         kept = min(len(task.work.batches), most)
         self._engine = KeptGraph(task.work, kept)
         at_once = directions_at_once(self._rows, task.theta.numel(), task.theta.device.type)
-        if at_once > 1 and not self._takes_blocks():
-            at_once = 1
+        if at_once > 1 and (self._ranks.size > 1 or not self._takes_blocks()):
+            at_once = 1  # and the same on all ranks
         self.plan = self._plan("kept_graph", reason, self._chunk, kept, at_once)
 
     def _use_compiled(self, reason: str) -> None:
@@ -176,7 +211,7 @@ class Products:
             "be 'hessian' where products are differences of gradients",
             f"{task.matrix!r} ({reason})",
         )
-        self._engine = engine = Differences(task.gradient, task.theta)
+        self._engine = engine = Differences(task.gradient, task.theta, task.shared)
         plan = self._plan("differences", reason, Footprint(0, 0), 0, 1)
         self.plan = replace(plan, relative_error=engine.relative_error)
 
