@@ -244,6 +244,7 @@ class EmpiricalRisk:
         self.device, self.theta = self._objective.device, self._objective.theta
         self._parts: sharded.Parts | None = None  # where no process has theta whole
         if places is not None:
+            self._objective.has_large_head = False  # a layer's scores are made whole
             chosen = [places[name] for name in self._objective.names]
             self._parts = sharded.Parts(chosen, self.ranks)
         _check_batchnorm(self.model, batchnorm, self.ranks)
