@@ -147,10 +147,26 @@ def say(name: str, text: str) -> None:
     print(f"{who}: {text}", file=sys.stderr)
 
 
-def chosen_device(name: str) -> str:
-    """The device of `--device`: "auto" is the GPU where there is one."""
+def add_cluster(add: Callable[..., Any]) -> None:
+    """The flag `--cluster`: where tasks are carried out that are not timed."""
+    add(
+        "--cluster",
+        metavar="WHERE",
+        help="spread the work: dask://HOST:PORT, ray://HOST:PORT, slurm (with settings: "
+        "'slurm?partition=gpu&timeout_min=600'); dask or ray alone start workers here "
+        "(default: processes of this machine)",
+    )
+
+
+def chosen_device(name: str, cluster: str | None = None) -> str:
+    """The device of `--device`: "auto" is the GPU where there is one.
+
+    One that is named for a `cluster` need not be there on this machine.
+    """
     import torch
 
+    if cluster is not None and name != "auto":
+        return name
     of_launch = os.environ.get("LOCAL_RANK")  # torchrun: each process has a GPU
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -39,12 +39,44 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Add one line to a record file, under a lock, after mending a torn last line."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = f"{to_line(record)}\n".encode()
-    with FileLock(path.with_name(path.name + ".lock")), path.open("ab+") as file:
+    with _locked(path):
+        _append(path, [to_line(record)])
+
+
+def merge_records(part: str | Path, path: str | Path, /, **facts: Any) -> None:
+    """Move the records of one file to the end of another.
+
+    None is lost, and none doubled when this was interrupted and is done again. For files
+    that several machines wrote, each its own.
+
+    Args:
+        part: what is merged, and then deleted; nobody writes to it any more. A torn
+            line is left out.
+        path: what it goes into, under its lock.
+        facts: what the records say instead, of the path on another machine, say.
+    """
+    part, path = Path(part), Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = {key: as_plain(value) for key, value in facts.items()}
+    lines = [to_line({**record, **told}) for record in parsed(part)]
+    with _locked(path):
+        there = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        before = set(there)
+        _append(path, [line for line in lines if line not in before])
+    part.unlink()
+
+
+def _locked(path: Path) -> FileLock:
+    return FileLock(path.with_name(path.name + ".lock"))
+
+
+def _append(path: Path, lines: Iterable[str]) -> None:
+    content = "".join(f"{line}\n" for line in lines).encode()
+    with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, 2)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
+            content = content if file.read(1) == b"\n" else b"\n" + content
+        file.write(content)
 
 
 def read_records(path: str | Path) -> Records:

@@ -73,6 +73,7 @@ def _parser() -> _command.Parser:
     add("--track-every", type=int, default=50, help="updates between (default: 50)")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     add("--jobs", type=int, help="runs at once (default: one a core; on a GPU one)")
+    _command.add_cluster(add)
     return parser
 
 
@@ -88,8 +89,9 @@ def _train(options: Any) -> int:
     place = ExecutionSettings(
         data=options.data,
         data_dir=options.data_dir,
-        device=_command.chosen_device(options.device),
+        device=_command.chosen_device(options.device, options.cluster),
         jobs=options.jobs,
+        cluster=options.cluster,
     )
     folder = Path(options.output or _default_folder(options))
     for start in filter(None, (options.start_from or "").split(",")):
@@ -104,7 +106,7 @@ def _train(options: Any) -> int:
     if options.track is not None:
         following = Following(measures=options.track, every=options.track_every)
     try:
-        num_train = len(place.dataset().train[0])
+        num_train = place.num_train
     except ValueError as error:
         raise ValueError(str(error).replace("`name`", "`--data`")) from None
     runs = list(_runs(options, folder, num_train))

@@ -45,7 +45,7 @@ def test_a_tracker_takes_the_measures_that_are_said_to_be_tracked():
     ("command", "arguments", "module"),
     [
         (reproduce, ["keskar2017", "--list"], "pandas"),
-        (train, ["MLP", "--data", "digits", "--updates", "1", "--jobs", "1"], "joblib"),
+        (train, ["MLP", "--data", "digits", "--updates", "1", "--jobs", "2"], "joblib"),
         (train, ["MLP"], "mlxtend"),
     ],
 )

@@ -9,7 +9,7 @@ from sharpness import read_records
 from sharpness._json import as_plain, to_line
 from sharpness._results import Cost
 from sharpness.measures.eigenvalues import HessianEigenpairs
-from sharpness.record import SCHEMA, append_record, new_record
+from sharpness.record import SCHEMA, append_record, merge_records, new_record
 from sharpness.results import Status
 
 
@@ -83,3 +83,24 @@ def test_records_become_a_data_frame_with_dotted_names(tmp_path):
     path = tmp_path / "records.jsonl"
     append_record(path, new_record("measurement", measures={"value": 3.0}))
     assert read_records(path).to_frame()["measures.value"].tolist() == [3.0]
+
+
+def test_records_of_many_writers_are_merged_once_and_none_is_lost(tmp_path):
+    whole = tmp_path / "records.jsonl"
+    append_record(whole, new_record("tracking", path="a", point=0))
+    parts = [tmp_path / f"{i}.jsonl" for i in range(8)]
+    for i, part in enumerate(parts):
+        for point in range(3):
+            append_record(part, new_record("tracking", path=f"/there/{i}", point=point))
+        with part.open("a") as file:
+            file.write('{"schema": 2, "kind": "tor')
+    first = parts[0].read_bytes()
+    merge_records(parts[0], whole, path="0")
+    parts[0].write_bytes(first)  # a merge that was interrupted before it deleted its part
+    with ThreadPoolExecutor(8) as pool:
+        merged = [pool.submit(merge_records, p, whole, path=p.stem) for p in parts]
+        assert [future.result() for future in merged] == [None] * 8
+    found = sorted((r["path"], r["point"]) for r in read_records(whole))
+    expected = [(str(i), point) for i in range(8) for point in range(3)]
+    assert found == sorted([("a", 0), *expected])
+    assert not [part for part in parts if part.exists()]

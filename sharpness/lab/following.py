@@ -43,16 +43,20 @@ class Following(Checked):
         for name in self.measures:
             known("measures", name, TRACKED, f"be of {', '.join(TRACKED)}")
 
-    def of(self, dataset: Dataset, path: Path, batch_size: int) -> OnUpdate:
+    def of(
+        self, dataset: Dataset, path: Path, batch_size: int, records: Path | None = None
+    ) -> OnUpdate:
         """What `run.train` calls: each point goes to `records.jsonl` beside `path`.
+
+        Or to `records`, where that is given.
 
         A run that was killed measures again what came after its last save; of points with
         one number the last counts.
         """
-        records = path.with_name("records.jsonl")
+        where = records or path.with_name("records.jsonl")
 
         def note(point: TrackedPoint) -> None:
-            append_record(records, new_record("tracking", path=path, point=point))
+            append_record(where, new_record("tracking", path=path, point=point))
 
         return self.told(dataset, batch_size, note)
 

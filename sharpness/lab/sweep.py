@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +19,23 @@ import torch
 from numpy.typing import NDArray
 
 from sharpness import _progress
-from sharpness._arguments import Checked, ensure, package, setting, whole
+from sharpness._arguments import Checked, ensure, setting, whole
 from sharpness.lab import data
+from sharpness.lab.cluster import (
+    Engine,
+    Lost,
+    Task,
+    as_completed,
+    checked,
+    opened,
+    side_by_side,
+)
 from sharpness.lab.data import Dataset
 from sharpness.lab.following import Following
 from sharpness.lab.run import train
 from sharpness.lab.stacked import can_be_stacked, train_together
 from sharpness.lab.training import StoppingCriteria, Training
+from sharpness.record import merge_records
 
 _FIXED_COST = 64  # samples whose gradient costs as much as an update of the parameters
 
@@ -72,6 +83,9 @@ class ExecutionSettings(Checked):
         stacked: whether runs that differ in their seed alone are trained as one stacked
             model where they can be (`stacked.can_be_stacked`); None means on a GPU. On a
             CPU that gains nothing over runs side by side.
+        cluster: None for this machine; "dask" or "ray" starts one of two or more workers
+            here, "dask://HOST:PORT", "ray://HOST:PORT" and "slurm" use one that is there.
+            A worker has as many threads as it was given there, and finds the data itself.
     """
 
     data: str
@@ -81,6 +95,13 @@ class ExecutionSettings(Checked):
         None, check=partial(whole, least=1, advice="None means one a core.")
     )
     stacked: bool | None = None
+    cluster: str | None = setting(None, check=checked)
+
+    @property
+    def num_train(self) -> int:
+        """Training samples; known here, whatever device the workers have."""
+        here = self if self.cluster is None else replace(self, device="cpu")
+        return len(here.dataset().train[0])
 
     def dataset(self) -> Dataset:
         """The data set; the last few loaded stay in memory."""
@@ -89,6 +110,12 @@ class ExecutionSettings(Checked):
     def side_by_side(self, num_runs: int) -> tuple[int, int]:
         """(runs at once, threads of each) for so many runs."""
         return side_by_side(self.jobs, self.device, num_runs)
+
+    def engine(self, num: int, folder: Path) -> AbstractContextManager[Engine]:
+        """What carries out so many tasks in this folder."""
+        return opened(
+            self.cluster, jobs=self.jobs, device=self.device, num=num, folder=folder
+        )
 
 
 def sweep(
@@ -102,8 +129,9 @@ def sweep(
     """Train every run, each to its checkpoint; yields outcomes as they come.
 
     A run that is finished is not trained again, one that was killed is carried on
-    (`run.train`), one that fails is reported and the others go on. Processes end
-    with the one that started them.
+    (`run.train`), one that fails is reported and the others go on, and so is one whose
+    worker dies each time it is tried (`cluster.as_completed`). Processes end with the
+    one that started them.
 
     Args:
         runs: each with a path of its own.
@@ -119,23 +147,72 @@ def sweep(
     contract = "each have a path of their own"
     for path in paths:
         ensure(paths.count(path) == 1, "runs", contract, f"{path} twice", "Leave one out.")
-    num_train = len(place.dataset().train[0])
+    num_train = place.num_train
     numbered = list(enumerate(runs))
     units = [[run] for run in numbered] if following else _units(numbered, place)
     jobs, threads = place.side_by_side(len(units))
-    with _gauge([_cost(run, num_train) for run in runs], progress) as levels:
+    root = Path(os.path.commonpath([p.absolute().parent for p in paths] or [Path.cwd()]))
+    with (
+        _gauge([_cost(run, num_train) for run in runs], progress) as gauge,
+        place.engine(len(units), root) as engine,
+    ):
         worker = _Worker(
-            place=place,
-            threads=None if jobs == 1 else threads,
+            place=replace(place, cluster=None),
+            threads=None if jobs == 1 or place.cluster else threads,
             keep_every=keep_every,
             following=following,
-            levels=levels,
+            levels=None if place.cluster else gauge.file,
+            apart=place.cluster is not None,
         )
-        for outcomes in pool(jobs, worker, ((unit,) for unit in units)):
-            yield from outcomes
+        tasks = [_task(worker, unit, root) for unit in units]
+        for number, found in as_completed(engine, tasks, root):
+            for outcome in _outcomes(found, [run for _, run in units[number]]):
+                _gather_points(outcome.run.path)
+                yield outcome
+            gauge.end([i for i, _ in units[number]])
 
 
 _Unit = list[tuple[int, Run]]  # what one worker does at a time, numbered
+
+
+def _task(worker: _Worker, unit: _Unit, root: Path) -> Task:
+    """A unit for whoever does it, with what an interrupted one carries on from."""
+    names = [run.path.absolute().relative_to(root) for _, run in unit]
+    needs = [
+        path.absolute().relative_to(root).as_posix()
+        for _, run in unit
+        for path in [run.path, *run.path.parent.glob(f"{run.path.stem}-epoch*")]
+    ]
+    return Task(partial(_in_folder, worker, unit, names, root), tuple(needs))
+
+
+def _in_folder(
+    worker: _Worker, unit: _Unit, names: Sequence[Path], root: Path, folder: Path
+) -> list[Outcome]:
+    if folder != root:  # another machine's
+        unit = [
+            (number, replace(run, path=folder / name))
+            for (number, run), name in zip(unit, names, strict=True)
+        ]
+    return worker(unit)
+
+
+def _outcomes(found: list[Outcome] | Lost, runs: Sequence[Run]) -> list[Outcome]:
+    """How the runs of a unit ended, with their paths as they are here."""
+    if isinstance(found, Lost):
+        return [Outcome(run=run, seconds=math.nan, failure=str(found)) for run in runs]
+    return [replace(one, run=run) for one, run in zip(found, runs, strict=True)]
+
+
+def _points(path: Path) -> Path:
+    """Where a run leaves its points when others at other machines do so as well."""
+    return path.with_name(f"{path.stem}-points.jsonl")
+
+
+def _gather_points(path: Path) -> None:
+    """Take the points of a run that has ended into the records of its folder."""
+    if _points(path).exists():
+        merge_records(_points(path), path.with_name("records.jsonl"), path=path)
 
 
 def _units(runs: _Unit, place: ExecutionSettings) -> list[_Unit]:
@@ -164,7 +241,8 @@ class _Worker:
     threads: int | None  # None: as they are
     keep_every: int | None
     following: Following | None
-    levels: Path
+    levels: Path | None  # None: nobody looks
+    apart: bool = False  # points go to a file of the run's own
 
     def __call__(self, unit: _Unit) -> list[Outcome]:
         if self.threads is not None:
@@ -198,7 +276,10 @@ class _Worker:
             dataset = self.place.dataset()
             if self.following is not None:
                 options["on_update"] = self.following.of(
-                    dataset, run.path, run.training.batch_size
+                    dataset,
+                    run.path,
+                    run.training.batch_size,
+                    records=_points(run.path) if self.apart else None,
                 )
             facts = train(
                 run.training,
@@ -220,46 +301,30 @@ class _Worker:
 
     def _show(self, unit: _Unit, epoch: int | None = None) -> None:
         """Write down how far the runs are; `epoch=None` means at their end."""
+        if self.levels is None:
+            return
         num_train, levels = len(self.place.dataset().train[0]), np.memmap(self.levels, "f8")
         for number, run in unit:
             done = 1.0 if epoch is None else epoch / run.epochs(num_train)
             levels[number] = min(1.0, done)
 
 
-def side_by_side(jobs: int | None, device: str, num: int) -> tuple[int, int]:
-    """(at once, threads of each) for `num` things to do; the cores are shared.
-
-    Without `jobs`: one a core on a CPU, no more than there are; one on a GPU.
-    """
-    cores = os.cpu_count() or 1
-    jobs = jobs or (min(cores, num) if device == "cpu" else 1) or 1
-    return jobs, max(1, cores // jobs)
-
-
-def pool(jobs: int, work: Callable[..., Any], units: Iterable[tuple[Any, ...]]) -> Any:
-    """`work(*unit)` of each unit as it comes, in processes that end with this one."""
-    joblib = package("joblib")
-    several = {"initializer": _end_with, "initargs": (os.getpid(),)} if jobs > 1 else {}
-    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", **several)
-    return parallel(joblib.delayed(work)(*unit) for unit in units)
-
-
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent: a killed sweep leaves no orphans."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 # -- progress across processes ---------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Gauge:
+    """How much of each run is done: a number from 0 to 1 in a file."""
+
+    file: Path
+
+    def end(self, numbers: Sequence[int]) -> None:
+        """These are done."""
+        np.memmap(self.file, "f8")[list(numbers)] = 1.0
+
+
 @contextmanager
-def _gauge(costs: Sequence[float], progress: bool | None) -> Iterator[Path]:
+def _gauge(costs: Sequence[float], progress: bool | None) -> Iterator[_Gauge]:
     """A progress bar over all runs, which report in a shared file."""
     layout = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} to go"
     with (
@@ -272,7 +337,7 @@ def _gauge(costs: Sequence[float], progress: bool | None) -> Iterator[Path]:
         follower = threading.Thread(target=_follow, args=(bar, file, costs, done))
         follower.start()
         try:
-            yield file
+            yield _Gauge(file)
         finally:
             done.set()
             follower.join()

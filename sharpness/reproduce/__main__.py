@@ -42,6 +42,7 @@ def _parser() -> _command.Parser:
     add("--output", type=Path, help="run folder (default: runs/reproduce-PRESET)")
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     add("--jobs", type=int, help="things done at once (default: one a core)")
+    _command.add_cluster(add)
     add("--list", action="store_true", help="name items and studies, and do nothing")
     add("--plan", action="store_true", help="say what would be done, and do nothing")
     return parser

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharpness import _command
-from sharpness.lab.sweep import side_by_side
+from sharpness.lab.cluster import checked, side_by_side
 from sharpness.report.panels import draw
 from sharpness.report.tables import console, plain_table
 from sharpness.reproduce.claims import Finding, with_holm
@@ -38,19 +38,24 @@ def reproduce(options: argparse.Namespace) -> int:
         return _list(paper)
     if options.jobs is not None and options.jobs < 1:
         raise ValueError(f"`--jobs` must be at least 1; got {options.jobs}.")
+    if options.cluster is not None:
+        checked("--cluster", options.cluster)
     runner = Runner(
         folder=options.output or Path(f"runs/reproduce-{options.preset}"),
         data_dir=options.data_dir,
-        device=_command.chosen_device(options.device),
+        device=_command.chosen_device(options.device, options.cluster),
         jobs=options.jobs,
+        cluster=options.cluster,
     )
     if paper.in_short and options.preset == "quick" and not options.items:
         study = _studies(paper, options)[0]
         return _in_short(paper.in_short, study, runner, options)
-    findings = []
+    findings: list[Finding] = []
+    code = _command.OK
     for study in _studies(paper, options):
         if items := _items(paper, options.items, study):
-            findings += _reproduced(paper, items, study, runner, options.plan)
+            found, store = _reproduced(paper, items, study, runner, options.plan)
+            findings, code = findings + found, max(code, _failed(store))
     if findings:
         print_verdicts(console(), with_holm(findings))
         console().print(f"\n{_ADVICE}\nWritten to {runner.folder}.")
@@ -59,7 +64,7 @@ def reproduce(options: argparse.Namespace) -> int:
             "`--items` must be part of this preset's studies; got "
             f"{', '.join(options.items)}. See --list."
         )
-    return _command.OK
+    return code
 
 
 def _list_papers() -> int:
@@ -87,7 +92,14 @@ def _in_short(
     command = f"python -m sharpness.reproduce {options.paper}"
     out.print(f"Tables and figures with verdicts: {command} --items all (--plan: how long)")
     out.print(f"Six starting points, hours: {command} --preset reduced")
-    return _command.OK
+    return _failed(store)
+
+
+def _failed(store: ObservationStore) -> int:
+    """Say what could not be done, for which numbers are missing; returns the exit code."""
+    for line in store.failed:
+        _command.say("sharpness.reproduce", line)
+    return _command.NOT_CONVERGED if store.failed else _command.OK
 
 
 def _piped(line: str) -> None:
@@ -139,7 +151,7 @@ def _items(paper: Paper, names: Sequence[str], study: Study) -> list[Item]:
 
 def _reproduced(
     paper: Paper, items: Sequence[Item], study: Study, runner: Runner, only_plan: bool
-) -> list[Finding]:
+) -> tuple[list[Finding], ObservationStore]:
     out, findings = console(), []
     wanted = [o for item in items for o in item.observations(study)]
     out.print(_plan(study, items, runner, wanted))
@@ -152,7 +164,7 @@ def _reproduced(
             name = f"{found.paper}-{item.name}-{study.name}-{study.preset}.png"
             title = f"{item.title} · {study.network} on {study.data}"
             out.print(f"Picture: {draw(runner.folder / name, panels, title=title)}")
-    return findings
+    return findings, store
 
 
 def _plan(
@@ -161,8 +173,10 @@ def _plan(
     """What is tried on what, what remains to be done, and how long it may take."""
     stages, missing = runner.lacking(wanted)
     jobs, _ = side_by_side(runner.jobs, runner.device, sum(map(len, stages)) + len(missing))
-    minutes = Costs(runner.bench).of_all(stages, missing) / jobs / 60
+    minutes = Costs(runner.bench).of_all(stages, missing) / 60
+    minutes = minutes if runner.cluster else minutes / jobs
     time = "under a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
+    time += " of one core" if runner.cluster else ""
     lines = (
         f"\n{study.name}, preset {study.preset}: {study.network} on {study.data}.",
         study.about,

@@ -6,10 +6,11 @@ import time
 import timeit
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -17,23 +18,26 @@ from sharpness import _progress
 from sharpness._arguments import ensure
 from sharpness._json import as_plain
 from sharpness.lab import data, networks
+from sharpness.lab.cluster import Engine, Lost, Task, as_completed, opened, side_by_side
 from sharpness.lab.data import Dataset
 from sharpness.lab.run import criterion_for
-from sharpness.lab.sweep import pool, side_by_side
 from sharpness.record import append_record, new_record, read_records
 from sharpness.reproduce.model_spec import Bench, ModelSpec, in_order
 from sharpness.reproduce.observations import Observation
 from sharpness.reproduce.serialisation import described, digest, restored
 
 _KIND = "observation"
-_Unit = TypeVar("_Unit")
+_Unit = list[ModelSpec] | Observation
 Found = dict[str, dict[str, Any]]  # records by the digest of their observation
 
 
 class ObservationStore:
     """Observations that were made, to be asked for by their plan."""
 
-    def __init__(self, records: Iterable[dict[str, Any]]) -> None:
+    def __init__(
+        self, records: Iterable[dict[str, Any]], failed: Sequence[str] = ()
+    ) -> None:
+        self.failed = failed  # what could not be done just now, a line each
         self._found: Found = {
             record["digest"]: record for record in records if record["kind"] == _KIND
         }
@@ -67,12 +71,14 @@ class Runner:
         data_dir: where the files of named sets lie.
         device: where to compute.
         jobs: things done at once; None means one a core on a CPU, one on a GPU.
+        cluster: where they are done; see `lab.cluster.opened`. None means here.
     """
 
     folder: Path
     data_dir: str | None = None
     device: str = "cpu"
     jobs: int | None = None
+    cluster: str | None = None
 
     @property
     def bench(self) -> Bench:
@@ -86,9 +92,10 @@ class Runner:
         """Where records are kept."""
         return self.folder / "records.jsonl"
 
-    def store(self) -> ObservationStore:
-        """What has been found so far."""
-        return ObservationStore(read_records(self.records) if self.records.exists() else ())
+    def store(self, failed: Sequence[str] = ()) -> ObservationStore:
+        """What has been found so far, and what `failed` on the way."""
+        there = read_records(self.records) if self.records.exists() else ()
+        return ObservationStore(there, failed)
 
     def lacking(
         self, wanted: Sequence[Observation]
@@ -117,6 +124,10 @@ class Runner:
             progress: show a bar; by default on a terminal.
             said: called with a line for each network that was trained, and at the end of
                 every tenth of the observations.
+
+        Returns:
+            all that is known now. What killed its worker each time, and what needs it, is
+            left out and told in `failed`; a run that meant to carry on tries it again.
         """
         stages, missing = self.lacking(wanted)
         self.bench.folder.mkdir(parents=True, exist_ok=True)
@@ -126,20 +137,22 @@ class Runner:
         with (
             warnings.catch_warnings(),
             _progress.bar("reproduce", total, progress, bar_format=layout) as bar,
+            self._cluster(max([len(missing), *map(len, stages)])) as engine,
         ):
+            work = _Work(self, engine)
             # joblib replaces a process that has grown; nothing is lost, nothing to say.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
             for stage in stages:
                 stage.sort(key=costs.of_run, reverse=True)
-                for run, _ in self._each(Bench.train_missing, stage):
+                for run, _ in work.each(Bench.train_missing, stage):
                     bar.update(round(costs.of_run(run)))
                     said(f"trained {run[-1]}")
-            for i, (observation, record) in enumerate(self._each(_recorded, missing), 1):
+            for i, (observation, record) in enumerate(work.each(_recorded, missing), 1):
                 append_record(self.records, record)
                 bar.update(round(costs.of(observation)))
                 if i * 10 // len(missing) > (i - 1) * 10 // len(missing):
                     said(f"made {i} of {len(missing)} observations")
-        return self.store()
+        return self.store(work.failed)
 
     def again(self, record: dict[str, Any]) -> dict[str, Any]:
         """Make a record's observation once more, from the plan that stands in it.
@@ -159,22 +172,84 @@ class Runner:
                     self.bench.train_missing(run)
             return _recorded(self.bench, observation)
 
-    def _each(
-        self, work: Callable[[Bench, _Unit], Any], units: Sequence[_Unit]
-    ) -> Iterator[tuple[_Unit, Any]]:
-        """Every unit with what came of it, as they come."""
-        asked = self.jobs and min(self.jobs, len(units))
-        jobs, threads = side_by_side(asked, self.device, len(units))
-        yield from pool(
-            jobs, _with_threads, ((threads, work, self.bench, unit) for unit in units)
+    def _cluster(self, num: int) -> AbstractContextManager[Engine | None]:
+        """The cluster for all stages; None where each has its own processes here."""
+        if self.cluster is None:
+            return nullcontext()
+        return self.engine(num)
+
+    def engine(self, num: int) -> AbstractContextManager[Engine]:
+        """What carries out so many things at once, or fewer."""
+        asked = self.jobs if self.cluster else self.jobs and min(self.jobs, num)
+        return opened(
+            self.cluster, jobs=asked, device=self.device, num=num, folder=self.folder
         )
 
 
-def _with_threads(
-    threads: int, work: Callable[[Bench, _Unit], Any], bench: Bench, unit: _Unit
-) -> tuple[_Unit, Any]:
-    with _threads(threads):
-        return unit, work(bench, unit)
+class _Work:
+    """Carries units out, and leaves out what needs one that is lost."""
+
+    def __init__(self, runner: Runner, engine: Engine | None) -> None:
+        self._runner, self._engine = runner, engine
+        self.failed: list[str] = []
+        self._gone: set[ModelSpec] = set()
+
+    def each(
+        self, work: Callable[[Bench, Any], Any], units: Sequence[_Unit]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Every unit with what came of it, as they come."""
+        sound = []
+        for unit in units:
+            if self._gone.intersection(_needed(unit)):
+                self._fail(unit, "a network that it needs is missing")
+            else:
+                sound.append(unit)
+        bench, runner = self._runner.bench, self._runner
+        asked = runner.jobs and min(runner.jobs, len(sound))
+        threads = side_by_side(asked, runner.device, len(sound))[1]
+        given = None if runner.cluster else threads
+        tasks = [Task(partial(_in_bench, given, work, bench, u), _files(u)) for u in sound]
+        engine = nullcontext(self._engine) if self._engine else runner.engine(len(sound))
+        with engine as open_engine:
+            for number, found in as_completed(open_engine, tasks, bench.folder):
+                if isinstance(found, Lost):
+                    self._fail(sound[number], str(found))
+                else:
+                    yield sound[number], found
+
+    def _fail(self, unit: _Unit, why: str) -> None:
+        if isinstance(unit, Observation):
+            about = "; ".join(map(str, unit.needs)) or f"{unit}"
+            self.failed.append(f"{type(unit).__name__} of {about}: {why}")
+        else:
+            self._gone.update(unit)
+            self.failed.append(f"{unit[-1]}: {why}")
+
+
+def _needed(unit: _Unit) -> tuple[ModelSpec, ...]:
+    """Networks that must be there before a unit."""
+    if isinstance(unit, Observation):
+        return unit.needs
+    return tuple(other for moment in unit for other in moment.after)
+
+
+def _files(unit: _Unit) -> tuple[str, ...]:
+    """Of the networks that a unit needs or carries on, and notes of divergence."""
+    own = [] if isinstance(unit, Observation) else unit
+    files = [Path(one.file) for one in (*_needed(unit), *own)]
+    return tuple(f"{f.with_suffix(end)}" for f in files for end in (".pt", ".diverged"))
+
+
+def _in_bench(
+    threads: int | None,
+    work: Callable[[Bench, _Unit], Any],
+    bench: Bench,
+    unit: _Unit,
+    folder: Path,
+) -> Any:
+    """Work on a bench whose networks lie in this folder, with so many threads."""
+    with _threads(threads or torch.get_num_threads()):
+        return work(replace(bench, folder=folder), unit)
 
 
 @contextmanager
