@@ -63,6 +63,7 @@ def merge_records(part: str | Path, path: str | Path, /, **facts: Any) -> None:
         there = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         before = set(there)
         _append(path, [line for line in lines if line not in before])
+    part.with_name(f"{part.name}.lock").unlink(missing_ok=True)
     part.unlink()
 
 

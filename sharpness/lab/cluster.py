@@ -7,6 +7,7 @@ machine, Dask, Ray, or Slurm by way of submitit. `as_completed` keeps one suppli
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 import traceback
@@ -267,7 +268,8 @@ def _left(folder: Path, before: Mapping[str, bytes]) -> Iterator[tuple[str, byte
     """Files of a folder that are new or have changed; locks and the like are left out."""
     for path in sorted(folder.rglob("[!.]*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and (content := path.read_bytes()) != before.get(name):
+        kept = path.is_file() and path.suffix != ".lock"
+        if kept and (content := path.read_bytes()) != before.get(name):
             yield name, content
 
 
@@ -337,7 +339,7 @@ def opened(
         checked("cluster", cluster)
         kind, where, arguments = _parts("cluster", cluster)
         module = _module(kind)
-        advice = "Is it up, with the same versions? Without an address one is started here."
+        advice = "Without an address one is started here." if kind != "slurm" else ""
         with explained("cluster", "be one that can be reached", repr(cluster), advice):
             if kind == "dask":
                 engine = _Dask(module, where, jobs, at_once, threads)
@@ -435,7 +437,7 @@ def _deaths() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = (str(error).strip().splitlines() or [""])[0].partition(". ")[0]
         # Dask has tried that often before it gives a task back.
         times = getattr(error, "allowed_failures", 0) + 1
         raise WorkerDiedError(f"{type(error).__name__}: {first}", times) from error
@@ -585,6 +587,8 @@ class _Slurm:
         self._executor = submitit.AutoExecutor(folder.absolute(), where or "slurm")
         usual = {"timeout_min": _MINUTES, "cpus_per_task": 1, "name": "sharpness"}
         self._executor.update_parameters(**{**usual, **arguments})
+        if not where and subprocess.run(["sacct", "-n"], capture_output=True).returncode:
+            _progress.say("no accounting (sacct): a job that dies is waited for for ever.")
 
     def submit(self, errand: Errand) -> Any:
         return self._executor.submit(errand, self._threads)
