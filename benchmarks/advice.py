@@ -31,6 +31,7 @@ Results go to `advice.json` beside this file, step by step; `table` writes the p
 import argparse
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -275,11 +276,12 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def caption(found: Found) -> str:
     setting = found["setting"]
-    return (
+    return textwrap.fill(
         f"F1, {TRAINED} images of Fashion-MNIST, Adam, to a validation loss of "
         f"{TARGET:.2f}; updates: mean and range of {len(SEEDS)} seeds; "
         f"{setting['processor']}, {setting['threads']} threads, "
-        f"torch {found['environment']['torch']}."
+        f"torch {found['environment']['torch']}.",
+        width=120,
     )
 
 

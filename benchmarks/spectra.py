@@ -38,6 +38,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -461,11 +462,12 @@ def caption(cells: dict[str, Outcome]) -> str:
     facts = [json.loads(text) for text in sorted(settings)]
     versions = ", ".join(f"{k} {v}" for k, v in facts[0]["versions"].items())
     caps = " / ".join(sorted({f"{fact['cap']:g}" for fact in facts}))
-    return (
+    return textwrap.fill(
         f"First column: seconds (float32, {facts[0]['processor']}, "
         f"{facts[0]['threads']} threads); the others: how many times as long, each peer "
         "with the cheapest setting that reaches the accuracy, found beforehand and not "
-        f'timed. "> x": stopped after {caps} s. (p): projected. {versions}.'
+        f'timed. "> x": stopped after {caps} s. (p): projected. {versions}.',
+        width=120,
     )
 
 

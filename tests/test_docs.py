@@ -1,54 +1,116 @@
 """What is printed is run: code blocks, commands, links and the quickstart."""
 
+import ast
 import importlib
 import json
 import re
 import runpy
 import shlex
+import string
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import sharpness
-from sharpness import compare, landscape, measure, train
-from sharpness.batchsize import __main__ as batchsize
-from sharpness.reproduce import __main__ as reproduce
+from sharpness.reproduce.papers import PAPERS
+from tests.helpers.pages import (
+    COMMANDS,
+    PAGES,
+    ROOT,
+    blocks_of,
+    checkpoints,
+    commands_of,
+    is_installing,
+    run_command,
+    user_files,
+    with_tiny_studies,
+)
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-PARSERS = {
-    "sharpness.measure": measure._parser(),
-    "sharpness.compare": compare._parser(),
-    "sharpness.landscape": landscape._parser(),
-    "sharpness.train": train._parser(),
-    "sharpness.reproduce": reproduce._parser(),
-    "sharpness.batchsize": batchsize._parser(),
-}
-
-
-def blocks(page, language):
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+PARSERS = {name: module._parser() for name, module in COMMANDS.items()}
+FAST = {"getting_started.md", "transformers.md"}  # pages whose commands take seconds
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=str)
+def runs(page, *languages):
+    return [block for block in blocks_of(page, *languages) if not block.not_run]
+
+
+def session_before(page):
+    """What a reader has typed in before: nothing, or the blocks of another page."""
+    session = {}
+    for name in {block.after for block in runs(page, "python")} - {""}:
+        for block in runs(ROOT / name, "python"):
+            exec(compile(block.text, name, "exec"), session)
+    return session
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if runs(p, "python")], ids=str)
 def test_python_blocks_run(page, capsys, monkeypatch, tmp_path):
     """In one session a page, as a reader types them in; each prints numbers."""
     monkeypatch.chdir(tmp_path)
-    session = {}
-    for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), session)
-    if page.name == "getting_started.md":
-        run_measure(page)
+    session = session_before(page)
+    for block in runs(page, "python"):
+        exec(compile(block.text, str(page), "exec"), session)
     assert re.search(r"lambda_max|accuracy", capsys.readouterr().out)
 
 
-def run_measure(page):
-    """The page's command on the checkpoint that its Python has written."""
-    (line,) = re.findall(r"python -m sharpness.measure (.*)", page.read_text())
-    assert measure.main(shlex.split(line)) == 0
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=() if p.name in FAST else pytest.mark.slow, id=str(p))
+        for p in PAGES
+        if runs(p, "sh")
+    ],
+)
+def test_commands_run(page, monkeypatch, tmp_path, capsys):
+    """Beside the files that the page's Python writes, in a cheap setting."""
+    monkeypatch.chdir(tmp_path)
+    paper = with_tiny_studies(PAPERS["keskar2017"])
+    monkeypatch.setitem(PAPERS, "keskar2017", paper)
+    if page.name not in FAST:
+        user_files(tmp_path)
+        checkpoints(tmp_path)
+    session = session_before(page)
+    for block in runs(page, "python", "sh"):
+        if block.language == "python":
+            exec(compile(block.text, str(page), "exec"), session)
+        else:
+            for words in commands_of(block.text):
+                assert is_installing(words) or run_command(words) == 0, words
+    if page.name == "getting_started.md":
+        check_getting_started()
+
+
+def check_getting_started():
+    """A newcomer ends with a record and a page of a checkpoint of their own."""
     (record,) = sharpness.read_records("records.jsonl")
     assert record["checkpoint"]["path"].endswith("digits.pt")
     assert "lambda_max" in Path("digits.html").read_text()
+
+
+def test_what_cannot_be_run_is_understood():
+    """Blocks that say why they are not run are Python, or shell, all the same."""
+    for page in PAGES:
+        for block in blocks_of(page, "python", "sh"):
+            if block.not_run and block.language == "python":
+                ast.parse(block.text)
+            elif block.not_run:
+                subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/getting_started.md"])
+def test_the_numbers_shown_are_those_printed(name, capsys, monkeypatch, tmp_path):
+    """Up to the rounding of another number of threads, which training enlarges."""
+    monkeypatch.chdir(tmp_path)
+    row = re.compile(r"^ (\S+) +(?:≥ )?([\d.]+)(?: %)?  ", re.MULTILINE)
+    session = session_before(ROOT / name)
+    for block in runs(ROOT / name, "python"):
+        exec(compile(block.text, name, "exec"), session)
+    printed = dict(row.findall(capsys.readouterr().out))
+    shown = dict(row.findall(blocks_of(ROOT / name, "text")[0].text))
+    assert list(shown) == ["lambda_max", "trace", "phi(1e-3)", "phi(5e-4)"]
+    for measure, value in shown.items():
+        assert float(printed[measure]) == pytest.approx(float(value), rel=0.2), measure
 
 
 def test_the_quickstart_runs(capsys):
@@ -59,21 +121,54 @@ def test_the_quickstart_runs(capsys):
 
 
 def test_commands_in_the_docs_are_understood():
+    """Also where they stand in a sentence."""
     seen = 0
     for page in PAGES:
-        for line in re.findall(r"python -m (sharpness\.\w+)( [^`\n]*)", page.read_text()):
-            name, arguments = line[0], shlex.split(line[1].split("&&")[0], comments=True)
-            if arguments != ["--help"]:  # what it says stands on the site
+        text = page.read_text(encoding="utf-8")
+        for name, given in re.findall(r"python -m (sharpness\.\w+)( [^`\n]*)", text):
+            arguments = shlex.split(given.split("&&")[0], comments=True)
+            if name in PARSERS and arguments != ["--help"]:  # that stands on the site
                 PARSERS[name].parse_args(arguments)
-            seen += 1
+                seen += 1
+        for script in re.findall(r"python ((?:examples|benchmarks)/\w+\.py)", text):
+            assert (ROOT / script).exists(), script
     assert seen >= 3
 
 
+def test_flags_in_the_docs_exist():
+    known = {flag for parser in PARSERS.values() for flag in parser._option_string_actions}
+    for page in PAGES:
+        flags = re.findall(r"`(--[a-z-]+)", page.read_text(encoding="utf-8"))
+        assert set(flags) <= known | {"--readme"}, page
+
+
+def anchors(page):
+    """Of its headings, as GitHub and the site make them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    gone = str.maketrans("", "", string.punctuation.replace("-", "").replace("_", "") + "ε")
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", head) for head in heads)
+    return {head.lower().translate(gone).replace(" ", "-") for head in plain}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_links_lead_to_files(page):
-    for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)", page.read_text(encoding="utf-8")):
         if not link.startswith("http"):
-            assert (page.parent / link).exists(), link
+            path, _, anchor = link.partition("#")
+            to = page.parent / path if path else page
+            assert to.exists(), link
+            assert not anchor or anchor in anchors(to), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_lines_of_text_are_short(page):
+    if page.name == "reproductions.md":  # written from records
+        pytest.skip("its lines are those of the records")
+    inside = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        inside ^= line.lstrip().startswith("```")
+        longer = line.lstrip().startswith(("|", "!", "$$", "```"))
+        assert inside or longer or len(line) <= 120, line
 
 
 def test_the_readme_installs_with_the_tested_versions():

@@ -14,24 +14,11 @@ from sharpness.reproduce.claims import effect_of, moves
 from sharpness.reproduce.keskar2017 import in_short
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import Runner
+from tests.helpers.studies import TINY_NETWORK, tiny
 
 KESKAR = PAPERS["keskar2017"]
-TINY = replace(
-    KESKAR.studies[0],
-    data="digits[120,test=60]",
-    reduced="everything",
-    small=10,
-    large=60,
-    epochs_small=(1, 2),
-    epochs_large=(1, 2),
-    num_seeds=2,
-    num_followed=1,
-    num_samples=40,
-    swept=(),
-    epochs_warm=0,
-    num_remedied=2,
-)
-TINIER = replace(TINY, name="tinier", network="MLP?width=8&depth=1&out_features=10")
+TINY = tiny(KESKAR.studies[0])
+TINIER = replace(TINY, name="tinier", network=TINY_NETWORK)
 CALL = ["keskar2017", "--device", "cpu", "--jobs", "1", "--output"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
