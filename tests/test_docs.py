@@ -27,6 +27,7 @@ from tests.helpers.pages import (
     with_tiny_studies,
 )
 
+_CALL = re.compile(r"(?:python|torchrun [^`\n]*?) -m (sharpness\.\w+)( [^`\n]*)")
 PARSERS = {name: module._parser() for name, module in COMMANDS.items()}
 FAST = {"getting_started.md", "transformers.md"}  # pages whose commands take seconds
 ALONE = FAST | {"README.md"}  # those that name no file but what they write
@@ -126,7 +127,7 @@ def test_commands_in_the_docs_are_understood():
     seen = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name, given in re.findall(r"python -m (sharpness\.\w+)( [^`\n]*)", text):
+        for name, given in _CALL.findall(text):
             arguments = shlex.split(given.split("&&")[0], comments=True)
             if name in PARSERS and arguments != ["--help"]:  # that stands on the site
                 PARSERS[name].parse_args(arguments)
