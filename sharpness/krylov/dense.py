@@ -27,6 +27,8 @@ class Dense:
         self._rows = np.empty((like.numel(), like.numel()))
         self.num_products = 0
 
+    recurrence_error = 0.0  # there is none
+
     @property
     def is_whole(self) -> bool:
         """Whether every eigenvalue is known; before, none is."""

@@ -84,6 +84,18 @@ class Search:
         return self.run.state.noise if self.num_products else np.nan
 
     @property
+    def recurrence_error(self) -> float:
+        """What a residual by the recurrence may be off by; 0 in the whole space.
+
+        `noise` is the part of the products' errors inside the basis, m of n directions;
+        they are taken to be alike in all.
+        """
+        state = self.run.state
+        if self.is_whole or not state.m:
+            return 0.0
+        return float(self.noise * math.sqrt(self.run.n / state.m))
+
+    @property
     def is_converged(self) -> bool:
         """Whether the stopping rule has been met."""
         once = self._miss is not None or (self.num_products and self.run.state.invariant)

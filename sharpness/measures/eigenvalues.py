@@ -80,7 +80,8 @@ class HessianEigenpairs(Result):
     residuals: Tensor  # (k,) float64, ||H v - lambda v||
     # (k, n), rows orthonormal; of a sharded model this process's part of each
     eigenvectors: Tensor = field(repr=False, compare=False)
-    explicit_residual: float | None = None  # of the leading pair, by a product of its own
+    # Of the leading pair, by a product of its own; None where the recurrence is trusted.
+    explicit_residual: float | None = None
     lambda_max_upper: float | None = None  # at `confidence` (.95); None at which="SA"
     hidden: Intervals | None = None  # where a value may hide; None without a confidence
     noise_floor: float  # rounding and asymmetry of the products, same unit
@@ -102,7 +103,7 @@ class HessianEigenpairs(Result):
     def num_converged(self) -> int:
         """How many values meet `tol`."""
         if self.status is Status.CONVERGED and self.explicit_residual is None:
-            return len(self.eigenvalues)  # the whole space
+            return len(self.eigenvalues)  # nothing took the claim back
         errors = allowed(self.eigenvalues.numpy(), self.noise_floor, self.settings["tol"])
         return int((self.error_bounds.numpy() <= errors).sum())
 
@@ -214,8 +215,8 @@ def eigenpairs(
     Thick-restart Lanczos with full reorthogonalisation, stopped when the error bound of
     every wanted value is at most `tol` times the value (or times the noise floor, if that
     is larger) and no other that ought to be among them can hide, with the probability
-    `confidence`. One more product then gives the residual of the leading pair explicitly,
-    independent of the recurrence.
+    `confidence`. Where products are inexact, or so noisy that the recurrence may have erred
+    by `tol`, one more product gives the residual of the leading pair explicitly.
     It is the largest *algebraic* value that the literature calls sharpness, so a large
     negative eigenvalue is never returned in its place.
 
@@ -264,7 +265,7 @@ def eigenpairs(
             `basis_size` too small, `method="dense"` with n > 5000 or `max_hvps` < n.
         MemoryError: not even the smallest basis fits.
 
-    Cost: about 8 to 35 products for k <= 5 at `tol=1e-2`, each about two gradients;
+    Cost: about 6 to 35 products for k <= 5 at `tol=1e-2`, each about two gradients;
     memory (basis_size + 4) n beside the products' own. Where products are differences of
     gradients, their estimated error is part of every bound.
 
@@ -358,9 +359,10 @@ def _result(
     multiply: Callable[[Tensor], Tensor],
     most: int,
     confidence: float | None,
+    tol: float,
     **settings: object,
 ) -> HessianEigenpairs:
-    """What a search has earned; with its leading residual verified by one product."""
+    """What a search has earned; verified by one product where it is not trusted."""
     which, inexact = str(settings["which"]), (plan and plan.relative_error) or 0.0
     upper, explicit, status, began = None, None, run.status, time.monotonic()
     if search is None or not search.has_values:
@@ -369,11 +371,13 @@ def _result(
         noise = search.noise
         if which != "SA":
             upper = search.upper(1 - (confidence or _USUAL_CONFIDENCE))
-        to_verify = status is Status.CONVERGED and not search.is_whole
+        may_verify = status is Status.CONVERGED and search.num_products < most
+        doubtful = bool(inexact) and not search.is_whole
+        error = math.inf if doubtful else search.recurrence_error
         found = search.found(inexact)
-        if to_verify and search.num_products < most:
-            first = leading(found.values, which)
-            explicit = _verified(found, first, noise, multiply, risk.vectors)
+        lead = leading(found.values, which)
+        if may_verify and error > allowed(found.values, noise, tol)[lead]:
+            explicit = _verified(found, lead, noise, multiply, risk.vectors)
             if explicit is None:
                 status = Status.INTERRUPTED
     products = search.num_products if search else 0
@@ -395,6 +399,7 @@ def _result(
         ),
         settings={
             **settings,
+            "tol": tol,
             "confidence": confidence,
             **({"in_parts": True} if risk.is_sharded or risk.ranks.lost else {}),
         },

@@ -80,6 +80,7 @@ class ChunkedMean:
         self.given, self.num_samples = given, int(sum(num_rows(batch) for batch in given))
         self.budget = memory.budget_bytes(objective.device)
         self._peak: int | None = None  # bytes of the largest whole batch, once known
+        self._known: dict[Any, Footprint] = {}  # footprints of products, by shape
         self.chunk_size: int | None = None
         self._rejoined = ""  # how batches that were given became BatchNorm's
         self.whole = ""  # why f depends on how the data are batched, where it does
@@ -141,7 +142,7 @@ class ChunkedMean:
     def of(self, objective: Objective) -> ChunkedMean:
         """The mean of another function over the same data, in the same chunks."""
         other = copy.copy(self)
-        other._objective = objective
+        other._objective, other._known = objective, {}
         return other
 
     def _of_parts(self, parts: Sequence[Any], **changes: Any) -> ChunkedMean:
@@ -428,7 +429,7 @@ class ChunkedMean:
 
     @property
     def _footprints(self) -> Footprints:
-        return Footprints(self._objective, self._batchnorm, self.mean)
+        return Footprints(self._objective, self._batchnorm, self.mean, self._known)
 
     def _batchnorm_parts(self, given: Sequence[Any], most: int) -> list[Any]:
         parts = [part for pair in given for part in batches.cut(pair, most)]

@@ -160,7 +160,10 @@ class _Line:
             self.f.product(self.theta, self.direction),
             (self._slopes(step) - self._slopes(-step) for step in _SMALL_STEPS),
             steps=_SMALL_STEPS,
-            scales=[float(_tensors.norm64(self._slopes(far))) for far in (0.0, *_FAR)],
+            scales=[
+                float(_tensors.norm64(slopes))
+                for slopes in (self.here[1], *map(self._slopes, _FAR))
+            ],
         )
 
     def _slopes(self, step: float) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sharpness._arguments import ensure
 from sharpness.risk import batches, curvature, memory
@@ -20,7 +21,7 @@ from sharpness.risk.objective import Objective, gradients
 
 # Samples whose graph is measured to predict the memory of a chunk, at least and at most:
 # few show the parameters' part of the peak only.
-_PROBE, _MOST_PROBED = 16, 128
+_FEW, _PROBE, _MOST_PROBED = 4, 16, 128
 # Larger chunks fall out of the processor's cache; docs/decisions.md has the timings.
 _CPU_CHUNK = 1024
 # Larger tensors the C library takes from the system anew each time (glibc: from 32 MB
@@ -31,11 +32,15 @@ _CPU_TENSOR = 1 << 24
 
 @dataclass(frozen=True)
 class Footprints:
-    """Memory of products and gradients on a batch."""
+    """Memory of products and gradients on a batch.
+
+    The Hessian's product is measured once for each shape of a batch: `known` keeps it.
+    """
 
     objective: Objective
     batchnorm: str
     mean: Mean
+    known: dict[Any, Footprint] = field(default_factory=dict)
 
     def of(self, batch: Any) -> Footprint:
         """Of the Hessian's product; of the gradient, where there is no second."""
@@ -47,19 +52,28 @@ class Footprints:
 
     def predicted(self, linearise: Linearise, batch: Any) -> Footprint:
         """Of one product, from a few of the batch's samples."""
+        if getattr(linearise, "func", None) is not curvature.hessian:
+            return self._predicted(linearise, batch)
+        shapes = tuple(getattr(leaf, "shape", None) for leaf in tree_leaves(batch))
+        if shapes not in self.known:
+            self.known[shapes] = self._predicted(linearise, batch)
+        return self.known[shapes]
+
+    def _predicted(self, linearise: Linearise, batch: Any) -> Footprint:
         rows = int(num_rows(batch))
-        if rows <= _PROBE:
+        if rows <= _FEW:
             return self.measured(linearise, batch)
-        probed = min(max(_PROBE, rows // 4), _MOST_PROBED)
-        first = self.measured(linearise, batches.rows(batch, 0, _PROBE))
-        if first.held > 4 * self.objective.theta.nbytes:  # the rows' part rules already
-            probed = _PROBE
-        sizes = (probed // 2, probed)
-        few, many = (
-            first if n == _PROBE else self.measured(linearise, batches.rows(batch, 0, n))
-            for n in sizes
-        )
-        return many.at(rows, few, sizes)
+
+        def of_first(n: int) -> Footprint:
+            return self.measured(linearise, batches.rows(batch, 0, n))
+
+        for probed in (_FEW, _PROBE, min(max(_PROBE, rows // 4), _MOST_PROBED)):
+            if probed >= rows:
+                return self.measured(linearise, batch)
+            many = of_first(probed)
+            if many.held > 4 * self.objective.theta.nbytes:
+                break  # the rows' part rules already
+        return many.at(rows, of_first(probed // 2), (probed // 2, probed))
 
     def measured(self, linearise: Linearise, batch: Any) -> Footprint:
         """Of one product: the batch's graph is built."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,9 @@ from sharpness.risk.objective import Objective, gradients
 
 BatchNorm = Literal["running", "batch", "recalibrated"]
 _VECTORS = 10  # of theta's length that a comparison with differences holds
-_FEWEST_CHECKED = 32  # samples on which derivatives are compared with differences
+# Loss terms on which derivatives are compared with differences, in float64 and in other
+# types, whose rounding needs more of them; and the fewest rows that hold them.
+_TERMS_CHECKED, _FEWEST_CHECKED = {True: 16, False: 32}, 4
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,8 @@ class MeanLoss:
         """
         if wide and not self._fits_in_float64():
             raise MemoryError("The parameters or a whole batch do not fit in float64.")
-        rows = max(_FEWEST_CHECKED, self.mean.num_samples // 100)
-        part = replace(self.frozen(), mean=self.mean.sample(rows), vectors=Vectors(0))
+        few = self.mean.sample(self._rows_checked(wide))
+        part = replace(self.frozen(), mean=few, vectors=Vectors(0))
         part = part.double() if wide else part
         objective = part.objective
         eps = max(torch.finfo(dtype).eps for dtype in objective.dtypes)
@@ -142,6 +145,12 @@ class MeanLoss:
             part.value_and_gradient,
             part.product,
         )
+
+    def _rows_checked(self, wide: bool) -> int:
+        """So many that hold a few terms: a sequence has one at each place."""
+        mean, terms = self.mean, _TERMS_CHECKED[wide]
+        rows = math.ceil(terms * mean.num_samples_everywhere / max(1.0, mean.num_terms))
+        return max(min(max(_FEWEST_CHECKED, rows), terms), mean.num_samples // 100)
 
 
 @contextmanager
