@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -112,9 +113,17 @@ def dot64(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(parts).sum()
 
 
+def is_finite(a: Tensor) -> bool:
+    """Whether every entry is; one reading and no second vector, as a rule."""
+    # A finite sum has finite terms; where it is none, it may be their sum that overflows.
+    return math.isfinite(float(a.sum())) or bool(a.isfinite().all())
+
+
 def norm64(a: Tensor) -> Tensor:
     """Euclidean norm of a vector (n,), summed in float64; a 0-d tensor."""
-    return dot64(a, a).sqrt()
+    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    parts = (x.to(wide) for x in a.split(_STRETCH))
+    return torch.stack([torch.dot(x, x) for x in parts]).sum().sqrt()
 
 
 def seeded(seed: Any) -> torch.Generator:

@@ -101,7 +101,7 @@ def measured(
         explained("--data", "fit the network and the loss", got, kinds=kinds),
     ):
         risk = risk_of(subject, settings, device, ranks)
-        value = risk.value()
+        value, share = risk.value_and_accuracy()
     ensure(
         math.isfinite(value),
         subject.path,
@@ -110,7 +110,7 @@ def measured(
         "Its parameters or the data hold NaN or infinite values.",
     )
     checkup = doctor(risk) if settings.doctor else None
-    accuracy = risk.accuracy() if risk.is_classification else None
+    accuracy = share if risk.is_classification else None
     known = {
         "checkpoint": subject.facts,
         "data": data_facts(subject, settings),
@@ -186,10 +186,9 @@ def _generalisation(
         return None
     num = None if len(subject.targets("test")) <= _MOST_TEST_SAMPLES else _MOST_TEST_SAMPLES
     risk = _risk(subject, settings, "test", num, device, ranks)
-    loss = risk.value()
+    loss, on_test = risk.value_and_accuracy()
     facts: dict[str, Any] = {"test_loss": loss, "loss_gap": loss - value}
     if accuracy is not None:
-        on_test = risk.accuracy()
         facts |= {"test_accuracy": on_test, "accuracy_gap": accuracy - on_test}
     return facts
 

@@ -36,6 +36,13 @@ def test_every_point_of_the_line_agrees_with_the_network_by_hand(other):
     assert len(set(line.accuracies)) > 2
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_is_shown_where_it_is_asked_for(shown, other, capsys):
+    sh.interpolation(mlp_risk(), other, [0.0, 1.0], progress=shown)
+    said = capsys.readouterr()
+    assert ("points" in said.err, said.out) == (shown, "")
+
+
 def test_by_default_there_are_25_points_from_minus_one_to_two(other):
     line = sh.interpolation(mlp_risk(), other)
     assert line.alphas == pytest.approx(np.linspace(-1, 2, 25), abs=1e-15)

@@ -265,6 +265,19 @@ def test_the_cauchy_point_is_that_of_the_published_algorithm(n):
     assert differ == []
 
 
+@pytest.mark.parametrize("few", [1, 100, 3000])
+def test_many_variables_have_the_cauchy_point_of_the_sorted_path(few, monkeypatch):
+    """To three digits, wherever the few variables looked at first say that it is."""
+    monkeypatch.setattr("sharpness.optimize.lbfgsb._EXACT", 0)
+    monkeypatch.setattr("sharpness.optimize.lbfgsb._FEW", few)
+    for seed in range(4):
+        p = path(3000, seed, num=6)
+        x, g, box = p.tensors()
+        model, breaks = model_of(p.pairs, x), _breakpoints(x, g, box)
+        expected = model._cauchy_by_sorting(g, breaks)
+        assert model._cauchy_step(g, breaks) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("second", [0.1, 1.0, 10.0])
 def test_the_first_of_two_minima_along_the_path_is_the_cauchy_point(second):
     """B = diag(100, second): variable 0 overshoots, and meets its bound at t = 0.039."""

@@ -869,6 +869,24 @@ def test_a_loader_that_fills_one_buffer_over_and_over_is_read_batch_by_batch():
     assert risk.value() == pytest.approx(float(problem.f(problem.theta)), rel=ROUNDING)
 
 
+@pytest.mark.parametrize("chunk_size", [7, "auto"])
+def test_one_pass_gives_what_several_give(chunk_size):
+    y = torch.arange(40) % 4
+    y[::5] = -100  # which the loss ignores
+    blobs = torch.randn(40, 3), y
+    risk = EmpiricalRisk(nn.Linear(3, 4), "cross_entropy", blobs, chunk_size=chunk_size)
+    theta = risk.theta + 1
+    value, gradient, accuracy = risk.value_gradient_and_accuracy(theta)
+    expected = risk.value_and_gradient(theta)
+    assert value == pytest.approx(expected[0], rel=1e-12)
+    torch.testing.assert_close(gradient, expected[1], rtol=1e-6, atol=1e-9)
+    assert 0 < accuracy == risk.accuracy(theta) < 1
+    at_theta = risk.value(), risk.accuracy()
+    assert risk.value_and_accuracy() == (pytest.approx(at_theta[0], rel=1e-12), at_theta[1])
+    assert risk.known_value() == pytest.approx(risk.value(), rel=1e-12)
+    assert torch.equal(risk.known_gradient()[1], risk.gradient())
+
+
 def test_outputs_targets_and_accuracy_are_in_the_order_of_the_data():
     problem = softmax_regression()
     x, y = problem.data

@@ -384,8 +384,10 @@ class _Manifold:
         return other
 
     def point(self, y: Tensor) -> Tensor:
-        """Theta + A y, (n,)."""
-        return self.theta + (y if self.a is None else self.a @ y)
+        """Theta + A y, (n,); y may be overwritten."""
+        if self.a is None:
+            return y.add_(self.theta)
+        return torch.addmv(self.theta, self.a, y)
 
     def pulled_back(self, gradient: Tensor) -> Tensor:
         """A^T times a gradient (n,)."""
@@ -410,9 +412,9 @@ def _least_squares(a: Tensor, theta: Tensor) -> Tensor:
     """A^+ theta by the normal equations: random columns are well conditioned."""
     gram = torch.zeros((a.shape[1], a.shape[1]), dtype=torch.float64)
     right = torch.zeros(a.shape[1], dtype=torch.float64)
-    for rows, part in zip(a.split(1 << 16), theta.split(1 << 16), strict=True):
-        gram = gram + (rows.T.double() @ rows.double()).cpu()
-        right = right + (rows.T.double() @ part.double()).cpu()
+    for rows, part in zip(a.split(1 << 14), theta.split(1 << 14), strict=True):
+        gram += (rows.T @ rows).double().cpu()
+        right += (rows.T @ part).double().cpu()
     solution: Tensor = torch.linalg.solve(gram, right)  # the same bits every time
     return solution.to(theta)
 
@@ -517,7 +519,7 @@ class _Search:
         self.half_widths = epsilon * manifold.half_widths
         one = torch.ones_like(self.half_widths)
         self._box = Box(-one, one)
-        self.value = risk.value()
+        self.value = risk.known_value()
         ensure_available(
             not self.value <= -1,
             "risk",
@@ -570,8 +572,11 @@ class _Search:
     ) -> ValueAndGradient:
         def objective(u: Tensor) -> tuple[float, Tensor]:
             known = torch.equal(u, start)  # every solver asks for its start
-            rise, gradient = at_start if known else self._rise(u)
-            return rise / scale, gradient / scale
+            if known:
+                rise, gradient = at_start
+                return rise / scale, gradient / scale
+            rise, gradient = self._rise(u)
+            return rise / scale, gradient.div_(scale)
 
         return objective
 
@@ -579,8 +584,8 @@ class _Search:
         self._run.step()
         theta = self._manifold.point(u * self.half_widths)
         value, gradient = self._risk.value_and_gradient(theta)
-        gradient = self._manifold.pulled_back(gradient) * self.half_widths
-        if not (math.isfinite(value) and bool(gradient.isfinite().all())):
+        gradient = self._manifold.pulled_back(gradient).mul_(self.half_widths)
+        if not (math.isfinite(value) and _tensors.is_finite(gradient)):
             return -math.inf, torch.zeros_like(u)  # overflow is not a rise
         rise = value - self.value
         if rise > self.best.rise:

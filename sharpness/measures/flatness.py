@@ -17,7 +17,7 @@ from sharpness import _tensors
 from sharpness._arguments import ensure, fraction, of_a_risk, positive, require, whole
 from sharpness._results import Cost, Reading, Result, Status, bars, ensure_available
 from sharpness._run import Run
-from sharpness.measures.perturbation import normal_draws
+from sharpness.measures.perturbation import repeated_draws
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball
 from sharpness.risk.empirical import EmpiricalRisk
@@ -134,12 +134,14 @@ def pac_bayes_sigma(
         ranks=risk.ranks,
     )
     drops: dict[float, np.ndarray] = {}
+    draws = repeated_draws(risk, num_draws, seed)
 
     def mean_drop(sigma: float) -> float:
         found = []
-        for z in normal_draws(risk, num_draws, seed):
+        for z in draws():
             run.step()
-            found.append(accuracy - risk.accuracy(risk.theta + z.mul_(scale).mul_(sigma)))
+            moved = torch.addcmul(risk.theta, scale, z, value=sigma)
+            found.append(accuracy - risk.accuracy(moved))
         drops[sigma] = np.array(found)
         return float(np.mean(found))
 
@@ -204,7 +206,7 @@ def box_alpha(
         ValueError: an argument outside its range.
         TypeError: targets that are no class numbers.
 
-    Cost: up to 10 `num_steps` values with gradient, each with a forward pass.
+    Cost: up to 10 `num_steps` values with gradient.
 
     References:
         Jiang et al. (2020), arXiv:1912.02178, after Keskar et al. (2017): the largest
@@ -222,17 +224,24 @@ def box_alpha(
         ranks=risk.ranks,
     )
 
-    def function(u: Tensor) -> tuple[float, Tensor]:
-        run.step()
-        value, gradient = risk.value_and_gradient(risk.theta + scale * u)
-        return value, gradient * scale
-
     def largest_drop(alpha: float) -> float:
         largest, ball = 0.0, Ball("linf", alpha)
+        seen: dict[float, float] = {}  # accuracies, by the loss of the point
+
+        def function(u: Tensor) -> tuple[float, Tensor]:
+            if not seen:  # at theta itself
+                value, gradient = risk.known_gradient()
+                gradient, found = gradient.clone(), accuracy
+            else:
+                run.step()
+                moved = torch.addcmul(risk.theta, scale, u)
+                value, gradient, found = risk.value_gradient_and_accuracy(moved)
+            seen.setdefault(value, found)
+            return value, gradient.mul_(scale)
+
         states = auto_pgd(function, torch.zeros_like(scale), ball, num_steps=num_steps)
         for state in islice(states, 1, None):
-            drop = accuracy - risk.accuracy(risk.theta + scale * state.point)
-            largest = max(largest, drop)
+            largest = max(largest, accuracy - seen[state.value])
             if largest >= accuracy_drop - _SLACK:
                 break
         return largest
@@ -240,6 +249,7 @@ def box_alpha(
     root = _Root(largest_drop, accuracy_drop, tol)
     with run:
         accuracy = _accuracy_at_theta(risk)
+        run.step()  # the gradient at theta, from which every ascent begins
         root.find(math.isfinite(accuracy))
     return AccuracyRadius(
         value=root.bracket[1] if root.bracket[1] < math.inf else math.nan,
@@ -248,7 +258,7 @@ def box_alpha(
         accuracy=accuracy,
         quantity="box_alpha",
         status=Status.worst(run.status, root.status),
-        cost=Cost(gradients=run.num_steps, forwards=run.num_steps, seconds=run.seconds),
+        cost=Cost(gradients=run.num_steps, seconds=run.seconds),
         settings={
             "accuracy_drop": accuracy_drop,
             "magnitude_aware": magnitude_aware,
@@ -530,7 +540,8 @@ class _Root:
 
 def _accuracy_at_theta(risk: EmpiricalRisk) -> float:
     """NaN where the loss is not finite: its largest outputs mean nothing."""
-    return risk.accuracy() if math.isfinite(risk.value()) else math.nan
+    value, accuracy = risk.value_and_accuracy()
+    return accuracy if math.isfinite(value) else math.nan
 
 
 def _interval(drops: dict[float, np.ndarray], level: float) -> tuple[float, float]:

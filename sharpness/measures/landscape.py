@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sharpness import _tensors
+from sharpness import _progress, _tensors
 from sharpness._arguments import of_a_risk, positive, whole
 from sharpness._results import Cost, Reading, Result, Status, counted
 from sharpness._run import Run
@@ -127,6 +127,7 @@ def interpolation(
     alphas: Iterable[float] | None = None,
     *,
     arc: bool = False,
+    progress: bool | None = None,
 ) -> Interpolation:
     """Risk and accuracy at (1 - alpha) theta + alpha `other`, or on an arc through both.
 
@@ -139,6 +140,7 @@ def interpolation(
             other network.
         alphas: where to look; by default 25 points from -1 to 2.
         arc: look at cos(alpha pi/2) theta + sin(alpha pi/2) `other` instead.
+        progress: show a bar; by default on a terminal.
 
     Raises:
         ValueError: `other` has another length than theta.
@@ -160,7 +162,7 @@ def interpolation(
     def on_line(alpha: float) -> Tensor:
         return theta.lerp(end, alpha)
 
-    found = _along(risk, on_arc if arc else on_line, points)
+    found = _along(risk, on_arc if arc else on_line, points, progress)
     return replace(found, settings={"arc": arc})
 
 
@@ -234,8 +236,8 @@ def low_loss_path(
             falling.step()
             losses.append(loss)
     points = [i / (num_points - 1) for i in range(num_points)]
-    path = _along(risk, bent, points)
-    line = _along(risk, lambda t: theta.lerp(end, t), points)
+    path = _along(risk, bent, points, progress)
+    line = _along(risk, lambda t: theta.lerp(end, t), points, progress)
     return LowLossPath(
         path=path,
         line=line,
@@ -252,10 +254,16 @@ def low_loss_path(
     )
 
 
-def _along(risk: EmpiricalRisk, way: Way, points: Iterable[float]) -> Interpolation:
+def _along(
+    risk: EmpiricalRisk, way: Way, points: Iterable[float], progress: bool | None
+) -> Interpolation:
     """Risk and accuracy at some points of a way."""
     began, places = time.monotonic(), tuple(points)
-    seen = [risk.values(way(place)[None]) for place in places]
+    seen = []
+    with _progress.bar("points", len(places), progress) as bar:
+        for place in places:
+            seen.append(risk.values(way(place)[None]))
+            bar.update(1)
     values, accuracies = (tuple(float(pair[i]) for pair in seen) for i in (0, 1))
     return Interpolation(
         alphas=places,

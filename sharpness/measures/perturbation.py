@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -26,6 +27,7 @@ from sharpness._results import (
 from sharpness._run import Deadline, Run
 from sharpness.optimize.auto_pgd import auto_pgd
 from sharpness.optimize.ball import Ball, Norm
+from sharpness.risk import memory
 from sharpness.risk.chunks import NoLossTermsError
 from sharpness.risk.empirical import EmpiricalRisk
 from sharpness.statistics import mean_and_error, mean_interval
@@ -277,6 +279,11 @@ def average_case_sharpness(
     _check_choices("l2", adaptive)
     num_draws = whole("num_draws", num_draws, 2, "One draw has no spread.")
     scale, value = perturbation_scale(risk, adaptive), math.nan
+    draws = (
+        repeated_draws(risk, num_draws, seed)
+        if several
+        else partial(normal_draws, risk, num_draws, seed)
+    )
     deadline = Deadline(max_seconds)
 
     def around(radius: float) -> AverageCaseSharpness:
@@ -290,12 +297,13 @@ def average_case_sharpness(
             ranks=risk.ranks,
         )
         with run:
-            value = risk.value() if math.isnan(value) else value
-            for z in normal_draws(risk, num_draws, seed):
-                step = z.mul_(scale).mul_(radius)
+            value = risk.known_value()
+            for z in draws():
                 run.step(2)
-                both = risk.value(risk.theta + step) + risk.value(risk.theta - step)
-                rises.append(both / 2 - value)
+                ends = (
+                    torch.addcmul(risk.theta, scale, z, value=r) for r in (radius, -radius)
+                )
+                rises.append(sum(map(risk.value, ends)) / 2 - value)
         mean, error = mean_and_error(rises)
         finite = math.isfinite(mean) or not rises
         return AverageCaseSharpness(
@@ -334,6 +342,17 @@ def _filter_norms(weight: Tensor) -> Tensor:
         return weight.abs()
     norms: Tensor = weight.flatten(1).norm(dim=1)
     return norms.view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+
+
+def repeated_draws(
+    risk: EmpiricalRisk, num: int, seed: int
+) -> Callable[[], Iterable[Tensor]]:
+    """The same, to be gone through again and again: kept where there is room for them."""
+    draw = partial(normal_draws, risk, num, seed)
+    if 4 * num * risk.theta.nbytes > memory.budget_bytes(risk.device):
+        return draw
+    kept = list(draw())
+    return lambda: kept
 
 
 def normal_draws(risk: EmpiricalRisk, num: int, seed: int) -> Iterator[Tensor]:
@@ -381,7 +400,7 @@ class _Search:
 
     def __init__(self, shard: EmpiricalRisk, scale: Tensor, *, keep: bool) -> None:
         self._shard, self._scale, self.terms = shard, scale, shard.num_terms
-        self.displacement = torch.zeros_like(scale) if keep else None  # of the best
+        self._best = torch.zeros_like(scale) if keep else None
         self.values: list[float] = []
         self.finished, self.is_finite = False, True
 
@@ -390,21 +409,28 @@ class _Search:
 
         def function(u: Tensor) -> tuple[float, Tensor]:
             run.step()
-            displacement = self._scale * u
-            value, gradient = self._shard.value_and_gradient(
-                self._shard.theta + displacement
-            )
+            if self._best is not None and not self.values:  # at theta itself
+                value, gradient = self._shard.known_gradient()
+                gradient = gradient.clone()
+            else:
+                theta = torch.addcmul(self._shard.theta, self._scale, u)
+                value, gradient = self._shard.value_and_gradient(theta)
             is_best = math.isfinite(value) and all(value > v for v in self._finite)
-            if is_best and self.displacement is not None:
-                self.displacement = displacement
+            if is_best and self._best is not None:
+                self._best = u
             self.values.append(value)
-            return value, gradient * self._scale
+            return value, gradient.mul_(self._scale)
 
         zero = torch.zeros_like(self._scale)
         for state in auto_pgd(function, zero, ball, num_steps=num_steps):
             last = state
         self.finished = True
         self.is_finite = last.num_iters > 0 or last.message == "the gradient is zero"
+
+    @property
+    def displacement(self) -> Tensor | None:
+        """Of the best point."""
+        return None if self._best is None else self._scale * self._best
 
     @property
     def _finite(self) -> list[float]:

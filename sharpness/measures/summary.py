@@ -186,10 +186,10 @@ def summary(
     sound, got = 1 <= shared.k <= risk.n, f"k={shared.k} (n={risk.n} parameters)"
     ensure(sound, "k", "lie in [1, n]", got)
     began = time.monotonic()
-    value = risk.value()
+    value, share = risk.value_and_accuracy()
     advice = "Its parameters or the data hold NaN or infinite values."
     ensure(math.isfinite(value), "risk", "be finite", f"f(theta) = {value}", advice)
-    accuracy = risk.accuracy() if risk.is_classification else None
+    accuracy = share if risk.is_classification else None
     expected = expected_seconds(risk, chosen, shared)
     if on_estimate is not None:
         on_estimate(sum(expected.values()))
@@ -313,7 +313,7 @@ def _of_the_slope(risk: EmpiricalRisk, results: dict[str, list[Result]]) -> Iter
     if not (tops or rises) or Status.INTERRUPTED in ended:
         return  # nothing to be explained, or no time for it
     try:
-        gradient = risk.gradient()
+        _, gradient = risk.known_gradient()
     except (ArithmeticError, NotImplementedError, RuntimeError):
         return  # a result says so already
     slope = float(_tensors.norm64(gradient))

@@ -21,17 +21,16 @@ def sign_ascent(
 
     Cost: one value with gradient a state; memory 4 vectors.
     """
-    width = (box.upper - box.lower).clamp(max=torch.finfo(start.dtype).max)
+    width = (box.upper - box.lower).clamp_(max=torch.finfo(start.dtype).max / 4)
     point = box.clip(start)
     value, gradient = value_and_gradient(point)
     share, evals = 1.0, 1
     while True:
         up = gradient.sign()
-        candidate = box.clip(point + share * width * up)
-        if share == 1:  # exactly to the corner, without rounding
-            candidate = torch.where(
-                up > 0, box.upper, torch.where(up < 0, box.lower, point)
-            )
+        # At first twice the width: exactly to the corner, without rounding.
+        reach = share if share < 1 else 2.0
+        candidate = torch.addcmul(point, width, up, value=reach)
+        box.clip(candidate, out=candidate)
         if torch.equal(candidate, point):
             yield Maximum(point, value, evals, evals - 1, "at its best corner", True)
             return

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
+from sharpness._tensors import is_finite
 from sharpness.optimize.ball import Ball
 from sharpness.optimize.box import Maximum, ValueAndGradient
 
@@ -47,9 +49,11 @@ def auto_pgd(
         yield Maximum(best, best_value, k + 1, k, message or "ascending", done)
         if done:
             return
-        ahead = ball.project(u + step * up)
-        if k:
-            ahead = ball.project(u + _MOMENTUM * (ahead - u) + (1 - _MOMENTUM) * (u - last))
+        ahead = torch.add(u, up, alpha=step)
+        ahead = ball.project(ahead, out=ahead)
+        if k:  # u + _MOMENTUM (ahead - u) + (1 - _MOMENTUM) (u - last)
+            ahead.mul_(_MOMENTUM).add_(u, alpha=2 - 2 * _MOMENTUM)
+            ahead = ball.project(ahead.sub_(last, alpha=1 - _MOMENTUM), out=ahead)
         last, u = u, ahead
         value, gradient = value_and_gradient(u)
         is_dead = value <= best_value and not bool(gradient.any())
@@ -69,7 +73,7 @@ def auto_pgd(
 
 
 def _overflows(value: float, gradient: Tensor) -> bool:
-    return not (math.isfinite(value) and bool(gradient.isfinite().all()))
+    return not (math.isfinite(value) and is_finite(gradient))
 
 
 def _checkpoints(num_steps: int) -> set[int]:

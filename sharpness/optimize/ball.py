@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,12 +21,12 @@ class Ball:
     norm: Norm
     radius: float
 
-    def project(self, u: Tensor) -> Tensor:
+    def project(self, u: Tensor, out: Tensor | None = None) -> Tensor:
         """The nearest point of the ball."""
         if self.norm == "linf":
-            return u.clamp(-self.radius, self.radius)
+            return torch.clamp(u, -self.radius, self.radius, out=out)
         length = float(norm64(u))
-        return u if length <= self.radius else u * (self.radius / length)
+        return u if length <= self.radius else torch.mul(u, self.radius / length, out=out)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The unit step along which a linear function rises most; 0 for a gradient of 0.
@@ -35,6 +36,9 @@ class Ball:
         """
         if self.norm == "linf":
             return gradient.sign()
+        length = float(norm64(gradient))
+        if torch.finfo(gradient.dtype).tiny < length < math.inf:
+            return gradient / length
         largest = gradient.abs().max()
         if not float(largest) > 0:
             return torch.zeros_like(gradient)

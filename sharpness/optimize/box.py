@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 ValueAndGradient = Callable[[Tensor], tuple[float, Tensor]]
@@ -17,9 +18,14 @@ class Box:
     lower: Tensor  # (p,)
     upper: Tensor  # (p,)
 
-    def clip(self, point: Tensor) -> Tensor:
+    def clip(self, point: Tensor, out: Tensor | None = None) -> Tensor:
         """The nearest point of the box."""
-        return point.clamp(self.lower, self.upper)
+        return torch.clamp(point, self.lower, self.upper, out=out)
+
+    def stepped(self, point: Tensor, direction: Tensor, step: float) -> Tensor:
+        """The point of the box nearest to point + step direction, in one new vector."""
+        ahead = torch.add(point, direction, alpha=step)
+        return self.clip(ahead, out=ahead)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from sharpness._tensors import dot64
+from sharpness._tensors import dot64, is_finite
 from sharpness.optimize.box import Box, Maximum, ValueAndGradient
 from sharpness.optimize.line_search import strong_wolfe
 
-_BLOCK = 1 << 17  # variables handled at a time
+_BLOCK = 1 << 15  # variables handled at a time: their part of W fits a cache
+_BLOCK_ON_GPU = 1 << 20  # there a call takes longer than its arithmetic
 _NEAR = 0.02  # of a step: from there on the slope is a straight line
 _EXACT = 1 << 17  # variables up to which the path's bends are sorted
-_LOOKS = 8  # points of the path looked at in one sweep
+_LOOKS = 3  # points of the path looked at in one sweep, beside those where its end may be
+_FEW = 1 << 16  # variables whose exact minimum is where the first sweep looks
 
 
 def lbfgsb(
@@ -48,7 +50,7 @@ def lbfgsb(
         nonlocal evals
         evals += 1
         value, gradient = value_and_gradient(x)
-        if not (math.isfinite(value) and bool(gradient.isfinite().all())):
+        if not (math.isfinite(value) and is_finite(gradient)):
             return math.inf, torch.zeros_like(gradient)  # no point to go to
         return -value, -gradient
 
@@ -61,7 +63,7 @@ def lbfgsb(
         yield Maximum(x, -f, evals, iteration, message, message != "running")
         if message != "running":
             return
-        direction = _minimiser(model, x, g, box) - x
+        direction = _minimiser(model, x, g, box).sub_(x)
         slope = float(dot64(g, direction))
         longest = 1.0 if iteration == 0 else _longest_step(x, direction, box)
         found = None
@@ -74,14 +76,18 @@ def lbfgsb(
             model = _Model(x, memory)  # start again from steepest ascent
         else:
             step, f, new_g = found
-            new_x = box.clip(x + step * direction)
-            model.add(new_x - x, new_g - g)
+            new_x = box.stepped(x, direction, step)
+            model.add(torch.sub(new_x, x, out=direction), torch.sub(new_g, g, out=g))
             x, g, iteration = new_x, new_g, iteration + 1
 
 
 def _can_move(x: Tensor, g: Tensor, box: Box) -> bool:
     """Whether any variable has room in the direction of descent."""
-    return bool((((g > 0) & (x > box.lower)) | ((g < 0) & (x < box.upper))).any())
+    blocks = ((x[b], g[b], box.lower[b], box.upper[b]) for b in _blocks_of(x))
+    return any(
+        bool((((g > 0) & (x > lower)) | ((g < 0) & (x < upper))).any())
+        for x, g, lower, upper in blocks
+    )
 
 
 def _minimiser(model: _Model, x: Tensor, g: Tensor, box: Box) -> Tensor:
@@ -89,38 +95,40 @@ def _minimiser(model: _Model, x: Tensor, g: Tensor, box: Box) -> Tensor:
     try:
         return model.minimiser(x, g, box)
     except LinAlgError:
-        return box.clip(x - g)
+        return box.stepped(x, g, -1.0)
 
 
 def _along(
     function: ValueAndGradient, box: Box, x: Tensor, direction: Tensor, step: float
 ) -> tuple[float, Tensor]:
-    return function(box.clip(x + step * direction))
+    return function(box.stepped(x, direction, step))
 
 
 def _longest_step(x: Tensor, direction: Tensor, box: Box) -> float:
     """The largest multiple of `direction`, at least 1, that stays in the box."""
-    return max(1.0, min(float(_breakpoints(x, -direction, box).min()), 1e10))
+    return max(1.0, min(_first_bound(x, direction, box), 1e10))
 
 
 class _Model:
     """The quadratic model with B = theta I - W^T M W, from the last correction pairs.
 
-    Rows of W (2m, p) are y_1, s_1, y_2, s_2, ...; the papers' factor theta on the s's
-    stands in M instead, so that a new theta leaves W as it is. W is by far the largest
-    thing here, so it is read block by block, few times an iteration: about six.
+    Rows of W (2m, p) are y_1, s_1, y_2, s_2, ..., where a new pair takes the place of the
+    oldest; the papers' factor theta on the s's stands in M instead, so that a new theta
+    leaves W as it is. W is by far the largest thing here, so it is read block by block,
+    few times an iteration: about five.
     """
 
     def __init__(self, like: Tensor, memory: int) -> None:
         self._rows = like.new_empty((2 * memory, like.numel()))
-        self._sy = torch.empty((0, 0), dtype=torch.float64)  # s_i^T y_j
+        self._pairs: list[int] = []  # places of the pairs in W, oldest first
+        self._sy = torch.empty((0, 0), dtype=torch.float64)  # s_i^T y_j, oldest first
         self._ss = torch.empty((0, 0), dtype=torch.float64)
         self._theta = 1.0
         self._m = torch.empty((0, 0), dtype=torch.float64)
 
     @property
     def is_empty(self) -> bool:
-        return not len(self._ss)
+        return not self._pairs
 
     def add(self, s: Tensor, y: Tensor) -> None:
         """Take in a pair, unless the curvature along it is not positive.
@@ -131,72 +139,77 @@ class _Model:
         length = float(dot64(s, s)) ** 0.5
         if not 0 < length < math.inf:
             return
-        s, y = s / length, y / length
-        curvature, square = float(dot64(s, y)), float(dot64(y, y))
+        curvature = float(dot64(s, y)) / length / length
+        square = float(dot64(y, y)) / length / length
         if not curvature > torch.finfo(s.dtype).eps * square**0.5:
             return
-        m = len(self._ss)
-        if 2 * m == len(self._rows):
-            self._rows = self._rows.roll(-2, 0)
-            self._sy, self._ss, m = self._sy[1:, 1:], self._ss[1:, 1:], m - 1
-        self._rows[2 * m], self._rows[2 * m + 1] = y, s
-        with_s, with_y = self._w(m + 1, s, y)
-        self._ss = _bordered(self._ss, with_s[1::2], with_s[1::2])
-        self._sy = _bordered(self._sy, with_y[1::2], with_s[::2])
+        place = len(self._pairs)
+        if 2 * place == len(self._rows):
+            place, *self._pairs = self._pairs
+            self._sy, self._ss = self._sy[1:, 1:], self._ss[1:, 1:]
+        self._pairs.append(place)
+        new = self._rows[2 * place : 2 * place + 2]
+        torch.div(y, length, out=new[0])
+        torch.div(s, length, out=new[1])
+        with_y, with_s = self._w(new).view(2, -1, 2)[:, self._pairs].unbind()
+        self._ss = _bordered(self._ss, with_s[:, 1], with_s[:, 1])
+        self._sy = _bordered(self._sy, with_y[:, 1], with_s[:, 0])
         self._theta = square / curvature
         try:
             self._m = self._middle_matrix()
         except LinAlgError:  # pairs that rounding cannot tell apart
+            self._pairs, self._theta = [], 1.0
             self._sy = self._ss = self._m = self._sy[:0, :0]
-            self._theta = 1.0
 
     def _middle_matrix(self) -> Tensor:
-        theta, lower, m = self._theta, self._sy.tril(-1), len(self._ss)
+        theta, lower, m = self._theta, self._sy.tril(-1), len(self._pairs)
         top = torch.cat([-torch.diag(self._sy.diag()), lower.T], 1)
         bottom = torch.cat([lower, theta * self._ss], 1)
         scale = torch.ones(2 * m, dtype=torch.float64)
         scale[m:] = theta
         inverse: Tensor = torch.linalg.inv(torch.cat([top, bottom]))
-        rows = torch.arange(2 * m).view(2, m).T.flatten()  # y's and s's in turn, as in W
+        rows = torch.empty((m, 2), dtype=torch.int64)  # as W has them
+        rows[self._pairs] = torch.arange(2 * m).view(2, m).T
+        rows = rows.flatten()
         return (scale[:, None] * inverse * scale)[rows][:, rows]
 
-    def _blocks(self, pairs: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """W a few variables at a time, (2m, block)."""
-        height = 2 * (len(self._ss) if pairs is None else pairs)
-        for start in range(0, self._rows.shape[1], _BLOCK):
-            block = slice(start, start + _BLOCK)
-            yield block, self._rows[:height, block]
+        w = self._rows[: 2 * len(self._pairs)]
+        return ((block, w[:, block]) for block in _blocks_of(w[0]))
 
-    def _w(self, pairs: int, *vectors: Tensor) -> Tensor:
-        """W times vectors (p,), as (number of vectors, 2m) on the CPU."""
-        total = torch.zeros((len(vectors), 2 * pairs), dtype=torch.float64)
-        for block, w in self._blocks(pairs):
-            stacked = torch.stack([v[block] for v in vectors])
-            total += (stacked @ w.T).double().cpu()
+    def _w(self, rows: Tensor) -> Tensor:
+        """W times each of some vectors (b, p), as (b, 2m) on the CPU."""
+        total = torch.zeros((len(rows), 2 * len(self._pairs)), dtype=torch.float64)
+        for block, w in self._blocks():
+            total += (rows[:, block] @ w.T).double().cpu()
         return total
 
     def minimiser(self, x: Tensor, g: Tensor, box: Box) -> Tensor:
         """Minimise the model: along the projected gradient, then over the free part."""
         if self.is_empty:
-            return box.clip(x - g)  # B = I: the path ends at its unconstrained minimum
+            return box.stepped(x, g, -1.0)  # B = I: the path ends at its minimum
         breaks = _breakpoints(x, g, box)
         cauchy_step = self._cauchy_step(g, breaks)
-        moved = -g * breaks.clamp(max=cauchy_step)
-        return self._subspace_minimiser(x, g, moved, breaks > cauchy_step, box)
+        return self._subspace_minimiser(x, g, breaks, cauchy_step, box)
 
     def _cauchy_step(self, g: Tensor, breaks: Tensor) -> float:
         """The t that first minimises the model along clip(x - t g)."""
         if len(g) <= _EXACT:
-            return self._cauchy_by_sorting(g.double(), breaks.double())
+            return self._cauchy_by_sorting(g, breaks)
         return self._cauchy_by_bracketing(g, breaks)
 
-    def _cauchy_by_sorting(self, g: Tensor, breaks: Tensor) -> float:
+    def _cauchy_by_sorting(self, g: Tensor, breaks: Tensor, stride: int = 1) -> float:
         """Exactly: slope and curvature between all bends at once, by prefix sums.
 
-        Algorithm CP of Byrd et al. (1995) visits the bends one by one.
+        Algorithm CP of Byrd et al. (1995) visits the bends one by one. With a stride each
+        variable looked at stands for so many: sums over them are that much larger.
         """
-        theta, m = self._theta, self._m.to(g)
-        w = self._rows[: 2 * len(self._ss)].double()
+        g, breaks = g[::stride].double(), breaks[::stride].double()
+        theta, m = self._theta, stride * self._m.to(g)
+        w = self._rows[: 2 * len(self._pairs), ::stride].double()
+        if not g.any():
+            return math.nan
         bends, order = breaks[g != 0].sort()
         g, w = g[g != 0][order], w[:, g != 0][:, order]
         bends = bends.clamp_min(0.0)  # a variable a rounding error outside of its bound
@@ -216,31 +229,37 @@ class _Model:
         """To 2 % or, where the slope is smooth, three digits; for many variables.
 
         With a million variables the path bends a million times and the derivative of
-        the model along it is smooth to the eye. One sweep over W gives it at several t;
-        three sweeps and a line through the last two do what sorting does in more time
-        and memory. A minimum that ends before the path has become a quarter longer can
-        be passed over. Where nothing moves any more the slope is 0, so that the end is
-        always found.
+        the model along it is smooth to the eye. One sweep over W gives it at several t,
+        beside the exact minimum of every so manieth variable, and a line through the last
+        two does what sorting does in more time and memory. A minimum that ends before the
+        path has become four times longer can be passed over. Where nothing moves any more
+        the slope is 0, so that the end is always found.
         """
-        low, slope = 0.0, -float(dot64(g, torch.where(breaks > 0, g, 0.0)))
-        steps = [4.0**i / self._theta for i in range(-3, _LOOKS - 3)]
+        parts = ((g[b], breaks[b] > 0) for b in _blocks_of(g))
+        low, slope = 0.0, -sum(float(dot64(g_b, g_b * moves)) for g_b, moves in parts)
+        guess = self._cauchy_by_sorting(g, breaks, len(g) // _FEW)
+        guess = guess if 0 < guess < math.inf else 1 / self._theta
+        steps = _around(guess)
         while True:
             found = list(zip(steps, self._slopes(g, breaks, steps), strict=True))
+            flattest = sorted([(low, slope), *found], key=lambda point: abs(point[1]))[:2]
+            ends = _around(_zero(*flattest))
             rising = next((i for i, (_, d) in enumerate(found) if not d < 0), None)
             if rising is None:
                 low, slope = found[-1]
-                steps = [low * 4.0 ** (i + 1) for i in range(_LOOKS)]
+                further = [low * 4.0 ** (i + 1) for i in range(_LOOKS)]
+                steps = sorted({*further, *(t for t in ends if low < t < further[-1])})
                 continue
             high, top = found[rising]
             if math.isnan(top):
                 return low
             low, slope = found[rising - 1] if rising else (low, slope)
-            secant = low + (high - low) * slope / (slope - top)
+            secant = _zero((low, slope), (high, top))
             if high - low <= _NEAR * high:
                 return secant
-            even = [low + (high - low) * (i + 1) / _LOOKS for i in range(_LOOKS)]
-            around = [secant * (1 - _NEAR / 3), secant * (1 + _NEAR / 3)]
-            steps = sorted(even + [t for t in around if low < t < high])
+            even = [low + (high - low) * i / (_LOOKS + 1) for i in range(1, _LOOKS + 1)]
+            ends += _around(secant)
+            steps = sorted({*even, *(t for t in ends if low < t < high)})
 
     def _slopes(self, g: Tensor, breaks: Tensor, steps: list[float]) -> list[float]:
         """Derivatives of the model along the path, each just after its step t.
@@ -248,44 +267,50 @@ class _Model:
         What moves has moved by -t g, with the velocity -g; the rest by -g times its own
         break.
         """
+        num = len(steps)
         t = torch.tensor(steps, dtype=g.dtype, device=g.device)[:, None]
-        squares = torch.zeros(len(steps), dtype=torch.float64)  # of the velocity
-        p = torch.zeros((len(steps), len(self._m)), dtype=torch.float64)
-        c = torch.zeros_like(p)
+        total = torch.zeros((2 * num, 2 * len(self._pairs)), dtype=torch.float64)
+        squares = torch.zeros(num, dtype=torch.float64)
+        scratch = g.new_empty((2 * num, _size(g)))
         for block, w in self._blocks():
-            g_b, breaks_b = g[block], breaks[block]
-            moving = (breaks_b > t).to(g.dtype)  # (steps, block)
-            pull = w * g_b
-            p -= (moving @ pull.T).double().cpu()
-            c -= (torch.minimum(breaks_b, t) @ pull.T).double().cpu()
-            squares += (moving @ g_b.square()).double().cpu()
+            path = scratch[:, : w.shape[1]]
+            torch.gt(breaks[block], t, out=path[:num])  # 1 where it moves
+            torch.minimum(breaks[block], t, out=path[num:])
+            path *= g[block]
+            total += (path @ w.T).double().cpu()
+            squares += (path[:num] @ g[block]).double().cpu()
+        p, c = -total.view(2, num, -1)
         linear = (self._theta * torch.tensor(steps, dtype=torch.float64) - 1) * squares
         slopes: list[float] = (linear - ((p @ self._m) * c).sum(1)).tolist()
         return slopes
 
     def _subspace_minimiser(
-        self, x: Tensor, g: Tensor, moved: Tensor, free: Tensor, box: Box
+        self, x: Tensor, g: Tensor, breaks: Tensor, cauchy_step: float, box: Box
     ) -> Tensor:
-        theta, m, num = self._theta, self._m, len(self._ss)
-        back = (m @ self._w(num, moved)[0]).to(g)
-        r, w_r = torch.empty_like(g), torch.zeros(2 * num, dtype=torch.float64)
-        gram = torch.zeros((2 * num, 2 * num), dtype=torch.float64)
-        for block, w in self._blocks():
-            free_b = free[block].to(g.dtype)
-            pull = g[block] + theta * moved[block] - back @ w
-            r[block] = free_b * pull
-            w_r += (w @ r[block]).double().cpu()
-            gram += ((w * free_b) @ w.T).double().cpu()
-        identity = torch.eye(2 * num, dtype=torch.float64)
-        v = torch.linalg.solve(identity - m @ gram / theta, m @ w_r).to(g)
-        for block, w in self._blocks():  # r becomes the step
-            step = -(r[block] + (v @ w) / theta) / theta
-            r[block] = step * free[block].to(g.dtype)
-        cauchy = box.clip(x + moved)
-        best = box.clip(cauchy + r)
-        if float(dot64(g, best - x)) < 0:
+        """Minimise over what still moves at the Cauchy point; overwrites `breaks`."""
+        theta, m, num = self._theta, self._m, 2 * len(self._pairs)
+        moved, cauchy = torch.empty_like(g), torch.empty_like(g)
+        for block in _blocks_of(g):
+            torch.clamp(breaks[block], max=cauchy_step, out=moved[block]).mul_(-g[block])
+            breaks[block] = breaks[block] > cauchy_step  # from here on: 1 where it is free
+            torch.add(x[block], moved[block], out=cauchy[block])
+        free, cauchy = breaks, box.clip(cauchy, out=cauchy)
+        back = (m @ self._w(moved[None])[0]).to(g)
+        gram = torch.zeros((num, num), dtype=torch.float64)
+        pulled = torch.zeros(num, dtype=torch.float64)
+        for block, w in self._blocks():  # what moved becomes the pull on the free
+            pull = moved[block].mul_(theta).add_(g[block]).sub_(back @ w).mul_(free[block])
+            gram += ((w * free[block]) @ w.T).double().cpu()
+            pulled += (w @ pull).double().cpu()
+        eye = torch.eye(num, dtype=torch.float64)
+        v = torch.linalg.solve(eye - m @ gram / theta, m @ pulled).to(g)
+        for block, w in self._blocks():  # and that the step
+            step = moved[block].add_(v @ w, alpha=1 / theta).div_(-theta)
+            step.mul_(free[block])
+        best, step = box.stepped(cauchy, moved, 1.0), moved
+        if sum(float(dot64(g[b], best[b] - x[b])) for b in _blocks_of(x)) < 0:
             return best
-        return cauchy + min(1.0, float(_breakpoints(cauchy, -r, box).min())) * r
+        return cauchy.add_(step, alpha=min(1.0, _first_bound(cauchy, step, box)))
 
 
 def _sums_after(rows: Tensor) -> Tensor:
@@ -300,12 +325,41 @@ def _bordered(matrix: Tensor, column: Tensor, row: Tensor) -> Tensor:
     return torch.cat([wide, row[None]])
 
 
+def _zero(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Where the line through two points is 0; NaN where it is level."""
+    (a, f_a), (b, f_b) = one, other
+    return a - f_a * (b - a) / (f_b - f_a) if f_a != f_b else math.nan
+
+
+def _around(t: float) -> list[float]:
+    """Just before t and just after it."""
+    return [t * (1 - _NEAR / 3), t * (1 + _NEAR / 3)]
+
+
+def _size(like: Tensor) -> int:
+    """How many variables are handled at a time."""
+    return min(len(like), _BLOCK if like.device.type == "cpu" else _BLOCK_ON_GPU)
+
+
+def _blocks_of(like: Tensor) -> Iterator[slice]:
+    size = _size(like)
+    return (slice(start, start + size) for start in range(0, len(like), size))
+
+
 def _breakpoints(x: Tensor, g: Tensor, box: Box) -> Tensor:
     """For each variable, the t at which x - t g reaches its bound; a block at a time."""
     breaks = torch.empty_like(x)
-    for start in range(0, len(x), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        x_b, g_b = x[block], g[block]
-        room = torch.where(g_b < 0, box.upper[block] - x_b, x_b - box.lower[block])
-        breaks[block] = torch.where(g_b == 0, torch.inf, room / g_b.abs())
+    for block in _blocks_of(x):
+        breaks[block] = _breaks(x[block], g[block], box.lower[block], box.upper[block])
     return breaks
+
+
+def _first_bound(x: Tensor, direction: Tensor, box: Box) -> float:
+    """The t at which x + t direction reaches the first bound, as `_breakpoints`."""
+    parts = ((x[b], -direction[b], box.lower[b], box.upper[b]) for b in _blocks_of(x))
+    return float(torch.stack([_breaks(*part).min() for part in parts]).min())
+
+
+def _breaks(x: Tensor, g: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    ahead = torch.maximum((x - lower).div_(g), (x - upper).div_(g))
+    return ahead.nan_to_num_(torch.inf, torch.inf)  # 0/0: on a bound, and not moving

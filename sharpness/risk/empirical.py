@@ -528,6 +528,43 @@ class EmpiricalRisk:
         self._value = value if theta is None else self._value
         return value, gradient
 
+    @_fitting
+    def value_gradient_and_accuracy(
+        self, theta: Tensor | None = None
+    ) -> tuple[float, Tensor, float]:
+        """`value_and_gradient` and `accuracy` at `theta`. Cost: one pass over the data.
+
+        Raises:
+            DerivativeDisagreesError: as in `value_and_gradient`.
+            TypeError: as in `accuracy`.
+        """
+        self._require_classes()
+        self._require_gradient_of_f()
+        right: list[Tensor] = []
+
+        def see(batch: Any, outputs: Tensor) -> None:
+            right.append(self._is_right(outputs, batch[1]).sum())
+
+        value, gradient = self._f.value_and_gradient_seen(theta, see)
+        counted = self.ranks.add(int(self._counts().sum()))
+        return value, gradient, self.ranks.add(sum(map(int, right))) / counted
+
+    def value_and_accuracy(self) -> tuple[float, float]:
+        """F and the accuracy at theta, NaN where there are no classes, in one pass."""
+        value, accuracy = (float(each) for each in self.values(self.theta[None]))
+        self._value = value
+        return value, accuracy
+
+    def known_value(self) -> float:
+        """The risk at theta. Cost: one forward pass the first time, then nothing."""
+        return self.value() if self._value is None else self._value
+
+    def known_gradient(self) -> tuple[float, Tensor]:
+        """The risk and its gradient (n,) at theta, computed once; not to be written on."""
+        if self._gradient is None:
+            self._gradient = self.gradient()
+        return self.known_value(), self._gradient
+
     def hvp(self, v: Tensor) -> Tensor:
         """Hessian of f times `v`: (n,) -> (n,), or (b, n) -> (b, n), row by row.
 
@@ -580,7 +617,7 @@ class EmpiricalRisk:
         product = self._products_of(matrix, 1)(v)
         if matrix != "gradient_covariance":
             return product
-        gradient = self._known_gradient()
+        gradient = self.known_gradient()[1]
         along = v @ gradient
         along = self.vectors.total(along) if self.is_sharded else along
         return product - along.unsqueeze(-1) * gradient
@@ -602,13 +639,8 @@ class EmpiricalRisk:
         product = self._products_of(matrix, 1).of_part(part)
         if matrix != "gradient_covariance":
             return product
-        gradient = self.vectors.part(self._known_gradient())
+        gradient = self.vectors.part(self.known_gradient()[1])
         return product - self.vectors.total(part @ gradient) * gradient
-
-    def _known_gradient(self) -> Tensor:
-        if self._gradient is None:
-            self._gradient = self.gradient()
-        return self._gradient
 
     @_fitting
     def product_and_error(
@@ -911,13 +943,7 @@ class EmpiricalRisk:
         Raises:
             TypeError: outputs that are no scores of classes, or other targets.
         """
-        self._refuse_closure("accuracy")
-        ensure_available(
-            self.is_classification,
-            "risk",
-            "classify, with scores (N, C, ...) and class numbers",
-            "other outputs or targets (not available for regression)",
-        )
+        self._require_classes()
         leaves, right = self._f.pieces(theta), 0
         with self._f.evaluating(theta), torch.no_grad():
             for x, y in self.batches:  # the outputs of all may be too many to hold
@@ -926,6 +952,15 @@ class EmpiricalRisk:
                 )
         counted = int(self._counts().sum())
         return self.ranks.add(right) / self.ranks.add(counted)
+
+    def _require_classes(self) -> None:
+        self._refuse_closure("accuracy")
+        ensure_available(
+            self.is_classification,
+            "risk",
+            "classify, with scores (N, C, ...) and class numbers",
+            "other outputs or targets (not available for regression)",
+        )
 
     def _is_right(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Where a target that counts has the largest output."""
@@ -990,7 +1025,7 @@ class EmpiricalRisk:
         """Whether f is, at theta; else nothing is claimed of its derivatives."""
         if self._derivatives is None:
             return True
-        return math.isfinite(self.value() if self._value is None else self._value)
+        return math.isfinite(self.known_value())
 
     def _products_of(self, matrix: str, num_products: int) -> Products:
         contract = f"be one of {', '.join(MATRICES)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -92,15 +92,41 @@ class MeanLoss:
 
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
         """F and its gradient (n,) at `theta`."""
+        with self._differentiable(theta) as leaves:
+            return self._summed(self.mean.shares(leaves), leaves)
+
+    def value_and_gradient_seen(
+        self, theta: Tensor | None, see: Callable[[Any, Tensor], None]
+    ) -> tuple[float, Tensor]:
+        """The same; `see` is shown each chunk with the model's outputs on it."""
+
+        def shares(leaves: Sequence[Tensor]) -> Iterator[Tensor]:
+            for batch, outputs, share in self.mean.shares_and_outputs(leaves):
+                see(batch, outputs.detach())
+                yield share
+
+        with self._differentiable(theta) as leaves:
+            return self._summed(shares(leaves), leaves)
+
+    @contextmanager
+    def _differentiable(self, theta: Tensor | None) -> Iterator[list[Tensor]]:
         leaves = [piece.requires_grad_() for piece in self.pieces(theta)]
-        parts, gradient = [], torch.zeros_like(self.objective.theta)
         with self.evaluating(theta), torch.enable_grad():
-            for share in self.mean.shares(leaves):
-                with no_layers_computed_again(self.objective.model):
-                    pieces = gradients(share, leaves)
-                gradient += _tensors.flatten(g.to(gradient.dtype) for g in pieces)
-                parts.append(share.detach().double())
-        return self._value(parts), self.vectors.collected(gradient)
+            yield leaves
+
+    def _summed(
+        self, shares: Iterable[Tensor], leaves: Sequence[Tensor]
+    ) -> tuple[float, Tensor]:
+        parts, total = [], None
+        for share in shares:
+            with no_layers_computed_again(self.objective.model):
+                pieces = gradients(share, leaves)
+            gradient = _tensors.flatten(g.to(self.objective.theta) for g in pieces)
+            total = gradient if total is None else total.add_(gradient)
+            parts.append(share.detach().double())
+        if total is None:  # a process without data
+            total = torch.zeros_like(self.objective.theta)
+        return self._value(parts), self.vectors.collected(total)
 
     def _value(self, parts: list[Tensor]) -> float:
         """The sum over chunks, of which a process may have none, and over ranks."""
