@@ -32,7 +32,11 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_network():
-    def refuse(*args, **kwargs):
+    look_up = socket.getaddrinfo
+
+    def refuse(host, *args, **kwargs):
+        if host in ("127.0.0.1", "localhost"):  # engines of this machine
+            return look_up(host, *args, **kwargs)
         raise OSError("no network in tests")
 
     with pytest.MonkeyPatch.context() as patch:
