@@ -41,11 +41,14 @@ class Ranks:
 
     Args:
         group: of `torch.distributed`, with the backend gloo or NCCL; None for one process.
+
+    Attributes:
+        lost: why no other process can be reached any more; empty while they can.
     """
 
     def __init__(self, group: Any = None) -> None:
         self.group, self.rank, self.size = group, 0, 1
-        self.lost = ""  # why no other process can be reached any more
+        self.lost = ""
         if group is not None:
             import torch.distributed as dist
 

@@ -216,7 +216,7 @@ def _risk(
         batchnorm=settings.batchnorm,
         device=device,
         engine=settings.engine,
-        process_group=ranks.group,
+        process_group=ranks,
     )
 
 

@@ -26,6 +26,7 @@ import test_compat
 import test_doctor
 import test_eigenpairs
 import test_epsilon
+import test_faults
 import test_flatness
 import test_float32
 import test_lanczos
@@ -35,6 +36,7 @@ import test_lbfgsb
 import test_optimize
 import test_perturbation
 import test_products
+import test_ranks
 import test_remedies
 import test_reparametrise
 import test_schedules
@@ -44,7 +46,7 @@ import test_tracking
 import torch
 from helpers.problems import second_minimum
 
-from sharpness import _tensors, compat, statistics, tracking
+from sharpness import _ranks, _tensors, compat, statistics, tracking
 from sharpness.krylov import (
     basis,
     certificate,
@@ -882,6 +884,28 @@ def the_line_runs_backwards(patch):
         return original(risk, lambda alpha: at(1 - alpha), points)
 
     patch.setattr(landscape, "_along", mirrored)
+
+
+@seen_by(test_ranks.test_a_vector_drawn_in_stretches_is_the_whole_one_to_the_bit, 100)
+def every_process_draws_its_part_anew(patch):
+    def normal(self, like, generator):
+        span = self.ranks.span(self.n)
+        return torch.randn(span.stop - span.start, generator=generator)
+
+    patch.setattr(_ranks.Vectors, "normal", normal)
+
+
+@seen_by(test_ranks.test_processes_take_all_samples_and_whole_batches_of_batchnorm, 23, 5)
+def processes_cut_batches_of_batchnorm(patch):
+    original = test_ranks._own_part
+    patch.setattr(
+        test_ranks, "_own_part", lambda pair, ranks, most: original(pair, ranks, 1)
+    )
+
+
+@seen_by(test_faults.test_all_stop_after_the_step_at_which_one_is_late)
+def a_process_goes_by_its_own_clock(patch):
+    patch.setattr(test_faults.Two, "most", lambda self, number: number)
 
 
 NAMES = [mutate.__name__ for mutate, *_ in MUTANTS]

@@ -76,8 +76,7 @@ def facts(risk: EmpiricalRisk) -> dict[str, Any]:
     again = eigenpairs(risk, 1, tol=1e-2, v0=pairs.eigenvectors, max_hvps=4)
     bent = eigenpairs(risk, 1, preconditioner=part(1 + v.abs()), max_hvps=4)
     products = {
-        matrix: whole(risk.product(own, matrix))
-        for matrix in ("hessian", "gauss_newton", "gradient_covariance")
+        matrix: whole(risk.product(own, matrix)) for matrix in ("hessian", "gauss_newton")
     }
     return {
         "n": risk.n,
@@ -181,7 +180,7 @@ def refusals(risk: EmpiricalRisk, model: nn.Module, batch: Any) -> list[str]:
     told = []
     for call in (
         lambda: trace(risk),
-        lambda: risk.subset([0, 1]),
+        lambda: risk.product(risk.theta, "empirical_fisher"),
         lambda: eigenpairs(risk, method="dense"),
         lambda: EmpiricalRisk(model, closure=lambda m, b: m(b).sum(), data=[batch]),
         lambda: EmpiricalRisk(model, lambda z, y: cross_entropy(z, y), batch),
@@ -256,7 +255,7 @@ def test_no_process_ever_holds_all_parameters(two):
 
 
 def test_what_a_sharded_model_cannot_do_is_said(two):
-    named = ["trace", "subset", "method", "closure", "loss"]
+    named = ["trace", "matrix", "method", "closure", "loss"]
     for found in two:
         for name, told in zip(named, found["refused"], strict=True):
             assert name in told, told

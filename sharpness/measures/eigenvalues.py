@@ -280,6 +280,9 @@ def eigenpairs(
     ensure(sound, "k", "lie in [1, n]", of_n, "Ask for between 1 and n eigenpairs.")
     check_search(which, tol, confidence, max_hvps=max_hvps)
     k, dense = int(k), _is_dense(method, risk.n, max_hvps)
+    advice = "Only 'lanczos' takes vectors in parts."
+    sound = not (dense and risk.is_sharded)
+    ensure(sound, "method", "be 'lanczos' for a sharded model", "'dense'", advice)
     most = max_hvps or (risk.n if dense else 100 + 10 * k)
     held_on = torch.device(basis_device) if basis_device is not None else risk.device
     start, generator = _start(risk, v0, seed, whole=dense)

@@ -220,6 +220,10 @@ class ChunkedMean:
         """The mean over one chunk, from what the loss returned."""
         return self._terms.mean(reduced, self._terms.size(self._counted_in(batch)))
 
+    def _share(self, reduced: Tensor, batch: Any) -> Tensor:
+        """What a chunk adds to f, from what the loss returned."""
+        return self.mean(reduced, batch) * self.weight_of(batch)
+
     def work(self, matrix: str, seed: int) -> ChunkedSum:
         """One of the matrices, linearised at theta chunk by chunk."""
         linearise = self._linearise(matrix)
@@ -228,6 +232,8 @@ class ChunkedMean:
         if matrix == "sampled_fisher":
             parts = self._with_sampled_targets(leaves, seed)
         weights = [self._weight(chunk) for chunk in self.counted]
+        if self._in_lockstep:  # layers add up over processes what is weighed before
+            weights = [1.0 for _ in weights]
         evaluating = partial(evaluation, self._objective.model, self._batchnorm)
         return ChunkedSum(linearise, leaves, parts, weights, evaluating)
 
@@ -447,8 +453,9 @@ class ChunkedMean:
 
     def _linearise(self, matrix: str) -> Linearise:
         objective = self._objective
+        mean = self._share if self._in_lockstep else self.mean
         if matrix == "hessian":
-            return partial(curvature.hessian, objective, self.mean)
+            return partial(curvature.hessian, objective, mean)
         ensure_available(
             not self._closed,
             "matrix",
@@ -457,7 +464,13 @@ class ChunkedMean:
             "Pass `loss=` and pairs.",
         )
         if matrix == "gauss_newton":
-            return partial(curvature.gauss_newton, objective, self.mean)
+            return partial(curvature.gauss_newton, objective, mean)
+        ensure_available(
+            not self._in_lockstep,
+            "matrix",
+            "be 'hessian' or 'gauss_newton' for a sharded model",
+            f"{matrix!r} (not available)",
+        )
         ensure_available(
             self.whole != batch_dependence.LOSS_COUPLED,
             "loss",

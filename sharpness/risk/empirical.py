@@ -205,7 +205,8 @@ class EmpiricalRisk:
         check: bool = True,
         process_group: Any = None,
     ) -> None:
-        self.ranks = Ranks(process_group)
+        known = isinstance(process_group, Ranks)
+        self.ranks: Ranks = process_group if known else Ranks(process_group)
         self.engine = asked_engine(engine)
         if isinstance(engine, Mapping) and chunk_size == "auto":
             chunk_size = engine.get("chunk_size") or "auto"
@@ -288,7 +289,7 @@ class EmpiricalRisk:
             "tf32": tf32,
             "seed": seed,
             "check": check,
-            "process_group": process_group,
+            "process_group": self.ranks,
         }
         self._products: dict[str, Products] = {}
         self._gradient: Tensor | None = None
@@ -618,9 +619,7 @@ class EmpiricalRisk:
         if matrix != "gradient_covariance":
             return product
         gradient = self.known_gradient()[1]
-        along = v @ gradient
-        along = self.vectors.total(along) if self.is_sharded else along
-        return product - along.unsqueeze(-1) * gradient
+        return product - (v @ gradient).unsqueeze(-1) * gradient
 
     @_fitting
     def product_part(self, part: Tensor, matrix: Matrix = "hessian") -> Tensor:
@@ -738,6 +737,12 @@ class EmpiricalRisk:
                 [0, num_samples).
         """
         self._refuse_closure("data")
+        ensure_available(
+            not self.is_sharded,
+            "model",
+            "have its parameters on one process for a subset of the data",
+            "a sharded one (not available)",
+        )
         ensure(
             self._has_fixed_statistics,
             "batchnorm",

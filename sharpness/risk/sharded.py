@@ -37,6 +37,7 @@ _HOOKS = (
     *("_forward_hooks_always_called", "_state_dict_hooks", "_state_dict_pre_hooks"),
     "_load_state_dict_pre_hooks",
 )
+_A_TENSOR = object()  # stands where a tensor was, among what a layer is given or returns
 
 
 @dataclass(frozen=True)
@@ -362,14 +363,9 @@ class _Layer:
         parts = dict(self._module.named_parameters())  # as `functional_call` has set them
         leaves, spec = tree_flatten((args, kwargs))
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        call = _Call(
-            self._twin,
-            self._places,
-            dict(self._module.named_buffers()),
-            [None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
-            [isinstance(leaf, Tensor) for leaf in leaves],
-            spec,
-        )
+        constants = [_A_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        buffers = dict(self._module.named_buffers())
+        call = _Call(self._twin, self._places, buffers, constants, spec)
         own = [parts[name] for name in self._places]
         return call.restored(_Forward.apply(call, *own, *inputs))  # type: ignore[no-untyped-call]
 
@@ -383,13 +379,12 @@ class _Call:
         places: Mapping[str, Place],
         buffers: Mapping[str, Tensor],
         constants: Sequence[Any],
-        moving: Sequence[bool],
         spec: Any,
     ) -> None:
         self._twin, self._names, self._buffers = twin, list(places), buffers
         self._places, self.num = list(places.values()), len(places)
-        self._constants, self._moving, self._spec = constants, moving, spec
-        self._result: tuple[list[Any], Any] = [], None
+        self._constants, self._spec = constants, spec
+        self._result: tuple[list[Any], Any] = [], None  # leaves, and what holds them
         self.smooth: list[bool] = []  # which outputs can have a gradient
         self._autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
         self._types = torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")
@@ -405,16 +400,13 @@ class _Call:
     def outputs(self, whole: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """What the layer returns, as tensors."""
         given = iter(inputs)
-        filled = [
-            next(given) if moves else constant
-            for moves, constant in zip(self._moving, self._constants, strict=True)
-        ]
+        filled = [next(given) if x is _A_TENSOR else x for x in self._constants]
         args, kwargs = tree_unflatten(filled, self._spec)
         state = {**self._buffers, **dict(zip(self._names, whole, strict=True))}
         with self._as_it_was():
             result = functional_call(self._twin, state, args, kwargs)
         leaves, spec = tree_flatten(result)
-        self._result = [None if isinstance(x, Tensor) else x for x in leaves], spec
+        self._result = [_A_TENSOR if isinstance(x, Tensor) else x for x in leaves], spec
         found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.smooth = [each.is_floating_point() for each in found]
         return found
@@ -422,7 +414,7 @@ class _Call:
     def restored(self, outputs: Any) -> Any:
         """Tensors as the layer returns them."""
         tensors, (constants, spec) = iter(outputs), self._result
-        leaves = [next(tensors) if x is None else x for x in constants]
+        leaves = [next(tensors) if x is _A_TENSOR else x for x in constants]
         return tree_unflatten(leaves, spec)
 
     @contextmanager

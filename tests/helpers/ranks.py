@@ -46,11 +46,19 @@ def together(function: str, size: int, folder: Path) -> list[Any]:
     try:
         told = [process.communicate(timeout=LONG)[0] for process in processes]
     finally:
-        for process in processes:
-            process.kill()
+        end(processes)
     codes = [process.returncode for process in processes]
     assert codes == [0] * size, "\n".join(told)
     return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(size)]
+
+
+def end(processes: list[subprocess.Popen[str]]) -> None:
+    """Nothing of them is left."""
+    for process in processes:
+        process.kill()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
 
 
 def _main(function: str, folder: str, size: str, patience: str, rank: str) -> int:
