@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Container, Sequence
 from dataclasses import fields
@@ -78,8 +79,13 @@ def _usual(default: Any, text: str) -> str:
 def run(
     parser: Parser, arguments: Sequence[str] | None, command: Callable[[Any], int]
 ) -> int:
-    """Run a command with its parser's options; returns the exit code."""
+    """Run a command with its parser's options; returns the exit code.
+
+    `options.asked` is the line that was typed.
+    """
     options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options.asked = shlex.join([*parser.prog.split(), *given])
     return guarded(parser.prog.removeprefix("python -m "), lambda: command(options))
 
 

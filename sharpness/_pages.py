@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from sharpness import _command
 from sharpness._arguments import ensure
 from sharpness._results import Result, Results, Status
-from sharpness.measures.registry import FAMILIES, MEASURES
+from sharpness._saving import restored
+from sharpness.measures.registry import FAMILIES, MEASURES, TRACKED
 from sharpness.report import tables
 from sharpness.report.page import (
     Block,
@@ -21,6 +24,7 @@ from sharpness.report.page import (
 )
 from sharpness.results import readings_of
 from sharpness.statistics import ReadingComparison
+from sharpness.tracking import TrackedPoint, tracked_rows
 
 Record = Mapping[str, Any]
 
@@ -45,6 +49,18 @@ _OF_A_PATH = {
     "at, so a lower bound; a low path is one that was found, and that none was found does "
     "not show that there is none.",
 }
+_OF_TRACKS = {
+    "What is drawn": "Each measure along training, with its error, above the loss; on the "
+    "samples that the tracker holds, not on each mini-batch.",
+    "Stability threshold": "What the optimizer's rate eta bears: full-batch gradient "
+    "descent drives lambda_max up to 2 / eta and keeps it there (Cohen et al. 2021), Adam "
+    "the preconditioned one up to 38 / eta (2022); with mini-batches it stays below.",
+}
+_UNTRACKED = "--track NAME measures on the way; a finished run is not trained anew."
+_BETWEEN = [
+    "What happened between two points: a peak between them is not seen.",
+    "The samples of the training set that the tracker does not hold.",
+]
 _OF_ADVICE = {
     "Target": "The validation loss that every size is trained to.",
     "Updates, seconds": "Those to the target. 'Measured' were counted in the race; what "
@@ -53,6 +69,19 @@ _OF_ADVICE = {
     "What it does not say": "Whether the larger batch generalises as well beyond the "
     "target, and what holds after it.",
 }
+
+
+def report(command: str, path: str | None, make: Callable[..., Path], *shown: Any) -> None:
+    """Write the page that `--report` asks for, if it does, and say so on stderr.
+
+    Args:
+        command: that says it.
+        path: of the page; None where none was asked for.
+        make: one of the functions below.
+        shown: what it takes behind the path.
+    """
+    if path is not None:
+        _command.say(command, f"{make(path, *shown)} written")
 
 
 def measurement_page(path: str | Path, found: Sequence[Any]) -> Path:
@@ -68,7 +97,7 @@ def measurement_page(path: str | Path, found: Sequence[Any]) -> Path:
     sections = [
         *(_checkpoint(each) for each in found),
         *(_measure(name, found) for name in names),
-        _how(records, f"python -m sharpness.measure --from {path}"),
+        how(records, f"python -m sharpness.measure --from {path}"),
         _missing(names, records),
     ]
     one = f"How sharp is {Path(paths[0]).name}?"
@@ -118,14 +147,14 @@ def comparison_page(
         Section(
             title="Each checkpoint", blocks=[part for parts in shown for part in parts]
         ),
-        _how(records, f"python -m sharpness.measure --from {path}"),
+        how(records, f"python -m sharpness.measure --from {path}"),
         _missing(measured, records),
     ]
     return write_page(path, "Which of the two is sharper?", sections, records)
 
 
-def landscape_page(path: str | Path, found: Result, record: Record) -> Path:
-    """The page of `landscape`: a line, a plane or a path."""
+def landscape_page(path: str | Path, found: Result, record: Record, asked: str) -> Path:
+    """The page of `landscape`: a line, a plane or a path; `asked` is the command."""
     about = _OF_A_PATH if type(found).__name__ == "LowLossPath" else _OF_A_PLANE
     name = Path(record["checkpoint"]["path"]).name
     missing = [
@@ -139,14 +168,14 @@ def landscape_page(path: str | Path, found: Result, record: Record) -> Path:
             title="The loss around it", blocks=[tables.headline(record), *_result(found)]
         ),
         Section(title="How to read it", blocks=[about]),
-        _how([record]),
+        how([record], asked),
         Section(title="What was not measured", blocks=[missing]),
     ]
     return write_page(path, f"What surrounds {name}?", sections, [record])
 
 
-def advice_page(path: str | Path, found: Any, record: Record) -> Path:
-    """The page of `batchsize`."""
+def advice_page(path: str | Path, found: Any, record: Record, asked: str) -> Path:
+    """The page of `batchsize`; `asked` is the command."""
     answer, *words = [line for line in str(found).splitlines() if line]
     words = [line for line in words if not line.startswith("What this cannot tell")]
     missing = [*map(_sentence, (*found.unknown, *found.notes))]
@@ -154,10 +183,43 @@ def advice_page(path: str | Path, found: Any, record: Record) -> Path:
         Section(title="The answer", blocks=[answer, words]),
         Section(title="The numbers", blocks=_result(found)),
         Section(title="How to read them", blocks=[_OF_ADVICE]),
-        _how([record]),
+        how([record], asked),
         Section(title="What was not measured", blocks=[missing]),
     ]
     return write_page(path, "Which batch size?", sections, [record])
+
+
+def training_page(
+    path: str | Path,
+    runs: Table,
+    failures: Mapping[str, str],
+    records: Sequence[Record],
+    asked: str,
+) -> Path:
+    """The page of `train`: every run, and what was tracked on its way.
+
+    Args:
+        path: of the page.
+        runs: the clocks and the end of each finished run.
+        failures: why a run has no end, by its path.
+        records: of the trainings, and those of tracked points, each point once.
+        asked: the command.
+    """
+    tracks: dict[str, list[TrackedPoint]] = {}
+    for record in records:
+        if record["kind"] == "tracking":
+            point = restored(TrackedPoint, record["point"])
+            tracks.setdefault(record["path"], []).append(point)
+    tracked = [name for name in TRACKED if any(_has(name, t) for t in tracks.values())]
+    failed: list[Block] = ["No end:", dict(failures)] if failures else []
+    sections = [
+        Section(title="Every run", blocks=[*([runs] if runs.rows else []), *failed]),
+        *(_track(name, points) for name, points in tracks.items()),
+        Section(title="How to read it", blocks=[_about_tracks(tracked)]),
+        how([r for r in records if r["kind"] == "training"], asked),
+        _missing_of_training(tracked, records),
+    ]
+    return write_page(path, "How sharp on the way?", sections, records)
 
 
 # -- parts -----------------------------------------------------------------------------
@@ -250,17 +312,69 @@ def _compared(row: ReadingComparison) -> list[Any]:
     return cells
 
 
-def _how(records: Sequence[Record], command: str = "") -> Section:
+def how(records: Sequence[Record], command: str) -> Section:
     """Settings and environment, so that somebody else can repeat it."""
-    first = records[0]
-    keys = ("checkpoint", "subject", "networks", "data", "settings", "environment")
-    facts = {key: first[key] for key in keys if key in first}
-    again = [f"To repeat it, with the same settings: {command}"] if command else []
-    same = ["The settings of the first checkpoint:"] if len(records) > 1 else []
-    return Section(
-        title="How it was measured",
-        blocks=[*again, *same, facts_table(facts, "Settings, data and environment")],
+    first = records[0] if records else {}
+    keys = ("checkpoint", "subject", "networks", "data", "training", "budget", "regime")
+    last = ("settings", "device", "threads", "environment")
+    facts = {key: first[key] for key in (*keys, *last) if first.get(key)}
+    again = f"To repeat it, with the same settings: {command}"
+    same = ["The settings of the first:"] if len(records) > 1 else []
+    told = [facts_table(facts, "Settings, data and environment")] if facts else []
+    return Section(title="How it was measured", blocks=[again, *same, *told])
+
+
+def _has(name: str, points: Sequence[TrackedPoint]) -> bool:
+    return any(name in point.values() for point in points)
+
+
+def _track(path: str, points: Sequence[TrackedPoint]) -> Section:
+    """A run's picture, and every point of it with its evidence and cost."""
+    from sharpness.report.figures import tracking_plot
+
+    columns, rows = tracked_rows(points)
+    names = [name for name in TRACKED if _has(name, points)]
+    cells = [
+        [cell if value is None else (cell, value) for cell, value in pairs]
+        for pairs in map(zip_longest, rows, (_numbers_of(p, names) for p in points))
+    ]
+    caption = f"{path}, point by point"
+    table = Table(caption=caption, columns=columns, rows=cells)
+    shown = [f"from {rows[0][0]} to {rows[-1][0]} updates", *names]
+    picture = Picture(
+        figure=tracking_plot(points, names), alt=_named(path, shown), table=table
     )
+    bad = {point.status for point in points if not point.status.ok}
+    return Section(title=path, blocks=[*(f"{s}: {s.advice}" for s in bad), picture])
+
+
+def _numbers_of(point: TrackedPoint, names: Sequence[str]) -> list[float | None]:
+    """What the cells of a row are sorted by; None for words."""
+    values, cost = point.values(), point.cost
+    found = [values[n].value if n in values else float("nan") for n in names]
+    spent = [cost.products, cost.gradients, cost.seconds]
+    return [point.step, point.loss, *found, None, *spent]
+
+
+def _about_tracks(tracked: Sequence[str]) -> dict[str, str]:
+    """Of each measure what it is and does not say, and of the lines beside them."""
+    told = {
+        name: f"{_sentence(MEASURES[name].definition)} {MEASURES[name].caveat}"
+        for name in tracked
+    }
+    return _OF_TRACKS | told if tracked else {"Nothing was tracked": _UNTRACKED}
+
+
+def _missing_of_training(tracked: Sequence[str], records: Sequence[Record]) -> Section:
+    left = {n: _sentence(MEASURES[n].definition) for n in TRACKED if n not in tracked}
+    blocks: list[Block] = [[*(_BETWEEN if tracked else []), *_ALWAYS[1:]]]
+    if left:
+        blocks += ["Not tracked, and to be had by --track NAME:", left]
+    more = (
+        "Every other measure, and all of them at the end of training: python -m "
+        "sharpness.measure gives them of each checkpoint."
+    )
+    return Section(title="What was not measured", blocks=[*blocks, more])
 
 
 def _missing(measured: Sequence[str], records: Sequence[Record]) -> Section:
@@ -283,7 +397,8 @@ def _missing(measured: Sequence[str], records: Sequence[Record]) -> Section:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+    first = text if "_" in text.partition(" ")[0] else f"{text[:1].upper()}{text[1:]}"
+    return f"{first.rstrip('.')}."
 
 
 # -- a page as a question --------------------------------------------------------------

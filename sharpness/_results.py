@@ -443,6 +443,12 @@ def short(value: float) -> str:
     return digit if float(digit) == value < 0.01 else f"{value:g}"
 
 
+def plain(value: float) -> str:
+    """A whole number as it is, any other by `number`."""
+    whole = math.isfinite(value) and value == round(value) and abs(value) < 1e6
+    return f"{value:.0f}" if whole else number(value)
+
+
 def number(value: float | None) -> str:
     """Four significant digits, without an exponent where a person needs none."""
     if value is None or not math.isfinite(value):

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(options: Any) -> int:
-    from sharpness.report import figures
+    from sharpness import _pages
     from sharpness.statistics import compare_readings
 
     device = _command.chosen_device(options.device)
@@ -58,13 +58,12 @@ def _compare(options: Any) -> int:
     gaps = [_gap(record) for record in (*first, *second)]
     rows = compare_readings(_numbers(first), _numbers(second), gaps)
     if options.figure:
-        figures.comparison_plot(rows, (options.first, options.second), options.figure)
-    if options.report:
-        from sharpness._pages import comparison_page
+        from sharpness.report import figures
 
-        names = (options.first, options.second)
-        page = comparison_page(options.report, (first, second), rows, gaps, names)
-        _command.say("sharpness.compare", f"{page} written")
+        figures.comparison_plot(rows, (options.first, options.second), options.figure)
+    names = (options.first, options.second)
+    shown = ((first, second), rows, gaps, names)
+    _pages.report("sharpness.compare", options.report, _pages.comparison_page, *shown)
     if options.json:
         checkpoints = [[r["checkpoint"]["path"] for r in g] for g in (first, second)]
         derived = [{"ratio": row.ratio, "verdict": row.verdict} for row in rows]

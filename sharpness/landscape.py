@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _landscape(options: Any) -> int:
-    from sharpness import measurement
+    from sharpness import _pages, measurement
     from sharpness.checkpoint import check_file, weights_of
     from sharpness.record import append_record, new_record
 
@@ -102,11 +102,8 @@ def _landscape(options: Any) -> int:
         landscape=found,
     )
     append_record(output, record)
-    if options.report:
-        from sharpness._pages import landscape_page
-
-        page = landscape_page(options.report, found, record)
-        _command.say("sharpness.landscape", f"{page} written")
+    shown = (found, record, options.asked)
+    _pages.report("sharpness.landscape", options.report, _pages.landscape_page, *shown)
     if options.json:
         print(to_line(record))
     else:

@@ -199,6 +199,7 @@ def _measure(options: Any, before: Sequence[dict[str, Any]]) -> int:
 def _measure_together(
     options: Any, before: Sequence[dict[str, Any]], device: str, ranks: Ranks
 ) -> int:
+    from sharpness import _pages
     from sharpness.measurement import check_possible
 
     for flag in ("--doctor", "--audit", "--cross-check"):
@@ -213,20 +214,12 @@ def _measure_together(
     try:
         codes = [_one(path, options, device, found, ranks) for path in paths]
     finally:  # what has been measured is shown
-        if ranks.is_first:
-            _report(options, found)
+        if found and ranks.is_first:
+            page = _pages.measurement_page
+            _pages.report("sharpness.measure", options.report, page, found)
     for old, new in zip(before, found, strict=False):
         _say_what_differs(old, new.record)
     return max(codes)
-
-
-def _report(options: Any, found: Sequence[Measurement]) -> None:
-    if options.report and found:
-        from sharpness._pages import measurement_page
-
-        _command.say(
-            "sharpness.measure", f"{measurement_page(options.report, found)} written"
-        )
 
 
 def _say_what_differs(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -307,16 +307,11 @@ class SharpnessTracker:
 
     def table(self) -> str:
         """A line for each point: every number with its evidence, threshold and cost."""
-        shown = [name for name in TRACKED if any(name in p.values() for p in self.history)]
-        rows = [["update", "loss", *shown, "threshold", "products", "gradients", "s"]]
-        rows += [_cells(point, shown) for point in self.history]
-        if any(point.batchnorm for point in self.history):
-            column = ["BatchNorm on", *(p.statistics or "–" for p in self.history)]
-            rows = [[*row, cell] for row, cell in zip(rows, column, strict=True)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        columns, rows = tracked_rows(self.history)
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
         lines = (
             "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-            for row in rows
+            for row in [columns, *rows]
         )
         return "\n".join(lines) + "\n"
 
@@ -657,6 +652,18 @@ def _of_noise(found: GradientNoise) -> TrackedValue:
     if high is None:
         return _tracked(found, low, None)
     return _tracked(found, found.noise_scale, (high - low) / 2)
+
+
+def tracked_rows(points: Sequence[TrackedPoint]) -> tuple[list[str], list[list[str]]]:
+    """Names of columns, and of each point update, loss, every measure, threshold, cost."""
+    shown = [name for name in TRACKED if any(name in p.values() for p in points)]
+    columns = ["update", "loss", *shown, "threshold", "products", "gradients", "s"]
+    rows = [_cells(point, shown) for point in points]
+    if any(point.batchnorm for point in points):
+        columns.append("BatchNorm on")
+        for row, point in zip(rows, points, strict=True):
+            row.append(point.statistics or "–")
+    return columns, rows
 
 
 def _cells(point: TrackedPoint, shown: Sequence[str]) -> list[str]:

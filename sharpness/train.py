@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,9 @@ def _parser() -> _command.Parser:
         "records.jsonl",
     )
     add("--track-every", type=int, default=50, help="updates between (default: 50)")
+    _command.add_report(
+        parser, "every run's end and clocks, what was tracked, and the records"
+    )
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     add("--jobs", type=int, help="runs at once (default: one a core; on a GPU one)")
     _command.add_cluster(add)
@@ -111,6 +115,7 @@ def _train(options: Any) -> int:
         raise ValueError(str(error).replace("`name`", "`--data`")) from None
     runs = list(_runs(options, folder, num_train))
     _check_folder(folder)
+    _command.check_report(options.report)
     _say_clocks(runs, num_train)
     outcomes = []
     for outcome in sweep(runs, place, keep_every=options.keep_every, following=following):
@@ -118,6 +123,7 @@ def _train(options: Any) -> int:
         _note(outcome, folder / "records.jsonl", options.regime)
         _say(outcome, num_train)
     _say_table(outcomes, num_train)
+    _report(options, outcomes, folder / "records.jsonl", num_train)
     failed = sum(outcome.failure is not None for outcome in outcomes)
     if failed == len(runs):
         return _command.WRONG_CALL
@@ -289,13 +295,12 @@ def _say(outcome: Outcome, num_train: int) -> None:
     )
 
 
-def _say_table(outcomes: Sequence[Outcome], num_train: int) -> None:
-    """The three clocks of every run side by side, where batch sizes are compared."""
-    from sharpness.report.tables import table_text
+_COLUMNS = ("run", "batch", "updates", "samples", "seconds", "training loss", "test")
 
+
+def _rows(outcomes: Sequence[Outcome], num_train: int) -> list[list[str]]:
+    """The three clocks and the end of every finished run, by batch size."""
     done = [outcome for outcome in outcomes if outcome.failure is None]
-    if len({outcome.run.training.batch_size for outcome in done}) < 2:
-        return
     rows = []
     for outcome in sorted(done, key=lambda o: o.run.training.batch_size):
         updates, samples, seconds = _clocks(outcome, num_train)
@@ -304,8 +309,48 @@ def _say_table(outcomes: Sequence[Outcome], num_train: int) -> None:
         loss = f"{metrics['train_loss_batch']:.2g}"
         name = outcome.run.path.name
         rows.append([name, str(training.batch_size), *clocks, loss, _tested(metrics)])
-    columns = ("run", "batch", "updates", "samples", "seconds", "training loss", "test")
-    print(table_text(columns, rows), end="")
+    return rows
+
+
+def _say_table(outcomes: Sequence[Outcome], num_train: int) -> None:
+    """The runs side by side, where batch sizes are compared."""
+    from sharpness.report.tables import table_text
+
+    rows = _rows(outcomes, num_train)
+    if len({batch_size for _, batch_size, *_ in rows}) > 1:
+        print(table_text(_COLUMNS, rows), end="")
+
+
+def _report(
+    options: Any, outcomes: Sequence[Outcome], records: Path, num_train: int
+) -> None:
+    """The page of `--report`, from the records of these runs."""
+    if options.report is None:
+        return
+    from sharpness import _pages
+    from sharpness.report.page import Cell, Table
+
+    cells: list[list[Cell]] = [
+        [name, *((text, float(text)) for text in numbers), tested]
+        for name, *numbers, tested in _rows(outcomes, num_train)
+    ]
+    runs = Table(caption="At the end of training", columns=_COLUMNS, rows=cells)
+    failures = {str(o.run.path): o.failure for o in outcomes if o.failure is not None}
+    shown = (runs, failures, _records_of(outcomes, records), options.asked)
+    _pages.report("sharpness.train", options.report, _pages.training_page, *shown)
+
+
+def _records_of(outcomes: Sequence[Outcome], path: Path) -> list[dict[str, Any]]:
+    """Of each run its last record and its points, of those with one number the last."""
+    ends = {str(o.run.path): o.facts.get("updates", math.inf) for o in outcomes}
+    last: dict[tuple[str, int], dict[str, Any]] = {}
+    for record in read_records(path) if path.exists() else ():
+        run = record.get("path")
+        at = record["point"]["step"] if record["kind"] == "tracking" else -1
+        if run in ends and at <= ends[run]:
+            last[run, at] = record
+    place = {run: i for i, run in enumerate(ends)}
+    return [last[key] for key in sorted(last, key=lambda key: (place[key[0]], key[1]))]
 
 
 if __name__ == "__main__":

@@ -366,6 +366,10 @@ def test_the_picture_of_a_plane_is_its_numbers():
     figure = plane.plot()
     loss, accuracy, *bars = figure.axes
     assert [bar.get_xlabel() for bar in bars] == ["loss", "accuracy, %"]
+    figure.canvas.draw()
+    for bar in bars:  # each has a scale to read it by
+        low, high = bar.get_xlim()
+        assert sum(low <= tick <= high for tick in bar.get_xticks()) >= 2
     assert loss.get_xlabel() == "towards network 1 (distance)"
     assert loss.get_ylabel() == "across, towards network 2 (distance)"
     mesh = loss.collections[0]

@@ -1,28 +1,50 @@
 """Report pages: what stands on them, what repeats them, and what a browser sees."""
 
 import json
+import random
 import shutil
+from copy import deepcopy
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from helpers.batchsize import by_law, times
 from helpers.checkpoints import saved, trained, user_folder
+from helpers.problems import softmax_regression
 from matplotlib.figure import Figure
 
-from sharpness import compare, landscape, measure, read_records
+from sharpness import _pages, compare, landscape, loss_plane, measure, read_records
+from sharpness import train as train_command
+from sharpness._json import as_plain
+from sharpness._results import plain
 from sharpness.batchsize import __main__ as batchsize
 from sharpness.batchsize import advice
 from sharpness.lab import data
 from sharpness.lab.run import train
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.measures.registry import FAMILIES, MEASURES
+from sharpness.report import figures, marks, panels, svg
+from sharpness.report import page as page_module
 from sharpness.report.page import Picture, Section, Table, read_page, write_page
+from sharpness.reproduce import __main__ as reproduce
+from sharpness.reproduce.claims import Role
+from sharpness.reproduce.paper import finding
+from sharpness.reproduce.papers import PAPERS
+from sharpness.reproduce.runner import ObservationStore, Runner
+from sharpness.reproduce.shown import cells
 from sharpness.results import readings_of
+from tests.helpers.studies import TINY_NETWORK, tiny
 
 MOST_BYTES = 500_000
 FEW = ["--num-samples", "50", "--device", "cpu"]
-KINDS = ("measure", "several", "density", "compare", "plane", "path", "batchsize")
+TINIER = replace(tiny(PAPERS["keskar2017"].studies[0]), network=TINY_NETWORK)
+KINDS = (
+    *("measure", "several", "density", "compare", "plane", "path", "batchsize"),
+    *("train", "findings", "answer", "packed"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +58,11 @@ def pages(tmp_path_factory):
     sizes = (8, 32, 128)
     plane = ["--num-points", "3", *FEW]
     path = ["--directions", "path", "--num-steps", "3", *plane]
+    keskar = replace(PAPERS["keskar2017"], studies=[TINIER])
+    tried = ["keskar2017", "--device", "cpu", "--jobs", "1", "--output", str(folder / "r")]
     asked = {
+        "answer": (reproduce.main, tried),
+        "findings": (reproduce.main, [*tried, "--items", "table2,figure2"]),
         "measure": (measure.main, [nets[0], *FEW]),
         "several": (measure.main, [*nets, "--measures", "curvature,worst_l2", *FEW]),
         "density": (measure.main, [nets[0], "--measures", "density,trace", *FEW]),
@@ -44,14 +70,25 @@ def pages(tmp_path_factory):
         "plane": (landscape.main, [nets[0], *plane]),
         "path": (landscape.main, [*nets, *path]),
         "batchsize": (batchsize.main, [nets[0], "--output", str(folder / "advice")]),
+        "train": (train_command.main, tracked_run(folder)),
     }
     with pytest.MonkeyPatch.context() as patch:  # nothing is timed, nothing trained
         patch.setattr(advice, "time_per_update", lambda *_, **__: times(sizes))
         patch.setattr(advice, "race", lambda *_, **__: by_law(100, 3200, sizes))
+        patch.setitem(PAPERS, "keskar2017", keskar)
         for name, (main, arguments) in asked.items():
             page = str(folder / f"{name}.html")
             assert main([*arguments, "--report", page]) == 0, name
-    return {name: folder / f"{name}.html" for name in asked}
+        patch.setattr(page_module, "MOST_BYTES", 1)
+        again = ["--report", str(folder / "packed.html")]
+        assert compare.main([*nets, *FEW, *again]) == 0  # nothing is measured again
+    return {name: folder / f"{name}.html" for name in KINDS}
+
+
+def tracked_run(folder):
+    call = ["MLP?width=8&depth=1", "--data", "digits", "--batch-size", "256"]
+    call += ["--epochs", "2", "--track", "lambda_max,phi", "--track-every", "4"]
+    return [*call, "--jobs", "1", "--device", "cpu", "--output", str(folder / "runs")]
 
 
 class Page(HTMLParser):
@@ -90,9 +127,17 @@ def test_a_page_needs_nothing_but_itself(pages, kind):
     (policy,) = [a for a in page.all("meta") if "http-equiv" in a]
     assert policy["content"].startswith("default-src 'none'")
     assert "http" not in "".join(a.get("style", "") for _, a in page.tags)
-    assert all(len(image["alt"]) > 20 for image in page.all("img"))
+    drawn = page.all("svg")
+    assert all(each["role"] == "img" and len(each["aria-label"]) > 20 for each in drawn)
+    assert not page.all("img")
+    names = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(names) == len(set(names))
     assert len(page.all("h1")) == 1
-    assert page.titles[-1] == "What was not measured"
+    if kind == "packed":
+        assert "What was not measured</a>" in pages[kind].read_text()
+    else:
+        assert page.titles[-1] == "What was not measured"
+        assert len(drawn) == pages[kind].read_text().count('class="marks"') > 0
 
 
 @pytest.mark.parametrize("kind", ["measure", "several", "density", "compare"])
@@ -230,9 +275,10 @@ def test_a_page_that_cannot_be_written_is_refused_at_once(pages, tmp_path, main,
 
 
 def test_whatever_is_written_stays_text(tmp_path):
-    figure = Figure()
-    figure.subplots().plot([0, 1])
-    evil = "</script><script>alert(1)</script>\"'&"
+    figure, evil = Figure(), "</script><script>alert(1)</script>\"'&"
+    figure.subplots().plot([0, 1], label=evil)
+    figure.suptitle(evil)
+    figure.legend()
     table = Table(
         caption=evil, columns=(evil, "n"), rows=[(evil, 1.5), ("b", float("nan"))]
     )
@@ -249,11 +295,242 @@ def test_whatever_is_written_stays_text(tmp_path):
     )
     assert read_page(path) == records
     page = Page(path)
-    assert len(page.all("script")) == 2
+    assert len(page.all("script")) == 3  # values of the picture, records, code
     assert page.titles == [evil, evil]
-    assert page.all("img")[0]["alt"] == evil
+    assert page.all("svg")[0]["aria-label"] == evil
     assert page.cells.count(evil) == 2
     assert "–" in page.cells
+
+
+def test_a_packed_page_holds_what_it_would_hold(pages):
+    page, plain = pages["packed"], pages["compare"]
+    assert page.stat().st_size < plain.stat().st_size
+    packed = read_page(page)
+    assert packed == read_page(plain)
+
+
+def test_a_packed_page_that_was_damaged_is_refused(pages, tmp_path):
+    text = pages["packed"].read_text()
+    at = text.index(">H4sI", text.index('id="sharpness-records"')) + 60
+    broken = tmp_path / "page.html"
+    broken.write_text(text[:at] + "AAAA" + text[at + 4 :])
+    with pytest.raises(ValueError, match="damaged"):
+        read_page(broken)
+
+
+def test_tracked_points_stand_in_a_table_with_their_evidence(pages):
+    page, records = Page(pages["train"]), read_page(pages["train"])
+    points = [r["point"] for r in records if r["kind"] == "tracking"]
+    assert len(points) >= 3
+    for point in points:
+        found = point["lambda_max"]
+        assert any(c.startswith(f"{found['value']:.4g} ±") for c in page.cells)
+        assert any(c.startswith(f"≥ {point['phi']['value']:.4g}") for c in page.cells)
+    (ended,) = [r for r in records if r["kind"] == "training"]
+    assert f"{ended['training']['metrics']['train_loss_batch']:.2g}" in page.cells
+
+
+def test_of_points_that_were_measured_again_the_last_counts(pages, tmp_path):
+    run = pages["train"].with_name("runs")
+    records = read_records(run / "records.jsonl")
+    again = deepcopy(next(r for r in records if r["kind"] == "tracking"))
+    again["point"]["loss"] = 123.25
+    folder = tmp_path / "runs"
+    shutil.copytree(run, folder)
+    call = [*tracked_run(tmp_path), "--report", str(tmp_path / "page.html")]
+    for record in (*records, again):
+        record["path"] = str(folder / Path(record["path"]).name)
+    lines = "".join(json.dumps(record) + "\n" for record in (*records, again))
+    (folder / "records.jsonl").write_text(lines)
+    assert train_command.main(call) == 0
+    kept = [r["point"] for r in read_page(tmp_path / "page.html") if "point" in r]
+    assert [p["step"] for p in kept] == sorted({p["step"] for p in kept})
+    assert kept[again["point"]["step"]]["loss"] == 123.25
+
+
+def test_findings_follow_from_the_records_on_their_page(pages):
+    paper = replace(PAPERS["keskar2017"], studies=[TINIER])
+    store = ObservationStore(read_page(pages["findings"]))
+    page = Page(pages["findings"])
+    for name in ("table2", "figure2"):
+        found = finding(paper, paper.item(name), TINIER, store)
+        claims = [check for check in found.checks if check.role is not Role.PREMISE]
+        assert all(set(cells(check)) <= set(page.cells) for check in claims)
+    answer = "".join(Page(pages["answer"]).texts)
+    store = ObservationStore(read_page(pages["answer"]))
+    assert all(line in answer for line in paper.in_short.sentences(TINIER, store))
+
+
+def test_an_observation_on_a_page_is_made_again(pages, tmp_path):
+    record = read_page(pages["findings"])[0]
+    again = Runner(folder=tmp_path).again(record)
+    metrics = ("train_loss_batch", "test_accuracy_batch")
+    old, new = record["found"]["metrics"], again["found"]["metrics"]
+    assert [new[name] for name in metrics] == pytest.approx([old[name] for name in metrics])
+
+
+def test_every_point_of_a_panel_stands_in_the_table(pages):
+    store = ObservationStore(read_page(pages["findings"]))
+    shown = PAPERS["keskar2017"].item("figure2").drawn(TINIER, store)
+    table = Page(pages["findings"]).cells
+    values = [y for panel in shown for curve in panel.curves for y in curve.y]
+    assert values
+    assert {plain(float(y)) for y in values} <= set(table)
+
+
+# -- sizes -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_largest_measurement_stays_below_the_limit(pages, tmp_path, monkeypatch):
+    found, radii = [], "1e-2,5e-3,2e-3,1e-3,5e-4"
+    real = _pages.measurement_page
+    monkeypatch.setattr(
+        _pages, "measurement_page", lambda path, all: found.extend(all) or real(path, all)
+    )
+    call = [str(pages["measure"].with_name("0.pt")), "--measures", "all", "--k", "20", *FEW]
+    call += [
+        "--epsilon",
+        radii,
+        "--rho",
+        radii,
+        "--output",
+        str(tmp_path / "records.jsonl"),
+    ]
+    path = tmp_path / "page.html"
+    assert measure.main([*call, "--report", str(path)]) in (0, 1)
+    sizes = [path.stat().st_size]
+    sizes.append(real(path, found * 8).stat().st_size)
+    assert max(sizes) <= MOST_BYTES
+
+
+def test_the_largest_plane_stays_below_the_limit(pages, tmp_path):
+    (record,) = read_page(pages["plane"])
+    found = loss_plane(softmax_regression().risk(), num_points=51)
+    record["landscape"] = as_plain(found)
+    path = _pages.landscape_page(tmp_path / "page.html", found, record, "a command")
+    assert path.stat().st_size <= MOST_BYTES
+
+
+def test_many_long_tracks_stay_below_the_limit(pages, tmp_path):
+    records, draw = read_page(pages["train"]), random.Random(0)
+    (ended,) = [r for r in records if r["kind"] == "training"]
+    first = next(r for r in records if r["kind"] == "tracking")
+    many = []
+    for run in range(8):
+        many.append(ended | {"path": f"{run}.pt"})
+        for step in range(100):
+            new = deepcopy(first) | {"path": f"{run}.pt"}
+            new["point"] |= {"step": step, "loss": draw.random()}
+            for name in ("lambda_max", "phi"):
+                new["point"][name] |= {"value": draw.random(), "error": draw.random()}
+            many.append(new)
+    empty = Table(caption="", columns=(), rows=[])
+    path = _pages.training_page(tmp_path / "page.html", empty, {}, many, "a command")
+    assert path.stat().st_size <= MOST_BYTES
+
+
+# -- pictures ----------------------------------------------------------------------------
+
+
+def test_marks_lie_where_the_picture_has_them():
+    x, y = [1.0, 2.0, 4.0], [3.0, 5.0, 4.0]
+    curve = ("phi ≥", y, [2.5, 4.0, float("nan")], [3.5, 6.0, float("nan")])
+    figure = figures.points_plot(x, [curve], labels=("epsilon", "phi, %"))
+    drawn = ElementTree.fromstring(svg.text_of(svg.drawn(figure)))
+    ((names, shown),) = marks.marks(figure)
+    assert names == ["phi ≥", "epsilon", "phi, %"]
+    told = [["", "1", "3 (2.500 to 3.500)"], ["", "2", "5 (4 to 6)"], ["", "4", "4"]]
+    assert [each[2:] for each in shown] == told
+    places = {(e.get("x"), e.get("y")) for e in drawn.iter("use")}
+    used = np.array([[float(a), float(b)] for a, b in places])
+    for px, py, *_ in shown:
+        assert np.abs(used - [px, py]).max(axis=1).min() <= 0.15
+
+
+def test_a_bar_is_told_with_its_name_and_the_text_beside_it():
+    figure = figures.bars_plot(["a", "b"], [2.0, 0.5], [0.1, 0.0], label="loss")
+    svg.drawn(figure)
+    ((names, shown),) = marks.marks(figure)
+    assert names[1] == "loss"
+    assert [each[2:4] for each in shown] == [["a", "2"], ["b", "0.5"]]
+    assert shown[0][0] > shown[1][0]  # the longer bar ends further right
+    assert shown[0][1] < shown[1][1]  # and stands above
+
+
+def test_every_cell_of_a_map_is_told():
+    found = loss_plane(softmax_regression().risk(), num_points=3)
+    figure = found.plot()
+    svg.drawn(figure)
+    first = marks.marks(figure)[0]
+    assert first[0][2] == "loss"
+    told = {each[4] for each in first[1]}
+    assert len(first[1]) == 9
+    assert told == {plain(v) for v in found.values.ravel().tolist()}
+
+
+def test_a_long_curve_is_told_at_every_so_many_points():
+    figure = Figure()
+    figure.subplots().plot(np.arange(1000.0), np.arange(1000.0))
+    svg.drawn(figure)
+    ((_, shown),) = marks.marks(figure)
+    assert [int(each[3]) for each in shown[:3]] == [0, 4, 8]
+
+
+def _linear(colour):
+    """Linear RGB of `#rrggbb`."""
+    parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def _seen(colour, matrix):
+    """A colour in CIELAB, as an eye sees it (Machado et al. 2009, severity 1)."""
+    linear = np.clip(np.array(matrix) @ _linear(colour), 0, 1)
+    to_xyz = [[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]]
+    xyz = np.array(to_xyz) @ linear / [0.9505, 1, 1.0888]
+    root = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array(
+        [116 * root[1] - 16, 500 * (root[0] - root[1]), 200 * (root[1] - root[2])]
+    )
+
+
+EYES = {
+    "usual": np.eye(3).tolist(),
+    "protanope": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranope": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanope": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+
+
+@pytest.mark.parametrize("eye", EYES)
+def test_the_colours_of_panels_are_told_apart(eye):
+    seen = [_seen(colour, EYES[eye]) for colour in panels.COLOURS]
+    pairs = [(a, b) for i, a in enumerate(seen) for b in seen[:i]]
+    assert min(np.linalg.norm(a - b) for a, b in pairs) > 20
+
+
+def test_the_colours_of_panels_stand_out_from_white():
+    luminances = [_linear(colour) @ [0.2126, 0.7152, 0.0722] for colour in panels.COLOURS]
+    assert 1.05 / (max(luminances) + 0.05) >= 3  # WCAG 2.2, 1.4.11
+
+
+def test_in_grey_every_curve_has_a_mark_of_its_own(tmp_path):
+    curves = [panels.Curve(label=str(i), x=[0, 1], y=[i, i], colour=i) for i in range(7)]
+    panel = panels.Panel(title="", x_label="x", y_label="y", curves=curves)
+    (axes,) = panels.panels_figure([panel], title="t").axes
+    assert len({line.get_marker() for line in axes.lines}) == 7
 
 
 # -- in a browser ------------------------------------------------------------------------
@@ -288,6 +565,7 @@ def opened(browser, pages):
             "request", lambda r: r.url.startswith((own, "data:")) or wrong.append(r.url)
         )
         page.goto(own)
+        page.wait_for_selector("body[data-ready]")
         return page
 
     yield call
@@ -301,11 +579,11 @@ def test_a_page_fits_the_window(opened, kind):
     for width in (360, 1400):
         page = opened(kind, width=width)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
-        images = "[...document.images].every(i => i.complete && i.naturalWidth > 100)"
-        assert page.evaluate(images)
+        widths = "svgs => svgs.map(svg => svg.getBoundingClientRect().width)"
+        assert min(page.locator("figure svg").evaluate_all(widths)) > 100
 
 
-@pytest.mark.parametrize("kind", sorted({*KINDS} - {"density"}))  # 1000 rows: minutes
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(opened, kind, scheme):
     sync = pytest.importorskip(
@@ -337,15 +615,15 @@ def test_a_table_is_sorted_by_its_numbers(opened, kind):
         assert table.evaluate(values) == sorted(before, reverse=end)
 
 
-@pytest.mark.parametrize("kind", ["measure", "compare", "plane", "batchsize"])
+@pytest.mark.parametrize("kind", ["measure", "plane", "batchsize", "train", "packed"])
 def test_the_arrow_keys_reach_every_value(opened, kind):
     page = opened(kind)
     for figure in page.locator("figure").all():
-        walked = figure.locator(".wide").all()
+        table = figure.locator(".wide").last
         cells = figure.locator("tbody").evaluate(
             "body => [...body.rows].map(row => [...row.cells].map(c => c.textContent))"
         )
-        walked[0].focus()
+        table.focus()
         page.keyboard.press("Home")
         said = set()
         for _ in range(len(cells[0])):  # to the first column
@@ -359,6 +637,40 @@ def test_the_arrow_keys_reach_every_value(opened, kind):
                 page.keyboard.press("ArrowDown")
             page.keyboard.press("ArrowRight")
         assert len(said) == len({row[0] for row in cells}) * len(cells[0])
+
+
+MARKS = """figure => JSON.parse(figure.querySelector(".marks").textContent).flatMap(
+    ([names, each]) => each.map(([x, y, ...told]) => [x, y, told.filter(Boolean)]))"""
+
+
+@pytest.mark.parametrize("kind", ["measure", "plane", "train", "findings", "packed"])
+def test_the_values_of_every_mark_are_read_by_keys_and_on_hover(opened, kind):
+    page = opened(kind)
+    for figure in page.locator("figure:has(svg)").all():
+        known, live = figure.evaluate(MARKS), figure.locator("[aria-live=polite]")
+        figure.locator(".wide").first.focus()
+        for x, y, told in known[:30]:
+            page.keyboard.press("ArrowRight")
+            assert all(text in live.inner_text() for text in told)
+            ring = figure.locator(".ring")
+            assert [float(ring.get_attribute(a)) for a in ("cx", "cy")] == [x, y]
+        page.keyboard.press("End")
+        assert all(text in live.inner_text() for text in known[-1][2])
+        x, y, _ = known[0]
+        place = f"""svg => {{ const p = new DOMPoint({x + 0.5}, {y}).matrixTransform(
+            svg.getScreenCTM()); return [p.x, p.y]; }}"""
+        drawn = figure.locator("svg")
+        drawn.scroll_into_view_if_needed()
+        page.keyboard.press("Home")  # scrolls to the first mark
+        page.keyboard.press("End" if len(known) > 1 else "Home")
+        drawn.evaluate(f"svg => svg.parentNode.scrollTo({{ left: {x} - 100 }})")
+        drawn.evaluate(f"""svg => scrollBy(0, ({place})(svg)[1] - innerHeight / 2)""")
+        page.mouse.move(*drawn.evaluate(place))
+        nearest = [told for a, b, told in known if abs(a - x) < 1 and abs(b - y) < 1]
+        said = live.inner_text()
+        assert any(all(text in said for text in told) for told in nearest)
+        page.mouse.move(0, 0)
+        assert figure.locator(".ring").count() == 0
 
 
 def test_tab_reaches_every_table_and_picture(opened):

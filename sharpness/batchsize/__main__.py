@@ -99,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _advise(options: Any) -> int:
+    from sharpness import _pages
     from sharpness.batchsize.advice import batch_size_advice
     from sharpness.loading import load_trainable
 
@@ -139,11 +140,8 @@ def _advise(options: Any) -> int:
     )
     append_record(records, record)
     found.plot(picture)
-    if options.report:
-        from sharpness._pages import advice_page
-
-        page = advice_page(options.report, found, record)
-        _command.say("sharpness.batchsize", f"{page} written")
+    shown = (found, record, options.asked)
+    _pages.report("sharpness.batchsize", options.report, _pages.advice_page, *shown)
     if options.json:
         print(to_line(record))
     else:

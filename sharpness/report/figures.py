@@ -34,7 +34,7 @@ NO_NUMBER: dict[str, Any] = {
     "linewidth": 0,
 }
 _WIDTH, _ROW = 7.2, 0.28  # inches
-_TEXT = 0.3  # of a bar's axis, for the number beside it
+_TEXT = 0.35  # of a bar's axis, for the number beside it
 _MOST_LABELS = 40  # of rows; beyond, only every so many has its name
 
 
@@ -248,6 +248,7 @@ def _bars(axes: Axes, values: Sequence[float], errors: Any = None) -> None:
     axes.axvline(0.0, color="0.3", linewidth=0.8)
     low, high = axes.get_xlim()
     axes.set_xlim(min(low, 0.0), max(high, 0.0) + _TEXT * (high - low))
+    axes.spines[["top", "right"]].set_visible(False)  # a long text may go on
 
 
 def _beside(axes: Axes, x: float, y: float, text: str) -> None:
@@ -518,6 +519,7 @@ def tracking_plot(
     last.plot([point.step for point in points], losses, ".-", color=_ACCURACY, markersize=4)
     if all(loss > 0 for loss in losses):
         last.set_yscale("log")
+        plain_ticks(last.yaxis)
     last.set_ylabel("loss")
     last.set_xlabel("update")
     return written(figure, path)
@@ -545,7 +547,8 @@ def _tracked_panel(axes: Axes, points: Sequence[Any], name: str) -> None:
     if heights and 0 < min(heights) < max(heights) / 50:
         axes.set_yscale("log")
     elif heights and min(heights) >= 0:
-        axes.set_ylim(bottom=0)
+        ends = [v + e for v, e in zip(values, errors, strict=True) if math.isfinite(v + e)]
+        axes.set_ylim(0.0, 1.08 * max(*heights, *ends) or 1.0)
     axes.set_ylabel(
         "phi (%), at least" if name == "phi" else name.replace("_pre", "\n_pre")
     )

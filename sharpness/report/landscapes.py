@@ -28,7 +28,6 @@ _BELOW: dict[str, Any] = {
     "location": "bottom",
     "pad": 0.02,
     "aspect": 30,
-    "ticks": MaxNLocator(5),
 }
 _MAP = "cividis"  # even in lightness, so that grey print and any eye tell it apart
 _CIRCLES: dict[str, Any] = {
@@ -103,7 +102,8 @@ def plane_plot(
         percent = np.ma.masked_invalid(100 * accuracies).T
         ends = (percent.min(), percent.max()) if percent.max() > percent.min() else (0, 100)
         shade = places[1].pcolormesh(*grid, percent, cmap=_MAP, norm=Normalize(*ends))
-        figure.colorbar(shade, ax=places[1], label="accuracy, %", **_BELOW)
+        ticks = MaxNLocator(5)  # one each: a locator belongs to its axis
+        figure.colorbar(shade, ax=places[1], label="accuracy, %", ticks=ticks, **_BELOW)
     for axes in places:
         axes.patch.set(**NO_NUMBER)
         axes.set_aspect("equal")
@@ -134,8 +134,8 @@ def _loss(figure: Any, axes: Axes, grid: Any, values: Any, model: Any) -> None:
     levels = between(low, high, _LEVELS + 2)[1:-1]
     shown = np.ma.masked_invalid(values).T
     shade = axes.pcolormesh(*grid, shown, norm=norm, cmap=_MAP)
-    how = {**_BELOW, "ticks": None} if logarithmic else _BELOW
-    bar = figure.colorbar(shade, ax=axes, label="loss", **how)
+    ticks = None if logarithmic else MaxNLocator(5)
+    bar = figure.colorbar(shade, ax=axes, label="loss", ticks=ticks, **_BELOW)
     if logarithmic:
         plain_ticks(bar.ax.xaxis)
     if high > low:

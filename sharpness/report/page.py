@@ -7,35 +7,32 @@ picture stands beside a table of its numbers. Nothing here knows a measure.
 from __future__ import annotations
 
 import base64
+import gzip
 import html
-import io
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 from string import Template
 from typing import Any, TypeAlias
 
-import matplotlib
-from matplotlib.collections import QuadMesh
-
 from sharpness._arguments import ensure
 from sharpness._json import to_line
-from sharpness._results import Reading, number
+from sharpness._results import Reading, plain
 
 Cell: TypeAlias = str | float | tuple[str, float]  # a text with what it is sorted by
 
-_CROWD = 200  # marks of a curve, from which on they are pixels
+MOST_BYTES = 500_000  # of a page, from which on it is packed
+_WITHOUT_SCRIPT = "<noscript><p>This page is packed: it needs its script.</p></noscript>"
 _LONG = 24  # rows, from which on a table scrolls by itself
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-_INDENT, _ATTRIBUTE = re.compile(r"\n\s*"), re.compile(r'="[^"]*"')
-_UNUSED = re.compile(r'(?<=<g) id="[^"]*"| transform="rotate\(-?0 [^"]*"')
-_DIGITS = re.compile(r"(\d\.\d\d)\d+")
-_RECORDS = re.compile(r'<script type="application/json" id="sharpness-records">(.*?)</')
+_RECORDS = re.compile(
+    r'<script type="application/(json|gzip)" id="sharpness-records">(.*?)</'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +73,31 @@ def write_page(
 ) -> Path:
     """Write a page; a folder that is not there is made.
 
+    One of more than `MOST_BYTES` is packed, by about five times: its script unpacks it.
+
     Args:
         path: of the file, replaced where there is one.
         title: the heading of all.
         sections: in order, each with an entry in the table of contents.
         records: plain values, kept in the page for `read_page`.
     """
-    names, ids = [section.title for section in sections], count()
     entries = "".join(
-        f'<li><a href="#s{i}">{_text(n)}</a></li>' for i, n in enumerate(names)
+        f'<li><a href="#s{i}">{_text(section.title)}</a></li>'
+        for i, section in enumerate(sections)
     )
+    main, kept = "\n".join(map(_section, sections, count())), to_line(list(records))
     page = Template(files("sharpness.report").joinpath("page.html").read_text("utf-8"))
-    written = page.substitute(
-        title=_text(title),
-        contents=f'<nav aria-label="Contents"><ul>{entries}</ul></nav>',
-        sections="\n".join(_section(each, next(ids)) for each in sections),
-        records=to_line(list(records)).replace("<", "\\u003c"),  # no tag may end it
-    )
+    parts = {
+        "title": _text(title),
+        "contents": f'<nav aria-label="Contents"><ul>{entries}</ul></nav>',
+        "sections": main,
+        "records": _data(kept, ' id="sharpness-records"'),
+    }
+    written = page.substitute(parts)
+    if len(written.encode()) > MOST_BYTES:
+        parts["sections"] = _packed(main, ' id="packed"') + _WITHOUT_SCRIPT
+        parts["records"] = _packed(kept, ' id="sharpness-records"')
+        written = page.substitute(parts)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(written, encoding="utf-8")
@@ -109,9 +114,11 @@ def read_page(path: str | Path) -> list[dict[str, Any]]:
     found = _RECORDS.search(Path(path).read_text(encoding="utf-8", errors="replace"))
     advice = "One is written by --report."
     ensure(found is not None, path, "be a report page", "a file of another kind", advice)
+    kind, text = found.groups()  # type: ignore[union-attr]
     try:
-        records = json.loads(found[1])  # type: ignore[index]
-    except json.JSONDecodeError:
+        plain = gzip.decompress(base64.b64decode(text)) if kind == "gzip" else text
+        records = json.loads(plain)
+    except (OSError, EOFError, zlib.error, ValueError):  # damaged on its way
         records = None
     sound = isinstance(records, list) and all(isinstance(r, dict) for r in records)
     ensure(sound, path, "hold records", "damaged ones", "Write it again.")
@@ -149,25 +156,47 @@ def _text(text: object) -> str:
     return html.escape(str(text))
 
 
+def _data(text: str, attributes: str) -> str:
+    """JSON that the page's script reads; no tag can end it."""
+    plain = text.replace("<", "\\u003c")
+    return f'<script type="application/json"{attributes}>{plain}</script>'
+
+
+def _packed(text: str, attributes: str) -> str:
+    """The same, compressed; with no time in it, so that equal pages are equal files."""
+    packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return f'<script type="application/gzip"{attributes}>{packed}</script>'
+
+
 def _section(section: Section, i: int) -> str:
-    blocks = "\n".join(map(_block, section.blocks))
+    blocks = "\n".join(_block(each, f"{i}-{j}") for j, each in enumerate(section.blocks))
     heading = f'<h2 id="s{i}">{_text(section.title)}</h2>'
     return f'<section aria-labelledby="s{i}">\n{heading}\n{blocks}\n</section>'
 
 
-def _block(block: Block) -> str:
+def _block(block: Block, name: str) -> str:
     if isinstance(block, str):
         return f"<p>{_text(block)}</p>"
     if isinstance(block, Table):
         return _figure("", block)
     if isinstance(block, Picture):
-        kind = ' class="map"' if _maps(block.figure) else ""
-        image = f'<img{kind} src="{_svg(block.figure)}" alt="{_text(block.alt)}">'
-        return _figure(_scrolled(image, f"Picture: {block.table.caption}"), block.table)
+        return _figure(_picture(block, name), block.table)
     if isinstance(block, Mapping):
         terms = (f"<dt>{_text(t)}</dt><dd>{_text(m)}</dd>" for t, m in block.items())
         return f"<dl>{''.join(terms)}</dl>"
     return f"<ul>{''.join(f'<li>{_text(line)}</li>' for line in block)}</ul>"
+
+
+def _picture(picture: Picture, name: str) -> str:
+    """The drawing, and the values of its marks for the script."""
+    from sharpness.report import marks, svg
+
+    drawn = svg.drawn(picture.figure, name)
+    drawn.attrib |= {"role": "img", "aria-label": picture.alt}
+    drawn.attrib |= {"class": "map"} if svg.maps(picture.figure) else {}
+    values = to_line(marks.marks(picture.figure))
+    shown = _scrolled(svg.text_of(drawn), f"Picture: {picture.table.caption}")
+    return shown + _data(values, ' class="marks"')
 
 
 def _figure(picture: str, table: Table) -> str:
@@ -182,14 +211,21 @@ def _scrolled(inner: str, label: str, kind: str = "wide") -> str:
 
 
 def _table(table: Table) -> str:
+    first = table.rows[0] if table.rows else [""] * len(table.columns)
+    kinds = [_kind(cell) for cell in first]
+    all_numbers = all(kinds)  # then no cell has to say so
     heads = "".join(
         f'<th scope="col"{kind}><button type="button">{_text(name)}</button></th>'
-        for name, kind in zip(table.columns, map(_kind, *table.rows[:1]), strict=False)
+        for name, kind in zip(table.columns, kinds, strict=True)
     )
-    body = "".join(f"<tr>{''.join(map(_cell, row, count()))}\n" for row in table.rows)
+    body = "".join(
+        f"<tr>{''.join(map(_cell, row, count(), repeat(all_numbers)))}\n"
+        for row in table.rows
+    )
     caption = f"<caption>{_text(table.caption)}</caption>"
+    start = '<table class="numbers">' if all_numbers else "<table>"
     inner = (
-        f"<table>{caption}<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
+        f"{start}{caption}<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
     )
     kind = "wide long" if len(table.rows) > _LONG else "wide"
     return _scrolled(inner, f"Table: {table.caption}", kind)
@@ -199,43 +235,12 @@ def _kind(cell: Cell) -> str:
     return "" if isinstance(cell, str) else ' class="n"'
 
 
-def _cell(cell: Cell, column: int) -> str:
+def _cell(cell: Cell, column: int, all_numbers: bool) -> str:
     """A cell; HTML lets its end be left out, a fifth of a long table."""
-    start = f"<td{_kind(cell)}" if column else f'<th scope="row"{_kind(cell)}'
+    kind = "" if all_numbers else _kind(cell)
+    start = f"<td{kind}" if column else f"<th scope=row{kind}"
     if isinstance(cell, tuple):
         text, value = cell
         key = f"{value:.9g}" if math.isfinite(value) else ""
         return f'{start} data-value="{key}">{_text(text)}'
-    return f"{start}>{number(cell) if isinstance(cell, float) else _text(cell)}"
-
-
-def _maps(figure: Any) -> list[QuadMesh]:
-    """Its maps of colours."""
-    drawn = [each for axes in figure.axes for each in axes.collections]
-    return [each for each in drawn if isinstance(each, QuadMesh)]
-
-
-def _svg(figure: Any) -> str:
-    """The figure as an address that holds it; maps and crowds of marks as pixels."""
-    lines = [line for axes in figure.axes for line in axes.lines]
-    crowds = [line for line in lines if len(line.get_xdata()) > _CROWD]
-    for each in (*_maps(figure), *(line for line in crowds if line.get_marker() != "None")):
-        each.set_rasterized(True)
-    out = io.BytesIO()
-    # Letters instead of their outlines, and the same names of parts every time.
-    with matplotlib.rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "sharpness",
-            "font.sans-serif": ["DejaVu Sans", "Verdana"],
-        }
-    ):
-        figure.savefig(out, format="svg", facecolor="none", metadata=_NO_METADATA, dpi=150)
-    lean = _UNUSED.sub("", _INDENT.sub("\n", out.getvalue().decode()))
-    drawn = _ATTRIBUTE.sub(_rounded, lean)
-    return f"data:image/svg+xml;base64,{base64.b64encode(drawn.encode()).decode()}"
-
-
-def _rounded(attribute: re.Match[str]) -> str:
-    """Coordinates to a hundredth of a point, which nobody sees: half the size."""
-    return _DIGITS.sub(r"\1", attribute[0])
+    return f"{start}>{plain(cell) if isinstance(cell, float) else _text(cell)}"

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
@@ -14,10 +15,14 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 from matplotlib.transforms import blended_transform_factory
 
-from sharpness.report.figures import Figure, written
+from sharpness.report.figures import Figure, plain_ticks, written
 
-COLOURS = ("#1f4e9c", "#b3261e", "#2e7d32", "#8a5a00", "#6a3d9a", "#00798c", "#555555")
+# Apart for every eye, dichromats' too (CIELAB distance above 20 by Machado et al. 2009),
+# and from white; in grey print each has a marker of its own.
+COLOURS = ("#1f4e9c", "#d55e00", "#28a574", "#c466b0", "#000000", "#8250f0", "#585858")
+_MARKERS = "osD^vPX"
 _COLUMNS = 3
+_MOST_MARKERS = 24  # of a curve, where it has more points
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,7 @@ class Curve:
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
     colour: int = 0  # of COLOURS
-    style: str = "o-"
+    style: str = "o-"  # "o" stands for the marker of the colour
     faint: bool = False  # somebody else's, in the background
 
 
@@ -50,6 +55,12 @@ class Panel:
 
 def draw(path: str | Path, panels: Sequence[Panel], *, title: str) -> Path:
     """Draw panels in rows of up to three, as PNG."""
+    written(panels_figure(panels, title=title), path, dpi=110)
+    return Path(path)
+
+
+def panels_figure(panels: Sequence[Panel], *, title: str) -> Figure:
+    """Panels in rows of up to three."""
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     width = max(6.4, 4.2 * columns)
@@ -60,17 +71,18 @@ def draw(path: str | Path, panels: Sequence[Panel], *, title: str) -> Path:
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.suptitle(textwrap.fill(title, int(13 * width)), fontsize=10, x=0.01, ha="left")
-    written(figure, path, dpi=110)
-    return Path(path)
+    return figure
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     for curve in panel.curves:
-        colour = COLOURS[curve.colour % len(COLOURS)]
+        which = curve.colour % len(COLOURS)
+        colour = COLOURS[which]
         axes.plot(
             curve.x,
             curve.y,
-            curve.style,
+            curve.style.replace("o", _MARKERS[which]),
+            markevery=-(-len(curve.x) // _MOST_MARKERS) or 1,
             color=colour,
             label=curve.label or None,
             linewidth=1.0 if curve.faint else 1.4,
@@ -87,11 +99,12 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log")
     if panel.log_y and any(value > 0 for curve in panel.curves for value in curve.y):
         axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
     set_ticks(axes, panel.ticks)
     axes.set_title(panel.title, fontsize=9, loc="left")
     axes.set_xlabel(panel.x_label, fontsize=9)
     axes.set_ylabel(panel.y_label, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
     if any(curve.label for curve in panel.curves):
         axes.legend(frameon=False, fontsize=8)
 
@@ -133,18 +146,22 @@ class ForestPanel:
     ticks: Sequence[float] | None = None
 
 
-def draw_forest(
-    path: str | Path,
+def draw_forest(path: str | Path, panels: Sequence[ForestPanel], **more: Any) -> Path:
+    """Draw panels that share their rows, as PNG; the arguments of `forest_figure`."""
+    written(forest_figure(panels, **more), path, dpi=110)
+    return Path(path)
+
+
+def forest_figure(
     panels: Sequence[ForestPanel],
     *,
     groups: Sequence[tuple[str, Sequence[str]]],
     markers: dict[str, tuple[str, int]],
     hatched: str = "",
-) -> Path:
-    """Draw panels that share their rows, as PNG.
+) -> Figure:
+    """Panels that share their rows.
 
     Args:
-        path: of the picture.
         panels: from left to right; the first is the widest, and rows are named for it.
         groups: (heading, names of rows) from the top; a heading takes a row of its own.
         markers: for each label its marker and its colour.
@@ -181,8 +198,7 @@ def draw_forest(
         figure.legend(
             handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9
         )
-    written(figure, path, dpi=110)
-    return Path(path)
+    return figure
 
 
 def _draw_forest_panel(
@@ -198,7 +214,7 @@ def _draw_forest_panel(
         axes.axvline(at, color="0.6", linewidth=1, zorder=0)
     for one in panel.estimates:
         marker, colour = markers[one.label]
-        shade = "0.55" if one.faint else COLOURS[colour]
+        shade = "0.45" if one.faint else COLOURS[colour]
         middle, low, high = one.edges
         if math.isfinite(high - low):
             axes.plot([low, high], [one.row] * 2, color=shade, linewidth=1.2)

@@ -40,6 +40,9 @@ def _parser() -> _command.Parser:
     add("--seeds", type=int, help="starting points (default: the preset's)")
     add("--data-dir", help="folder of the data sets' files (also $SHARPNESS_DATA)")
     add("--output", type=Path, help="run folder (default: runs/reproduce-PRESET)")
+    _command.add_report(
+        parser, "tables and figures beside the paper's, verdicts, and the records"
+    )
     add("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     add("--jobs", type=int, help="things done at once (default: one a core)")
     _command.add_cluster(add)

@@ -139,7 +139,6 @@ def _panels(
                 x=found["update"].tolist(),
                 y=found[column].tolist(),
                 colour=colour,
-                style=".-",
             )
             for label, colour, found in curves
         ]

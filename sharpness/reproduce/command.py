@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sharpness import _command
+from sharpness._pages import report
 from sharpness.lab.cluster import checked, side_by_side
+from sharpness.report.figures import written
 from sharpness.report.panels import draw
 from sharpness.report.tables import console, plain_table
-from sharpness.reproduce.claims import Finding, with_holm
+from sharpness.reproduce.claims import with_holm
 from sharpness.reproduce.observations import Observation
 from sharpness.reproduce.paper import InShort, Item, Paper, Study, finding
 from sharpness.reproduce.papers import PAPERS
+from sharpness.reproduce.report_page import Found, answer_page, findings_page
 from sharpness.reproduce.runner import Costs, ObservationStore, Runner
 from sharpness.reproduce.shown import print_finding, print_verdicts
 
@@ -40,6 +43,7 @@ def reproduce(options: argparse.Namespace) -> int:
         raise ValueError(f"`--jobs` must be at least 1; got {options.jobs}.")
     if options.cluster is not None:
         checked("--cluster", options.cluster)
+    _command.check_report(options.report)
     runner = Runner(
         folder=options.output or Path(f"runs/reproduce-{options.preset}"),
         data_dir=options.data_dir,
@@ -49,16 +53,22 @@ def reproduce(options: argparse.Namespace) -> int:
     )
     if paper.in_short and options.preset == "quick" and not options.items:
         study = _studies(paper, options)[0]
-        return _in_short(paper.in_short, study, runner, options)
-    findings: list[Finding] = []
+        return _in_short(paper, paper.in_short, study, runner, options)
+    found: list[Found] = []
+    failures: list[str] = []
     code = _command.OK
     for study in _studies(paper, options):
         if items := _items(paper, options.items, study):
-            found, store = _reproduced(paper, items, study, runner, options.plan)
-            findings, code = findings + found, max(code, _failed(store))
-    if findings:
-        print_verdicts(console(), with_holm(findings))
+            of_study, store = _reproduced(paper, items, study, runner, options.plan)
+            found, code = found + of_study, max(code, _failed(store))
+            failures += store.failed
+    if found:
+        findings = with_holm([finding for *_, finding in found])
+        print_verdicts(console(), findings)
         console().print(f"\n{_ADVICE}\nWritten to {runner.folder}.")
+        held = [(*of, one) for (*of, _), one in zip(found, findings, strict=True)]
+        shown = (paper, held, runner.store(), failures, _ADVICE, options.asked)
+        report("sharpness.reproduce", options.report, findings_page, *shown)
     elif not options.plan:
         raise ValueError(
             "`--items` must be part of this preset's studies; got "
@@ -74,7 +84,11 @@ def _list_papers() -> int:
 
 
 def _in_short(
-    question: InShort, study: Study, runner: Runner, options: argparse.Namespace
+    paper: Paper,
+    question: InShort,
+    study: Study,
+    runner: Runner,
+    options: argparse.Namespace,
 ) -> int:
     """The answer in sentences, one table, one picture, and what to run for more."""
     out, wanted = console(), question.observations(study)
@@ -88,10 +102,13 @@ def _in_short(
     out.print(f"\n{study.name}: {question.about(study)}")
     out.print(plain_table(question.columns, question.rows(study, store), right=1))
     path = runner.folder / f"{options.paper}-{study.name}.png"
-    out.print(f"Picture: {question.draw(path, study, store)}")
+    written(question.figure(study, store), path, dpi=110)
+    out.print(f"Picture: {path}")
     command = f"python -m sharpness.reproduce {options.paper}"
     out.print(f"Tables and figures with verdicts: {command} --items all (--plan: how long)")
     out.print(f"Six starting points, hours: {command} --preset reduced")
+    shown = (paper, study, store, options.asked)
+    report("sharpness.reproduce", options.report, answer_page, *shown)
     return _failed(store)
 
 
@@ -151,7 +168,7 @@ def _items(paper: Paper, names: Sequence[str], study: Study) -> list[Item]:
 
 def _reproduced(
     paper: Paper, items: Sequence[Item], study: Study, runner: Runner, only_plan: bool
-) -> tuple[list[Finding], ObservationStore]:
+) -> tuple[list[Found], ObservationStore]:
     out, findings = console(), []
     wanted = [o for item in items for o in item.observations(study)]
     out.print(_plan(study, items, runner, wanted))
@@ -159,7 +176,7 @@ def _reproduced(
     for item in () if only_plan else items:
         found = finding(paper, item, study, store)
         print_finding(out, found)
-        findings.append(found)
+        findings.append((item, study, found))
         if panels := item.drawn(study, store):
             name = f"{found.paper}-{item.name}-{study.name}-{study.preset}.png"
             title = f"{item.title} · {study.network} on {study.data}"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Self
 
 from sharpness.lab.training import StoppingCriteria, Training
+from sharpness.report.figures import Figure
 from sharpness.report.panels import Panel
 from sharpness.reproduce import Preset
 from sharpness.reproduce.claims import Check, Finding
@@ -106,7 +106,7 @@ class InShort:
     sentences: Callable[[Any, ObservationStore], Sequence[str]]
     columns: Sequence[str]
     rows: Callable[[Any, ObservationStore], Sequence[Sequence[str]]]
-    draw: Callable[[Path, Any, ObservationStore], Path]
+    figure: Callable[[Any, ObservationStore], Figure]
 
 
 @dataclass(frozen=True, kw_only=True)

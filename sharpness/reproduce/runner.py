@@ -52,6 +52,11 @@ class ObservationStore:
     def __len__(self) -> int:
         return len(self._found)
 
+    def records(self, observations: Iterable[Observation]) -> list[dict[str, Any]]:
+        """The records of those that were made, once each."""
+        numbers = dict.fromkeys(map(digest, observations))
+        return [self._found[number] for number in numbers if number in self._found]
+
     def get(self, observation: Observation) -> dict[str, Any] | None:
         """What was found; None where it was not observed, or the network diverged."""
         record = self._found.get(digest(observation), {})

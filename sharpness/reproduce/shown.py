@@ -9,17 +9,18 @@ from rich.console import Console
 from sharpness.report.tables import p_value, plain_table
 from sharpness.reproduce.claims import Check, Finding, Role
 
+COLUMNS = ("quantity and claim", "paper", "ours", "n", "p", "verdict")
+VERDICTS = ("item", "on", "p (Holm)", "verdict")
+
 
 def print_finding(console: Console, finding: Finding) -> None:
     """One item with its checks and its verdict."""
     console.print(f"\n[bold]{finding.title}[/bold] · {finding.study}", markup=True)
     console.print(f"Claim: {finding.claim}")
-    for premise in finding.of(Role.PREMISE):
-        console.print(_premise(premise))
-    if checks := _but_premises(finding):
-        table = plain_table(
-            ("", "paper", "ours", "n", "p", "verdict"), map(cells, checks), right=1
-        )
+    for premise in premises(finding):
+        console.print(premise)
+    if checks := tested(finding):
+        table = plain_table(("", *COLUMNS[1:]), map(cells, checks), right=1)
         for column in table.columns[1:3]:
             column.justify = "left"
         console.print(table)
@@ -30,10 +31,12 @@ def print_finding(console: Console, finding: Finding) -> None:
 
 def print_verdicts(console: Console, findings: Sequence[Finding]) -> None:
     """Every item's verdict in a line."""
-    rows = [(f.title, f.study, _holm_text(f), f.verdict_text) for f in findings]
-    console.print(
-        "", plain_table(("item", "on", "p (Holm)", "verdict"), rows, right=3), sep="\n"
-    )
+    console.print("", plain_table(VERDICTS, verdicts(findings), right=3), sep="\n")
+
+
+def verdicts(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
+    """Item, study, p of its primary claims by Holm, verdict: a row each."""
+    return [(f.title, f.study, _holm_text(f), f.verdict_text) for f in findings]
 
 
 def _holm_text(finding: Finding) -> str:
@@ -41,12 +44,18 @@ def _holm_text(finding: Finding) -> str:
     return ", ".join(map(p_value, adjusted)) or "–"
 
 
+def premises(finding: Finding) -> list[str]:
+    """A sentence for each: what has to hold for the claim to be judged."""
+    return [_premise(check) for check in finding.of(Role.PREMISE)]
+
+
 def _premise(check: Check) -> str:
     beside = f"; paper {check.paper}" if check.paper else ""
     return f"Premise, {check.verdict_text}: {check.claim}: {check.ours}{beside}."
 
 
-def _but_premises(finding: Finding) -> list[Check]:
+def tested(finding: Finding) -> list[Check]:
+    """The checks that are claims."""
     return [check for check in finding.checks if check.role is not Role.PREMISE]
 
 
@@ -75,10 +84,9 @@ def finding_text(finding: Finding, picture: str | None) -> str:
         f"### {finding.title} · {finding.study}, {finding.preset}",
         f"{finding.claim} **{verdict[:1].upper() + verdict[1:]}.**",
     ]
-    parts += [_premise(check) for check in finding.of(Role.PREMISE)]
-    if checks := _but_premises(finding):
-        columns = ("quantity and claim", "paper", "ours", "n", "p", "verdict")
-        parts.append(markdown(columns, map(cells, checks)))
+    parts += premises(finding)
+    if checks := tested(finding):
+        parts.append(markdown(COLUMNS, map(cells, checks)))
     parts += finding.notes
     if picture is not None:
         parts.append(f"![{finding.title}, {finding.study}]({picture})")

@@ -45,6 +45,7 @@ RANKS = [
         "reproduce.__main__",
         "reproduce.command",
         "reproduce.page",
+        "reproduce.report_page",
         "__main__",
         "__init__",
     },
@@ -109,7 +110,7 @@ def test_no_module_imports_from_a_higher_rank():
 def circles(trees: dict[str, ast.Module]) -> list[str]:
     """Modules that import themselves by way of others."""
     graph = {
-        name: {t for t in trees for target in imported(tree) if own(target, t, trees)}
+        name: {t for target in imported(tree) for t in trees if own(target, t, trees)}
         for name, tree in trees.items()
     }
     try:

@@ -24,6 +24,6 @@ PAPER = Paper(
         sentences=in_short.sentences,
         columns=("", "small batch", "large batch", "large / small", "paper"),
         rows=in_short.rows,
-        draw=in_short.draw,
+        figure=in_short.figure,
     ),
 )

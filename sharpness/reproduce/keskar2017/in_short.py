@@ -7,9 +7,9 @@ distance from the start. Nothing else is trained or measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from sharpness.report.panels import Estimate, ForestPanel, draw_forest
+from sharpness.report.figures import Figure
+from sharpness.report.panels import Estimate, ForestPanel, forest_figure
 from sharpness.reproduce.claims import MIN_STARTS, Effect, effect_of, moves
 from sharpness.reproduce.columns import (
     Observe,
@@ -137,7 +137,7 @@ def _published(study: KeskarStudy, name: str) -> str:
     return " → ".join(mean_sd(*side) for side in known) if known else "–"
 
 
-def draw(path: Path, study: KeskarStudy, store: ObservationStore) -> Path:
+def figure(study: KeskarStudy, store: ObservationStore) -> Figure:
     """Ratios of sharpness and of distance, and the gap in test accuracy."""
     found = values(study, store)
     names = ("phi(1e-3), %", "phi(5e-4), %", "lambda_max", "distance from the start")
@@ -148,8 +148,7 @@ def draw(path: Path, study: KeskarStudy, store: ObservationStore) -> Path:
     gap = _effect(*found["test accuracy, %"], ratio=False)
     title = f"{study.network} on {study.data}, batch {study.small} and {study.large}"
     labels = [name.removesuffix(", %") for name in names]
-    return draw_forest(
-        path,
+    return forest_figure(
         [
             ForestPanel(
                 title="large batch / small batch",
