@@ -22,7 +22,7 @@ class Multiplication:
 
     def __init__(self, run: Run, risk: EmpiricalRisk, matrix: Matrix) -> None:
         self._run, self._risk, self._matrix = run, risk, matrix
-        self._square, self._num = 0.0, 0
+        self._squares = self._lengths = 0.0  # of all errors, and of all directions
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The products, as many at once as the plan has it."""
@@ -32,17 +32,20 @@ class Multiplication:
     def _product(self, rows: Tensor) -> Tensor:
         self._run.step(len(rows))
         products, errors = self._risk.product_and_error(rows, self._matrix)
-        lengths = rows.norm(dim=1).clamp_min(torch.finfo(rows.dtype).tiny)
-        square = float((errors / lengths).square().sum())
+        square = float(errors.double().square().sum())
         if math.isfinite(square):  # what is not finite stops the measure by itself
-            self._square += square
-            self._num += len(rows)
+            self._squares += square
+            self._lengths += float(rows.double().square().sum())
         return products
 
     @property
     def error(self) -> float:
-        """Of the product with a unit vector, in norm; root mean square over those made."""
-        return math.sqrt(self._square / self._num) if self._num else 0.0
+        """Of the product with a unit vector, in norm; root mean square over those made.
+
+        Each counts by its length. Rounding is as large as the product, and that of an
+        eigenvector in a sketch says nothing of a random probe, which is n times as long.
+        """
+        return math.sqrt(self._squares / self._lengths) if self._lengths else 0.0
 
     def errors_together(self, num: int) -> float:
         """Of `num` products with orthonormal vectors, in the Frobenius norm."""
