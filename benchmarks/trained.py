@@ -1,31 +1,24 @@
-"""The trained networks that spectra.py measures, and the truth about them.
+"""The trained networks that spectra.py measures, and their samples.
 
     python benchmarks/trained.py [F1 C1 ResNet-20 GPT]
 
-Trains each network, or carries on where it was killed, and computes its reference values in
-float64; all goes to `runs/spectra/`, which every later run reads.
+Trains each network once (ten minutes on one core for all) and keeps it in `runs/spectra/`:
 
 - F1 on 4096 images of `mnist5k`, C1 on 512 and ResNet-20 on 256 of them: Adam 1e-3,
   batch 32, on the 4000 training images.
 - GPT on 32 sequences of 64 tokens from a seeded Markov chain: Adam 1e-3, batch 32.
-- The largest eigenvalues to 1e-8 by Lanczos in float64, and for F1 the trace by Hutch++
-  in float64 with its standard error.
 """
 
-import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from products import GPT, resnet20
 from torch import Tensor, nn
 
-from sharpness import EmpiricalRisk, eigenpairs, trace
 from sharpness.lab import data, networks
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "spectra"
@@ -38,8 +31,6 @@ class Case:
     name: str
     samples: int
     batches: int
-    top: int  # reference eigenvalues
-    trace_products: int  # spent on a reference trace; 0 for none
     epochs: int
     build: Callable[[], nn.Module]
 
@@ -62,11 +53,11 @@ def small_resnet() -> nn.Module:
 CASES = {
     case.name: case
     for case in (
-        Case("F1", 4096, 4, 50, 150, 10, lambda: networks.f1()),
+        Case("F1", 4096, 4, 10, lambda: networks.f1()),
         # Batches of 64: larger ones take every contender longer (docs/decisions.md).
-        Case("C1", 512, 8, 5, 0, 4, lambda: networks.c1(1, 28)),
-        Case("ResNet-20", 256, 4, 5, 0, 4, small_resnet),
-        Case("GPT", 32, 4, 5, 0, 8, GPT),
+        Case("C1", 512, 8, 4, lambda: networks.c1(1, 28)),
+        Case("ResNet-20", 256, 4, 4, small_resnet),
+        Case("GPT", 32, 4, 8, GPT),
     )
 }
 
@@ -120,41 +111,9 @@ def trained(case: Case) -> nn.Module:
     return model.eval()
 
 
-def truth(case: Case) -> dict[str, Any]:
-    """Reference values, computed once and kept."""
-    path = FOLDER / f"{case.name}-truth.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    risk = EmpiricalRisk(trained(case).double(), nn.CrossEntropyLoss(), as_double(case))
-    began = time.monotonic()
-    budget = {"seed": 99, "max_hvps": 2000}
-    pairs = eigenpairs(risk, case.top, tol=1e-8, **budget).raise_for_status()
-    found = {
-        "eigenvalues": pairs.eigenvalues.tolist(),
-        "error_bounds": pairs.error_bounds.tolist(),
-        "num_hvps": pairs.num_hvps,
-        "value": risk.value(),
-        "parameters": risk.n,
-    }
-    if case.trace_products:
-        total = trace(risk, tol=1e-3, seed=99, max_hvps=case.trace_products)
-        found |= {"trace": total.value, "trace_standard_error": total.standard_error}
-    path.write_text(json.dumps(found) + "\n")
-    seconds = time.monotonic() - began
-    print(f"{case.name}: {pairs}, {seconds:.0f} s", file=sys.stderr, flush=True)
-    return found
-
-
-def as_double(case: Case) -> tuple[Tensor, Tensor]:
-    x, y = samples(case)
-    return (x.double() if x.is_floating_point() else x), y
-
-
 def main() -> None:
     for name in sys.argv[1:] or CASES:
         trained(CASES[name])
-    for name in sys.argv[1:] or CASES:
-        truth(CASES[name])
 
 
 if __name__ == "__main__":
