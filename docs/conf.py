@@ -20,6 +20,8 @@ default_role = "code"
 
 html_theme = "pydata_sphinx_theme"
 html_title = "sharpness"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_theme_options = {"show_toc_level": 2, "header_links_before_dropdown": 7}
 html_sidebars = {

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 
@@ -49,3 +50,16 @@ def _seeded():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, where it is installed."""
+    sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield found
+        found.close()

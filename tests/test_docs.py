@@ -127,7 +127,7 @@ def test_commands_in_the_docs_are_understood():
     seen = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for name, given in _CALL.findall(text):
+        for name, given in _CALL.findall(text.replace("\\\n", " ")):
             arguments = shlex.split(given.split("&&")[0], comments=True)
             if name in PARSERS and arguments != ["--help"]:  # that stands on the site
                 PARSERS[name].parse_args(arguments)

@@ -536,18 +536,6 @@ def test_in_grey_every_curve_has_a_mark_of_its_own(tmp_path):
 # -- in a browser ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", exc_type=ImportError)
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
 @pytest.fixture
 def opened(browser, pages):
     """Opens a page from disk; afterwards nothing was asked for and nothing went wrong."""

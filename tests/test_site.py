@@ -67,3 +67,51 @@ def test_troubleshooting_says_what_each_status_says():
     page = (DOCS / "troubleshooting.md").read_text()
     for status in Status:
         assert f"| `{status.value}` | {status.advice} |" in page
+
+
+# -- in a browser ------------------------------------------------------------------------
+
+SEEN = [
+    "index",
+    "getting_started",
+    "concepts/which_measure",
+    "howto/compare",
+    "troubleshooting",
+]
+
+
+@pytest.fixture
+def opened(browser, site):
+    """Opens a page of the site; what it asks of the network is not given."""
+    contexts = []
+
+    def call(name, scheme="light", width=1400):
+        context = browser.new_context(
+            color_scheme=scheme, viewport={"width": width, "height": 900}
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.route(re.compile("^https?:"), lambda route: route.abort())
+        page.goto((site / f"{name}.html").as_uri())
+        return page
+
+    yield call
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("name", [*SEEN, "decisions", "notebooks/spectrum"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_page_of_the_site_fits_the_window(opened, name, width):
+    page = opened(name, width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_the_site(opened, name, scheme):
+    sync = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", exc_type=ImportError
+    )
+    found = sync.Axe().run(opened(name, scheme)).response["violations"]
+    assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
