@@ -11,10 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-import sharpness
-from sharpness.reproduce.papers import PAPERS
-from tests.helpers.pages import (
+from helpers.pages import (
     COMMANDS,
     PAGES,
     ROOT,
@@ -26,6 +23,9 @@ from tests.helpers.pages import (
     user_files,
     with_tiny_studies,
 )
+
+import sharpness
+from sharpness.reproduce.papers import PAPERS
 
 _CALL = re.compile(r"(?:python|torchrun [^`\n]*?) -m (sharpness\.\w+)( [^`\n]*)")
 PARSERS = {name: module._parser() for name, module in COMMANDS.items()}

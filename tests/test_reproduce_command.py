@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from helpers.studies import TINY_NETWORK, tiny
 
 from sharpness import read_records
 from sharpness.lab import data
@@ -14,7 +15,6 @@ from sharpness.reproduce.claims import effect_of, moves
 from sharpness.reproduce.keskar2017 import in_short
 from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import Runner
-from tests.helpers.studies import TINY_NETWORK, tiny
 
 KESKAR = PAPERS["keskar2017"]
 TINY = tiny(KESKAR.studies[0])

@@ -16,13 +16,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from helpers.studies import TINY_NETWORK, tiny
 from sharpness import compare, landscape, measure, train
 from sharpness.batchsize import __main__ as batchsize
 from sharpness.lab import data
 from sharpness.lab.run import train as trained
 from sharpness.lab.training import StoppingCriteria, Training
 from sharpness.reproduce import __main__ as reproduce
-from tests.helpers.studies import TINY_NETWORK, tiny
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -46,7 +46,7 @@ CHEAPER = {
     "sharpness.batchsize": "--max-seconds 5",
 }
 # In the place of sets in files, which a test may not download, and of what takes long.
-SMALLER = {"mnist": "digits", "cifar10": "digits"}
+SMALLER = {"mnist": "digits", "cifar10": "digits", "256,6000": "32,256"}
 SMALLEST = SMALLER | {"mnist5k": "digits", "F1": "MLP?width=8&depth=1"}
 _FENCE = re.compile(r"( *)(```+)(\w*)$")
 _MARK = re.compile(r" *<!-- (not run|after): (.+) -->$")
