@@ -400,7 +400,7 @@ def test_the_largest_measurement_stays_below_the_limit(pages, tmp_path, monkeypa
     path = tmp_path / "page.html"
     assert measure.main([*call, "--report", str(path)]) in (0, 1)
     sizes = [path.stat().st_size]
-    sizes.append(real(path, found * 8).stat().st_size)
+    sizes.append(real(path, found * 5).stat().st_size)
     assert max(sizes) <= MOST_BYTES
 
 

@@ -76,7 +76,8 @@ def answer_page(
     sentences = list(question.sentences(study, store))
     caption = question.about(study)
     rows = question.rows(study, store)
-    table = Table(caption=caption, columns=question.columns, rows=rows)
+    columns = ("quantity", *question.columns[1:])  # a column that is sorted has a name
+    table = Table(caption=caption, columns=columns, rows=rows)
     alt = f"Ratios of both batches. {' '.join(sentences)} The table below has the numbers."
     picture = Picture(figure=question.figure(study, store), alt=alt, table=table)
     records = store.records(question.observations(study))
