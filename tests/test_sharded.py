@@ -184,6 +184,7 @@ def refusals(risk: EmpiricalRisk, model: nn.Module, batch: Any) -> list[str]:
         lambda: eigenpairs(risk, method="dense"),
         lambda: EmpiricalRisk(model, closure=lambda m, b: m(b).sum(), data=[batch]),
         lambda: EmpiricalRisk(model, lambda z, y: cross_entropy(z, y), batch),
+        lambda: EmpiricalRisk(model, nn.CrossEntropyLoss(), batch, engine="compiled"),
     ):
         try:
             call()
@@ -255,7 +256,7 @@ def test_no_process_ever_holds_all_parameters(two):
 
 
 def test_what_a_sharded_model_cannot_do_is_said(two):
-    named = ["trace", "matrix", "method", "closure", "loss"]
+    named = ["trace", "matrix", "method", "closure", "loss", "engine"]
     for found in two:
         for name, told in zip(named, found["refused"], strict=True):
             assert name in told, told

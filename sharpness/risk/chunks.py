@@ -251,9 +251,9 @@ class ChunkedMean:
 
         Raises:
             MemoryError: chunks cannot be cut: they are single samples, parts that define
-                BatchNorm's statistics, or a closure's batches.
+                BatchNorm's statistics, a closure's batches, or as many on every process.
         """
-        if not self.chunk_size or self.chunk_size == 1:
+        if not self.chunk_size or self.chunk_size == 1 or self._in_lockstep:
             by_parts = self._batchnorm == "batch" and not self._closed
             what = "batchnorm_batch" if by_parts else "data"
             raise MemoryError(

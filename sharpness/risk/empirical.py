@@ -226,7 +226,7 @@ class EmpiricalRisk:
                 f"the parameters lie on {self.ranks.size} processes: derivatives are not "
                 "compared with differences"
             )
-            _check_sharded(closure, batchnorm, self.model)
+            _check_sharded(closure, batchnorm, self.model, self.engine)
         loss, of_loss = original(intake.made_loss(loss))
         of_data = files.notes(data) if isinstance(data, str | Path) else []
         self.notes = [*of_model, *of_loss, *of_data]
@@ -1117,7 +1117,13 @@ def _are_classes(outputs: Any, targets: Any) -> bool:
     return others == tuple(targets.shape)
 
 
-def _check_sharded(closure: Any, batchnorm: str, model: nn.Module) -> None:
+def _check_sharded(closure: Any, batchnorm: str, model: nn.Module, engine: str) -> None:
+    ensure(
+        engine != "compiled",
+        "engine",
+        "be another one for a model whose parameters lie on several processes",
+        "'compiled' (a trace would not wait for them)",
+    )
     ensure(
         closure is None,
         "closure",

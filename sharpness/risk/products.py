@@ -57,7 +57,8 @@ class Products:
     def __init__(self, task: Task, num_products: int) -> None:
         self._task, self._tried = task, False
         self._ranks = task.vectors.ranks
-        self._may_compile = task.asked == "auto"
+        # A trace would not wait for other processes.
+        self._may_compile = task.asked == "auto" and task.shared is None
         self._rows = max((int(num_rows(batch)) for batch in task.work.batches), default=0)
         self._engine: KeptGraph | CompiledProduct | Differences
         if task.asked == "differences":
