@@ -29,6 +29,11 @@ Cell: TypeAlias = str | float | tuple[str, float]  # a text with what it is sort
 
 MOST_BYTES = 500_000  # of a page, from which on it is packed
 _WITHOUT_SCRIPT = "<noscript><p>This page is packed: it needs its script.</p></noscript>"
+_SHARES = (1.0, 0.5, 0.25, 0.0)  # of the pictures, till a packed page is small enough
+_LEFT_OUT = (
+    "pictures, the last ones, are left out: with them this page would take more than "
+    "500 kB. Their tables are here."
+)
 _LONG = 24  # rows, from which on a table scrolls by itself
 _RECORDS = re.compile(
     r'<script type="application/(json|gzip)" id="sharpness-records">(.*?)</'
@@ -74,6 +79,7 @@ def write_page(
     """Write a page; a folder that is not there is made.
 
     One of more than `MOST_BYTES` is packed, by about five times: its script unpacks it.
+    Where that is not enough its last pictures are left out, and it says so.
 
     Args:
         path: of the file, replaced where there is one.
@@ -85,19 +91,25 @@ def write_page(
         f'<li><a href="#s{i}">{_text(section.title)}</a></li>'
         for i, section in enumerate(sections)
     )
-    main, kept = "\n".join(map(_section, sections, count())), to_line(list(records))
+    kept = to_line(list(records))
     page = Template(files("sharpness.report").joinpath("page.html").read_text("utf-8"))
     parts = {
         "title": _text(title),
         "contents": f'<nav aria-label="Contents"><ul>{entries}</ul></nav>',
-        "sections": main,
         "records": _data(kept, ' id="sharpness-records"'),
     }
-    written = page.substitute(parts)
-    if len(written.encode()) > MOST_BYTES:
-        parts["sections"] = _packed(main, ' id="packed"') + _WITHOUT_SCRIPT
+    pictures = _pictures(sections)
+    written = page.substitute(parts, sections=_main(sections, pictures))
+    for share in _SHARES if len(written.encode()) > MOST_BYTES else ():
+        drawn = dict(list(pictures.items())[: round(share * len(pictures))])
+        main = _main(sections, drawn)
+        if left := len(pictures) - len(drawn):
+            main = f"<p>{left} of {len(pictures)} {_LEFT_OUT}</p>{main}"
         parts["records"] = _packed(kept, ' id="sharpness-records"')
-        written = page.substitute(parts)
+        packed = _packed(main, ' id="packed"') + _WITHOUT_SCRIPT
+        written = page.substitute(parts, sections=packed)
+        if len(written.encode()) <= MOST_BYTES:
+            break
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(written, encoding="utf-8")
@@ -168,19 +180,36 @@ def _packed(text: str, attributes: str) -> str:
     return f'<script type="application/gzip"{attributes}>{packed}</script>'
 
 
-def _section(section: Section, i: int) -> str:
-    blocks = "\n".join(_block(each, f"{i}-{j}") for j, each in enumerate(section.blocks))
+def _pictures(sections: Sequence[Section]) -> dict[str, str]:
+    """Every picture as it stands in a page, by its place."""
+    return {
+        f"{i}-{j}": _picture(block, f"{i}-{j}")
+        for i, section in enumerate(sections)
+        for j, block in enumerate(section.blocks)
+        if isinstance(block, Picture)
+    }
+
+
+def _main(sections: Sequence[Section], pictures: Mapping[str, str]) -> str:
+    """All sections, with those of their pictures that are given."""
+    return "\n".join(_section(each, i, pictures) for i, each in enumerate(sections))
+
+
+def _section(section: Section, i: int, pictures: Mapping[str, str]) -> str:
+    blocks = "\n".join(
+        _block(each, pictures.get(f"{i}-{j}", "")) for j, each in enumerate(section.blocks)
+    )
     heading = f'<h2 id="s{i}">{_text(section.title)}</h2>'
     return f'<section aria-labelledby="s{i}">\n{heading}\n{blocks}\n</section>'
 
 
-def _block(block: Block, name: str) -> str:
+def _block(block: Block, picture: str) -> str:
     if isinstance(block, str):
         return f"<p>{_text(block)}</p>"
     if isinstance(block, Table):
         return _figure("", block)
     if isinstance(block, Picture):
-        return _figure(_picture(block, name), block.table)
+        return _figure(picture, block.table)
     if isinstance(block, Mapping):
         terms = (f"<dt>{_text(t)}</dt><dd>{_text(m)}</dd>" for t, m in block.items())
         return f"<dl>{''.join(terms)}</dl>"
