@@ -194,6 +194,15 @@ def test_the_table_of_products_is_that_of_the_raw_numbers(monkeypatch):
     assert between.strip() == table.strip()
 
 
+def test_the_tables_of_where_time_goes_are_those_of_the_raw_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    where = importlib.import_module("where_time_goes")
+    record = json.loads((ROOT / "benchmarks" / "where_time_goes.json").read_text())
+    page = (ROOT / "docs" / "where_time_goes.md").read_text(encoding="utf-8")
+    assert "| box_alpha |" in page
+    assert where.page_of(page, record) == page
+
+
 def test_the_numbers_of_the_gpu_are_those_of_the_record(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     gpu = importlib.import_module("gpu")
