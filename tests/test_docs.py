@@ -65,7 +65,10 @@ def test_python_blocks_run(page, capsys, monkeypatch, tmp_path):
     ],
 )
 def test_commands_run(page, monkeypatch, tmp_path, capsys):
-    """Beside the files that the page's Python writes, in a cheap setting."""
+    """Beside the files that the page's Python writes, in a cheap setting.
+
+    A reproduction takes most of a minute all the same: README's is run, and is the same.
+    """
     monkeypatch.chdir(tmp_path)
     paper = with_tiny_studies(PAPERS["keskar2017"])
     monkeypatch.setitem(PAPERS, "keskar2017", paper)
@@ -78,7 +81,8 @@ def test_commands_run(page, monkeypatch, tmp_path, capsys):
             exec(compile(block.text, str(page), "exec"), session)
         else:
             for words in commands_of(block.text):
-                assert is_installing(words) or runs_well(words), words
+                elsewhere = page.name in FAST and "sharpness.reproduce" in words
+                assert is_installing(words) or elsewhere or runs_well(words), words
     if page.name == "getting_started.md":
         check_getting_started()
 
