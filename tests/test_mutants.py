@@ -528,7 +528,7 @@ def the_model_is_only_minimised_along_the_gradient(patch):
     patch.setattr(
         lbfgsb._Model,
         "_subspace_minimiser",
-        lambda self, x, g, cauchy, free, box: cauchy,
+        lambda self, x, g, breaks, t, box: box.clip(x - g * breaks.clamp(max=t)),
     )
 
 
@@ -613,7 +613,7 @@ def the_worst_case_is_never_adaptive(patch):
     (-2.0, 2.0),
 )
 def the_step_of_sam_is_too_short(patch):
-    patch.setattr(perturbation.Ball, "project", lambda self, u: u / 4)
+    patch.setattr(perturbation.Ball, "project", lambda self, u, out=None: u / 4)
 
 
 @seen_by(
