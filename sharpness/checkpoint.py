@@ -226,13 +226,35 @@ _WEIGHTS = (
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
+def located(path: str | Path) -> Path:
+    """The path itself; of a model's name, its folder in Hugging Face's local cache.
+
+    Nothing is downloaded: a name that is not in the cache stays a path that is not there.
+    """
+    place = Path(path)
+    if place.exists() or not _is_name(path):
+        return place
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return place
+    found = try_to_load_from_cache(str(path), "config.json")
+    return Path(found).parent if isinstance(found, str) else place
+
+
+def _is_name(path: str | Path) -> bool:
+    """Whether this may be a model's name, such as gpt2 or openai-community/gpt2."""
+    named = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path))
+    return bool(named) and Path(path).suffix not in (*_SUFFIXES, ".json")
+
+
 def weights_of(path: str | Path) -> Path:
     """The file with the tensors: the path itself, or what a folder holds.
 
     Raises:
         ValueError: a folder without one, or with several.
     """
-    place = Path(path)
+    place = located(path)
     if not place.is_dir():
         return place
     names = sorted(file.name for file in place.iterdir())
@@ -274,6 +296,11 @@ def check_file(path: str | Path) -> None:
         FileNotFoundError: there is no such file.
     """
     if not Path(path).is_file():
+        if _is_name(path):
+            raise FileNotFoundError(
+                f"`{path}` must be a file, a folder or a model in Hugging Face's local "
+                f"cache; got none of them. `hf download {path}` fetches a model once."
+            )
         raise FileNotFoundError(
             f"`{path}` must be a checkpoint file; got no such file. Train one with "
             "`python -m sharpness.train`."

@@ -156,7 +156,8 @@ def load_checkpoint(
 
     Args:
         path: a `.pt`, `.pth`, `.bin` or `.safetensors` file, the index of several, or a
-            folder with one, such as `save_pretrained` writes.
+            folder with one, such as `save_pretrained` writes; or the name of a model in
+            Hugging Face's local cache.
         network: `package.module:factory` or `file.py:factory`, with arguments as in
             `?depth=20&width=16`; `timm:resnet18?num_classes=10`; or
             `transformers:FOLDER`, a folder with the configuration of a classifier (of
@@ -223,7 +224,7 @@ def _of_checkpoint(
 ) -> tuple[Checkpoint, str, nn.Module, list[str]]:
     """What the file holds, the network's name, the network, and what was done to fit it."""
     saved = checkpoint.load_any(path, state)
-    if network is None and Path(path, "config.json").is_file():
+    if network is None and (checkpoint.located(path) / "config.json").is_file():
         network = f"transformers:{path}"
     name: Any = network or saved.network.get("name")
     ensure(
@@ -454,11 +455,12 @@ _HEADS: dict[str, type[_Logits]] = {
 def _of_transformers(spec: str, folder: str) -> nn.Module:
     transformers = _package("transformers", spec)
     contract = "name a folder with config.json of a classifier, a masked or a causal LM"
-    there = Path(folder, "config.json").is_file()
+    place = str(checkpoint.located(folder))
+    there = Path(place, "config.json").is_file()
     ensure(there, "--network", contract, repr(folder), "Save it with `save_pretrained`.")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     with explained("--network", contract, repr(folder)):
-        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        config = transformers.AutoConfig.from_pretrained(place, **local)
     name = (config.architectures or ["AutoModelForSequenceClassification"])[0]
     kind = next((kind for end, kind in _HEADS.items() if name.endswith(end)), None)
     advice = "Write a factory that returns its logits."

@@ -38,7 +38,8 @@ def _parser() -> _command.Parser:
     add(
         "checkpoint",
         nargs="*",
-        help="a .pt or .safetensors file, several, or a glob in quotes",
+        help="a .pt or .safetensors file, a folder of transformers, the name of a model in "
+        "Hugging Face's local cache; several, or a glob in quotes",
     )
     add_options(parser)
     add(
@@ -92,7 +93,16 @@ def _measures_by_family() -> str:
 
 
 _WHICH = (
-    *("k", "tol", "epsilon", "subspace_dim", "num_starts", "rho", "shard_size"),
+    *(
+        "k",
+        "tol",
+        "basis_dtype",
+        "epsilon",
+        "subspace_dim",
+        "num_starts",
+        "rho",
+        "shard_size",
+    ),
     *("batch_size", "accuracy_drop"),
 )
 
@@ -261,7 +271,8 @@ def check_options(options: Any, paths: Sequence[str]) -> None:
 
 def output_of(options: Any, path: str) -> Path:
     """The record file of a checkpoint."""
-    return Path(options.output or Path(path).with_name("records.jsonl"))
+    beside = Path(path) if Path(path).exists() else Path(Path(path).name)
+    return Path(options.output or beside.with_name("records.jsonl"))
 
 
 def expanded(patterns: Sequence[str]) -> list[str]:

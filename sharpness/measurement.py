@@ -213,6 +213,7 @@ def _risk(
         model,
         subject.loss,
         as_type(pair, dtype),
+        params=settings.params,
         batchnorm=settings.batchnorm,
         device=device,
         engine=settings.engine,

@@ -19,7 +19,7 @@ OUTLIERS = np.append(np.linspace(-0.2, 1, 50), [2.0, 2.4, 3.0, 5.0, 7.5])
 def kernel_of(lanczos: Lanczos) -> Kernel:
     state = lanczos.state
     pairs = ritz_pairs(state)
-    return Kernel(pairs.values, pairs.residuals, state.dropped, state.log_betas)
+    return Kernel(pairs.values, pairs.couplings, state.dropped, state.log_betas)
 
 
 def normal(n: int, seed: int) -> Tensor:

@@ -664,6 +664,37 @@ def test_a_folder_of_a_causal_model_is_measured_on_a_text_file(gpt2, capsys):
     assert record["settings"]["risk"]["num_terms"] == len(blocks) * 31
 
 
+def test_a_name_is_found_in_the_local_cache_alone(gpt2, tmp_path, monkeypatch, capsys):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    kept = tmp_path / "hub" / "models--some--model"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "main").write_text("1a2b")
+    (kept / "snapshots").mkdir()
+    (tmp_path / "gpt2").rename(kept / "snapshots" / "1a2b")
+    command = "some/model --data corpus.txt --measures norms --json --num-samples 8"
+    assert measure.main(command.split()) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["checkpoint"]["network"] == {"name": "transformers:some/model"}
+    assert (tmp_path / "records.jsonl").is_file()
+    assert measure.main(["some/other", *command.split()[1:]]) == 2
+    error = capsys.readouterr().err
+    assert "`some/other` must be a file, a folder or a model in Hugging Face's" in error
+    assert "hf download some/other" in error
+
+
+def test_named_parameters_alone_are_measured(gpt2, capsys):
+    command = "gpt2 --data corpus.txt --measures norms --json --num-samples 8"
+    assert measure.main([*command.split(), "--params", "*attn*,*ln_f.bias"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    sizes = [
+        p.numel()
+        for k, p in gpt2.named_parameters()
+        if "attn" in k or k.endswith("ln_f.bias")
+    ]
+    assert record["settings"]["risk"]["num_parameters"] == sum(sizes)
+
+
 def test_what_was_done_is_a_line_of_the_output(gpt2, capsys):
     command = "gpt2 --data corpus.txt?length=16 --measures norms"
     assert measure.main(command.split()) == 0

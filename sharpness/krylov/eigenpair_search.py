@@ -53,6 +53,7 @@ class Search:
             certificate.
         basis_size: most vectors held; a full basis is shrunk by a thick restart.
         vectors: how the processes share them, as in `Lanczos`.
+        dtype: of the vectors held; by default that of `v0`.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Search:
         miss: float | None,
         basis_size: int,
         vectors: Vectors | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._squared_norm = (vectors or Vectors(v0.numel())).dot(v0, v0)
-        self.run = Lanczos(v0, generator, k, basis_size, vectors)
+        self.run = Lanczos(v0, generator, k, basis_size, vectors, dtype)
         self._k, self._which, self._tol, self._miss = k, which, tol, miss
         self.basis_size = basis_size
         self._settled = 0
@@ -94,6 +96,11 @@ class Search:
         if self.is_whole or not state.m:
             return 0.0
         return float(self.noise * math.sqrt(self.run.n / state.m))
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether vectors are held in a narrower type than the products."""
+        return self.run.state.store.is_narrow
 
     @property
     def is_converged(self) -> bool:
@@ -165,7 +172,7 @@ class Search:
     def _kernel(self) -> Kernel:
         state = self.run.state
         pairs = ritz_pairs(state)
-        return Kernel(pairs.values, pairs.residuals, state.dropped, state.log_betas)
+        return Kernel(pairs.values, pairs.couplings, state.dropped, state.log_betas)
 
     def found(self, product_error: float = 0.0) -> Found:
         """What has been earned. Ends the search: the vectors take the basis' place.
@@ -186,6 +193,9 @@ class Search:
         if self.is_converged:
             trusted = self._tol * np.abs(pairs.values)
             bounds = np.minimum(bounds, np.maximum(pairs.bounds + inexact, trusted))
-        self.run.restart(positions)
-        vectors = self.run.state.basis
+        if state.store.is_narrow:
+            vectors = self.run.ended(pairs.coefficients)
+        else:
+            self.run.restart(positions)
+            vectors = self.run.state.basis
         return Found(pairs.values, pairs.residuals, bounds, vectors, hidden)

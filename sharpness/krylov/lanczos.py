@@ -19,9 +19,10 @@ from sharpness._results import NonFiniteProductError
 from sharpness.krylov.basis import Basis
 
 Which = Literal["LA", "SA", "LM", "BE"]
+_COLUMNS = 1 << 15  # of vectors that are turned at once
 WHICH: tuple[str, ...] = get_args(Which)
 Score = Callable[[np.ndarray], np.ndarray]
-_ARRAYS = ("projected", "coupling", "alphas", "betas", "dropped", "numbers")
+_ARRAYS = ("projected", "coupling", "defects", "alphas", "betas", "dropped", "numbers")
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,15 @@ class LanczosState:
     `noise` is the Frobenius norm of what `Q A Q^T` has beside T. It would be 0 in exact
     arithmetic with a symmetric A, so it measures both rounding and the asymmetry of the
     products, and shifts eigenvalues by at most itself.
+
+    Where Q is held in a narrow type, every row is a rounded one and the relation misses, in
+    row i, a vector of norm `defects[i]` at most: what rounding moved the next direction by,
+    times its beta, and what a restart lost.
     """
 
     projected: np.ndarray  # T, (m, m)
     coupling: np.ndarray  # b, (m,)
+    defects: np.ndarray  # (m,) zeros where Q has the products' type
     noise: float
     num_products: int
     num_random: int  # random starts after the first, each after an invariant space
@@ -100,6 +106,7 @@ class Lanczos:
         basis_size: most rows; the caller restarts before they are exceeded.
         vectors: how the processes share them; then `v0` and every vector here is this
             one's part. None: this process has them whole.
+        dtype: of the rows that are held; by default that of `v0`.
 
     Cost: one product and 4 m n operations a step; memory m n.
     """
@@ -111,6 +118,7 @@ class Lanczos:
         num_first: int = 16,
         basis_size: int | None = None,
         vectors: Vectors | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._vectors = vectors or Vectors(v0.numel())
         self.n = self._vectors.n
@@ -120,10 +128,11 @@ class Lanczos:
         self._scale = 0.0
         self._tridiagonal = True  # no restart of any kind so far
         none = np.empty(0)
-        basis = Basis(v0, num_first, basis_size or self.n, self._vectors)
+        basis = Basis(v0, num_first, basis_size or self.n, self._vectors, dtype)
+        basis.rounded(self._next)
         first = Tridiagonal(none, none)
         self.state = LanczosState(
-            np.empty((0, 0)), none, 0.0, 0, 0, 0, first, none, 0.0, basis
+            np.empty((0, 0)), none, none, 0.0, 0, 0, 0, first, none, 0.0, basis
         )
 
     @property
@@ -139,6 +148,7 @@ class Lanczos:
             for _ in range(2):
                 self._purge(draw, self.state.m)
             self._next = self._normalised(draw)
+            self.state.store.rounded(self._next)
         return self._next
 
     def absorb(self, product: Tensor) -> None:
@@ -154,7 +164,7 @@ class Lanczos:
         if s.newest == m and m:  # straight after a restart: overlaps with all of Q
             s.store.subtract(w, torch.from_numpy(s.coupling).to(w))
         elif m:
-            w.sub_(s.store[m - 1], alpha=s.coupling[-1])
+            s.store.subtract_row(w, m - 1, s.coupling[-1])
         s.store[m] = q
         before = self._vectors.norm(w)
         if not np.isfinite(alpha + before):
@@ -173,10 +183,12 @@ class Lanczos:
         coupling = np.zeros(m + 1)
         coupling[m] = beta
         self._next = w.div_(beta) if beta else None
+        lost = beta * s.store.rounded(self._next) if self._next is not None else 0.0
         self.state = replace(
             s,
             projected=_bordered(s.projected, s.coupling, alpha),
             coupling=coupling,
+            defects=np.append(s.defects, lost),
             noise=max(outside, self._eps * self._scale),
             num_products=s.num_products + 1,
             num_random=s.num_random + (m > 0 and not s.coupling.any()),
@@ -197,6 +209,7 @@ class Lanczos:
         arrays = {
             "projected": s.projected,
             "coupling": s.coupling,
+            "defects": s.defects,
             "alphas": s.first.alphas,
             "betas": s.first.betas,
             "dropped": s.dropped,
@@ -204,8 +217,8 @@ class Lanczos:
         }
         return {
             **{name: torch.from_numpy(np.array(array)) for name, array in arrays.items()},
-            "basis": s.basis,
-            "next": s.basis.new_empty(0) if self._next is None else self._next,
+            "basis": s.store.held(s.m),
+            "next": s.store[0].new_empty(0) if self._next is None else self._next,
             "generator": self._generator.get_state(),
         }
 
@@ -222,6 +235,7 @@ class Lanczos:
         self.state = LanczosState(
             arrays["projected"],
             arrays["coupling"],
+            arrays["defects"],
             noise,
             int(products),
             int(random),
@@ -243,15 +257,34 @@ class Lanczos:
         s = self.state
         theta, vectors = _eigh(s)
         with _uninterrupted():
-            s.store.combine(vectors[:, kept].T)
+            lost = s.store.combine(vectors[:, kept].T)
             self._tridiagonal = False
             self.state = replace(
                 s,
                 projected=np.diag(theta[kept]),
                 coupling=s.coupling @ vectors[:, kept],
+                defects=_together(s.defects, vectors[:, kept])
+                + (self._scale + np.abs(theta[kept])) * lost,
                 newest=len(kept),
                 dropped=np.append(s.dropped, np.delete(theta, kept)),
             )
+
+    def ended(self, coefficients: np.ndarray) -> Tensor:
+        """Combinations (l, n) of the basis in the products' type; the basis is given up.
+
+        They are made orthonormal, by the nearest such vectors: narrow rows are orthonormal
+        up to their rounding.
+        """
+        found = self.state.store.combined(coefficients)
+        self.state.store.clear()
+        self._next = None
+        rows = list(found)
+        gram = [[self._vectors.dot(a, b) for b in rows] for a in rows]
+        sizes, turns = np.linalg.eigh(np.array(gram))
+        mixing = torch.from_numpy(turns / np.sqrt(sizes) @ turns.T).to(found)
+        for part in found.split(_COLUMNS, dim=1):
+            part.copy_(mixing @ part)
+        return found
 
     def _purge(self, w: Tensor, m: int) -> np.ndarray:
         """Free w of the first m rows, in place; what it had on them, (m,) float64."""
@@ -329,6 +362,7 @@ class RitzPairs:
 
     values: np.ndarray  # (m,)
     residuals: np.ndarray  # (m,) ||A v - value v||
+    couplings: np.ndarray  # (m,) the part of it along the next direction: all, in one type
     bounds: np.ndarray  # (m,) distance to the nearest eigenvalue of A is at most this
     coefficients: np.ndarray  # (m, m) eigenvectors in the basis, one a row
 
@@ -337,6 +371,7 @@ class RitzPairs:
         return RitzPairs(
             self.values[positions],
             self.residuals[positions],
+            self.couplings[positions],
             self.bounds[positions],
             self.coefficients[positions],
         )
@@ -351,9 +386,19 @@ def ritz_pairs(state: LanczosState) -> RitzPairs:
     section 11.7), as far as the gap seen in the Krylov space is the gap of A.
     """
     theta, vectors = _eigh(state)
-    residuals = np.abs(state.coupling @ vectors)
+    couplings = np.abs(state.coupling @ vectors)
+    residuals = np.hypot(couplings, _together(state.defects, vectors))
     bounds = state.noise + _tightened(theta, residuals)
-    return RitzPairs(theta, residuals, bounds, vectors.T)
+    return RitzPairs(theta, residuals, couplings, bounds, vectors.T)
+
+
+def _together(defects: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Norms of combinations (m, l) of what the rows miss.
+
+    Rounding errors of different rows are all but orthogonal: a root of a sum of squares.
+    That is a guess, for when to stop; what is reported is measured by products.
+    """
+    return np.asarray(np.sqrt(np.square(vectors).T @ np.square(defects)))
 
 
 def _tightened(theta: np.ndarray, residuals: np.ndarray) -> np.ndarray:

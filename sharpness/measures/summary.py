@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack
 
+import torch
 from torch import Tensor
 
 from sharpness import _progress, _tensors
@@ -58,6 +59,7 @@ class Keywords(TypedDict, total=False):
 
     k: int
     tol: float
+    basis_dtype: Literal["float32", "bfloat16"] | None
     epsilon: Sequence[float]
     subspace_dim: int | None
     num_starts: int
@@ -366,7 +368,9 @@ def _common(settings: MeasureSettings) -> dict[str, Any]:
 
 
 def _lambda_max(risk: EmpiricalRisk, s: MeasureSettings, left: dict[str, Any]) -> Any:
-    pairs = eigenpairs(risk, s.k, tol=s.tol, resume=left.get("resume"), **_common(s))
+    kind = getattr(torch, s.basis_dtype) if s.basis_dtype else None
+    resume = left.get("resume")
+    pairs = eigenpairs(risk, s.k, tol=s.tol, basis_dtype=kind, resume=resume, **_common(s))
     left["top"] = pairs.eigenvectors[:1]
     return pairs
 
