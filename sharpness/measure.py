@@ -61,6 +61,12 @@ def _parser() -> _command.Parser:
         help="also: lambda_max by PyHessian on the same data",
     )
     add(
+        "--plan",
+        action="store_true",
+        help="measure nothing: say how long it takes, and whether the eigenvalues' vectors "
+        "fit the memory, from two products",
+    )
+    add(
         "--resume",
         action="store_true",
         help="keep the search for eigenvalues on disk as it goes, and go on with one that "
@@ -324,6 +330,8 @@ def _one(
 
     subject = loaded(path, options)
     settings = settings_of(options, subject)
+    if options.plan:
+        return _planned(subject, settings, device, ranks)
     extra: list[Reading] = []
     if options.cross_check:  # first: where it fails, nothing has been spent
         risk = measurement.risk_of(subject, settings, device)
@@ -368,6 +376,29 @@ def _one(
             raise GroupEndedError(f"{why}; {output} has what there is. --resume goes on.")
         raise KeyboardInterrupt
     return _command.OK if found.ok else _command.NOT_CONVERGED
+
+
+def _planned(
+    subject: LoadedCheckpoint, settings: MeasurementSettings, device: str, ranks: Ranks
+) -> int:
+    """Say what measuring would take; exit code 1 where it does not fit."""
+    import torch
+
+    from sharpness.measurement import risk_of
+    from sharpness.measures.costs import predicted_costs
+    from sharpness.measures.summary import expected_seconds, selected
+
+    risk, chosen = risk_of(subject, settings, device, ranks), settings.of_measures
+    kind = getattr(torch, chosen.basis_dtype) if chosen.basis_dtype else None
+    costs = predicted_costs(risk, chosen.k, basis_dtype=kind)
+    whole = sum(expected_seconds(risk, selected(settings.measures), chosen).values())
+    if ranks.is_first:
+        print(
+            f"{subject.path}: {risk.n} parameters, {risk.num_samples} samples, lambda_max"
+        )
+        print(*(f"  {line}" for line in costs.lines()), sep="\n")
+        print(f"all measures asked for: {whole:.3g} s")
+    return _command.OK if costs.fits else _command.NOT_CONVERGED
 
 
 def _shown_as_it_comes(settings: MeasurementSettings) -> dict[str, Any]:

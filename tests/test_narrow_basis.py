@@ -41,7 +41,7 @@ def rows_of(basis, m):
 def test_overlaps_and_differences_are_those_of_the_rows_that_are_held():
     draw = torch.Generator().manual_seed(0)
     rows = torch.randn(20, 70_000, generator=draw)  # more than two strips, two blocks
-    basis = Basis(rows[0], 3, 20, HALF)
+    basis = Basis(rows[0], 3, 20, dtype=HALF)
     for i, row in enumerate(rows):
         basis[i] = row
     held, w = rows.bfloat16().double(), torch.randn(70_000, generator=draw)
@@ -57,7 +57,7 @@ def test_overlaps_and_differences_are_those_of_the_rows_that_are_held():
 
 def test_memory_of_the_basis_is_half():
     like = torch.zeros(1 << 16)
-    basis = Basis(like, 16, 16, HALF)
+    basis = Basis(like, 16, 16, dtype=HALF)
     basis[0] = like
     assert sum(block.nbytes for block in basis._blocks) == 16 * like.nbytes // 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
@@ -23,7 +24,18 @@ def free_bytes(device: torch.device) -> int:
     """What is free on `device`; of a machine's memory, this process's share."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available) // local_processes()
+    return min(int(psutil.virtual_memory().available) // local_processes(), _allowed())
+
+
+def _allowed() -> int:
+    """What is left of a limit on this process's data (`ulimit -d`), where there is one."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return sys.maxsize
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    held = getattr(psutil.Process().memory_info(), "data", 0)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - held)
 
 
 def budget_bytes(device: torch.device) -> int:
