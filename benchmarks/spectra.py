@@ -38,6 +38,7 @@ import argparse
 import json
 import math
 import statistics
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -494,13 +495,14 @@ class Page:
         counted = ", ".join(f"{case} {num}" for case, num in COUNTED.items())
         cases = self.found["costs"]
         starts = ", ".join(f"{c} {self.num_starts(c)}" for c in cases)
-        return (
+        return textwrap.fill(
             "First column: time in gradients of the same batches; the others: how many "
             "times as long, median and range over starts. Products were counted on so many "
             f"samples: {counted}; from so many starts, beside every peer: {starts}. "
             "What sharpness pays once is in its time, in gradients: "
             f"{once} (user seconds, one thread, {setting['processor']}). –: not run, or "
-            f"right at no setting tried. {versions}."
+            f"right at no setting tried. {versions}.",
+            width=120,
         )
 
     def whole(self) -> str:
