@@ -53,7 +53,7 @@ def test_python_blocks_run(page, capsys, monkeypatch, tmp_path):
     session = session_before(page)
     for block in runs(page, "python"):
         exec(compile(block.text, str(page), "exec"), session)
-    assert re.search(r"lambda_max|accuracy", capsys.readouterr().out)
+    assert re.search(r"lambda_max|accuracy|\d [sG]", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
