@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -121,6 +122,23 @@ def refused(nets, tmp_path, capsys, monkeypatch):
         return err
 
     return call
+
+
+# -- a plan ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("free", "code"), [(10**12, 0), (20_000, 1)])
+def test_a_plan_says_what_it_takes_and_measures_nothing(
+    free, code, nets, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(measurement, "summary", pytest.fail)
+    monkeypatch.setattr("sharpness.risk.memory.free_bytes", lambda device: free)
+    before = files(tmp_path)
+    assert measure.main(["net.pt", *CALL, "--plan"]) == code
+    out = capsys.readouterr().out
+    assert files(tmp_path) == before
+    assert "net.pt: " in out
+    assert re.search(r"all measures asked for: [\d.e+-]+ s", out)
 
 
 # -- flags -------------------------------------------------------------------------------
