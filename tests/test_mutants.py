@@ -446,14 +446,14 @@ def the_preconditioner_is_applied_on_each_side_in_full(patch):
     patch.setattr(
         eigenvalues,
         "_multiplication",
-        lambda risk, matrix, p, device: original(risk, matrix, p**2, device),
+        lambda risk, matrix, p, *rest, **more: original(risk, matrix, p**2, *rest, **more),
     )
 
 
 @seen_by(test_eigenpairs.test_the_same_seed_gives_the_same_bits_and_no_generator_moves_r22)
 def the_start_is_drawn_from_the_global_generator(patch):
-    drawn = lambda like, generator: torch.randn(like.shape).to(like)  # noqa: E731
-    patch.setattr(_tensors, "random_normal", drawn)
+    drawn = lambda self, like, generator: torch.randn(like.shape).to(like)  # noqa: E731
+    patch.setattr(_ranks.Vectors, "normal", drawn)
 
 
 # -- diagonal blocks, Adam and parts of the data -----------------------------------
@@ -880,8 +880,8 @@ def draws_are_not_noticed(patch):
 def the_line_runs_backwards(patch):
     original = landscape._along
 
-    def mirrored(risk, at, points):
-        return original(risk, lambda alpha: at(1 - alpha), points)
+    def mirrored(risk, at, points, progress):
+        return original(risk, lambda alpha: at(1 - alpha), points, progress)
 
     patch.setattr(landscape, "_along", mirrored)
 

@@ -483,7 +483,8 @@ def test_what_is_expected_of_fixed_budgets_is_what_is_spent():
 
 METHODS = (
     *("value", "value_and_gradient", "product", "block_products", "outputs"),
-    *("gradient_and_product", "value_gradient_and_accuracy"),
+    *("gradient_and_product", "value_gradient_and_accuracy", "value_and_accuracy"),
+    *("values", "accuracy"),
 )
 
 

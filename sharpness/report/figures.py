@@ -548,7 +548,7 @@ def _tracked_panel(axes: Axes, points: Sequence[Any], name: str) -> None:
         axes.set_yscale("log")
     elif heights and min(heights) >= 0:
         ends = [v + e for v, e in zip(values, errors, strict=True) if math.isfinite(v + e)]
-        axes.set_ylim(0.0, 1.08 * max(*heights, *ends) or 1.0)
+        axes.set_ylim(0.0, 1.08 * max([*heights, *ends]) or 1.0)
     axes.set_ylabel(
         "phi (%), at least" if name == "phi" else name.replace("_pre", "\n_pre")
     )
