@@ -16,6 +16,7 @@ import pytest
 from helpers.batchsize import by_law, times
 from helpers.checkpoints import saved, trained, user_folder
 from helpers.problems import softmax_regression
+from helpers.studies import TINY_NETWORK, tiny
 from matplotlib.figure import Figure
 
 from sharpness import _pages, compare, landscape, loss_plane, measure, read_records
@@ -38,7 +39,6 @@ from sharpness.reproduce.papers import PAPERS
 from sharpness.reproduce.runner import ObservationStore, Runner
 from sharpness.reproduce.shown import cells
 from sharpness.results import readings_of
-from tests.helpers.studies import TINY_NETWORK, tiny
 
 MOST_BYTES = 500_000
 FEW = ["--num-samples", "50", "--device", "cpu"]
