@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -97,7 +98,7 @@ def measurement_page(path: str | Path, found: Sequence[Any]) -> Path:
     sections = [
         *(_checkpoint(each) for each in found),
         *(_measure(name, found) for name in names),
-        how(records, f"python -m sharpness.measure --from {path}"),
+        how(records, _repeated(path, records)),
         _missing(names, records),
     ]
     one = f"How sharp is {Path(paths[0]).name}?"
@@ -147,7 +148,7 @@ def comparison_page(
         Section(
             title="Each checkpoint", blocks=[part for parts in shown for part in parts]
         ),
-        how(records, f"python -m sharpness.measure --from {path}"),
+        how(records, _repeated(path, records)),
         _missing(measured, records),
     ]
     return write_page(path, "Which of the two is sharper?", sections, records)
@@ -310,6 +311,13 @@ def _compared(row: ReadingComparison) -> list[Any]:
     for i, value in values.items():
         cells[i] = (cells[i], value)
     return cells
+
+
+def _repeated(path: str | Path, records: Sequence[Record]) -> str:
+    """The command, with the functions that a page names and does not run."""
+    source = records[0]["checkpoint"].get("source", {}) if records else {}
+    code = [f"--{k} {shlex.quote(v)}" for k, v in source.items() if _is_code(v)]
+    return " ".join([f"python -m sharpness.measure --from {path}", *code])
 
 
 def how(records: Sequence[Record], command: str) -> Section:

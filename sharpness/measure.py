@@ -189,16 +189,16 @@ def _asked(parser: _command.Parser, arguments: Sequence[str] | None, options: An
     given = options.checkpoint
     parser.set_defaults(**measured_with(options.page, records))
     options = parser.parse_args(arguments)
-    for name in ("network", "data", "loss"):
-        was, flag = records[0]["checkpoint"]["source"][name], f"--{name}"
-        sound = was is None or getattr(options, name) is not None
-        ensure(
-            sound,
-            flag,
-            "be given again, since a page runs no code",
-            "none",
-            f"It was {was}.",
-        )
+    source = records[0]["checkpoint"]["source"]
+    lost = [k for k in ("network", "data", "loss") if source[k] and not getattr(options, k)]
+    flags = " ".join(f"--{name} {source[name]}" for name in lost)
+    ensure(
+        not lost,
+        "--from",
+        "have the functions beside it, since a page runs no code",
+        str(options.page),
+        f"Add {flags}.",
+    )
     return _measure(options, [] if given else records)
 
 

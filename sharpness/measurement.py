@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -110,10 +110,11 @@ def measured(
         "Its parameters or the data hold NaN or infinite values.",
     )
     checkup = doctor(risk) if settings.doctor else None
+    there = len(subject.targets(settings.split))
     accuracy = share if risk.is_classification else None
     known = {
         "checkpoint": subject.facts,
-        "data": data_facts(subject, settings),
+        "data": {**data_facts(subject, settings), "num_there": there},
         "settings": {**asdict(settings), "risk": risk.settings()},
         "value": value,
         "accuracy": accuracy,
@@ -141,6 +142,8 @@ def measured(
         resume=resume,
         **vars(settings.of_measures),
     )
+    notes = (*found.notes, *_of_other_samples(risk.num_samples, there))
+    found = replace(found, notes=notes)
     known["settings"] = {**asdict(settings), "risk": risk.settings()}  # with the engine
     record = new_record(
         "measurement",
@@ -151,6 +154,14 @@ def measured(
         cost=found.cost,
     )
     return Measurement(summary=found, record=record, checkup=checkup)
+
+
+def _of_other_samples(measured: int, there: int) -> Iterator[str]:
+    if measured < there:
+        yield (
+            f"{measured} of {there} samples were measured. Others may give other numbers, "
+            "beyond the error bounds: --num-samples all, or --measures lambda_max_sampling."
+        )
 
 
 @contextmanager

@@ -242,8 +242,9 @@ def test_a_page_runs_no_code(tmp_path, monkeypatch, capsys):
         assert measure.main(call) == 0
         assert measure.main(["--from", "page.html"]) == 2
         err = capsys.readouterr().err
-        assert "`--network` must be given again" in err
-        assert "It was nets.py:mlp" in err
+        assert "`--from` must have the functions beside it" in err
+        assert "Add --network " in err
+        assert "--network nets.py:mlp --data nets.py:points" in err
         assert measure.main(["--from", "page.html", *source]) == 0
 
 

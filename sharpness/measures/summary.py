@@ -335,7 +335,7 @@ def _of_the_slope(risk: EmpiricalRisk, results: dict[str, list[Result]]) -> Iter
     explained = [found for found in shares if found[0] > _SLOPE]
     if explained:
         share, name = max(explained)
-        others = f", and more than a tenth of {len(explained) - 1} more"
+        others = f", and more than 10% of {len(explained) - 1} more of the measures"
         yield (
             f"Not a minimum: the slope alone explains {min(share, 1):.0%} of {name}"
             f"{others if len(explained) > 1 else ''}. Train until the gradient is smaller, "
