@@ -300,3 +300,96 @@ def test_memory_at_the_size_of_gpt2s_head_is_below_an_eighth_of_the_scores():
     few, many = (extra_bytes(rows, 50257) for rows in (128, 1024))
     assert many <= 1.05 * few
     assert few < 128 * 50257 * 4 / 8
+
+
+# -- what is written to --------------------------------------------------------------------
+
+
+class Changed(nn.Module):
+    """A network that does something to its scores, or to what they are made of."""
+
+    def __init__(self, change, dtype=torch.float64):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.change = change
+        self.to(dtype)
+
+    def forward(self, x):
+        h = torch.tanh(self.body(x))
+        return self.change(self, h, self.head(h))
+
+
+def padded(model, h, z):
+    z[:, 600:] = float("-inf")
+    return z
+
+
+def seen_from_elsewhere(model, h, z):
+    shown = z.view(-1, CLASSES)
+    z[:, 3].mul_(2.0)
+    return shown
+
+
+def made_of_something_else(model, h, z):
+    with torch.no_grad():
+        model.head.bias.mul_(1.0)  # the version counts, whatever is written
+    return z
+
+
+def hooked(model, h, z):
+    if z.requires_grad:
+        z.register_hook(lambda g: g / 2)
+    return z
+
+
+CHANGES = {
+    "padding": padded,
+    "a product in place": lambda model, h, z: z.mul_(0.5),
+    "a statement": lambda model, h, z: z.add_(h.sum(1, keepdim=True)),
+    "what a view sees": lambda model, h, z: (z.view(-1, CLASSES).clamp_(-0.1, 0.1), z)[1],
+    "what a column sees": lambda model, h, z: (z[:, 5].mul_(3.0), z)[1],
+    "another's rows": seen_from_elsewhere,
+    "its data": lambda model, h, z: (z.data.mul_(2.0), z)[1],
+    "in place by name": lambda model, h, z: F.relu(z, inplace=True),
+    "its parts": made_of_something_else,
+    "a hook": hooked,
+}
+
+
+def risk_of(change, monkeypatch, postponed, dtype=torch.float64):
+    monkeypatch.setattr(large_heads, "LEAST_CLASSES", 500 if postponed else 10**9)
+    torch.manual_seed(0)
+    model = Changed(change, dtype)
+    x, y = torch.randn(12, 5).to(dtype), torch.randint(0, 100, (12,))
+    risk = EmpiricalRisk(model, F.cross_entropy, (x, y), check=False)
+    v = torch.randn(risk.n, generator=torch.Generator().manual_seed(2)).to(risk.theta)
+    return risk.value(), risk.gradient(), risk.hvp(v)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_scores_that_are_written_to_are_not_postponed(name, monkeypatch):
+    mine = risk_of(CHANGES[name], monkeypatch, True)
+    plain = risk_of(CHANGES[name], monkeypatch, False)
+    assert mine[0] == pytest.approx(plain[0], rel=1e-12)
+    assert_same(mine[1:], plain[1:], 1e-10)
+
+
+def test_a_class_that_cannot_be_leaves_the_loss_finite(monkeypatch):
+    def impossible(model, h, z):
+        bias = model.head.bias + torch.zeros(CLASSES).index_fill(
+            0, torch.tensor([600]), float("-inf")
+        )
+        return F.linear(input=h, weight=model.head.weight, bias=bias)
+
+    mine, plain = (risk_of(impossible, monkeypatch, which) for which in (True, False))
+    assert mine[0] == pytest.approx(plain[0], rel=1e-12)
+    assert_same(mine[1:2], plain[1:2], 1e-10)
+
+
+def test_narrow_types_are_not_summed_over_blocks(monkeypatch):
+    mine, plain = (
+        risk_of(lambda model, h, z: z, monkeypatch, which, torch.bfloat16)
+        for which in (True, False)
+    )
+    assert mine[0] == plain[0]
+    assert_same(mine[1:2], plain[1:2], 1e-6)

@@ -52,14 +52,20 @@ class Postponed(TorchFunctionMode):
         return function(*args, **kwargs) if scores is None else scores
 
 
-def _postponed(x: Any, weight: Any, bias: Any = None) -> Scores | None:
+def _postponed(input: Any, weight: Any, bias: Any = None) -> Scores | None:
+    """None where it would not help, or give other numbers than the layer itself."""
+    x = input  # the layer's name for it
     if not isinstance(weight, Tensor) or weight.ndim != 2 or x.ndim < 2:
         return None
     given = [t for t in (x, weight, bias) if t is not None]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in given)
     if len(weight) < LEAST_CLASSES or not plain or x.dtype != weight.dtype:
         return None
+    if x.dtype.itemsize < 4:  # sums over the blocks would be rounded once a block
+        return None
     if torch.is_autocast_enabled(x.device.type) or get_proxy_mode() is not None:
+        return None
+    if any(t.is_inference() for t in given):  # nobody would see that they are changed
         return None
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
         return None
@@ -70,7 +76,8 @@ class Scores(Tensor):
     """What a linear layer gives, before it is computed.
 
     Moving, cutting and casting it moves, cuts and casts what it will be made of; its
-    cross-entropy never makes it. Every other function gets the scores themselves.
+    cross-entropy never makes it. Every other function gets the scores themselves, and from
+    then on they are what counts, since they may be written to.
     """
 
     made_of: Tensor  # the layer's inputs, features where the scores have classes
@@ -78,6 +85,8 @@ class Scores(Tensor):
     bias: Tensor | None
     axis: int  # of the classes
     recorded: bool  # whether gradients were, when it came about
+    family: list[bool]  # whether one of those that share their rows was made
+    versions: list[int]  # of what it is made of
     _whole: Tensor | None
 
     @staticmethod
@@ -88,6 +97,7 @@ class Scores(Tensor):
         axis: int = -1,
         dtype: torch.dtype | None = None,
         recorded: bool | None = None,
+        family: list[bool] | None = None,
     ) -> Scores:
         """Scores of inputs with features along `axis`; `dtype` is what they are cast to."""
         axis %= made_of.ndim
@@ -98,8 +108,26 @@ class Scores(Tensor):
         )
         self.made_of, self.weight, self.bias, self.axis = made_of, weight, bias, axis
         self.recorded = torch.is_grad_enabled() if recorded is None else recorded
+        self.family = [False] if family is None else family
+        self.versions = self._versions_now()
         self._whole = None
         return self
+
+    def _versions_now(self) -> list[int]:
+        parts = (self.made_of, self.weight, self.bias)
+        return [t._version for t in parts if t is not None]
+
+    def check(self) -> None:
+        """That the layer would still give these scores, and that nobody has others.
+
+        Raises:
+            NotPostponedError: what it is made of was written to; or scores that share
+                their rows were made, and may have been.
+        """
+        if self._versions_now() != self.versions:
+            raise NotPostponedError("what the scores are made of was changed in place")
+        if self.family[0] and self._whole is None:
+            raise NotPostponedError("scores are used in several places")
 
     @property
     def is_differentiated(self) -> bool:
@@ -117,6 +145,8 @@ class Scores(Tensor):
         if torch.is_grad_enabled() != self.recorded:
             raise NotPostponedError("scores are used inside of a function of its own")
         if self._whole is None:
+            self.check()
+            self.family[0] = True
             made = F.linear(self.made_of.movedim(self.axis, -1), self.weight, self.bias)
             with torch._C.DisableTorchFunctionSubclass():
                 dtype = self.dtype
@@ -138,8 +168,13 @@ class Scores(Tensor):
             if name in _FACTS:
                 with torch._C.DisableTorchFunctionSubclass():
                     return function(*args, **kwargs)
-            if (found := _changed(name, function, first, args[1:], kwargs)) is not None:
-                return found
+            if _writes(name, kwargs):
+                raise NotPostponedError(f"scores are written to ({name})")
+            if first._whole is None:
+                first.check()
+                found = _changed(name, function, first, args[1:], kwargs)
+                if found is not None:
+                    return found
         args, kwargs = tree_map_only(Scores, Scores.whole, (args, kwargs))
         return function(*args, **kwargs)
 
@@ -155,8 +190,16 @@ _FACTS = {
     *("is_floating_point", "is_complex", "is_cuda", "is_sparse", "is_quantized"),
     *("is_nested", "is_mps", "is_meta", "__hash__"),
 }
+_HANDLES = {"__set__", "__setitem__", "data", "grad", "register_hook", "retain_grad"}
 _MOVES = {"transpose", "swapaxes", "movedim", "moveaxis", "permute"}
 _CASTS = {"float": torch.float32, "double": torch.float64}
+
+
+def _writes(name: str, kwargs: Any) -> bool:
+    """Whether a call may change the scores, or what is made of their gradient."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = in_place or name.startswith("__i") or name in _HANDLES
+    return in_place or kwargs.get("out") is not None or bool(kwargs.get("inplace"))
 
 
 def _changed(name: str, function: Any, z: Scores, rest: Any, kwargs: Any) -> Any:
@@ -182,11 +225,11 @@ def _changed(name: str, function: Any, z: Scores, rest: Any, kwargs: Any) -> Any
     narrowed = z.dtype != z.made_of.dtype and wanted != z.dtype
     if wanted is None or not wanted.is_floating_point or narrowed:
         return None
-    return Scores.of(z.made_of, z.weight, z.bias, z.axis, wanted, z.recorded)
+    return Scores.of(z.made_of, z.weight, z.bias, z.axis, wanted, z.recorded, z.family)
 
 
 def _like(z: Scores, made_of: Tensor, axis: int) -> Scores:
-    return Scores.of(made_of, z.weight, z.bias, axis, z.dtype, z.recorded)
+    return Scores.of(made_of, z.weight, z.bias, axis, z.dtype, z.recorded, z.family)
 
 
 def _cut(z: Scores, index: Any) -> Scores | None:
@@ -289,7 +332,7 @@ class Losses(torch.autograd.Function):
         for rows in _rows(h):
             for _, z, hit in _scores(h[rows], weight, bias, targets[rows], dtype):
                 logs[rows] = torch.logaddexp(logs[rows], z.logsumexp(1))
-                picked[rows] += (z * hit).sum(1)
+                picked[rows] += torch.where(hit, z, 0).sum(1)  # z may be infinite
         return logs - picked, logs
 
     @staticmethod
@@ -432,7 +475,7 @@ class _Along:
         s = torch.zeros_like(self._logs[rows])
         at_target = torch.zeros_like(s)
         for _, z, hit, u in self.blocks(rows):
-            at_target += (u * hit).sum(1)
+            at_target += torch.where(hit, u, 0).sum(1)
             s += (z.sub_(self._logs[rows, None]).exp_().mul_(u)).sum(1)
         return s, at_target
 
