@@ -887,6 +887,27 @@ def test_one_pass_gives_what_several_give(chunk_size):
     assert torch.equal(risk.known_gradient()[1], risk.gradient())
 
 
+def test_one_pass_draws_what_a_pass_of_f_draws():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.layer(x + 0.5 * torch.randn_like(x))
+
+    def loss(z, y):
+        return F.cross_entropy(z + 0.5 * torch.randn_like(z), y)
+
+    torch.manual_seed(0)
+    pair = torch.randn(16, 6), torch.randint(0, 3, (16,))
+    risk = EmpiricalRisk(Noisy(), loss, pair)
+    assert risk.value_and_accuracy()[0] == risk.value()
+    value, gradient, _ = risk.value_gradient_and_accuracy()
+    assert value == risk.value()
+    assert torch.equal(gradient, risk.gradient())
+
+
 def test_outputs_targets_and_accuracy_are_in_the_order_of_the_data():
     problem = softmax_regression()
     x, y = problem.data

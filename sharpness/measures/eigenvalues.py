@@ -78,7 +78,9 @@ class HessianEigenpairs(Result):
 
     eigenvalues: Tensor  # (k,) float64, descending; unit: loss per parameter^2
     error_bounds: Tensor  # (k,) float64, same unit
-    residuals: Tensor  # (k,) float64, ||H v - lambda v||
+    # (k,) float64: ||H v - lambda v||, by the recurrence where no product of the pair
+    # was spent; there rounding comes on top, as `noise_floor` and `error_bounds` have it.
+    residuals: Tensor
     # (k, n), rows orthonormal; of a sharded model this process's part of each
     eigenvectors: Tensor = field(repr=False, compare=False)
     # Of the leading pair, by a product of its own; None where the recurrence is trusted.

@@ -207,7 +207,9 @@ class ChunkedMean:
             outputs = self._objective.outputs(leaves, chunk.batch)
             share = torch.zeros(())
             if self._counts(chunk):
-                reduced = self._objective.loss_of(leaves, chunk.batch, outputs)
+                reduced = self._objective.loss_of(
+                    leaves, chunk.batch, outputs, draws_on=True
+                )
                 share = self.mean(reduced, chunk.batch) * self._weight(chunk)
             yield chunk.batch, outputs, share
 

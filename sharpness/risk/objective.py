@@ -152,11 +152,20 @@ class Objective:
         return self._call(leaves, batch, outputs_only=True)
 
     def loss_of(
-        self, leaves: Sequence[Tensor], batch: Any, outputs: Tensor, loss: Any = None
+        self,
+        leaves: Sequence[Tensor],
+        batch: Any,
+        outputs: Tensor,
+        loss: Any = None,
+        draws_on: bool = False,
     ) -> Tensor:
-        """The loss, or another one, of outputs that are already there."""
+        """The loss, or another one, of outputs that are already there.
+
+        `draws_on`: random numbers follow those that the outputs were made with, as where
+        both are one call.
+        """
         if loss is None or loss is self.loss:
-            return self._call(leaves, batch, outputs=outputs)
+            return self._call(leaves, batch, seeded=not draws_on, outputs=outputs)
         value: Tensor = loss(*self._whole.as_compared(outputs, batch[1]))
         return value
 
@@ -194,8 +203,11 @@ class Objective:
                 self.has_large_head = False
         return self._call(leaves, batch)
 
-    def _call(self, leaves: Sequence[Tensor], batch: Any, **kwargs: Any) -> Tensor:
-        seed_generators()  # what a batch draws does not depend on the batches before
+    def _call(
+        self, leaves: Sequence[Tensor], batch: Any, seeded: bool = True, **kwargs: Any
+    ) -> Tensor:
+        if seeded:  # what a batch draws does not depend on the batches before
+            seed_generators()
         moving = {"model." + k: v for k, v in zip(self.names, leaves, strict=True)}
         if self._batches_in_float64:
             batch = _tensors.mapped(_in_float64, batch)
