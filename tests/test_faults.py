@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import LONG, end, started, together
-from test_ranks import network, risk_of
+from safetensors.torch import load_file, save_file
+from test_ranks import network, own, risk_of
+from torch import nn
 
 from sharpness import EmpiricalRisk, eigenpairs, measure, read_records
 from sharpness._ranks import Ranks
 from sharpness._results import Status
 from sharpness._run import Run
 from sharpness.measures import resumed
+from sharpness.risk.identity import identity, is_same
 
 TOL = 1e-9  # of a search that takes a while
 CODE = """
@@ -103,6 +107,23 @@ def test_a_search_goes_on_after_a_process_is_gone(fault, tmp_path):
         assert found["products"] <= truth.cost.products - step + 2
         torch.testing.assert_close(found["values"], truth.eigenvalues, rtol=1e-8, atol=0)
     assert not list((tmp_path / "kept").iterdir())
+
+
+def cut(group: Any, folder: Path) -> int:
+    found = eigenpairs(risk_of(group), 3, tol=TOL, max_hvps=9, resume=folder / "kept")
+    return found.cost.products
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_two_but_not_with_other_labels(tmp_path):
+    assert together("test_faults:cut", 2, tmp_path) == [9, 9]
+    copy = shutil.copytree(tmp_path / "kept", tmp_path / "copy")
+    more: dict[str, Any] = {"tol": TOL, "max_hvps": 1}
+    assert eigenpairs(risk_of(None), 3, resume=copy, **more).cost.products == 10
+    x, y = own(0, 1)
+    other = EmpiricalRisk(network(), nn.CrossEntropyLoss(), (x, y.flip(0)))
+    found = eigenpairs(other, 3, resume=tmp_path / "kept", **more)
+    assert found.cost.products == 1
 
 
 def command(folder: Path, arguments: list[str]) -> int:
@@ -254,6 +275,177 @@ def test_a_search_that_was_cut_short_goes_on_to_the_bit(more, tmp_path):
     assert torch.equal(found.eigenvectors, whole.eigenvectors)
     assert found.cost.products == whole.cost.products
     assert not list(tmp_path.iterdir())  # nothing is left of what has converged
+
+
+def labels(shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(2)).double()
+    return x, (torch.arange(60) + shift * (torch.arange(60) % 7 == 0)) % 3
+
+
+def normed(frozen: float = 1.0) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+    net[3].requires_grad_(False).weight.data *= frozen
+    return net.double().eval()
+
+
+def smoothed(smoothing: float) -> Any:
+    """A function of one's own: only what it holds tells it from another."""
+    return lambda out, y: nn.functional.cross_entropy(out, y, label_smoothing=smoothing)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "labels": {"data": labels(1)},
+    "batchnorm": {"batchnorm": "batch"},
+    "frozen weights": {"model": normed(1.5)},
+    "smoothing": {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+    "weights": {"loss": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0]).double())},
+    "own loss": {"loss": smoothed(0.1)},
+    "activation": {"model": nn.Sequential(*normed()[:2], nn.ReLU(), normed()[3]).eval()},
+    "tol": {"tol": 1e-7},
+    "confidence": {"confidence": 0.5},
+}
+
+
+def measured(change: str, resume: Path | None = None, **more: Any) -> Any:
+    given = {"model": normed(), "loss": nn.CrossEntropyLoss(), "data": labels()}
+    given |= CHANGES[change]
+    search = {"tol": given.pop("tol", TOL), "confidence": given.pop("confidence", 0.95)}
+    return eigenpairs(EmpiricalRisk(**given), 2, resume=resume, **search, **more)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_search_begins_anew(change, tmp_path):
+    measured("nothing", tmp_path, max_hvps=6)
+    fresh, found = measured(change), measured(change, tmp_path, max_hvps=200)
+    assert torch.equal(found.eigenvalues, fresh.eigenvalues)
+    assert torch.equal(found.error_bounds, fresh.error_bounds)
+    assert found.cost.products == fresh.cost.products
+    again = measured("nothing", tmp_path / "b", max_hvps=6)
+    counted = measured(change, tmp_path / "b", max_hvps=1).cost.products
+    assert counted == (again.cost.products + 1 if change == "nothing" else 1)
+
+
+def test_an_old_manifest_does_not_vouch_for_another_search(tmp_path, monkeypatch):
+    measured("nothing", tmp_path, max_hvps=6)
+    write, refused = resumed._saving.write, []
+
+    def broken(path: Path, content: bytes) -> None:
+        if path.name == "search.json":  # killed before the new manifest
+            refused.append(path)
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(resumed._saving, "write", broken)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        measured("labels", tmp_path, max_hvps=6)
+    assert refused
+    assert not (tmp_path / "search.json").exists()
+    names = [path.name for path in tmp_path.iterdir()]
+    assert len({name.split("-")[0] for name in names}) == len(names) == 2
+
+
+@pytest.mark.parametrize("trouble", [OSError(28, "No space left"), KeyboardInterrupt()])
+def test_what_cannot_be_kept_is_measured_all_the_same(trouble, tmp_path, monkeypatch):
+    def broken(path: Path, content: bytes) -> None:
+        raise trouble
+
+    monkeypatch.setattr(resumed._saving, "write", broken)
+    with pytest.warns(RuntimeWarning, match="was not kept"):
+        cut = measured("nothing", tmp_path, max_hvps=6)
+    assert torch.equal(cut.eigenvalues, measured("nothing", max_hvps=6).eigenvalues)
+
+
+def test_a_full_disk_does_not_end_a_search(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(resumed, "_SAVE_EVERY", -1.0)
+    with pytest.warns(RuntimeWarning, match="was not kept"):
+        found = measured("nothing", tmp_path / "file" / "folder")
+    assert found.status is Status.CONVERGED
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "null", '{"key": 1}', "{", "", "wrong step"]
+)
+def test_a_damaged_manifest_begins_anew(content, tmp_path):
+    measured("nothing", tmp_path, max_hvps=6)
+    manifest = tmp_path / "search.json"
+    if content == "wrong step":
+        content = json.dumps(json.loads(manifest.read_text()) | {"step": "6", "size": -1})
+    manifest.write_text(content)
+    found = measured("nothing", tmp_path, max_hvps=1)
+    assert found.cost.products == 1
+
+
+def parts_with(change: str, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name, how = change.split()
+    if how == "missing":
+        return {key: part for key, part in parts.items() if key != name}
+    if how == "nan":
+        parts[name].view(-1)[0] = torch.nan
+    if how == "short":
+        parts[name] = parts[name][..., :-1].contiguous()
+    if how == "scalar":
+        parts[name] = torch.tensor(1.0)
+    if how == "zero":
+        parts[name].zero_()
+    return parts
+
+
+NAMES = ["basis", "next", "projected", "coupling", "defects", "alphas", "numbers", "search"]
+DAMAGE = [
+    f"{name} {how}" for name in NAMES for how in ("missing", "nan", "short", "scalar")
+]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "generator short", "generator zero"])
+def test_a_damaged_part_begins_anew(damage, tmp_path):
+    measured("nothing", tmp_path, max_hvps=6)
+    (path,) = tmp_path.glob("*.safetensors")
+    save_file(parts_with(damage, load_file(path)), path)
+    found = measured("nothing", tmp_path, max_hvps=1)
+    assert found.cost.products == 1
+    assert torch.equal(found.eigenvalues, measured("nothing", max_hvps=1).eigenvalues)
+
+
+def test_verification_is_paid_from_this_sessions_products(tmp_path):
+    more: dict[str, Any] = {"basis_dtype": torch.bfloat16, "basis_size": 12}
+    risk = EmpiricalRisk(normed(), nn.CrossEntropyLoss(), labels())
+    first = eigenpairs(risk, 1, max_hvps=3, resume=tmp_path, **more)
+    assert first.status is Status.MAX_HVPS
+    whole = eigenpairs(risk, 1, **more)
+    least = whole.cost.products - 3  # with one for the verification
+    found = eigenpairs(risk, 1, max_hvps=least, resume=tmp_path, **more)
+    assert found.status is Status.CONVERGED
+    assert found.explicit_residual == whole.explicit_residual is not None
+
+
+def test_whether_a_search_has_settled_is_not_believed(tmp_path):
+    measured("nothing", tmp_path, max_hvps=6)
+    (path,) = tmp_path.glob("*.safetensors")
+    parts = load_file(path)
+    parts["search"] = torch.tensor([float(parts["search"][0]), 2.0]).double()
+    save_file(parts, path)
+    assert measured("nothing", tmp_path, max_hvps=1).status is Status.MAX_HVPS
+
+
+def test_other_files_in_the_folder_stay(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    measured("nothing", tmp_path, max_hvps=6)
+    measured("nothing", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_an_identity_is_the_same_however_the_data_are_divided():
+    x, y = labels()
+    half = [(x[:25], y[:25]), (x[25:], y[25:])]
+    risks = [
+        EmpiricalRisk(normed(), smoothed(0.1), data, chunk_size=size)
+        for data, size in [((x, y), 60), (half, 7), ((x.flip(0), y.flip(0)), 60)]
+    ]
+    facts = [identity(risk) for risk in risks]
+    assert all(is_same(facts[0], other) for other in facts)
 
 
 @pytest.mark.parametrize("fault", ["another search", "damaged", "no part"])

@@ -133,19 +133,32 @@ class Search:
             NonFiniteProductError: it is not finite.
         """
         self.run.absorb(product)
-        met = meets(self.run.state, self._k, self._tol, self._which) and not self.hidden()
-        self._settled = self._settled + 1 if met else 0
+        self._settled = self._settled + 1 if self._meets_rule() else 0
+
+    def _meets_rule(self) -> bool:
+        met = meets(self.run.state, self._k, self._tol, self._which)
+        return met and not self.hidden()
 
     def frozen(self) -> dict[str, Tensor]:
         """All that `thawed` needs to go on from here; see `Lanczos.frozen`."""
-        of_search = torch.tensor([self._squared_norm, self._settled], dtype=torch.float64)
+        of_search = torch.tensor([self._squared_norm], dtype=torch.float64)
         return {**self.run.frozen(), "search": of_search}
 
+    def fits(self, saved: Mapping[str, Tensor]) -> bool:
+        """Whether `thawed` can go on from it: nothing lacks, all is finite and fits."""
+        norm = saved.get("search")
+        known = norm is not None and norm.dtype == torch.float64 and norm.shape == (1,)
+        sound = known and 0 < float(saved["search"]) < math.inf
+        return sound and self.run.fits(saved) and len(saved["basis"]) <= self.basis_size
+
     def thawed(self, saved: Mapping[str, Tensor]) -> None:
-        """Go on from what `frozen` gave, in a search like that one."""
-        self._squared_norm, settled = saved["search"].tolist()
-        self._settled = int(settled)
+        """Go on from what `frozen` gave, in a search like that one.
+
+        Whether it has settled is asked anew: a file is not believed.
+        """
+        self._squared_norm = float(saved["search"])
         self.run.thawed(saved)
+        self._settled = int(self._meets_rule())
 
     def hidden(self) -> Intervals | None:
         """Where one of the wanted may hide, further than `tol` from all that are found.

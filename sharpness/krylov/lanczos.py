@@ -121,7 +121,7 @@ class Lanczos:
         dtype: torch.dtype | None = None,
     ) -> None:
         self._vectors = vectors or Vectors(v0.numel())
-        self.n = self._vectors.n
+        self.n, self._length = self._vectors.n, v0.numel()
         self._eps = torch.finfo(v0.dtype).eps
         self._generator = generator
         self._next: Tensor | None = self._normalised(v0)
@@ -222,6 +222,27 @@ class Lanczos:
             "generator": self._generator.get_state(),
         }
 
+    def fits(self, saved: Mapping[str, Tensor]) -> bool:
+        """Whether `thawed` can go on from it: nothing lacks, all is finite and fits."""
+        if not saved.keys() >= {*_ARRAYS, "basis", "next", "generator"}:
+            return False
+        basis, numbers = saved["basis"], saved["numbers"]
+        m, j, n = basis.shape[0] if basis.ndim else 0, saved["alphas"].numel(), self._length
+        num_next = n if numbers.numel() == 8 and bool(numbers[7]) else 0
+        shapes = {"projected": (m, m), "coupling": (m,), "defects": (m,), "basis": (m, n)}
+        shapes |= {"alphas": (j,), "betas": (j,), "dropped": (saved["dropped"].numel(),)}
+        shapes |= {"numbers": (8,), "next": (num_next,)}
+        if any(saved[name].shape != shape for name, shape in shapes.items()):
+            return False
+        if any(saved[name].dtype != torch.float64 for name in _ARRAYS):
+            return False
+        small = [saved[name] for name in shapes if name not in ("basis", "numbers")]
+        finite = all(bool(part.isfinite().all()) for part in [*small, *basis])
+        noise, products, random, newest, logs, scale = numbers[:6].tolist()
+        sound = math.isfinite(noise + products + random + scale) and logs < math.inf
+        counts = products >= m > 0 and random >= 0 and 0 <= newest <= m
+        return finite and sound and counts and _is_state(saved["generator"])
+
     def thawed(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from what `frozen` gave, on a run like that one."""
         arrays = {name: tensor.numpy() for name, tensor in saved.items() if name in _ARRAYS}
@@ -300,6 +321,15 @@ class Lanczos:
         if not self._tridiagonal or first.invariant:
             return first
         return Tridiagonal(np.append(first.alphas, alpha), np.append(first.betas, beta))
+
+
+def _is_state(saved: Tensor) -> bool:
+    """Whether a generator can be set to it."""
+    try:
+        torch.Generator().set_state(saved)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def wanted(theta: np.ndarray, k: int, which: str) -> np.ndarray:

@@ -34,6 +34,7 @@ from sharpness.measures.resumed import KeptSearch
 from sharpness.risk import memory
 from sharpness.risk.curvature import Matrix
 from sharpness.risk.empirical import EmpiricalRisk
+from sharpness.risk.identity import identity
 from sharpness.risk.plan import Plan
 
 _USUAL_PRODUCTS = 10  # and four more for each eigenvalue wanted
@@ -261,7 +262,9 @@ def eigenpairs(
         max_seconds: stop after the product that passes this time.
         progress: show a bar; by default on a terminal.
         resume: a folder to keep the search in, every half minute and where it is cut
-            short: the same call goes on from there, also on another number of processes.
+            short: the same call for the same f goes on from there, also on another
+            number of processes; any other begins anew, and takes the folder over. A disk
+            that cannot be written to is warned of, and ends nothing.
             Emptied when the search has converged. It takes as much room as the basis.
 
     Returns:
@@ -308,7 +311,13 @@ def eigenpairs(
         "Leave it out for what the memory holds.",
     )
     held_in = str(basis_dtype or risk.dtype).removeprefix("torch.")
-    asked = {"k": k, "which": which, "matrix": matrix, "seed": seed, "basis": held_in}
+    asked: dict[str, Any] = {
+        "k": k,
+        "which": which,
+        "matrix": matrix,
+        "seed": seed,
+        "basis": held_in,
+    }
     search: Search | Dense | None = None
     plan, kept = None, None
     run = Run(
@@ -337,7 +346,10 @@ def eigenpairs(
                 dtype=basis_dtype,
             )
             if resume is not None:
-                key = _key(risk, v0, preconditioner, asked)
+                asked |= {"tol": tol, "confidence": confidence}
+                asked["differences"] = plan.engine == "differences"
+                of_risk = identity(risk, v0=v0, preconditioner=preconditioner)
+                key = {**asked, "risk": of_risk}
                 kept = KeptSearch(resume, key, risk.vectors)
                 kept.restore(search)
         del start
@@ -391,7 +403,7 @@ def _result(
         noise = search.noise
         if which != "SA":
             upper = search.upper(1 - (confidence or _USUAL_CONFIDENCE))
-        may_verify = status is Status.CONVERGED and search.num_products < most
+        may_verify = status is Status.CONVERGED and run.num_steps < most
         doubtful = bool(inexact) and not search.is_whole
         error = math.inf if doubtful else search.recurrence_error
         found = search.found(inexact)
@@ -524,19 +536,6 @@ def _multiplication(
     if not (whole or risk.is_sharded):
         scale = risk.vectors.part(scale)
     return lambda v: product(v.to(scale.device) * scale, matrix).mul_(scale).to(held_on)
-
-
-def _key(
-    risk: EmpiricalRisk, v0: Tensor | None, preconditioner: Tensor | None, asked: Any
-) -> dict[str, Any]:
-    """Which search it is: of the same risk, for the same pairs, from the same start."""
-    given = {"v0": v0, "preconditioner": preconditioner, "theta": risk.theta}
-    digests = [
-        risk.ranks.objects(None if t is None else _tensors.mixed(0, t))[0]
-        for t in given.values()
-    ]
-    data = {"samples": risk.num_samples, "terms": risk.num_terms}
-    return {**asked, **data, **dict(zip(given, digests, strict=True))}
 
 
 def _affordable(
