@@ -34,6 +34,10 @@ class GroupEndedError(KeyboardInterrupt):
     exit_code = 3
 
 
+class OutOfMemoryEverywhereError(torch.OutOfMemoryError):
+    """A process ran out of memory, and every process of the group knows it."""
+
+
 class Ranks:
     """The processes of a group, or this one alone.
 
@@ -80,6 +84,30 @@ class Ranks:
     def any(self, holds: bool) -> bool:
         """Whether something holds on one of them, at least."""
         return bool(self.most(float(holds)))
+
+    def fitting(self, compute: Callable[[], _Given]) -> _Given:
+        """What is computed here, where no process runs out of memory over it.
+
+        Raises:
+            OutOfMemoryEverywhereError: one of them has. All raise it, and none waits.
+
+        Cost: a sum of one number over ranks; none on one process.
+        """
+        if self.size == 1:
+            return compute()
+        found, trouble = list[_Given](), ""
+        try:
+            found.append(compute())
+        except torch.OutOfMemoryError as error:
+            trouble = str(error)
+        if self.any(bool(trouble)):
+            raise OutOfMemoryEverywhereError(trouble or "another process had no room")
+        return found[0]
+
+    def end(self, why: str) -> GroupEndedError:
+        """An error to raise where the others cannot follow: this process leaves them."""
+        self.lost = f"rank {self.rank} of {self.size} cannot go on with the others: {why}"
+        return GroupEndedError(self.lost)
 
     def objects(self, value: _Given) -> list[_Given]:
         """What each rank has given, in their order; small things that can be pickled."""

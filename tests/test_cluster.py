@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pickle
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -102,6 +103,25 @@ def test_an_error_of_the_work_is_raised_and_what_runs_is_dropped(tmp_path):
         list(as_completed(engine, tasks_of("abcd", b="raise"), tmp_path))
     assert len(engine.dropped) == 3
     assert "write_or_die" in caught.value.__notes__[0]
+
+
+class Unreadable(Exception):
+    """Cannot be un-pickled: it takes two arguments, and keeps one."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+def fail_unreadably(folder):
+    raise Unreadable("task", "no luck")
+
+
+def test_an_error_that_cannot_be_unpickled_is_told_in_words(tmp_path):
+    errand = cluster.Errand(fail_unreadably, tmp_path, None, Path.cwd(), None)
+    error = pickle.loads(pickle.dumps(errand())).error
+    assert type(error) is RuntimeError
+    assert str(error) == "Unreadable: task: no luck"
+    assert "fail_unreadably" in error.__notes__[0]
 
 
 def test_whoever_stops_listening_drops_what_runs(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from helpers.ranks import together
 from torch import Tensor, nn
 
 from sharpness import EmpiricalRisk, _ranks, eigenpairs
-from sharpness._ranks import Ranks, Vectors, normals, span
+from sharpness._ranks import GroupEndedError, Ranks, Vectors, normals, span
 from sharpness.measurement import _own_part
 from sharpness.measures.summary import summary
 from sharpness.risk.batches import cut
@@ -69,12 +70,15 @@ def everything(group: Any, _: Path | None = None) -> dict[str, Any]:
         "gradient": risk.gradient(),
         "products": {
             matrix: risk.product(torch.stack([v, v.cos()]), matrix)
-            for matrix in ("hessian", "gauss_newton", "empirical_fisher")
+            for matrix in (
+                *("hessian", "gauss_newton", "empirical_fisher", "sampled_fisher"),
+            )
         },
         "covariance": risk.product(v, "gradient_covariance"),
         "blocks": risk.block_products([["0.weight"], ["2.bias"]], [v[:66], v[:3]]),
         "both": risk.gradient_and_product(),
         "subset": risk.subset([3, 5, 7, 3]).hvp(v),
+        "on_one_rank": on_one_rank(risk.subset(range(30))),
         "eigenvalues": [p.eigenvalues for p in (pairs, ends, full, short)],
         "lambda_max_upper": pairs.lambda_max_upper,
         "converged": pairs.num_converged,
@@ -83,6 +87,70 @@ def everything(group: Any, _: Path | None = None) -> dict[str, Any]:
         "default": {r.name: r.value for r in default.readings()},
         "calls": calls,
     }
+
+
+def on_one_rank(risk: EmpiricalRisk) -> list[Any]:
+    """What is to be had of data that lie in the first process."""
+    default = summary(risk, epsilon=(1e-2,), subspace_dim=10, progress=False)
+    return [
+        *(risk.accuracy(), risk.num_classes_seen(), *risk.value_and_accuracy()),
+        *risk.value_gradient_and_accuracy(),
+        *(r.value for r in default.readings() if isinstance(r.value, float)),
+        *(risk.product(risk.theta, "sampled_fisher"), *risk.gradient_and_product()),
+    ]
+
+
+class Limited(nn.Module):
+    """A network on a device that holds no more than so many rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.most = network(), NUM
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB. 1 GiB is free.")
+        return self.inside(x)
+
+
+def with_less_room(group: Any, _: Path | None = None) -> dict[str, Any]:
+    """The last process runs out of memory: over each thing first, and once for good."""
+    ranks, v = Ranks(group), torch.linspace(-1, 1, 113, dtype=torch.float64)
+    found, chunks = dict[str, Any](), []
+    asked: dict[str, Callable[[EmpiricalRisk], Any]] = {
+        "value": lambda risk: risk.value(),
+        "values": lambda risk: risk.value_and_accuracy(),
+        "gradient": lambda risk: risk.gradient(),
+        "accuracy": lambda risk: risk.accuracy(),
+        "first product": lambda risk: risk.hvp(v),
+        "sampled_fisher": lambda risk: risk.product(v, "sampled_fisher"),
+        "both": lambda risk: risk.gradient_and_product(),
+    }
+    for name, ask in asked.items():
+        risk = limited(group)
+        risk.model.most = 3 if ranks.rank == ranks.size - 1 else NUM
+        found[name] = ask(risk)
+        chunks.append(risk.chunk_size)
+    risk = limited(group)
+    risk.hvp(v)
+    risk.model.most = 3 if ranks.rank == ranks.size - 1 else NUM
+    found["next product"] = risk.vectors.whole(risk.product_part(risk.vectors.part(v)))
+    found["blocks"] = risk.block_products([["inside.2.bias"]], [v[:3]])
+    if group is not None:
+        risk.model.most = 0 if ranks.rank == ranks.size - 1 else NUM
+        with pytest.raises(MemoryError):
+            risk.value()
+        if risk.model.most == 0:  # a process's own outputs: nothing to agree upon
+            with pytest.raises(GroupEndedError, match=r"cannot go on .*`chunk_size`"):
+                risk.outputs()
+    return {"values": found, "chunks": chunks}
+
+
+def limited(group: Any) -> EmpiricalRisk:
+    ranks = Ranks(group)
+    data = own(ranks.rank, ranks.size)
+    loss = nn.CrossEntropyLoss()
+    return EmpiricalRisk(Limited(), loss, data, process_group=group, chunk_size=16)
 
 
 def counted_calls(risk: EmpiricalRisk, v: Tensor) -> Counter[str]:
@@ -140,7 +208,7 @@ def several(request: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
 COMPARED = (
     *("value", "accuracy", "samples", "gradient", "products", "covariance", "blocks"),
     *("both", "subset", "eigenvalues", "lambda_max_upper", "converged", "vectors"),
-    *("explicit", "default"),
+    *("explicit", "default", "on_one_rank"),
 )
 
 
@@ -155,10 +223,18 @@ def test_one_reduce_scatter_a_product_and_a_basis_in_parts(several):
     for rank, found in enumerate(several):
         calls = found["calls"]
         assert calls["reduce_scatter_single"] == calls["all_gather_single"] == (size > 1)
-        assert calls["all_reduce"] == 0
+        assert calls["all_reduce"] == (size > 1)  # of one number: whether memory sufficed
         own = -(-n // size)
         held = min(n, (rank + 1) * own) - rank * own
         assert calls["basis"] == 5 * 8 * held
+
+
+def test_a_rank_that_runs_out_of_memory_halves_the_chunks_of_all(tmp_path):
+    whole, ranks = with_less_room(None), together("test_ranks:with_less_room", 2, tmp_path)
+    for found in ranks:
+        assert found["chunks"] == ranks[0]["chunks"]
+        assert all(size <= 4 for size in found["chunks"])
+        assert apart(whole["values"], found["values"]) <= 1e-6
 
 
 # -- without other processes ---------------------------------------------------------------

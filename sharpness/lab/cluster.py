@@ -7,6 +7,7 @@ machine, Dask, Ray, or Slurm by way of submitit. `as_completed` keeps one suppli
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import threading
 import time
@@ -246,7 +247,7 @@ class Errand:
             return self.carried_out()
         except Exception as error:
             error.add_note(f"In its worker:\n{traceback.format_exc()}")
-            return Returned(error=error)
+            return Returned(error=_sendable(error))
 
     def carried_out(self) -> Returned:
         """Carry it out; errors are raised."""
@@ -262,6 +263,18 @@ class Errand:
                 (away / file).write_bytes(content)
             value = self.work(away)
             return Returned(value, dict(_left(away, self.files)))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one in words that comes through: some cannot be pickled, or back."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does there
+        instead = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in error.__notes__:
+            instead.add_note(note)
+        return instead
+    return error
 
 
 def _left(folder: Path, before: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:

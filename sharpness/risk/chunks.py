@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,12 @@ from sharpness._results import ensure_available
 from sharpness.risk import batch_dependence, batches, curvature, memory
 from sharpness.risk.batch_dependence import FEW, Count
 from sharpness.risk.curvature import Linearise
-from sharpness.risk.fisher_terms import FisherTerms, loss_of_sampled, sampled_targets
+from sharpness.risk.fisher_terms import (
+    FisherTerms,
+    loss_of_sampled,
+    num_draws,
+    sampled_targets,
+)
 from sharpness.risk.footprints import Footprints
 from sharpness.risk.kept_graph import ChunkedSum
 from sharpness.risk.loss_terms import (
@@ -33,6 +38,8 @@ from sharpness.risk.loss_terms import (
 from sharpness.risk.memory import Footprint
 from sharpness.risk.model_state import batchnorm_layers, evaluation
 from sharpness.risk.objective import Objective
+
+_Computed = TypeVar("_Computed")
 
 
 class NoLossTermsError(ValueError):
@@ -248,6 +255,13 @@ class ChunkedMean:
             return self._footprints.measured(linearise, batch)
         return self._footprints.predicted(linearise, batch)
 
+    def fitting(self, compute: Callable[[], _Computed]) -> _Computed:
+        """What needs no other process, unless one of them runs out of memory over it.
+
+        Layers that lie in parts wait for other processes: those cannot agree after it.
+        """
+        return compute() if self._in_lockstep else self.ranks.fitting(compute)
+
     def halve(self, trouble: str) -> None:
         """Chunks of half the size; the mean stays what it is.
 
@@ -255,18 +269,18 @@ class ChunkedMean:
             MemoryError: chunks cannot be cut: they are single samples, parts that define
                 BatchNorm's statistics, a closure's batches, or as many on every process.
         """
-        if not self.chunk_size or self.chunk_size == 1 or self._in_lockstep:
+        whole = (self.chunk_size or 1) == 1
+        if self._in_lockstep or self.ranks.any(whole):
             by_parts = self._batchnorm == "batch" and not self._closed
             what = "batchnorm_batch" if by_parts else "data"
+            most = max((int(num_rows(c.batch)) for c in self.all), default=0)
             raise MemoryError(
-                f"`{what}` must come in parts that fit the memory; got up to "
-                f"{max(int(num_rows(c.batch)) for c in self.all)} samples evaluated at "
-                f"once ({trouble}). Pass smaller ones, or another `device`."
+                f"`{what}` must come in parts that fit the memory; got up to {most} "
+                f"samples evaluated at once ({trouble}). Pass smaller ones, or another "
+                "`device`."
             )
-        self.chunk_size = -(-self.chunk_size // 2)
-        self._cut(
-            [part for c in self.all for part in batches.cut(c.batch, self.chunk_size)]
-        )
+        size = self.chunk_size = -(-(self.chunk_size or 1) // 2)
+        self._cut([part for c in self.all for part in batches.cut(c.batch, size)])
 
     # -- building ----------------------------------------------------------------------
 
@@ -493,8 +507,12 @@ class ChunkedMean:
     def _with_sampled_targets(self, leaves: Sequence[Tensor], seed: int) -> list[Any]:
         # Chunks without a counted term draw too: a seed means the same in any chunks.
         objective, parts = self._objective, [chunk.batch for chunk in self.all]
+        own = sum(num_draws(objective.loss, part[1]) for part in parts)
+        before = sum(self.ranks.objects(own)[: self.ranks.rank])
         with evaluation(objective.model, self._batchnorm), torch.no_grad():
             pairs = ((objective.outputs(leaves, part), part[1]) for part in parts)
-            drawn = list(sampled_targets(objective.loss, pairs, seed))
+            drawn = self.fitting(
+                lambda: list(sampled_targets(objective.loss, pairs, seed, before))
+            )
         sampled = zip(self.all, parts, drawn, strict=True)
         return [(part[0], y) for chunk, part, y in sampled if self._counts(chunk)]

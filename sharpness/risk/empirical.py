@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from sharpness import _tensors
 from sharpness._arguments import ensure, is_whole, require, whole, whole_seed
-from sharpness._ranks import Ranks, Vectors
+from sharpness._ranks import OutOfMemoryEverywhereError, Ranks, Vectors
 from sharpness._results import DerivativeDisagreesError, ensure_available
 from sharpness.risk import batch_dependence, batches, files, intake, sharded
 from sharpness.risk.chunks import ChunkedMean
@@ -71,7 +71,10 @@ def _fitting(
                     return evaluate(risk, *args, **kwargs)
             except torch.OutOfMemoryError as error:
                 trouble = str(error).split(". ")[0]
+                agreed = isinstance(error, OutOfMemoryEverywhereError)
             # Outside the handler, so that what the failed evaluation held is free.
+            if risk.ranks.size > 1 and not (agreed or risk.is_sharded):
+                raise risk.ranks.end(f"{trouble}. Pass a smaller `chunk_size`.")
             risk._take_smaller_chunks(trouble)
 
     return fitted
@@ -357,7 +360,10 @@ class EmpiricalRisk:
     def targets(self) -> Tensor:
         """All targets, in the order of `outputs`."""
         self._refuse_closure("targets")
-        return torch.cat([targets for _, targets in self.batches])
+        found = [targets for _, targets in self.batches]
+        if not found:  # a process may have no sample of a subset
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        return torch.cat(found)
 
     @property
     def has_outputs(self) -> bool:
@@ -458,10 +464,16 @@ class EmpiricalRisk:
 
         Cost: a forward pass a point, for both.
         """
-        classes, blocks = self.is_classification, []
+        classes = self.is_classification
         points = Points(self._objective, self._mean, self._is_right if classes else None)
-        for block in thetas.split(at_once):
-            blocks += self._several(points, block) or [self._one(points, t) for t in block]
+        blocks = self._mean.fitting(
+            lambda: [
+                point
+                for block in thetas.split(at_once)
+                for point in self._several(points, block)
+                or [self._one(points, t) for t in block]
+            ]
+        )
         value, right = (
             self.ranks.total(torch.cat([p[i].reshape(-1) for p in blocks])) for i in (0, 1)
         )
@@ -688,7 +700,8 @@ class EmpiricalRisk:
         work = self._mean.work("hessian", self.seed)
         if len(work.batches) > 1 or self.ranks.size > 1:
             slope = self.gradient()
-            return slope, self.ranks.total(KeptGraph(work, 0)(slope))
+            own = self._mean.fitting(lambda: KeptGraph(work, 0)(slope))
+            return slope, self.ranks.total(own)
         apply = work.linearised(0)
         assert isinstance(apply, Pullback)
         slope, product = (torch.zeros_like(self.theta) for _ in range(2))
@@ -949,14 +962,18 @@ class EmpiricalRisk:
             TypeError: outputs that are no scores of classes, or other targets.
         """
         self._require_classes()
-        leaves, right = self._f.pieces(theta), 0
+        leaves = self._f.pieces(theta)
         with self._f.evaluating(theta), torch.no_grad():
-            for x, y in self.batches:  # the outputs of all may be too many to hold
-                right += int(
-                    self._is_right(self._objective.outputs(leaves, (x, y)), y).sum()
-                )
+            right = self._mean.fitting(lambda: self._num_right(leaves))
         counted = int(self._counts().sum())
         return self.ranks.add(right) / self.ranks.add(counted)
+
+    def _num_right(self, leaves: Sequence[Tensor]) -> int:
+        """Of this process; chunk by chunk, as all outputs may be too many to hold."""
+        outputs = (
+            (self._objective.outputs(leaves, pair), pair[1]) for pair in self.batches
+        )
+        return sum(int(self._is_right(z, y).sum()) for z, y in outputs)
 
     def _require_classes(self) -> None:
         self._refuse_closure("accuracy")

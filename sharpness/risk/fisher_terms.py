@@ -56,6 +56,7 @@ class FisherTerms:
 
 _ROUNDINGS = 100  # of a log-softmax, which sums over classes
 _SQUARED = (nn.MSELoss, F.mse_loss)
+_STRETCH = 1 << 20  # other processes' random numbers passed over at once
 _IGNORED = -100  # no class, unlike what a loss may ignore
 
 
@@ -94,7 +95,7 @@ def loss_of_scores(loss: Any, outputs: Tensor) -> Any:
 
 
 def sampled_targets(
-    loss: Any, pairs: Iterable[tuple[Tensor, Tensor]], seed: int
+    loss: Any, pairs: Iterable[tuple[Tensor, Tensor]], seed: int, before: int = 0
 ) -> Iterator[Tensor]:
     """Targets drawn from the distribution whose -log is the loss, for every chunk.
 
@@ -104,15 +105,25 @@ def sampled_targets(
             variance 1/2.
         pairs: (outputs, targets) of the chunks, in order; ignored targets stay so.
         seed: of the draws, which do not depend on how the data are cut.
+        before: how many draws are other processes', whose data come first.
     """
     _check_distribution(loss)
     generator = _tensors.seeded(seed)
+    for start in range(0, before, _STRETCH):
+        num = min(_STRETCH, before - start)
+        torch.rand(num, generator=generator, dtype=torch.float64)
     for outputs, targets in pairs:
         of_class = loss_terms.is_class_loss(loss)
         shape = outputs.select(1, 0).shape if of_class else outputs.shape
         # One uniform number each, so that the sequence is the same in chunks of any size.
         uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
         yield _drawn(loss, outputs.detach(), targets, uniform.to(outputs.device))
+
+
+def num_draws(loss: Any, targets: Tensor) -> int:
+    """How many numbers `sampled_targets` draws for a chunk, by its targets."""
+    of_class = loss_terms.is_class_loss(loss) and targets.is_floating_point()
+    return (targets.select(1, 0) if of_class else targets).numel()
 
 
 def _drawn(loss: Any, outputs: Tensor, targets: Tensor, uniform: Tensor) -> Tensor:

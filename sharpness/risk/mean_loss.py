@@ -87,7 +87,9 @@ class MeanLoss:
         closed = self.objective.closure is not None  # it may differentiate the model
         leaves = [piece.requires_grad_(closed) for piece in self.pieces(theta)]
         with self.evaluating(theta), torch.set_grad_enabled(closed):
-            parts = [part.detach().double() for part in self.mean.shares(leaves)]
+            parts = self.mean.fitting(
+                lambda: [part.detach().double() for part in self.mean.shares(leaves)]
+            )
         return self._value(parts)
 
     def value_and_gradient(self, theta: Tensor | None = None) -> tuple[float, Tensor]:
@@ -117,6 +119,12 @@ class MeanLoss:
     def _summed(
         self, shares: Iterable[Tensor], leaves: Sequence[Tensor]
     ) -> tuple[float, Tensor]:
+        parts, total = self.mean.fitting(lambda: self._summed_here(shares, leaves))
+        return self._value(parts), self.vectors.collected(total)
+
+    def _summed_here(
+        self, shares: Iterable[Tensor], leaves: Sequence[Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
         parts, total = [], None
         for share in shares:
             with no_layers_computed_again(self.objective.model):
@@ -126,7 +134,7 @@ class MeanLoss:
             parts.append(share.detach().double())
         if total is None:  # a process without data
             total = torch.zeros_like(self.objective.theta)
-        return self._value(parts), self.vectors.collected(total)
+        return parts, total
 
     def _value(self, parts: list[Tensor]) -> float:
         """The sum over chunks, of which a process may have none, and over ranks."""

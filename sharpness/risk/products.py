@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from sharpness.risk.kept_graph import Block, ChunkedSum, KeptGraph
 from sharpness.risk.loss_terms import num_rows
 from sharpness.risk.memory import Footprint
 from sharpness.risk.plan import Plan, directions_at_once, worth_compiling
+
+_Computed = TypeVar("_Computed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,9 @@ class Products:
         if task.asked == "differences":
             self._use_differences("asked for")
             return
-        trouble = next(filter(None, self._ranks.objects(self._no_second_derivative())), "")
+        self._apart = task.shared is None  # whether a product waits for no process
+        own = self._fitting(self._no_second_derivative)
+        trouble = next(filter(None, self._ranks.objects(own)), "")
         if trouble:
             task.gradient(task.theta)  # fails likewise if the trouble is another
             self._use_differences(f"no second derivative: {trouble}")
@@ -78,6 +82,10 @@ class Products:
         else:
             self._use_kept_graph("the default")
             self.expect(num_products)
+
+    def _fitting(self, compute: Callable[[], _Computed]) -> _Computed:
+        """What is computed by this process; all know it if it fits on one of them not."""
+        return self._ranks.fitting(compute) if self._apart else compute()
 
     def _no_second_derivative(self) -> str:
         """Measure a chunk's product; why there is none, in words."""
@@ -95,7 +103,7 @@ class Products:
 
     def __call__(self, v: Tensor) -> Tensor:
         """M v, or M times every row of v."""
-        (product,) = self._first_finite(lambda: [self._of_all(self._multiplied(v))])
+        (product,) = self._first_finite(lambda: [self._of_all(self._own(v))])
         return product
 
     def of_part(self, part: Tensor) -> Tensor:
@@ -104,7 +112,7 @@ class Products:
         For vectors that are whole on every process otherwise.
         """
         v = self._task.vectors.whole(part)
-        (product,) = self._first_finite(lambda: [self._part_of_all(self._multiplied(v))])
+        (product,) = self._first_finite(lambda: [self._part_of_all(self._own(v))])
         return product
 
     def _of_all(self, product: Tensor) -> Tensor:
@@ -119,7 +127,12 @@ class Products:
     def of_blocks(self, blocks: Sequence[Block], vectors: Sequence[Tensor]) -> list[Tensor]:
         """M_bb v_b for each diagonal block; of whole products where nothing is kept."""
         return self._first_finite(
-            lambda: list(map(self._of_all, self._multiplied_blocks(blocks, vectors)))
+            lambda: [
+                self._of_all(product)
+                for product in self._fitting(
+                    lambda: self._multiplied_blocks(blocks, vectors)
+                )
+            ]
         )
 
     def _first_finite(self, multiply: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -137,6 +150,9 @@ class Products:
         task, exact = self._task, not isinstance(self._engine, Differences)
         is_free = exact and task.asked == "auto" and task.matrix == "hessian"
         return is_free and _are_finite([task.gradient(task.theta)])
+
+    def _own(self, v: Tensor) -> Tensor:
+        return self._fitting(lambda: self._multiplied(v))
 
     def _multiplied(self, v: Tensor) -> Tensor:
         block = self.plan.directions_at_once
@@ -212,6 +228,7 @@ class Products:
             "be 'hessian' where products are differences of gradients",
             f"{task.matrix!r} ({reason})",
         )
+        self._apart = False  # its gradients are sums over the processes
         self._engine = engine = Differences(task.gradient, task.theta, task.shared)
         plan = self._plan("differences", reason, Footprint(0, 0), 0, 1)
         self.plan = replace(plan, relative_error=engine.relative_error)
