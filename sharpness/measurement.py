@@ -114,7 +114,8 @@ def measured(
     accuracy = share if risk.is_classification else None
     known = {
         "checkpoint": subject.facts,
-        "data": {**data_facts(subject, settings), "num_there": there},
+        "data": data_facts(subject, settings),
+        "num_there": there,  # samples, of which those measured may be a part
         "settings": {**asdict(settings), "risk": risk.settings()},
         "value": value,
         "accuracy": accuracy,

@@ -123,7 +123,7 @@ def headline(record: Mapping[str, Any]) -> str:
         "recalibrated": " · BatchNorm on recalibrated statistics",
         None: " · no BatchNorm",
     }[risk["batchnorm"]]
-    there = about.get("num_there", risk["num_samples"])
+    there = record.get("num_there", risk["num_samples"])
     some = f"{risk['num_samples']} of " if risk["num_samples"] != there else ""
     return (
         f"{checkpoint['network']['name']} · {about['name']} {about['split']}, "
