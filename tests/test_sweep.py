@@ -47,6 +47,7 @@ def updates():
 @pytest.fixture
 def two_cores(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
 @pytest.fixture
@@ -209,7 +210,20 @@ def test_a_bar_follows_the_runs_where_it_is_asked_for(tmp_path, capsys):
 )
 def test_runs_at_once_share_the_cores(monkeypatch, cores, place, num_runs, expected):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert ExecutionSettings(data="digits", **place).side_by_side(num_runs) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "threads"), [("1", 1), ("3", 3), ("16", 8), ("0", 8), ("4,2", 8), ("", 8)]
+)
+def test_a_run_takes_no_more_threads_than_the_environment_allows(
+    monkeypatch, limit, threads
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    place = ExecutionSettings(data="digits", jobs=1)
+    assert place.side_by_side(4) == (1, threads)
 
 
 @pytest.mark.parametrize("jobs", [0, -1, 1.5, "2"])
@@ -269,6 +283,7 @@ def test_other_packings_agree_in_their_first_losses(tmp_path, two_cores, network
 @pytest.mark.slow
 def test_threads_of_a_process_are_the_cores_divided_by_the_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     runs = [run(Path(tmp_path) / f"{i}.pt", seed=i) for i in range(2)]
     outcomes = list(sweep(runs, replace(PLACE, jobs=2)))
     assert [outcome.facts["num_threads"] for outcome in outcomes] == [3, 3]

@@ -292,11 +292,15 @@ def _left(folder: Path, before: Mapping[str, bytes]) -> Iterator[tuple[str, byte
 def side_by_side(jobs: int | None, device: str, num: int) -> tuple[int, int]:
     """(at once, threads of each) for `num` things to do; the cores are shared.
 
-    Without `jobs`: one a core on a CPU, no more than there are; one on a GPU.
+    Without `jobs`: one a core on a CPU, no more than there are; one on a GPU. Where
+    OMP_NUM_THREADS is set, nothing takes more threads: on a machine with other work two
+    threads of one training waited for each other most of the time.
     """
     cores = os.cpu_count() or 1
     jobs = jobs or (min(cores, num) if device == "cpu" else 1) or 1
-    return jobs, max(1, cores // jobs)
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    most = int(asked) if asked.isdecimal() and int(asked) else cores
+    return jobs, max(1, min(most, cores // jobs))
 
 
 def checked(name: str, cluster: Any) -> None:
