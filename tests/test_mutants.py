@@ -580,7 +580,7 @@ def the_gradient_has_the_wrong_sign(patch):
 
 @seen_by(test_epsilon.test_the_box_of_a_subspace_is_measured_by_the_pseudo_inverse, 2)
 def the_box_of_a_subspace_is_measured_by_the_transpose(patch):
-    patch.setattr(epsilon, "_least_squares", lambda a, theta: a.T @ theta)
+    patch.setattr(epsilon, "_least_squares", lambda a, theta: a @ theta)
 
 
 @seen_by(test_epsilon.test_a_subspace_agrees_with_all_of_its_corners, 3, "unit")

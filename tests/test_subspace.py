@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sharpness as sh
 from sharpness._results import number
+from sharpness.measures.epsilon import _Manifold
 from sharpness.results import EpsilonSharpness
 
 N = 24
@@ -320,6 +321,17 @@ def test_on_lines_mean_and_spread_have_a_closed_form(columns):
     assert [draw.phi for draw in found.draws] == pytest.approx(phi, rel=1e-9)
     assert found.phi == pytest.approx(np.mean(phi), rel=1e-9)
     assert found.phi_sd == pytest.approx(np.std(phi, ddof=1), rel=1e-9)
+
+
+@pytest.mark.parametrize("num_changed", [0, 1, 3, 5, 10])
+def test_a_point_is_the_same_whichever_was_asked_for_before(num_changed):
+    manifold = _Manifold(mlp_risk(), 10, "normal", seed=0)
+    y = torch.linspace(-1, 1, 10).double()
+    manifold.point(y)
+    other = y.clone()
+    other[:num_changed] += 1
+    expected = manifold.theta + other @ manifold.a
+    assert manifold.point(other).numpy() == pytest.approx(expected.numpy(), rel=1e-12)
 
 
 def test_several_epsilons_are_measured_in_the_same_subspaces():

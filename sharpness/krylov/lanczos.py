@@ -37,6 +37,10 @@ class Tridiagonal:
         """Whether the Krylov space of the start is exhausted."""
         return bool(len(self.betas)) and self.betas[-1] == 0.0
 
+    def shortened(self, m: int) -> Tridiagonal:
+        """That of the first m steps."""
+        return Tridiagonal(self.alphas[:m], self.betas[:m])
+
     def nodes_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
         """Gauss quadrature for the start's spectral measure: Ritz values, weights."""
         nodes, vectors = _linalg().eigh_tridiagonal(self.alphas, self.betas[:-1])

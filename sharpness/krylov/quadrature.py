@@ -6,7 +6,9 @@ for the measure sum_i (u_i^T z)^2 delta(lambda_i). Its mean over z is the spectr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
@@ -17,6 +19,7 @@ from sharpness.krylov.lanczos import Tridiagonal, christoffel
 _LEAST_WEIGHT = 1e-4  # of an eigenvalue, in 1/n: less is as rare as 1 in 100
 _COARSER = 0.75  # of the steps: the difference shows the error of the quadrature
 _REACH = 1.5  # distances between nodes that such a difference tells about
+_STILL = 0.2  # of a density: ten starts leave more than a third of it open
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,26 @@ class Rule:
         """The quadrature of a Lanczos run."""
         fewer = run
         if not run.invariant:
-            m = max(1, int(_COARSER * len(run.alphas)))
-            fewer = Tridiagonal(run.alphas[:m], run.betas[:m])
+            fewer = run.shortened(max(1, int(_COARSER * len(run.alphas))))
         return cls(*run.nodes_and_weights(), *fewer.nodes_and_weights(), run)
+
+    def integrals(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The integral of a function by this rule and by those with fewer steps, (r,).
+
+        Where the function has a kink at an eigenvalue of much weight (the mass below zero
+        of a large network) they swing about the integral and do not converge to it.
+        """
+        return np.array([weights @ function(nodes) for nodes, weights in self._late])
+
+    @cached_property
+    def _late(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Nodes and weights over the last half of the steps; an exhausted space has one."""
+        run, m = self.tridiagonal, len(self.nodes)
+        if run.invariant:
+            return [(self.nodes, self.weights)]
+        return [
+            run.shortened(j).nodes_and_weights() for j in range(m, max(1, m // 2) - 1, -1)
+        ]
 
     def mass_above(self, t: float) -> tuple[float, float]:
         """Bounds on the start's mass above t: proven, but for rounding.
@@ -120,6 +140,18 @@ def steps_error(rule: Rule, grid: np.ndarray, sigma: float) -> tuple[np.ndarray,
     near = np.abs(grid[:, None] - rule.nodes) <= reach
     lost = float(rule.weights[difference > at.density / 2].sum())
     return np.where(near, difference, 0.0).max(1), lost
+
+
+def stands_still(rule: Rule, sigma: float, n: int) -> bool:
+    """Whether the last quarter of the steps changed the density by a fifth at most.
+
+    What is compared is the density of n eigenvalues with Gaussians of that width, at the
+    Ritz values; where it is less than that of one eigenvalue, with this.
+    """
+    at = smoothed(rule, rule.nodes, sigma, n)
+    one = float(_gaussian(np.zeros(()), sigma)) / n
+    change = np.abs(at.density - at.coarse) / np.maximum(at.density, one)
+    return bool(change.max() <= _STILL)
 
 
 def standard_error(mean: np.ndarray, square: np.ndarray, n: int, starts: int) -> np.ndarray:

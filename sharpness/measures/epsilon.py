@@ -62,6 +62,7 @@ PROTOCOL_ITERATIONS = 10  # Keskar et al. (2017), section 2.2.2
 # The start is small, so that its gradient is the Hessian's answer to a random
 # direction, and not zero, so that there is a gradient at all.
 _START = 0.1
+_STRETCH = 1 << 12  # rows of A that are drawn at once
 _USUAL = "The paper used 1e-3 and 5e-4."
 
 
@@ -362,7 +363,8 @@ class _Manifold:
     ) -> None:
         self.theta, self.columns = risk.theta, columns if p is not None else None
         self.p = None if p is None else int(p)
-        self.a: Tensor | None = None
+        self.a: Tensor | None = None  # (p, n), a column of A in each row
+        self._last: tuple[Tensor, Tensor] | None = None  # y and theta + A y
         preimage = risk.theta
         if p is not None:
             ensure(
@@ -380,18 +382,32 @@ class _Manifold:
         """The same in float64."""
         other = copy.copy(self)
         other.theta, other.half_widths = self.theta.double(), self.half_widths.double()
-        other.a = None if self.a is None else self.a.double()
+        other.a, other._last = None if self.a is None else self.a.double(), None
         return other
 
     def point(self, y: Tensor) -> Tensor:
-        """Theta + A y, (n,); y may be overwritten."""
+        """Theta + A y, (n,), until the next one is asked for; y is given away.
+
+        Near the corners of the box few coordinates change from one point to the next: only
+        their columns of A are read.
+        """
         if self.a is None:
             return y.add_(self.theta)
-        return torch.addmv(self.theta, self.a, y)
+        before, x = self._last or (torch.full_like(y, math.nan), self.theta.clone())
+        change = y - before
+        changed = change.nonzero().flatten().tolist()
+        self._last = None  # until it is whole
+        if 2 * len(changed) > len(y):
+            torch.addmv(self.theta, self.a.T, y, out=x)
+        else:
+            for i in changed:
+                x.add_(self.a[i], alpha=float(change[i]))
+        self._last = y, x
+        return x
 
     def pulled_back(self, gradient: Tensor) -> Tensor:
         """A^T times a gradient (n,)."""
-        return gradient if self.a is None else self.a.T @ gradient
+        return gradient if self.a is None else self.a @ gradient
 
 
 def _random_columns(risk: EmpiricalRisk, p: int, columns: Columns, seed: int) -> Tensor:
@@ -403,18 +419,19 @@ def _random_columns(risk: EmpiricalRisk, p: int, columns: Columns, seed: int) ->
         f"{p} (A would take {size / 1e9:.1f} GB for n={risk.n})",
         "Ask for fewer columns.",
     )
-    generator = _tensors.seeded(seed)
-    a = torch.randn((risk.n, p), generator=generator).to(risk.theta)
-    return a / a.norm(dim=0) if columns == "unit" else a
+    generator, a = _tensors.seeded(seed), risk.theta.new_empty((p, risk.n))
+    for part in a.split(_STRETCH, dim=1):  # turned while it is in the processor's cache
+        part.copy_(torch.randn((part.shape[1], p), generator=generator).T)
+    return a.div_(a.norm(dim=1, keepdim=True)) if columns == "unit" else a
 
 
 def _least_squares(a: Tensor, theta: Tensor) -> Tensor:
     """A^+ theta by the normal equations: random columns are well conditioned."""
-    gram = torch.zeros((a.shape[1], a.shape[1]), dtype=torch.float64)
-    right = torch.zeros(a.shape[1], dtype=torch.float64)
-    for rows, part in zip(a.split(1 << 14), theta.split(1 << 14), strict=True):
-        gram += (rows.T @ rows).double().cpu()
-        right += (rows.T @ part).double().cpu()
+    gram = torch.zeros((len(a), len(a)), dtype=torch.float64)
+    right = torch.zeros(len(a), dtype=torch.float64)
+    for rows, part in zip(a.split(1 << 14, dim=1), theta.split(1 << 14), strict=True):
+        gram += (rows @ rows.T).double().cpu()
+        right += (rows @ part).double().cpu()
     solution: Tensor = torch.linalg.solve(gram, right)  # the same bits every time
     return solution.to(theta)
 

@@ -21,6 +21,7 @@ from sharpness.krylov.quadrature import (
     interval,
     smoothed,
     standard_error,
+    stands_still,
     steps_error,
 )
 from sharpness.measures.eigenvalues import product_name
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from sharpness.report.figures import Figure
 
 _WIDTH = 0.01  # of the Gaussians, in ranges of the spectrum
+_FEWEST, _MOST, _EVERY = 40, 80, 4  # steps, where none are asked for, and looks at them
 _MOST_ROWS = 250  # of a table of the density
 _MARGIN = 5  # Gaussian widths that the grid reaches beyond the spectrum
 
@@ -46,7 +48,9 @@ class SpectralIntegral:
 
     value: float
     standard_error: float  # over random starts
-    quadrature_error: float  # of finitely many steps: half a proven bracket, or estimated
+    quadrature_error: (
+        float  # of finitely many steps: half a proven bracket, or what changed
+    )
     product_error: float  # what inexact products may have moved it by
     interval: tuple[float, float]  # all three errors together
     confidence: float
@@ -63,10 +67,9 @@ class SpectralIntegral:
 
 
 class _Part(NamedTuple):
-    """Of a nonnegative function: mean over eigenvalues, with fewer steps, ends."""
+    """Of a nonnegative function: mean over eigenvalues, mean square, ends."""
 
     mean: float
-    coarse: float
     square: float
     low: float
     high: float
@@ -127,6 +130,10 @@ class SpectralDensity(Result):
     def integral(self, function: Callable[[np.ndarray], np.ndarray]) -> SpectralIntegral:
         r"""$\sum_i F(\lambda_i)$ over all n eigenvalues, for a continuous function F.
 
+        The value is the mean over the quadratures with all steps down to half of them, the
+        quadrature's error the farthest of them from it, in the mean over starts: where F
+        has a kink at an eigenvalue of much weight they swing, and none is the best.
+
         Args:
             function: of an array of eigenvalues, entry by entry.
         """
@@ -134,7 +141,7 @@ class SpectralDensity(Result):
         plus = self._part(lambda x: np.maximum(function(x), 0))
         minus = self._part(lambda x: np.maximum(-function(x), 0))
         value = plus.mean - minus.mean
-        error = abs((plus.mean - plus.coarse) - (minus.mean - minus.coarse))
+        error = float(np.mean([_swing(rule.integrals(function)) for rule in self.rules]))
         square = np.asarray(plus.square + minus.square)
         moved = self._moved(function)
         # Each end moves with what its parts may be off by (MOVER, Zou and Donner 2008).
@@ -187,14 +194,10 @@ class SpectralDensity(Result):
 
     def _part(self, function: Callable[[np.ndarray], np.ndarray]) -> _Part:
         """The mean of a nonnegative function over eigenvalues, and where it lies."""
-        fine, coarse, square, largest = [], [], [], 0.0
-        for rule in self.rules:
-            values = function(rule.nodes)
-            fine.append(values @ rule.weights)
-            coarse.append(function(rule.coarse_nodes) @ rule.coarse_weights)
-            square.append(values**2 @ rule.weights)
-            largest = max(largest, float(values.max()))
-        mean, of_square = float(np.mean(fine)), float(np.mean(square))
+        mean = float(np.mean([rule.integrals(function).mean() for rule in self.rules]))
+        seen = [(function(rule.nodes), rule.weights) for rule in self.rules]
+        of_square = float(np.mean([values**2 @ weights for values, weights in seen]))
+        largest = max(float(values.max()) for values, _ in seen)
         low, high = interval(
             np.asarray(mean),
             np.asarray(max(of_square, mean**2)),
@@ -203,7 +206,7 @@ class SpectralDensity(Result):
             len(self.rules),
             self.confidence,
         )
-        return _Part(mean, float(np.mean(coarse)), of_square, float(low), float(high))
+        return _Part(mean, of_square, float(low), float(high))
 
     def _moved(self, function: Callable[[np.ndarray], np.ndarray]) -> float:
         """What the mean changes by, if every eigenvalue moves by the products' error."""
@@ -275,7 +278,7 @@ def spectral_density(
     risk: EmpiricalRisk,
     *,
     num_starts: int = 10,
-    num_steps: int = 80,
+    num_steps: int | None = None,
     matrix: Matrix = "hessian",
     sigma: float | None = None,
     grid: np.ndarray | int = 1000,
@@ -288,14 +291,14 @@ def spectral_density(
 
     $$\phi(x) = \frac{1}{n} \sum_i N(x; \lambda_i, \sigma^2)$$
 
-    Each random start on the unit sphere gives, by `num_steps` of Lanczos with full
-    reorthogonalisation, a Gauss quadrature for its own spectral measure, whose mean over
-    starts is the density.
+    Each random start on the unit sphere gives, by Lanczos with full reorthogonalisation, a
+    Gauss quadrature for its own spectral measure, whose mean over starts is the density.
 
     Args:
         risk: the mean loss f, held at the parameters theta.
         num_starts: random starts, >= 1.
-        num_steps: Lanczos steps (products) each, >= 2.
+        num_steps: Lanczos steps (products) each, >= 2. None: 40, and further ones up to 80
+            until the last quarter of them has changed the density by a fifth at most.
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
         sigma: width of the Gaussians, in the unit of an eigenvalue; by default 1 % of
             the range of the spectrum. The literature has no common value.
@@ -314,8 +317,9 @@ def spectral_density(
     Raises:
         ValueError: an argument outside its range.
 
-    Cost: `num_starts * num_steps` products (fewer where n is smaller); memory
-    `num_steps` n, or a few times that where small networks take several starts at once.
+    Cost: `num_starts * num_steps` products (fewer where n is smaller), by default about 480
+    for a trained network; memory `num_steps` n, or a few times that where small networks
+    take several starts at once.
 
     References:
         Golub and Meurant (1994); Ubaru, Chen, Saad (2017); Ghorbani, Krishnan, Xiao
@@ -323,7 +327,9 @@ def spectral_density(
         the sphere, and the chi^2 approximation of Satterthwaite (1946).
     """
     num_starts = whole("num_starts", num_starts, 1, "Pass 10.")
-    num_steps = whole("num_steps", num_steps, 2, "Pass 80.")
+    if num_steps is not None:
+        num_steps = whole("num_steps", num_steps, 2, "Pass 80.")
+    most = num_steps or _MOST
     positive("sigma", 1 if sigma is None else sigma, "Leave it out for 1 %.")
     fraction("confidence", confidence)
     generator = _tensors.seeded(seed)
@@ -332,23 +338,35 @@ def spectral_density(
         product_name(matrix),
         max_seconds=max_seconds,
         min_steps=1,
-        total=num_starts * num_steps,
+        total=num_starts * most,
         progress=progress,
         ranks=risk.ranks,
     )
     multiply = Multiplication(run, risk, matrix)
+
+    def is_over(made: Tridiagonal) -> bool:
+        steps = len(made.alphas)
+        if made.invariant or steps >= most or num_steps is not None:
+            return made.invariant or steps >= most
+        if steps < _FEWEST or steps % _EVERY:
+            return False
+        rule = Rule.of(made)
+        return stands_still(rule, sigma or _default_sigma(rule.nodes), risk.n)
+
     with run:
-        plan = risk.prepare(num_starts * num_steps, matrix)
+        plan = risk.prepare(num_starts * most, matrix)
         for first in range(0, num_starts, plan.directions_at_once):
             together = range(first, min(num_starts, first + plan.directions_at_once))
             starts = [_tensors.random_unit(risk.theta, generator) for _ in together]
-            for ended in _lockstep(multiply, starts, generator, num_steps):
+            for ended in _lockstep(multiply, starts, generator, is_over):
                 done += ended
     rules = tuple(map(Rule.of, done))
     nodes = np.concatenate([np.empty(0), *(rule.nodes for rule in rules)])
     width = sigma or _default_sigma(nodes)
     points = _grid(grid, nodes, width)
-    inexact = multiply.errors_together(min(num_steps, risk.n))
+    inexact = multiply.errors_together(
+        max([len(rule.nodes) for rule in rules], default=most)
+    )
     density, band, unresolved = _band(rules, points, width, risk.n, confidence, inexact)
     found = SpectralDensity(
         grid=points,
@@ -378,7 +396,7 @@ def _lockstep(
     multiply: Multiplication,
     starts: list[torch.Tensor],
     generator: torch.Generator,
-    num_steps: int,
+    is_over: Callable[[Tridiagonal], bool],
 ) -> Iterator[list[Tridiagonal]]:
     """Advance all starts by a step a time: what has ended with it."""
     open_ = [Lanczos(start, generator) for start in starts]
@@ -386,11 +404,7 @@ def _lockstep(
         directions = torch.stack([lanczos.direction() for lanczos in open_])
         for lanczos, product in zip(open_, multiply(directions), strict=True):
             lanczos.absorb(product)
-        over = [
-            lanczos
-            for lanczos in open_
-            if lanczos.state.first.invariant or lanczos.state.num_products >= num_steps
-        ]
+        over = [lanczos for lanczos in open_ if is_over(lanczos.state.first)]
         open_ = [lanczos for lanczos in open_ if lanczos not in over]
         yield [lanczos.state.first for lanczos in over]
 
@@ -419,6 +433,11 @@ def _band(
     error += np.finfo(float).eps * fine.max()
     low = np.maximum(low - error - (fine - least), 0)
     return fine, np.stack([low, high + error + (most - fine)]), float(np.mean(lost))
+
+
+def _swing(values: np.ndarray) -> float:
+    """How far the farthest is from their mean."""
+    return float(np.abs(values - values.mean()).max())
 
 
 def _default_sigma(nodes: np.ndarray) -> float:
