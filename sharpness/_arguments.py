@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import field, fields
 from difflib import get_close_matches
 from functools import wraps
@@ -194,13 +194,23 @@ class Checked:
                 check(each.name, value)
 
 
-_IN_PARTS = ("eigenpairs",)  # measures of a risk whose vectors no process has whole
+class NotAvailableError(TypeError):
+    """A measure has no meaning for a risk: a closure, no classes, too few samples."""
+
+
+# Measures of a risk whose vectors no process has whole.
+_IN_PARTS = (
+    *("eigenpairs", "trace", "frobenius_norm", "spectral_density", "norms", "summary"),
+)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 def of_a_risk(measure: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Refuse, in one line, what is no risk: a model, say; a result gets a risk's notes."""
+    """Refuse, in one line, what is no risk: a model, say; a result gets a risk's notes.
+
+    On several processes an interrupt inside waits until all can stop at the same place.
+    """
 
     @wraps(measure)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -214,11 +224,13 @@ def of_a_risk(measure: Callable[_P, _R]) -> Callable[_P, _R]:
             measure.__name__ in _IN_PARTS or not getattr(risk, "is_sharded", False),
             "risk",
             f"have theta whole on every process for {measure.__name__}",
-            "a sharded model",
-            f"There is {', '.join(_IN_PARTS)} for it.",
-            TypeError,
+            "a sharded model (not available)",
+            f"Load the whole model on one process, or use {', '.join(_IN_PARTS)}.",
+            NotAvailableError,
         )
-        found = measure(*args, **kwargs)
+        ranks: Any = getattr(risk, "ranks", None)
+        with ranks.holding_back_interrupts() if ranks else nullcontext():
+            found = measure(*args, **kwargs)
         return found.noted(risk.notes) if hasattr(found, "noted") else found
 
     return checked

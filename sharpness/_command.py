@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from sharpness._arguments import ensure
+from sharpness._launch import is_launched, local_rank
 from sharpness._progress import duration
 
 _DEVICES = "Use 'auto' or 'cpu'."
@@ -148,8 +149,7 @@ def check_report(path: str | None) -> None:
 
 def say(name: str, text: str) -> None:
     """One line on stderr from a command; of several processes each says which it is."""
-    rank = os.environ.get("RANK")
-    who = name if rank is None else f"{name} [rank {rank}]"
+    who = f"{name} [rank {os.environ['RANK']}]" if is_launched() else name
     print(f"{who}: {text}", file=sys.stderr)
 
 
@@ -173,7 +173,7 @@ def chosen_device(name: str, cluster: str | None = None) -> str:
 
     if cluster is not None and name != "auto":
         return name
-    of_launch = os.environ.get("LOCAL_RANK")  # torchrun: each process has a GPU
+    of_launch = local_rank()  # torchrun: each process has a GPU
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and of_launch is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,11 +18,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sharpness import _tensors
+from sharpness import _launch, _progress, _tensors
 
 _Given = TypeVar("_Given")
 _STRETCH = 1 << 20  # random numbers drawn at once; a multiple of 16
 _FILLED = 16  # from so many on PyTorch's CPU generator draws in blocks
+_INTERRUPT = 2.0  # what a process wishes for, above 1 for the end of the time
 
 
 class GroupEndedError(KeyboardInterrupt):
@@ -53,6 +55,8 @@ class Ranks:
     def __init__(self, group: Any = None) -> None:
         self.group, self.rank, self.size = group, 0, 1
         self.lost = ""
+        self._caught: int | None = None  # a signal that waits for `heed`
+        self._holds = False
         if group is not None:
             import torch.distributed as dist
 
@@ -108,6 +112,54 @@ class Ranks:
         """An error to raise where the others cannot follow: this process leaves them."""
         self.lost = f"rank {self.rank} of {self.size} cannot go on with the others: {why}"
         return GroupEndedError(self.lost)
+
+    def heed(self, is_late: bool = False) -> bool:
+        """Whether one of the processes is late; between two pieces of work.
+
+        Raises:
+            GroupEndedError: one of them was interrupted while signals are held back. All
+                raise it, so that all stop at the same place.
+
+        Cost: a sum of one number over ranks; none on one process.
+        """
+        if self.size == 1:
+            return is_late
+        wish = self.most(float(is_late) if self._caught is None else _INTERRUPT)
+        if wish == _INTERRUPT:
+            self._caught = None
+            raise GroupEndedError("interrupted, so all processes have stopped")
+        return bool(wish)
+
+    @contextmanager
+    def holding_back_interrupts(self) -> Iterator[None]:
+        """SIGINT and SIGTERM wait inside for `heed`; a second one ends this process's part.
+
+        One that came too late for that is passed on at the end. Nothing is held back on
+        one process, nor in a thread. May be nested.
+        """
+        in_main = threading.current_thread() is threading.main_thread()
+        if self.size == 1 or self._holds or not in_main:
+            yield
+            return
+        numbers, self._holds = (signal.SIGINT, signal.SIGTERM), True
+        before = [signal.signal(number, self._catch) for number in numbers]
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._caught = None
+            raise
+        finally:
+            self._holds = False
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+            caught, self._caught = self._caught, None
+            if caught is not None and not self.lost:
+                signal.raise_signal(caught)
+
+    def _catch(self, number: int, _: object) -> None:
+        if self._caught is not None:
+            raise self.end("interrupted twice")
+        self._caught = number
 
     def objects(self, value: _Given) -> list[_Given]:
         """What each rank has given, in their order; small things that can be pickled."""
@@ -255,16 +307,6 @@ def normals(n: int, generator: torch.Generator) -> Iterator[Tensor]:
 # -- started by torchrun -----------------------------------------------------------------
 
 
-def is_launched() -> bool:
-    """Whether a launcher such as torchrun has started this process beside others."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
-def local_processes() -> int:
-    """How many processes of the launch share this machine's memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 @contextmanager
 def launched(device: str, seconds: float) -> Iterator[Ranks]:
     """The ranks of the launcher's processes; this one alone where there was none.
@@ -275,7 +317,9 @@ def launched(device: str, seconds: float) -> Iterator[Ranks]:
         device: "cpu" for gloo, "cuda:1" and the like for NCCL.
         seconds: how long a collective may wait for another process.
     """
-    if not is_launched():
+    if not _launch.is_launched():
+        if lacks := _launch.half_launched():
+            _progress.say(lacks)
         yield ALONE
         return
     import torch.distributed as dist

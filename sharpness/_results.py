@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
+from sharpness._arguments import NotAvailableError as NotAvailableError
 from sharpness._arguments import ensure, package
 
 if TYPE_CHECKING:
@@ -172,10 +173,6 @@ class DerivativeDisagreesError(ArithmeticError):
             f"`{argument}` must have the derivatives of f; got others ({numbers}). "
             "`detach`, `no_grad` or a custom backward does that; check=False ignores it."
         )
-
-
-class NotAvailableError(TypeError):
-    """A measure has no meaning for a risk: a closure, no classes, too few samples."""
 
 
 def ensure_available(

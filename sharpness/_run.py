@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
+from contextlib import ExitStack
+from types import TracebackType
 from typing import Any, NoReturn
 
 from sharpness import _progress
 from sharpness._ranks import ALONE, Ranks
 from sharpness._results import DerivativeDisagreesError, NonFiniteProductError, Status
 
-_INTERRUPT = 2.0  # what a process wishes for, above 1 for the end of the time
 _LONG = 60.0  # seconds: what takes longer says so beforehand, also where no bar is seen
 
 
@@ -50,7 +49,7 @@ class Run:
         ranks: Ranks = ALONE,
     ) -> None:
         self._shown = unit, total, progress if ranks.is_first else False
-        self._ranks, self._signals = ranks, _Signals()
+        self._ranks, self._held_back = ranks, ExitStack()
         self._bar: Any = None
         self._began = time.monotonic()
         self._most_seconds = math.inf if max_seconds is None else max_seconds
@@ -71,11 +70,7 @@ class Run:
         """Begin `num` units of work, unless a limit is reached; those before are done."""
         self._count()
         late = self.num_steps >= self._least and self.seconds > self._most_seconds
-        if self._ranks.size > 1:
-            wish = self._ranks.most(_INTERRUPT if self._signals.caught else float(late))
-            if wish == _INTERRUPT:
-                raise KeyboardInterrupt
-            late = bool(wish)
+        late = self._ranks.heed(late)
         if late:
             self.stop(Status.MAX_SECONDS)
         if self.num_steps + num > self._most:
@@ -104,18 +99,20 @@ class Run:
 
     def __enter__(self) -> Run:
         self._bar = _progress.bar(*self._shown)
-        if self._ranks.size > 1:
-            self._signals.hold()
+        self._held_back.enter_context(self._ranks.holding_back_interrupts())
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> bool:
         if not isinstance(error, KeyboardInterrupt):
             self._count()
         self._bar.close()
         self._taken = time.monotonic() - self._began
-        self._signals.release(isinstance(error, KeyboardInterrupt))
+        self._held_back.__exit__(kind, error, trace)
         if isinstance(error, KeyboardInterrupt):
             self.status = Status.INTERRUPTED
         elif isinstance(error, NonFiniteProductError):
@@ -125,32 +122,6 @@ class Run:
         elif not (isinstance(error, _Stopped) and error.run is self):
             return False
         return True
-
-
-class _Signals:
-    """SIGINT and SIGTERM, held back until all processes can be told; a second is not."""
-
-    def __init__(self) -> None:
-        self.caught: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def hold(self) -> None:
-        """From now on a signal is kept in `caught`."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._catch)
-
-    def release(self, heeded: bool) -> None:
-        """As before; one that came too late for a step is passed on."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self.caught is not None and self._before and not heeded:
-            signal.raise_signal(self.caught)
-
-    def _catch(self, number: int, _: object) -> None:
-        if self.caught is not None:
-            raise KeyboardInterrupt
-        self.caught = number
 
 
 class _Stopped(Exception):

@@ -208,7 +208,7 @@ def _measure(options: Any, before: Sequence[dict[str, Any]]) -> int:
 
     device = _command.chosen_device(options.device)
     positive("--patience", options.patience)
-    with launched(device, options.patience) as ranks:
+    with launched(device, options.patience) as ranks, ranks.holding_back_interrupts():
         return _measure_together(options, before, device, ranks)
 
 
@@ -328,6 +328,7 @@ def _one(
     from sharpness._ranks import GroupEndedError
     from sharpness.measures.audit import audit
 
+    ranks.heed()
     subject = loaded(path, options)
     settings = settings_of(options, subject)
     if options.plan:

@@ -24,7 +24,7 @@ from sharpness import EmpiricalRisk, eigenpairs, measure, read_records
 from sharpness._ranks import Ranks
 from sharpness._results import Status
 from sharpness._run import Run
-from sharpness.measures import resumed
+from sharpness.measures import eigenvalues, resumed, summary
 from sharpness.risk.identity import identity, is_same
 
 TOL = 1e-9  # of a search that takes a while
@@ -143,14 +143,16 @@ def command(folder: Path, arguments: list[str]) -> int:
     return measure.main(arguments)
 
 
-def commands(folder: Path, arguments: list[str]) -> list[subprocess.Popen[str]]:
+def commands(
+    folder: Path, arguments: list[str], function: str = "command"
+) -> list[subprocess.Popen[str]]:
     """The command on two processes, with the variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tests = Path(__file__).parent
     code = "import sys; from pathlib import Path; import test_faults as t; "
-    code += "sys.exit(t.command(Path(sys.argv[1]), sys.argv[2:]))"
+    code += f"sys.exit(t.{function}(Path(sys.argv[1]), sys.argv[2:]))"
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     common |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     common["PYTHONPATH"] = os.pathsep.join([str(tests.parent), str(tests)])
@@ -164,6 +166,87 @@ def commands(folder: Path, arguments: list[str]) -> list[subprocess.Popen[str]]:
         )
         for rank in (0, 1)
     ]
+
+
+def interrupted_between_measures() -> None:
+    """SIGINT to this process once lambda_max is measured, before the trace is."""
+    real = summary._measured
+
+    def measured(name: str, *args: Any) -> Any:
+        found = real(name, *args)
+        if name == "lambda_max":
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    summary._measured = measured
+
+
+def interrupted_in_verification() -> None:
+    """SIGINT to this process in the product that measures the first pair anew."""
+    real, product = eigenvalues._measured_anew, EmpiricalRisk.product_part
+    verifying = False
+
+    def measured_anew(*args: Any) -> Any:
+        nonlocal verifying
+        verifying = True
+        return real(*args)
+
+    def interrupted(risk: EmpiricalRisk, *args: Any) -> torch.Tensor:
+        nonlocal verifying
+        if verifying:
+            verifying = False
+            os.kill(os.getpid(), signal.SIGINT)
+        return product(risk, *args)
+
+    eigenvalues._measured_anew = measured_anew
+    EmpiricalRisk.product_part = interrupted  # type: ignore[method-assign]
+
+
+WHEN = {
+    "between": interrupted_between_measures,
+    "verification": interrupted_in_verification,
+}
+
+
+def interrupted(folder: Path, arguments: list[str]) -> int:
+    """`sharpness.measure`, which is interrupted on one of its processes."""
+    when, victim, *arguments = arguments
+    if os.environ["RANK"] == victim:
+        WHEN[when]()
+    return measure.main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("when", "victim"), [("between", 1), ("verification", 0)])
+def test_an_interrupt_of_one_process_ends_all_with_3_and_what_there_is(
+    when, victim, tmp_path
+):
+    code, path, output = (tmp_path / n for n in ("own.py", "own.pt", "records.jsonl"))
+    code.write_text(CODE)
+    torch.save(network().state_dict(), path)
+    call = [when, str(victim), str(path), "--network", f"{code}:network"]
+    call += ["--data", f"{code}:data", "--k", "2", "--basis-dtype", "bfloat16"]
+    call += ["--output", str(output), "--device", "cpu", "--measures", "lambda_max,trace"]
+    processes = commands(tmp_path, call, "interrupted")
+    try:
+        told = [process.communicate(timeout=LONG)[0] for process in processes]
+    finally:
+        end(processes)
+    assert [process.returncode for process in processes] == [3, 3], told
+    assert all("interrupted, so all processes have stopped" in each for each in told)
+    (record,) = read_records(output)
+    assert record["status"] == "interrupted"
+    assert ("trace" in record["measures"]) == (when == "between")
+    (pairs,) = record["measures"]["lambda_max"]
+    truth = eigenpairs(risk_of_code(), 2, tol=1e-9).eigenvalues
+    apart = (torch.tensor(pairs["eigenvalues"]) - truth).abs()
+    assert (apart <= 1.1 * torch.tensor(pairs["error_bounds"])).all()
+
+
+def risk_of_code() -> EmpiricalRisk:
+    names: dict[str, Any] = {}
+    exec(CODE, names)
+    return EmpiricalRisk(network(), nn.CrossEntropyLoss(), names["data"]())
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from helpers.ranks import together
 from torch import Tensor, nn
 
-from sharpness import EmpiricalRisk, _ranks, eigenpairs
+from sharpness import EmpiricalRisk, _command, _launch, _ranks, eigenpairs
 from sharpness._ranks import GroupEndedError, Ranks, Vectors, normals, span
 from sharpness.measurement import _own_part
 from sharpness.measures.summary import summary
@@ -78,6 +78,7 @@ def everything(group: Any, _: Path | None = None) -> dict[str, Any]:
         "blocks": risk.block_products([["0.weight"], ["2.bias"]], [v[:66], v[:3]]),
         "both": risk.gradient_and_product(),
         "subset": risk.subset([3, 5, 7, 3]).hvp(v),
+        "rows": rows_of(risk.subset(range(30))),
         "on_one_rank": on_one_rank(risk.subset(range(30))),
         "eigenvalues": [p.eigenvalues for p in (pairs, ends, full, short)],
         "lambda_max_upper": pairs.lambda_max_upper,
@@ -87,6 +88,11 @@ def everything(group: Any, _: Path | None = None) -> dict[str, Any]:
         "default": {r.name: r.value for r in default.readings()},
         "calls": calls,
     }
+
+
+def rows_of(risk: EmpiricalRisk) -> Tensor:
+    """The outputs, which are a process's own, of all processes."""
+    return torch.cat(risk.ranks.objects(risk.outputs()))
 
 
 def on_one_rank(risk: EmpiricalRisk) -> list[Any]:
@@ -144,6 +150,37 @@ def with_less_room(group: Any, _: Path | None = None) -> dict[str, Any]:
             with pytest.raises(GroupEndedError, match=r"cannot go on .*`chunk_size`"):
                 risk.outputs()
     return {"values": found, "chunks": chunks}
+
+
+def other_losses(group: Any, _: Path) -> list[str]:
+    """What is said where the ranks' losses differ, and where they only seem to."""
+    ranks, own_data = Ranks(group), own(Ranks(group).rank, 2)
+    weight = torch.tensor([1.0, 2.0, 1.0 + ranks.rank], dtype=torch.float64)
+    smoothing, told = 0.1 * ranks.rank, []
+    for loss in (
+        nn.CrossEntropyLoss(weight=weight),
+        nn.CrossEntropyLoss(label_smoothing=smoothing),
+        partial(nn.functional.cross_entropy, label_smoothing=smoothing),
+        lambda z, y: nn.functional.cross_entropy(z, y, label_smoothing=smoothing),
+        nn.CrossEntropyLoss(weight=weight * 0 + 2),
+        Trainer(ranks.rank).loss,
+    ):
+        try:
+            EmpiricalRisk(network(), loss, own_data, process_group=group)
+            told.append("nothing")
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
+class Trainer:
+    """Knows its rank; its loss does not."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def loss(self, z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z, y)
 
 
 def limited(group: Any) -> EmpiricalRisk:
@@ -208,7 +245,7 @@ def several(request: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
 COMPARED = (
     *("value", "accuracy", "samples", "gradient", "products", "covariance", "blocks"),
     *("both", "subset", "eigenvalues", "lambda_max_upper", "converged", "vectors"),
-    *("explicit", "default", "on_one_rank"),
+    *("explicit", "default", "on_one_rank", "rows"),
 )
 
 
@@ -235,6 +272,12 @@ def test_a_rank_that_runs_out_of_memory_halves_the_chunks_of_all(tmp_path):
         assert found["chunks"] == ranks[0]["chunks"]
         assert all(size <= 4 for size in found["chunks"])
         assert apart(whole["values"], found["values"]) <= 1e-6
+
+
+def test_losses_that_differ_in_what_they_hold_are_refused(tmp_path):
+    for told in together("test_ranks:other_losses", 2, tmp_path):
+        assert all("class weights" in each for each in told[:4]), told
+        assert told[4:] == ["nothing", "nothing"]
 
 
 # -- without other processes ---------------------------------------------------------------
@@ -270,6 +313,31 @@ def seeded() -> torch.Generator:
 def test_spans_follow_one_another(size):
     places = [i for rank in range(size) for i in range(10)[span(10, rank, size)]]
     assert places == list(range(10))
+
+
+TORCHRUN = {
+    **{"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+    "LOCAL_RANK": "0",
+}
+
+
+@pytest.mark.parametrize("lacks", [*TORCHRUN, "nothing", "all"])
+def test_a_launch_is_one_only_with_all_that_torchrun_sets(lacks, monkeypatch, capsys):
+    for name in (*TORCHRUN, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in TORCHRUN.items():
+        if lacks not in (name, "all"):
+            monkeypatch.setenv(name, value)
+    assert _launch.is_launched() == (lacks == "nothing")
+    if lacks != "nothing":
+        with _ranks.launched("cpu", 1.0) as ranks:
+            assert ranks is _ranks.ALONE
+        told = capsys.readouterr().err
+        assert told.count("\n") == (lacks != "all")
+        assert lacks == "all" or lacks in told.partition("without ")[2]
+        assert _command.chosen_device("cpu") == "cpu"
+        _command.say("name", "text")
+        assert capsys.readouterr().err == "name: text\n"
 
 
 @pytest.mark.parametrize(("num", "most"), [(10, 1), (23, 5), (20, 5), (7, 3)])

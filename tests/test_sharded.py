@@ -11,8 +11,18 @@ from helpers.ranks import together
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sharpness import EmpiricalRisk, eigenpairs, trace
-from sharpness._ranks import Ranks
+from sharpness import (
+    EmpiricalRisk,
+    eigenpairs,
+    epsilon_sharpness,
+    spectral_density,
+    summary,
+    trace,
+)
+from sharpness._ranks import Ranks, Vectors
+from sharpness.krylov.stochastic_trace import Probes
+from sharpness.measures.flatness import norms
+from sharpness.measures.traces import frobenius_norm
 from sharpness.risk.memory import _Storages
 
 VOCABULARY, WIDTH, LENGTH, ROWS = 13, 8, 5, 14
@@ -140,6 +150,7 @@ def everything(_: Any, folder: Path) -> dict[str, Any]:
             product, error = by_differences.product_and_error(risk.vectors.part(v)[None])
             found["differences"] = risk.vectors.whole(product[0]), float(error)
             found["peak"] = peak()
+            found["measured"] = measured(risk)
             found["refused"] = refusals(risk, model, (x[own], y[own]))
             found["canary"] = canary(model, mesh, (x[own], y[own]))
     return found
@@ -175,11 +186,46 @@ def peak() -> tuple[int, int]:
     return seen.peak, whole
 
 
+def measured(risk: EmpiricalRisk) -> dict[str, Any]:
+    """What needs products, gradients and values only."""
+    lengths, density = norms(risk), spectral_density(risk, num_starts=1, num_steps=6)
+    found = trace(risk, tol=1e-9, max_hvps=16)
+    several = summary(risk, "norms,phi", progress=False)
+    return {
+        "trace": found.value,
+        "frobenius": frobenius_norm(risk, tol=1e-9, max_hvps=30).value,
+        "norms": (lengths.gradient_norm, lengths.parameter_norm, lengths.fisher_rao),
+        "ends": density.ends,
+        "mass": density.negative_mass.value,
+        "value": several.value,
+        "interval": found.interval,
+        "phi": str(several["phi"].note),
+    }
+
+
+def by_hand(risk: EmpiricalRisk) -> dict[str, Any]:
+    """The same of the plain model, by its Hessian and the same random signs."""
+    hessian = risk.hvp(torch.eye(risk.n, dtype=torch.float64))
+    z = [Probes(risk.theta, seed, Vectors(risk.n))(0, 30) for seed in (0, 1)]
+    lengths, density = norms(risk), spectral_density(risk, num_starts=1, num_steps=6)
+    return {
+        "trace": (z[0][:16] @ hessian * z[0][:16]).sum(1).mean(),
+        "frobenius": (z[1] @ hessian).square().sum(1).mean().sqrt(),
+        "norms": (lengths.gradient_norm, lengths.parameter_norm, lengths.fisher_rao),
+        "ends": density.ends,
+        "mass": density.negative_mass.value,
+        "value": risk.value(),
+        "whole trace": hessian.trace(),
+    }
+
+
 def refusals(risk: EmpiricalRisk, model: nn.Module, batch: Any) -> list[str]:
     """What is said where a sharded model cannot be measured so."""
     told = []
     for call in (
-        lambda: trace(risk),
+        lambda: epsilon_sharpness(risk),
+        lambda: trace(risk, method="hutch++"),
+        lambda: risk.subset([0]),
         lambda: risk.product(risk.theta, "empirical_fisher"),
         lambda: eigenpairs(risk, method="dense"),
         lambda: EmpiricalRisk(model, closure=lambda m, b: m(b).sum(), data=[batch]),
@@ -242,6 +288,17 @@ def test_products_of_a_sharded_model_are_those_of_the_whole(two, one, how):
         assert not [name for name in one if not close(found[how][name], one[name])]
 
 
+def test_what_needs_only_products_and_gradients_is_that_of_the_whole(two):
+    expected = by_hand(plain())
+    trace_of_all = float(expected.pop("whole trace"))
+    for found in two:
+        here = found["measured"]
+        assert not [name for name in expected if not close(here[name], expected[name])]
+        low, high = here["interval"]
+        assert low <= trace_of_all <= high
+        assert "Load the whole model on one process" in here["phi"]
+
+
 def test_differences_of_a_sharded_model_carry_their_error(two, one):
     for found in two:
         product, error = found["differences"]
@@ -256,7 +313,8 @@ def test_no_process_ever_holds_all_parameters(two):
 
 
 def test_what_a_sharded_model_cannot_do_is_said(two):
-    named = ["trace", "matrix", "method", "closure", "loss", "engine"]
+    named = ["epsilon_sharpness", "hutchinson", "a subset of the data"]
+    named += ["matrix", "method", "closure", "loss", "engine"]
     for found in two:
         for name, told in zip(named, found["refused"], strict=True):
             assert name in told, told

@@ -566,7 +566,7 @@ def test_a_confidence_that_is_no_probability_is_refused(measure, confidence):
     assert f"got {confidence}. Pass 0.95." in str(error.value)
 
 
-@pytest.mark.parametrize("method", ["hutchpp", "Hutchinson", None, ""])
+@pytest.mark.parametrize("method", ["hutchpp", "Hutchinson", ""])
 def test_an_unknown_method_is_refused_with_those_there_are(method):
     with pytest.raises(ValueError, match="`method` must be one of 'hutch") as error:
         sh.trace(fast(torch.eye(5).double()), method=method)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpness._ranks import Vectors
 from sharpness._tensors import float64, random_signs
 
 Multiply = Callable[[Tensor], Tensor]
@@ -20,10 +21,13 @@ _PASSES, _MOST_PASSES = 2, 8  # of Gram-Schmidt
 
 
 class Probes:
-    """Random signs (n,), each by its own number: drawn again instead of kept."""
+    """Random signs (n,), each by its own number: drawn again instead of kept.
 
-    def __init__(self, like: Tensor, seed: int) -> None:
-        self._like, self._seed = like, seed  # seed >= 0
+    With `vectors`, which say how processes share them, this one's part of each.
+    """
+
+    def __init__(self, like: Tensor, seed: int, vectors: Vectors | None = None) -> None:
+        self._like, self._seed, self._vectors = like, seed, vectors  # seed >= 0
 
     def __call__(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop`, (stop - start, n)."""
@@ -32,7 +36,11 @@ class Probes:
     def _row(self, i: int) -> Tensor:
         # PyTorch's CPU generator looks at 32 bits of its seed.
         mixed = int(np.random.SeedSequence(self._seed, spawn_key=(i,)).generate_state(1)[0])
-        return random_signs(self._like, torch.Generator().manual_seed(mixed))
+        generator = torch.Generator().manual_seed(mixed)
+        if self._vectors is None:
+            return random_signs(self._like, generator)
+        draw = self._vectors.normal(self._like, generator)
+        return (draw >= 0).to(draw).mul_(2).sub_(1)
 
 
 class Estimator(Protocol):
@@ -49,20 +57,23 @@ class Estimator(Protocol):
 class Hutchinson:
     """z^T A z for random signs z (Girard 1989; Hutchinson 1990).
 
-    Variance of one: twice the squared Frobenius norm of A without its diagonal.
+    Variance of one: twice the squared Frobenius norm of A without its diagonal. With
+    `vectors` it takes vectors in parts.
     """
 
     products_a_probe, fixed_products = 1, 0
 
-    def __init__(self, like: Tensor, seed: int) -> None:
-        self._probes = Probes(like, seed)
+    def __init__(self, like: Tensor, seed: int, vectors: Vectors | None = None) -> None:
+        self._probes = Probes(like, seed, vectors)
+        self._vectors = vectors or Vectors(like.numel())
         self.estimates = np.empty(0)
 
     def grow(self, multiply: Multiply, num: int) -> None:
         """Have `num` estimates, one product each."""
         for i in range(len(self.estimates), num):
             z = self._probes(i, i + 1)
-            self.estimates = np.append(self.estimates, _dots(z, multiply(z)))
+            own = torch.from_numpy(_dots(z, multiply(z)))
+            self.estimates = np.append(self.estimates, self._vectors.total(own).numpy())
 
 
 class Sketch:

@@ -412,9 +412,10 @@ def _result(
         if may_verify and isinstance(search, Search) and search.is_narrow:
             order = sorted(range(len(found.values)), key=lambda i: i != lead)
             largest = inexact * float(np.abs(found.values).max())
-            ends = [
-                _measured_anew(found, i, multiply, risk.vectors, largest) for i in order
-            ]
+            for i in order:
+                ends.append(_measured_anew(found, i, multiply, risk.vectors, largest))
+                if ends[-1] is None:
+                    break
         elif may_verify and error > allowed(found.values, noise, tol)[lead]:
             ends = [_verified(found, lead, noise, multiply, risk.vectors)]
         if ends:
@@ -474,6 +475,7 @@ def _verified(
     """
     v = found.vectors[i]
     try:
+        vectors.ranks.heed()
         difference = torch.add(multiply(v), v, alpha=-float(found.values[i]))
         residual = vectors.norm(difference)
     except KeyboardInterrupt:
@@ -498,6 +500,7 @@ def _measured_anew(
     """
     v = found.vectors[i]
     try:
+        vectors.ranks.heed()
         product = multiply(v)
         value = vectors.dot(v, product)
         rounded = 8 * torch.finfo(product.dtype).eps * vectors.norm(product)

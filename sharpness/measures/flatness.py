@@ -313,19 +313,19 @@ def norms(
     distance = None
     if start is not None:
         origin = _tensors.flat_like(start, risk.names, risk.shapes, "start")
-        distance = float(_tensors.norm64(risk.theta - origin.to(risk.theta)))
+        distance = risk.shared.norm(risk.theta - origin.to(risk.theta))
     fisher_rao, gradient_norm = None, math.nan
     with Run("norms", progress=False, ranks=risk.ranks) as run:
-        gradient_norm = float(_tensors.norm64(risk.gradient()))
+        gradient_norm = risk.shared.norm(risk.gradient())
         # Neither a closure nor a loss without second derivative has such a product.
         with suppress(ValueError, TypeError):
             product = risk.product(risk.theta, "gauss_newton")
-            fisher_rao = float(_tensors.dot64(product, risk.theta))
+            fisher_rao = risk.shared.dot(product, risk.theta)
     lengths = (gradient_norm, fisher_rao or 0.0, distance or 0.0)
     is_finite = all(math.isfinite(length) for length in lengths)
     return Norms(
         gradient_norm=gradient_norm,
-        parameter_norm=float(_tensors.norm64(risk.theta)),
+        parameter_norm=risk.shared.norm(risk.theta),
         distance_from_start=distance,
         fisher_rao=fisher_rao,
         status=Status.worst(run.status, finite=is_finite),

@@ -35,7 +35,8 @@ class Multiplication:
         square = float(errors.double().square().sum())
         if math.isfinite(square):  # what is not finite stops the measure by itself
             self._squares += square
-            self._lengths += float(rows.double().square().sum())
+            squares = rows.double().square().sum()
+            self._lengths += float(self._risk.shared.total(squares))
         return products
 
     @property

@@ -24,7 +24,8 @@ from sharpness import _saving
 from sharpness._ranks import Vectors, span
 from sharpness._results import Status
 from sharpness.krylov.eigenpair_search import Search
-from sharpness.risk.identity import digest, is_same
+from sharpness.risk.digests import digest
+from sharpness.risk.identity import is_same
 
 _SAVE_EVERY = 30.0  # seconds
 _OF_LENGTH_N = ("basis", "next")

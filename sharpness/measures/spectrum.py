@@ -357,8 +357,9 @@ def spectral_density(
         plan = risk.prepare(num_starts * most, matrix)
         for first in range(0, num_starts, plan.directions_at_once):
             together = range(first, min(num_starts, first + plan.directions_at_once))
-            starts = [_tensors.random_unit(risk.theta, generator) for _ in together]
-            for ended in _lockstep(multiply, starts, generator, is_over):
+            drawn = [risk.shared.normal(risk.theta, generator) for _ in together]
+            runs = [Lanczos(v, generator, vectors=risk.shared) for v in drawn]
+            for ended in _lockstep(multiply, runs, is_over):
                 done += ended
     rules = tuple(map(Rule.of, done))
     nodes = np.concatenate([np.empty(0), *(rule.nodes for rule in rules)])
@@ -394,12 +395,11 @@ def spectral_density(
 
 def _lockstep(
     multiply: Multiplication,
-    starts: list[torch.Tensor],
-    generator: torch.Generator,
+    runs: list[Lanczos],
     is_over: Callable[[Tridiagonal], bool],
 ) -> Iterator[list[Tridiagonal]]:
-    """Advance all starts by a step a time: what has ended with it."""
-    open_ = [Lanczos(start, generator) for start in starts]
+    """Advance all runs by a step a time: what has ended with it."""
+    open_ = runs
     while open_:
         directions = torch.stack([lanczos.direction() for lanczos in open_])
         for lanczos, product in zip(open_, multiply(directions), strict=True):

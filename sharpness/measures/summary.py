@@ -214,6 +214,7 @@ def summary(
     notes: list[str] = []
     try:
         notes += _notes(risk, accuracy, results)
+        risk.ranks.heed()
     except KeyboardInterrupt:  # nothing that was measured is lost
         ended.append(Status.INTERRUPTED)
     return Summary(
@@ -271,6 +272,7 @@ def _measured(
     name: str, risk: EmpiricalRisk, settings: MeasureSettings, left: dict[str, Any]
 ) -> list[Result]:
     try:
+        risk.ranks.heed()
         found = RUNS[name][0](risk, settings, left)
     except NotAvailableError as error:
         return [Unavailable(name=name, note=str(error))]
@@ -318,7 +320,7 @@ def _of_the_slope(risk: EmpiricalRisk, results: dict[str, list[Result]]) -> Iter
         _, gradient = risk.known_gradient()
     except (ArithmeticError, NotImplementedError, RuntimeError):
         return  # a result says so already
-    slope = float(_tensors.norm64(gradient))
+    slope = risk.shared.norm(gradient)
     if tops and tops[0].lambda_max <= tops[0].noise_floor:
         if slope == 0 and abs(tops[0].lambda_max) <= tops[0].noise_floor:
             yield (

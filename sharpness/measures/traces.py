@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sharpness._arguments import (
+    ensure,
     fraction,
     is_whole,
     of_a_risk,
@@ -19,6 +20,7 @@ from sharpness._arguments import (
     require,
     whole_seed,
 )
+from sharpness._ranks import Vectors
 from sharpness._results import Cost, Reading, Result, Status
 from sharpness._run import Run
 from sharpness.krylov.stochastic_trace import (
@@ -95,7 +97,7 @@ class DiagonalEstimate(Result):
 def trace(
     risk: EmpiricalRisk,
     *,
-    method: Method = "hutch++",
+    method: Method | None = None,
     matrix: Matrix = "hessian",
     tol: float = 0.05,
     confidence: float = 0.95,
@@ -117,7 +119,9 @@ def trace(
         risk: the mean loss f, held at the parameters theta.
         method: `"hutch++"` (Meyer et al. 2021) treats a sketch of the largest
             eigenvectors exactly, `"hutchinson"` is plain, `"xtrace"` (Epperly et al.
-            2024) uses each probe twice, with the jackknife's standard error.
+            2024) uses each probe twice, with the jackknife's standard error. None:
+            `"hutch++"`; `"hutchinson"` for a sharded model, whose vectors no process has
+            whole to sketch with.
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
         tol: half width wanted, relative to the value; > 0.
         confidence: of the interval, in (0, 1).
@@ -136,8 +140,16 @@ def trace(
     of both signs cancel; memory 2 n, and n more for each sketched direction.
     """
     contract = f"be one of {', '.join(map(repr, get_args(Method)))}"
+    if method is None:
+        method = "hutchinson" if risk.is_sharded else "hutch++"
     require(method in _METHODS, "method", contract, method)
-    estimator = _METHODS[method](risk.theta, whole_seed(seed))
+    sound, advice = method == "hutchinson" or not risk.is_sharded, "Leave it out."
+    ensure(sound, "method", "be 'hutchinson' for a sharded model", repr(method), advice)
+    seed = whole_seed(seed)
+    if risk.is_sharded:
+        estimator: Estimator = Hutchinson(risk.theta, seed, risk.shared)
+    else:
+        estimator = _METHODS[method](risk.theta, seed)
     return _estimated(
         risk,
         estimator,
@@ -169,7 +181,8 @@ def frobenius_norm(
     r"""The Frobenius norm of the Hessian: the root of the sum of squared eigenvalues.
 
     $\|H\|_F^2 = \|H Q\|_F^2 + E \|H (I - Q Q^T) z\|^2$ with a sketch Q of the 10 largest
-    eigenvectors and random signs z. Stopped as `trace` is.
+    eigenvectors and random signs z. Stopped as `trace` is. For a sharded model without
+    the sketch, which takes more probes where a few eigenvalues lead.
 
     Args:
         risk: the mean loss f, held at the parameters theta.
@@ -192,10 +205,12 @@ def frobenius_norm(
     _check(tol, confidence, max_hvps, 3 * _FEWEST)
     squared = _estimated(
         risk,
-        _SquaredNorm(risk.theta, whole_seed(seed)),
+        _SquaredNorm(
+            risk.theta, whole_seed(seed), risk.shared if risk.is_sharded else None
+        ),
         lambda square, error: error * (2 * math.sqrt(risk.n * square) + risk.n * error),
         quantity="Frobenius norm",
-        method="deflated Hutchinson",
+        method="Hutchinson" if risk.is_sharded else "deflated Hutchinson",
         matrix=matrix,
         tol=2 * tol,  # of the square
         confidence=confidence,
@@ -385,21 +400,27 @@ def _next_look(num: int, ratio: float) -> int:
 
 
 class _Deflated:
-    """A sketch of fixed size, made at the first growth, and probes of the rest."""
+    """A sketch of fixed size, made at the first growth, and probes of the rest.
+
+    There is none of vectors in parts.
+    """
 
     products_a_probe = 1
 
-    def __init__(self, like: Tensor, seed: int) -> None:
-        self._sketching, self._probes = Probes(like, 2 * seed), Probes(like, 2 * seed + 1)
+    def __init__(self, like: Tensor, seed: int, vectors: Vectors | None = None) -> None:
+        self._sketching = Probes(like, 2 * seed)
+        self._probes = Probes(like, 2 * seed + 1, vectors)
+        self._vectors = vectors or Vectors(like.numel())
+        self._size = 0 if vectors else min(_SKETCH, like.numel())
         self._like, self._sketch = like, Sketch(like)
-        self.fixed_products = 2 * min(_SKETCH, like.numel())
+        self.fixed_products = 2 * self._size
 
     def _sketched(self, multiply: Multiply) -> Tensor | None:
         """A times the sketch, when it is made."""
-        if len(self._sketch.q):
+        if len(self._sketch.q) or not self._size:
             return None
-        size = min(_SKETCH, self._like.numel())
-        made, z = self._sketch.extended(multiply(self._sketching(0, size)), multiply)
+        probes = self._sketching(0, self._size)
+        made, z = self._sketch.extended(multiply(probes), multiply)
         self._sketch = made
         return z
 
@@ -407,8 +428,8 @@ class _Deflated:
 class _SquaredNorm(_Deflated):
     """||A Q||_F^2 exactly, and ||A z||^2 for probes z of the rest."""
 
-    def __init__(self, like: Tensor, seed: int) -> None:
-        super().__init__(like, seed)
+    def __init__(self, like: Tensor, seed: int, vectors: Vectors | None) -> None:
+        super().__init__(like, seed, vectors)
         self._exact = 0.0
         self.estimates = np.empty(0)
 
@@ -418,7 +439,7 @@ class _SquaredNorm(_Deflated):
             self._exact = float(image.double().square().sum())
         for i in range(len(self.estimates), num):
             z = self._sketch.without(self._probes(i, i + 1))
-            square = float(multiply(z).double().square().sum())
+            square = float(self._vectors.total(multiply(z).double().square().sum()))
             self.estimates = np.append(self.estimates, self._exact + square)
 
 

@@ -25,6 +25,7 @@ from sharpness.risk import batch_dependence, batches, files, intake, sharded
 from sharpness.risk.chunks import ChunkedMean
 from sharpness.risk.curvature import Matrix, Pullback
 from sharpness.risk.derivatives import Comparison, Derivatives, compared
+from sharpness.risk.digests import described, digest
 from sharpness.risk.kept_graph import KeptGraph
 from sharpness.risk.loss_terms import keyword
 from sharpness.risk.mean_loss import BatchNorm, MeanLoss, exact_arithmetic
@@ -174,7 +175,8 @@ class EmpiricalRisk:
             `chunk_size` with `batchnorm="batch"`, a BatchNorm part or a batch that has to
             be whole beyond the memory, outputs and targets that would be broadcast; data
             that do not fit model and loss in one of the usual ways, or that hold NaN;
-            processes that differ in the model or in how f is defined.
+            processes that differ in the model, the loss or what it holds (class weights,
+            label smoothing), or in how f is defined.
         NondeterministicRiskError: the model draws from a generator of its own.
 
     Cost: building runs the model on a few samples; with a loss that is not PyTorch's own,
@@ -345,6 +347,11 @@ class EmpiricalRisk:
     def vectors(self) -> Vectors:
         """How the processes share the vectors of a Krylov space."""
         return self._parts or Vectors(self.n, self.ranks)
+
+    @property
+    def shared(self) -> Vectors:
+        """How they share theta, gradients and products: each has them whole, as a rule."""
+        return self._parts or Vectors(self.n)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -673,7 +680,10 @@ class EmpiricalRisk:
             return found
         products = self.product(v, matrix)
         # The first product may have shown that differences are needed.
-        return self._measured(v, matrix) or (products, rounding(products))
+        return self._measured(v, matrix) or (
+            products,
+            rounding(products, self.shared),
+        )
 
     def _measured(self, rows: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor] | None:
         rows = rows.detach().to(device=self.device, dtype=self.dtype)
@@ -733,6 +743,7 @@ class EmpiricalRisk:
             matrix,
             "'empirical_fisher' differs by g g^T.",
         )
+        self._refuse_sharded("diagonal blocks")
         position = {name: i for i, name in enumerate(self.names)}
         places = [[position[name] for name in block] for block in blocks]
         moved = [v.detach().to(device=self.device, dtype=self.dtype) for v in vectors]
@@ -750,12 +761,7 @@ class EmpiricalRisk:
                 [0, num_samples).
         """
         self._refuse_closure("data")
-        ensure_available(
-            not self.is_sharded,
-            "model",
-            "have its parameters on one process for a subset of the data",
-            "a sharded one (not available)",
-        )
+        self._refuse_sharded("a subset of the data")
         ensure(
             self._has_fixed_statistics,
             "batchnorm",
@@ -779,7 +785,7 @@ class EmpiricalRisk:
             "They count from 0 and may repeat.",
         )
         if self.ranks.size > 1:
-            _ = self.is_classification  # a process may have no sample to see it by
+            _ = self.is_classification, self._row  # a process may have no sample left
             places = self._own(places)
         return self._with(_f=self._f.of(self._mean.subset(places)))
 
@@ -833,6 +839,7 @@ class EmpiricalRisk:
 
         Cost: a gradient for each sample; at once by `torch.func.vmap`, or one by one.
         """
+        self._refuse_sharded("gradients of single samples")
         ensure_available(
             self.can_be_cut,
             "risk",
@@ -859,6 +866,7 @@ class EmpiricalRisk:
 
     def network(self) -> nn.Module:
         """A copy of the model with the parameters and buffers that are measured."""
+        self._refuse_sharded("a copy of it")
         copied = deep_copy(self.model)
         state = dict(zip(self.names, self._f.pieces(None), strict=True))
         state |= {k.removeprefix("model."): v for k, v in self._objective.fixed.items()}
@@ -938,11 +946,13 @@ class EmpiricalRisk:
     def outputs(self, theta: Tensor | None = None) -> Tensor:
         """Model outputs (N, ...) at `theta`, in the order of the data.
 
+        Those of this process; (0, ...) where it has no sample of a subset.
+
         Raises:
             TypeError: the risk was built from a closure, which hides the outputs.
         """
         self._refuse_closure("outputs")
-        parts = self._f.outputs(theta)
+        parts = self._f.outputs(theta) or [self._no_outputs(theta)]
         ensure(
             all(isinstance(part, Tensor) for part in parts),
             "model",
@@ -1001,6 +1011,7 @@ class EmpiricalRisk:
         """One of the matrices of `product` as a SciPy `LinearOperator` (n, n)."""
         from scipy.sparse.linalg import LinearOperator  # half a second, and seldom used
 
+        self._refuse_sharded("a LinearOperator")
         dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
 
         def matvec(v: np.ndarray) -> np.ndarray:
@@ -1094,6 +1105,7 @@ class EmpiricalRisk:
             "buffers": _tensors.mixed(0, *self._objective.fixed.values()),
             "batchnorm": self.batchnorm,
             "loss": mean.reduction,
+            "class weights or other settings of the loss": self._loss_digest(),
             "need of whole batches": bool(mean.whole),
         }
         theirs = self.ranks.objects(facts)
@@ -1106,6 +1118,23 @@ class EmpiricalRisk:
             "Load the same checkpoint in each; broadcast what one has drawn.",
         )
 
+    @cached_property
+    def _row(self) -> Any:
+        """One sample; of a subset without any here, of the data that it is of."""
+        return self._mean.first(1)
+
+    def _no_outputs(self, theta: Tensor | None) -> Any:
+        with self._f.evaluating(theta), torch.no_grad():
+            return self._objective.outputs(self._f.pieces(theta), self._row)[:0]
+
+    def _loss_digest(self) -> str:
+        """Of the loss with all that it holds.
+
+        Not of the object whose method it is, nor of a closure: they may know their rank.
+        """
+        loss = self._objective.loss
+        return digest(described(getattr(loss, "__func__", loss)))
+
     def _refuse_ranks(self) -> None:
         ensure_available(
             self.ranks.size == 1,
@@ -1113,6 +1142,15 @@ class EmpiricalRisk:
             "be None for gradients of single samples and batches",
             f"one of {self.ranks.size} processes (not available)",
             "Measure this on one process.",
+        )
+
+    def _refuse_sharded(self, what: str) -> None:
+        ensure_available(
+            not self.is_sharded,
+            "model",
+            f"have its parameters whole for {what}",
+            "a sharded one (not available)",
+            "Load the whole model on one process for this.",
         )
 
     def _refuse_closure(self, what: str) -> None:

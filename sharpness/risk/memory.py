@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sharpness._ranks import local_processes
+from sharpness._launch import local_processes
 
 SHARE = 0.6  # of what is free: a CPU process out of memory is killed, not told
 

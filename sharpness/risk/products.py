@@ -265,12 +265,12 @@ class Products:
         )
 
 
-def rounding(products: Tensor) -> Tensor:
+def rounding(products: Tensor, vectors: Vectors) -> Tensor:
     """What rounding may have changed in each row (b, n), in norm, (b,).
 
     In float32 products of perceptrons and convolutions were 2 to 7 eps off.
     """
-    norms: Tensor = products.norm(dim=-1)
+    norms = vectors.total(products.norm(dim=-1).square()).sqrt()
     return 8 * torch.finfo(products.dtype).eps * norms
 
 

@@ -18,7 +18,7 @@ PACKAGE = Path(sharpness.__file__).parent
 RANKS = [
     {
         *("_tensors", "_arguments", "_run", "_progress", "_results", "_json", "_saving"),
-        "_ranks",
+        *("_ranks", "_launch"),
         *(
             "statistics",
             "report.figures",
