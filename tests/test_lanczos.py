@@ -698,7 +698,7 @@ def test_an_interrupt_anywhere_in_a_restart_leaves_the_state_whole():
     assert {*sizes} == {10, 3}
 
 
-@pytest.mark.parametrize("name", ["overlaps", "subtract", "__setitem__"])
+@pytest.mark.parametrize("name", ["subtract_last", "subtract", "put"])
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("late", [False, True])
 def test_an_interrupt_in_a_method_of_the_basis_leaves_the_last_state(

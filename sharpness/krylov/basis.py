@@ -7,7 +7,9 @@ the narrow type.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ from sharpness._ranks import Vectors
 _ROWS = 16  # of a block
 # Combined at once, or 1/256 of all: the scratch memory is less than a row.
 _COLUMNS = 1 << 12
-_STRIP = 1 << 15  # entries of a row that are widened at once
+_STRIP = 1 << 16  # entries of a row that are worked with at once, at least
+_IN_CACHE = 1 << 20  # of all rows together (a share of a processor's last cache: 4 MB)
 
 
 class Basis:
@@ -48,11 +51,14 @@ class Basis:
         self._blocks: list[Tensor] = []
 
     def __setitem__(self, i: int, row: Tensor) -> None:
+        self._make_room(i)
+        self._row(i).copy_(row)
+
+    def _make_room(self, i: int) -> None:
         while i >= (held := sum(map(len, self._blocks))):
             size = min(_ROWS if held else self._num_first, self._most - held)
             block = self._like.new_empty((size, self._held), dtype=self.dtype)
             self._blocks.append(block)
-        self._row(i).copy_(row)
 
     def __getitem__(self, i: int) -> Tensor:
         return self._row(i).to(self._like.dtype)
@@ -67,34 +73,91 @@ class Basis:
         if not self.is_narrow:
             return 0.0
         moved = w.new_zeros((), dtype=torch.float64)
+        held, off = (w.new_empty(min(_STRIP, len(w)), dtype=t) for t in (self.dtype, None))
         for part in w.split(_STRIP):
-            held = part.to(self.dtype).to(part.dtype)
-            moved += part.sub_(held).square_().sum()
-            part.copy_(held)
+            narrow, error = held[: len(part)].copy_(part), off[: len(part)]
+            torch.sub(part, narrow, out=error)
+            moved += torch.dot(error, error)
+            part.copy_(narrow)
         return float(self._vectors.total(moved).sqrt())
 
+    def put(self, i: int, row: Tensor, beside: Tensor) -> float:
+        """Row i becomes `row`; its inner product with another vector, by strips."""
+        self._make_room(i)
+        found = row.new_zeros((), dtype=torch.float64)
+        vectors = self._row(i), row, beside
+        size = _STRIP if self._like.device.type == "cpu" else max(1, self._held)
+        for held, part, other in zip(*(v.split(size) for v in vectors), strict=True):
+            held.copy_(part)
+            found += torch.dot(part, other)
+        return float(self._vectors.total(found))
+
     def overlaps(self, w: Tensor, m: int) -> Tensor:
-        """Inner products of the first m rows with w, (m,); float64 of narrow rows."""
+        """Inner products of the first m rows with w, (m,), float64."""
+        return self.subtract_last(w, m, w.new_empty(0))[0]
+
+    def subtract_last(self, w: Tensor, m: int, known: Tensor) -> tuple[Tensor, float]:
+        """Take sum_i known_i q_i over the last of m rows away from w, in place.
+
+        Returns:
+            what is left on each of the m rows, (m,) float64, and its norm: all of it in
+            one reading of rows and vector.
+        """
+        sums, found = w.new_empty(m), w.new_zeros(m + 1, dtype=torch.float64)
+        known = known.to(w.dtype)
+        for rows, part in self._strips(m, w):
+            self._take_away(part, rows, known[-1:], m - 1)  # the largest, as a rule
+            self._take_away(part, rows, known[:-1], m - len(known))
+            for block, places in zip(rows, self._spans(rows), strict=True):
+                torch.mv(block, part, out=sums[places])
+            found[:m] += sums
+            found[m] += torch.dot(part, part)
+        found = self._vectors.total(found)
+        return found[:m], float(found[m].sqrt())
+
+    def subtract(self, w: Tensor, coefficients: Tensor) -> float:
+        """Take sum_i coefficients_i q_i away from w, in place; the norm that is left."""
+        coefficients = coefficients.to(w.dtype)
+        left = w.new_zeros((), dtype=torch.float64)
+        for rows, part in self._strips(len(coefficients), w):
+            self._take_away(part, rows, coefficients, 0)
+            left += torch.dot(part, part)
+        return float(self._vectors.total(left).sqrt())
+
+    def _take_away(
+        self, part: Tensor, rows: Sequence[Tensor], coefficients: Tensor, first: int
+    ) -> None:
+        """Of a strip: multiples of rows, from `first` on."""
+        for block, places in zip(rows, self._spans(rows), strict=True):
+            start = max(places.start, first)
+            mine = coefficients[start - first : max(0, places.stop - first)]
+            if len(mine):
+                row = start - places.start
+                part.addmv_(block[row : row + len(mine)].T, mine, alpha=-1)
+
+    def _spans(self, rows: Sequence[Tensor]) -> list[slice]:
+        ends = list(accumulate(map(len, rows)))
+        return [slice(end - len(block), end) for end, block in zip(ends, rows, strict=True)]
+
+    def _strips(self, m: int, *vectors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """The first m rows, in blocks and in the type of `like`, and vectors beside them.
+
+        So many entries at once as the processor's cache holds of all rows: what is widened
+        there is not written to memory.
+        """
         blocks = self._upto(m)
-        if not self.is_narrow:
-            return self._vectors.total(torch.cat([block @ w for block in blocks]))
-        total = w.new_zeros(m, dtype=torch.float64)
-        for at in self._strips():
-            total += torch.cat([block[:, at].to(w.dtype) @ w[at] for block in blocks])
-        return self._vectors.total(total)
-
-    def subtract_row(self, w: Tensor, i: int, coefficient: float) -> None:
-        """Take a multiple of row i away from w, in place."""
-        for at in self._strips() if self.is_narrow else [slice(None)]:
-            w[at].sub_(self._row(i)[at].to(w.dtype), alpha=coefficient)
-
-    def subtract(self, w: Tensor, coefficients: Tensor) -> None:
-        """Take sum_i coefficients_i q_i away from w, in place."""
-        m = len(coefficients)
-        parts = coefficients.split([len(block) for block in self._upto(m)])
-        for at in self._strips() if self.is_narrow else [slice(None)]:
-            for block, part in zip(self._upto(m), parts, strict=True):
-                w[at].addmv_(block[:, at].to(w.dtype).T, part.to(w.dtype), alpha=-1)
+        if self._like.device.type == "cpu":
+            size = max(_STRIP, _IN_CACHE // max(1, m))
+        else:
+            size = _IN_CACHE if self.is_narrow else max(1, self._held)
+        parts = [block.split(size, dim=1) for block in blocks]
+        wide = [self._like.new_empty((len(b), min(size, self._held))) for b in blocks]
+        for i, beside in enumerate(zip(*(v.split(size) for v in vectors), strict=True)):
+            rows = [part[i] for part in parts]
+            if self.is_narrow:
+                width = len(beside[0])
+                rows = [w[:, :width].copy_(r) for w, r in zip(wide, rows, strict=True)]
+            yield rows, *beside
 
     def combine(self, coefficients: np.ndarray) -> np.ndarray:
         """The first rows become `coefficients` (l, m) times the first m rows; l <= m.
@@ -148,9 +211,6 @@ class Basis:
                 strip,
                 new @ torch.cat([block[:, strip] for block in blocks]).to(new.dtype),
             )
-
-    def _strips(self) -> Iterator[slice]:
-        return (slice(start, start + _STRIP) for start in range(0, self._held, _STRIP))
 
     def _row(self, i: int) -> Tensor:
         for block in self._blocks:

@@ -51,7 +51,7 @@ class Dense:
         unit[self.num_products] = 1
         return unit
 
-    def absorb(self, product: Tensor) -> None:
+    def absorb(self, product: Tensor, owned: bool = False) -> None:
         """Take the product of `direction()` in.
 
         Raises:

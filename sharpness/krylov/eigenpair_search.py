@@ -126,13 +126,13 @@ class Search:
             self.run.restart(thick(theta, self._k, self._which))
         return self.run.direction()
 
-    def absorb(self, product: Tensor) -> None:
-        """Take the product of `direction()` in.
+    def absorb(self, product: Tensor, owned: bool = False) -> None:
+        """Take the product of `direction()` in; `owned`: its memory may be written to.
 
         Raises:
             NonFiniteProductError: it is not finite.
         """
-        self.run.absorb(product)
+        self.run.absorb(product, owned)
         self._settled = self._settled + 1 if self._meets_rule() else 0
 
     def _meets_rule(self) -> bool:

@@ -149,35 +149,35 @@ class Lanczos:
         if self._next is None:
             like = self.state.store[0]
             draw = self._normalised(self._vectors.normal(like, self._generator))
+            store, m = self.state.store, self.state.m
             for _ in range(2):
-                self._purge(draw, self.state.m)
+                store.subtract(draw, store.overlaps(draw, m))
             self._next = self._normalised(draw)
             self.state.store.rounded(self._next)
         return self._next
 
-    def absorb(self, product: Tensor) -> None:
-        """Take A times `direction()` in.
+    def absorb(self, product: Tensor, owned: bool = False) -> None:
+        """Take A times `direction()` in; `owned`: its memory may become the next one's.
 
         Raises:
             NonFiniteProductError: it is not finite; the state stays as it was.
         """
         s, q, m = self.state, self.direction(), self.state.m
-        alpha = self._vectors.dot(q, product)
-        w = torch.add(product, q, alpha=-alpha)
+        w = product if owned else product.clone()
         del product
-        if s.newest == m and m:  # straight after a restart: overlaps with all of Q
-            s.store.subtract(w, torch.from_numpy(s.coupling).to(w))
-        elif m:
-            s.store.subtract_row(w, m - 1, s.coupling[-1])
-        s.store[m] = q
-        before = self._vectors.norm(w)
+        alpha = s.store.put(m, q, w)
+        # Straight after a restart it overlaps with all of Q, else with one row beside q.
+        straight = s.newest == m
+        also = s.coupling if straight else s.coupling[-1:]
+        known = torch.from_numpy(np.append(also, alpha)).to(w)
+        overlaps, before = s.store.subtract_last(w, m + 1, known)
         if not np.isfinite(alpha + before):
             raise NonFiniteProductError("the product is not finite")
-        drift = self._purge(w, m + 1)
-        beta = self._vectors.norm(w)
+        beta = s.store.subtract(w, overlaps)
+        drift = np.asarray(overlaps.cpu().numpy())
         if beta < before / 2:
-            drift += self._purge(w, m + 1)
-            beta = self._vectors.norm(w)
+            more = s.store.overlaps(w, m + 1)
+            beta, drift = s.store.subtract(w, more), drift + more.cpu().numpy()
         alpha += float(drift[m])
         self._scale = max(self._scale, abs(alpha) + beta)
         # A remainder of the size of rounding is no direction.
@@ -310,12 +310,6 @@ class Lanczos:
         for part in found.split(_COLUMNS, dim=1):
             part.copy_(mixing @ part)
         return found
-
-    def _purge(self, w: Tensor, m: int) -> np.ndarray:
-        """Free w of the first m rows, in place; what it had on them, (m,) float64."""
-        overlaps = self.state.store.overlaps(w, m)
-        self.state.store.subtract(w, overlaps)
-        return np.asarray(overlaps.double().cpu().numpy())
 
     def _normalised(self, v: Tensor) -> Tensor:
         return v / v.new_tensor(self._vectors.norm(v))

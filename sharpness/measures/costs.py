@@ -153,7 +153,7 @@ def _step_seconds(
     for _ in range(min(_STEPS, n)):
         product = values * run.direction()
         began = clock()
-        run.absorb(product)
+        run.absorb(product, owned=True)
         seconds.append(clock() - began)
         rows.append(run.state.m)
     if len(rows) < 2:

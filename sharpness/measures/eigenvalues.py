@@ -355,7 +355,7 @@ def eigenpairs(
         del start
         while not search.is_converged:
             run.step()
-            search.absorb(multiply(search.direction()))
+            search.absorb(multiply(search.direction()), owned=True)
             if kept is not None and isinstance(search, Search):
                 kept.keep(search)
         run.stop(Status.CONVERGED)

@@ -451,7 +451,9 @@ class ChunkedMean:
 
     @property
     def _footprints(self) -> Footprints:
-        return Footprints(self._objective, self._batchnorm, self.mean, self._known)
+        return Footprints(
+            self._objective, self._batchnorm, self.mean, self.budget, self._known
+        )
 
     def _batchnorm_parts(self, given: Sequence[Any], most: int) -> list[Any]:
         parts = [part for pair in given for part in batches.cut(pair, most)]

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from sharpness._arguments import ensure
 from sharpness._results import ensure_available
@@ -137,27 +138,61 @@ class Pullback:
 
     def __init__(self, values: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
         self.values, self._leaves = values, leaves
+        edges = (get_gradient_edge(v) if v.requires_grad else None for v in values)
+        types = (value.dtype for value in values)
+        self._edges = list(zip(edges, types, strict=True))
 
     def __call__(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
         """From a piece for each value to one for each leaf."""
-        curved = [(j, value) for j, value in enumerate(self.values) if value.requires_grad]
-        if not curved:
+        edges, along = self._curved(pieces)
+        if not edges:
             return [torch.zeros_like(leaf) for leaf in self._leaves]
         return torch.autograd.grad(
-            [value for _, value in curved],
+            edges,
             self._leaves,
-            [pieces[j].to(value.dtype) for j, value in curved],
+            along,
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )
+
+    def add_to(self, totals: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
+        """Add what a call gives to `totals`, in the leaves' shapes and types, in place.
+
+        Each part is added as soon as it is there: all together are a vector of their own.
+        """
+        edges, along = self._curved(pieces)
+        if not edges:
+            return
+        for leaf, total in zip(self._leaves, totals, strict=True):
+            leaf.grad = total
+        try:
+            torch.autograd.backward(edges, along, retain_graph=True, inputs=self._leaves)
+        finally:
+            for leaf in self._leaves:
+                leaf.grad = None
+
+    def _curved(self, pieces: Sequence[Tensor]) -> tuple[list[GradientEdge], list[Tensor]]:
+        """Those of the values that have a graph, and the pieces for them."""
+        known = [
+            (edge, piece.to(dtype))
+            for (edge, dtype), piece in zip(self._edges, pieces, strict=True)
+            if edge is not None
+        ]
+        return [edge for edge, _ in known], [piece for _, piece in known]
+
+    def forget_values(self) -> None:
+        """Hold the graph only: the values are as large as the leaves."""
+        self.values = []
 
     def within(self, block: Sequence[int]) -> Pullback:
         """From some of the values to the same of the leaves: a diagonal block.
 
         Autograd walks only the part of the graph that connects them.
         """
-        return Pullback([self.values[i] for i in block], [self._leaves[i] for i in block])
+        part = Pullback([], [self._leaves[i] for i in block])
+        part._edges = [self._edges[i] for i in block]
+        return part
 
 
 def _check_differentiable(slopes: Sequence[Tensor], value: Tensor) -> None:

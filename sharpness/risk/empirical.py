@@ -707,11 +707,12 @@ class EmpiricalRisk:
         return slope, self.product(slope)
 
     def _exact_gradient_and_product(self) -> tuple[Tensor, Tensor]:
-        work = self._mean.work("hessian", self.seed)
-        if len(work.batches) > 1 or self.ranks.size > 1:
-            slope = self.gradient()
+        if len(self._mean.counted) > 1 or self.ranks.size > 1:
+            slope = self.gradient()  # which may take smaller chunks
+            work = self._mean.work("hessian", self.seed)
             own = self._mean.fitting(lambda: KeptGraph(work, 0)(slope))
             return slope, self.ranks.total(own)
+        work = self._mean.work("hessian", self.seed)
         apply = work.linearised(0)
         assert isinstance(apply, Pullback)
         slope, product = (torch.zeros_like(self.theta) for _ in range(2))
@@ -1069,6 +1070,7 @@ class EmpiricalRisk:
         return self._products[matrix]
 
     def _task(self, matrix: str) -> Task:
+        objective = self._objective
         this = weakref.proxy(self)  # a cycle would hold the graphs until collected
         return Task(
             matrix=matrix,
@@ -1084,6 +1086,7 @@ class EmpiricalRisk:
             or (self.device.type == "cpu" and convolves(self.model))
             or self._objective.has_large_head,
             vectors=self.vectors,
+            blocks_again=lambda: len(objective.blocks_again),
             shared=self._parts,
         )
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sharpness._arguments import ensure
 from sharpness.risk import batches, curvature, memory
+from sharpness.risk.computed_again import NotAgainError
 from sharpness.risk.curvature import Linearise, Mean
 from sharpness.risk.loss_terms import num_rows
 from sharpness.risk.memory import Footprint
@@ -28,6 +29,9 @@ _CPU_CHUNK = 1024
 # on), which costs more than computing with them: C1 by 64 samples at a time takes three
 # quarters of the time it takes by 128.
 _CPU_TENSOR = 1 << 24
+# Bytes of a product's graph, at its peak, for each that the forward pass keeps (measured:
+# docs/decisions.md).
+_GRAPH = 4
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Footprints:
     objective: Objective
     batchnorm: str
     mean: Mean
+    budget: int  # bytes
     known: dict[Any, Footprint] = field(default_factory=dict)
 
     def of(self, batch: Any) -> Footprint:
@@ -61,6 +66,7 @@ class Footprints:
 
     def _predicted(self, linearise: Linearise, batch: Any) -> Footprint:
         rows = int(num_rows(batch))
+        self._spare_graphs(linearise, batches.rows(batch, 0, 1), min(rows, _FEW))
         if rows <= _FEW:
             return self.measured(linearise, batch)
 
@@ -77,12 +83,47 @@ class Footprints:
 
     def measured(self, linearise: Linearise, batch: Any) -> Footprint:
         """Of one product: the batch's graph is built."""
+        self._spare_graphs(linearise, batch, 1)
+        return self._measured(linearise, batch)
+
+    def _spare_graphs(self, linearise: Linearise, batch: Any, times: int) -> None:
+        """Let repeated blocks be computed again, where so many such batches do not fit.
+
+        Seen on a forward pass: the graph of a product might not fit either.
+        """
+        objective = self.objective
+        if not objective.blocks or objective.blocks_again:
+            return
+        forward = self._of_forward(batch)
+        if forward * _GRAPH * times <= self.budget:
+            return
+        objective.blocks_again = objective.blocks
+        try:
+            self._measured(linearise, batch)
+        except NotAgainError:
+            objective.blocks_again = objective.blocks = []
+
+    def _of_forward(self, batch: Any) -> int:
+        """Bytes that a forward pass keeps for its gradient."""
+        objective = self.objective
+        leaves = objective.leaves(objective.theta)
+
+        def build() -> Callable[[], Any]:
+            value = self.mean(objective.reduced(leaves, batch), batch)
+            return lambda: value
+
+        with evaluation(objective.model, self.batchnorm), torch.enable_grad():
+            return memory.footprint(build).held
+
+    def _measured(self, linearise: Linearise, batch: Any) -> Footprint:
         objective = self.objective
         leaves = objective.leaves(objective.theta)
         ones = [torch.ones_like(leaf) for leaf in leaves]
 
         def build() -> Callable[[], Any]:
             apply = linearise(leaves, batch)
+            if isinstance(apply, curvature.Pullback):
+                apply.forget_values()
 
             def work() -> Any:
                 with no_layers_computed_again(objective.model):

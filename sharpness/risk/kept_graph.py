@@ -55,6 +55,11 @@ class ChunkedSum:
         pieces = map(_tensors.aligned, _views(v, self.leaves))
         return [p.to(x.dtype) for p, x in zip(pieces, self.leaves, strict=True)]
 
+    def adds_up(self, total: Tensor, chunk: int) -> bool:
+        """Whether a chunk's product is a summand as it is: neither weighed nor cast."""
+        plain = all(type(x) is Tensor and x.dtype == total.dtype for x in self.leaves)
+        return plain and self.weights[chunk] == 1.0
+
     def add(self, total: Tensor, product: Sequence[Tensor], chunk: int) -> None:
         """Add one chunk's product to a flat vector (n,), or (b, n)."""
         for view, piece in zip(_views(total, self.leaves), product, strict=True):
@@ -76,7 +81,7 @@ class KeptGraph:
         """M v, one row at a time or all rows of a block at once."""
         pieces, total = self._work.split(v), torch.zeros_like(v)
         for i in range(len(self._work.batches)):
-            self._work.add(total, self._product(i, pieces, v.ndim), i)
+            self._add_product(total, pieces, i)
         return total
 
     def of_blocks(self, blocks: Sequence[Block], vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -104,15 +109,21 @@ class KeptGraph:
         product = apply(padded)
         return [product[i] for i in block]
 
-    def _product(self, i: int, pieces: Sequence[Tensor], ndim: int) -> Sequence[Tensor]:
+    def _add_product(self, total: Tensor, pieces: Sequence[Tensor], i: int) -> None:
         # A function of its own: a graph that is not kept is gone before the next is built.
         apply = self._linearised(i)
-        return apply(pieces) if ndim == 1 else torch.vmap(apply)(pieces)
+        if total.ndim == 1 and isinstance(apply, Pullback) and self._work.adds_up(total, i):
+            apply.add_to(_views(total, self._work.leaves), pieces)
+        else:
+            along = apply(pieces) if total.ndim == 1 else torch.vmap(apply)(pieces)
+            self._work.add(total, along, i)
 
     def _linearised(self, i: int) -> Matvec:
         if i in self._kept:
             return self._kept[i]
         apply = self._work.linearised(i)
+        if isinstance(apply, Pullback):
+            apply.forget_values()
         if i < self._num_kept:
             self._kept[i] = apply
         return apply

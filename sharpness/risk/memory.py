@@ -112,7 +112,7 @@ def saved_bytes(values: Iterable[Tensor]) -> int:
             saved = getattr(node, name, None) if name.startswith("_saved_") else None
             for tensor in tree_leaves(saved):
                 if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
-                    sizes[id(tensor)] = tensor.nbytes
+                    sizes[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
     return max(1, sum(sizes.values()))
 
 

@@ -110,6 +110,8 @@ def no_layers_computed_again(model: nn.Module) -> Iterator[None]:
     """
 
     def refuse(module: nn.Module, *_: Any) -> None:
+        if _running_again:
+            return
         names = {module: name for name, module in model.named_modules()}
         if module in names:
             raise ValueError(
@@ -120,6 +122,19 @@ def no_layers_computed_again(model: nn.Module) -> Iterator[None]:
 
     with register_module_forward_pre_hook(refuse):
         yield
+
+
+_running_again: list[bool] = []  # an entry for each such block that is open
+
+
+@contextmanager
+def layers_may_run_again() -> Iterator[None]:
+    """Layers are called inside with the parameters that they had: see `computed_again`."""
+    _running_again.append(True)
+    try:
+        yield
+    finally:
+        _running_again.pop()
 
 
 def original(loss: Any) -> tuple[Any, list[str]]:

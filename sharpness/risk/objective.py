@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from sharpness import _tensors
 from sharpness._arguments import ensure
 from sharpness.risk import large_heads, loss_terms
+from sharpness.risk.computed_again import repeated_blocks, without_graphs
 from sharpness.risk.model_state import batchnorm_layers, held, seed_generators
 
 
@@ -68,6 +69,8 @@ class Objective:
         self.has_large_head = any(
             p.ndim == 2 and len(p) >= large_heads.LEAST_CLASSES for p in model.parameters()
         )
+        # Those that may be computed again instead of keeping a graph, and those that are.
+        self.blocks, self.blocks_again = repeated_blocks(model), list[nn.Module]()
 
     def take(self, predicted: Callable[[Any], Any]) -> None:
         """Give the loss this of the model's return value."""
@@ -217,7 +220,8 @@ class Objective:
         autocast = torch.autocast(
             self.device.type, dtype=self._autocast, enabled=self._autocast is not None
         )
-        with autocast, _compiled_parts_run_eagerly():
+        again = without_graphs(self.blocks_again)
+        with autocast, _compiled_parts_run_eagerly(), again:
             result: Tensor = functional_call(self._whole, state, (batch,), kwargs)
         if kind not in self._written:
             self._written[kind] = _changed({**state, "batch": batch})

@@ -33,6 +33,7 @@ class Plan:
     num_kept: int  # chunks whose graph is held between products
     directions_at_once: int
     predicted_bytes: int  # peak: what is held, and one chunk being worked on
+    blocks_again: int = 0  # of the model, computed again instead of keeping a graph
     relative_error: float | None = None  # of differences of gradients, estimated
 
     def to_dict(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Points:
     def at_once(self, batchnorm: str) -> int:
         """How many thetas a pass should take, by the memory of a product."""
         largest: Any = max((c.batch for c in self.mean.counted), key=lambda b: len(b[1]))
-        footprints = Footprints(self.objective, batchnorm, self.mean.mean)
+        footprints = Footprints(self.objective, batchnorm, self.mean.mean, self.mean.budget)
         on_cpu = self.objective.device.type == "cpu"
         room = _CPU_BYTES if on_cpu else self.mean.budget // 4
         return max(1, min(_MOST, room // footprints.of(largest).peak))

@@ -39,6 +39,7 @@ class Task:
     doubt: str  # why exact products are not the derivatives of gradients, or empty
     compiling_seldom_pays: bool  # for this kind of network
     vectors: Vectors  # how processes share those of a Krylov space
+    blocks_again: Callable[[], int]  # how many keep no graph, once a footprint is known
     shared: Vectors | None  # likewise, where they share theta itself
 
 
@@ -189,7 +190,8 @@ class Products:
     def expect(self, num_products: int) -> None:
         """Compile, if so many more products repay it."""
         task = self._task
-        if not self._may_compile or not isinstance(self._engine, KeptGraph):
+        again = task.blocks_again()  # which no trace can hold
+        if not self._may_compile or again or not isinstance(self._engine, KeptGraph):
             return
         held, leaves = self._chunk.held * len(task.work.batches), task.work.leaves
         device, seldom = task.theta.device.type, task.compiling_seldom_pays
@@ -262,6 +264,7 @@ class Products:
             num_kept=kept,
             directions_at_once=at_once,
             predicted_bytes=held + passing + vectors,
+            blocks_again=task.blocks_again(),
         )
 
 
