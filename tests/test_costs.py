@@ -30,8 +30,9 @@ def risk(width=100):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [5, 25])
-def test_the_peak_is_that_of_the_storages_of_a_search(steps, dtype):
+@pytest.mark.parametrize("steps", [17, 33])  # whole blocks of rows
+def test_the_peak_is_that_of_the_storages_of_a_search(steps, dtype, monkeypatch):
+    monkeypatch.setattr(memory, "resident_bytes", lambda _: 0)
     said = predicted_costs(risk(800), products=steps, basis_dtype=dtype)
     other = risk(800)
     settings = {"basis_dtype": dtype, "tol": 1e-12, "max_hvps": steps, "basis_size": 200}
@@ -47,6 +48,19 @@ def test_seconds_are_those_of_the_products_and_of_the_steps_between_them():
     assert said.product_seconds == 1
     assert said.lanczos_seconds == pytest.approx(10)  # a tick each, whatever the rows
     assert said.seconds == pytest.approx(20)
+
+
+def test_what_is_paid_before_the_first_product_is_said():
+    ticks = iter([0.0, 5.0, 5.0, 7.0, *(7.0 for _ in range(1000))])
+    said = predicted_costs(risk(), products=10, clock=lambda: next(ticks))
+    assert (said.setup_seconds, said.product_seconds, said.seconds) == (3, 2, 23)
+
+
+def test_what_the_allocator_keeps_of_two_products_counts(monkeypatch):
+    grown = iter([10**8, 10**9])
+    monkeypatch.setattr(memory, "resident_bytes", lambda _: next(grown))
+    said, n = predicted_costs(risk(), products=10), risk().n
+    assert said.peak_bytes == 9 * 10**8 + (10 + 1) * 4 * n
 
 
 def test_a_row_more_costs_what_a_step_took_longer(monkeypatch):

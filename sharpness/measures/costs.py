@@ -3,13 +3,14 @@ r"""What eigenpairs cost before they are looked for: seconds, bytes, and traffic
 From one measured product, a few Lanczos steps on vectors of at most a million entries, and
 shapes. With n parameters on W ranks and a basis of m rows of b bytes an entry,
 
-    seconds   products t + sum over steps m of (a + c m) n / W
-    bytes     the plan's peak + (rows b + 4) n / W
+    seconds   s + products t + sum over steps m of (a + c m) n / W
+    bytes     the plan's peak, or what two products have taken + (rows b + 4) n / W
     traffic   2 (W - 1) / W 4 n a product, sent and received by each rank: the direction is
               gathered, and products are added up in parts
 
-with t, a and c measured. How many products there will be nobody knows beforehand:
-`usual_products` is what trained networks took.
+with t, a, c and s, what is paid before the first product, measured. Rows of a basis on a
+CPU take memory when they are written, on a GPU by blocks. How many products there will be
+nobody knows beforehand: `usual_products` is what trained networks took.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Costs:
     """What a search takes on each rank, if it ends after so many products."""
 
     products: int
+    setup_seconds: float  # before the first product: checks, plan, graphs
     product_seconds: float  # of one
     lanczos_seconds: float  # of all steps, beside the products
     basis_bytes: int
@@ -55,7 +57,8 @@ class Costs:
     @property
     def seconds(self) -> float:
         """Of the whole search."""
-        return self.products * self.product_seconds + self.lanczos_seconds
+        own = self.setup_seconds + self.lanczos_seconds
+        return own + self.products * self.product_seconds
 
     @property
     def fits(self) -> bool:
@@ -67,7 +70,8 @@ class Costs:
         free = self.free_bytes / 1e9
         verdict = "fits" if self.fits else "does not fit"
         text = [
-            f"a product: {self.product_seconds:.3g} s",
+            f"a product: {self.product_seconds:.3g} s; before the first "
+            f"{self.setup_seconds:.2g} s",
             f"{self.products} products (assumed): {self.seconds:.3g} s, of which "
             f"{self.lanczos_seconds:.2g} s between them",
             f"memory: {self.peak_bytes / 1e9:.3g} GB more than is held now, of which "
@@ -100,29 +104,35 @@ def predicted_costs(
     Raises:
         ValueError: `k` or `products` is no whole number >= 1.
 
-    Cost: two products, and a dozen Lanczos steps on at most a million entries.
+    Cost: two products with what the first one needs, and a dozen Lanczos steps on at most
+    a million entries.
     """
     k = whole("k", k, 1)
     num = whole("products", products or usual_products(k), 1)
+    v = risk.shared.normal(risk.theta, _tensors.seeded(0))
+    held, began = memory.resident_bytes(risk.device), clock()
     plan = risk.prepare(num, matrix)
-    v = _tensors.random_unit(risk.theta, _tensors.seeded(0))
     risk.product(v, matrix)  # builds what the others reuse
-    began = clock()
+    set_up, began = clock() - began, clock()
     risk.product(v, matrix)
     seconds = clock() - began
+    grown = memory.resident_bytes(risk.device) - held
     dtype = basis_dtype or risk.dtype
     ranks = risk.ranks.size
     here = -(-risk.n // ranks)
-    rows = basis_rows(k, num)
+    rows = num if risk.device.type == "cpu" else basis_rows(k, num)
     first, each = _step_seconds(min(here, _MOST_ENTRIES), risk.theta, dtype, clock)
     own = sum(first + each * m for m in range(1, num + 1)) * here
     basis = rows * here * dtype.itemsize
     return Costs(
         products=num,
+        setup_seconds=max(0.0, set_up - seconds),
         product_seconds=seconds,
         lanczos_seconds=own,
         basis_bytes=basis,
-        peak_bytes=basis + plan.predicted_bytes + here * risk.theta.element_size(),
+        peak_bytes=basis
+        + max(plan.predicted_bytes, grown)
+        + here * risk.theta.element_size(),
         sent_bytes=num * traffic(risk.n, ranks),
         free_bytes=memory.free_bytes(risk.device),
     )
