@@ -1,6 +1,6 @@
 """Where the time of each measure goes: passes over the data, and what is beside them.
 
-    python benchmarks/where_time_goes.py --before FOLDER [F1 small] [--samples 1000]
+    python benchmarks/where_time_goes.py --before FOLDER [small F1 commands] [--samples N]
     python benchmarks/where_time_goes.py --docs
 
 `--before` is a checkout of an earlier version (`git worktree add --detach FOLDER COMMIT`).
@@ -14,6 +14,8 @@ samples, the check of derivatives, and all the rest, which is the library's own.
 --batch-size large --epochs 20 --seeds 1`), 1.5 million parameters; `small` a perceptron of
 9840 parameters on digits. The density makes two of its ten starts, which are alike; "all"
 counts it five times. `--samples 250` takes about ten minutes on two idle cores.
+`commands` are whole ones, on one thread, in the order before, after, after, before: about
+half an hour. They need MNIST (`SHARPNESS_DATA`).
 
 Results go to `where_time_goes.json` beside this file; a task that is there is not run
 again. `--docs` writes the tables into docs/where_time_goes.md.
@@ -27,6 +29,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
@@ -42,6 +45,10 @@ PAGE = ROOT / "docs" / "where_time_goes.md"
 CHECKPOINT = ROOT / "runs" / "f1-mnist5k" / "large-seed0.pt"
 KINDS = ("forward", "gradient", "product", "sample gradients", "check")
 DENSITY_STARTS = 2  # of ten
+COMMANDS = {
+    "measure --measures all": "sharpness.measure {checkpoint} --measures all",
+    "reproduce --quick": "sharpness.reproduce keskar2017 --quick --jobs 1",
+}
 
 
 # -- one version, in a process of its own ------------------------------------------------
@@ -191,15 +198,20 @@ def work(case: str, samples: int, checkpoint: str) -> None:
         began = time.process_time()
         found = tasks[line.strip()]()
         seconds = time.process_time() - began
-        values = [row.value for result in found for row in result.readings()]
+        rows = [row for result in found for row in result.readings()]
         answer = {
             "seconds": seconds,
             "passes": dict(passes.num),
             "passes_seconds": dict(passes.seconds),
             "status": str(found[0].status),
-            "values": [value if math.isfinite(value) else None for value in values],
+            "values": [finite(row.value) for row in rows],
+            "errors": [finite(row.error) for row in rows],
         }
         print(json.dumps(answer), flush=True)
+
+
+def finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 # -- both versions in turn ---------------------------------------------------------------
@@ -264,29 +276,73 @@ def compare(case: str, options: argparse.Namespace) -> None:
         version.close()
 
 
+def compare_commands(options: argparse.Namespace) -> None:
+    """Seconds of the clock and of the processor of whole commands, each version twice."""
+    from products import say
+
+    record = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+    cells = record.setdefault("commands", {})
+    folders = {"before": Path(options.before), "after": ROOT}
+    for name, command in COMMANDS.items():
+        if name in cells or (options.tasks and name not in options.tasks):
+            continue
+        runs: dict[str, list[list[float]]] = {"before": [], "after": []}
+        words = command.format(checkpoint=Path(options.checkpoint).resolve()).split()
+        for version in ("before", "after", "after", "before"):
+            runs[version].append(seconds_of(words, folders[version]))
+            say(f"{name}, {version}: {runs[version][-1]}")
+        cells[name] = runs
+        TARGET.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def seconds_of(words: list[str], folder: Path) -> list[float]:
+    """Of the clock and of the processor, in a folder that is empty at first."""
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as run_folder:
+        before, began = os.times(), time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", *words],
+            env=environment,
+            cwd=run_folder,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        clock, after = time.perf_counter() - began, os.times()
+    user = after.children_user - before.children_user
+    return [clock, user + after.children_system - before.children_system]
+
+
 # -- the page ----------------------------------------------------------------------------
+
+
+def seconds_in(run: dict[str, Any]) -> float:
+    return float(run["seconds"])
 
 
 def own(run: dict[str, Any]) -> float:
     return float(run["seconds"] - sum(run["passes_seconds"].values()))
 
 
-def total(cells: dict[str, Any], name: str) -> float:
-    """Seconds of the measures of `measure --measures all` that are there.
+def total(cells: dict[str, Any], name: str, of: Callable[[dict[str, Any]], float]) -> float:
+    """Seconds, or those of its own, of the measures of `measure --measures all` there are.
 
     The density's starts are a part of them.
     """
     from sharpness.measures.summary import RUNS
 
-    known = {task: both[name]["seconds"] for task, both in cells.items() if task in RUNS}
+    known = {task: of(both[name]) for task, both in cells.items() if task in RUNS}
     return float(sum(known.values()) + (10 / DENSITY_STARTS - 1) * known.get("density", 0))
 
 
-def difference(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """The largest relative difference of a value."""
-    pairs = zip(before["values"], after["values"], strict=True)
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return max((abs(a - b) / max(abs(a), abs(b), 1e-300) for a, b in known), default=0.0)
+def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The largest relative difference of a value; where it is more, in errors too."""
+    rows = zip(before["values"], after["values"], after["errors"], strict=True)
+    known = [(abs(a - b), abs(b), error) for a, b, error in rows if None not in (a, b)]
+    largest = max((apart / (size or 1) for apart, size, _ in known), default=0.0)
+    errors = max((apart / error for apart, _, error in known if error), default=0.0)
+    return f"{largest:.0e}" + (
+        f", {errors:.1g} errors" if largest > 1e-3 and errors else ""
+    )
 
 
 def table(case: dict[str, Any]) -> str:
@@ -305,12 +361,15 @@ def table(case: dict[str, Any]) -> str:
         seconds = " → ".join(f"{run['seconds']:.3g}" for run in runs)
         shares = " → ".join(f"{own(run) / run['seconds']:.0%}" for run in runs)
         ratio = runs[1]["seconds"] / runs[0]["seconds"]
-        apart = f"{difference(*runs):.0e}"
+        apart = difference(*runs)
         lines.append(f"| {task} | {shown} | {seconds} | {shares} | {ratio:.2f} | {apart} |")
-    sums = [total(cells, name) for name in ("before", "after")]
+    versions = "before", "after"
+    sums, owns = ([total(cells, v, of) for v in versions] for of in (seconds_in, own))
     text = " → ".join(f"{seconds:.3g}" for seconds in sums)
+    shares = " → ".join(f"{part / s:.0%}" for part, s in zip(owns, sums, strict=True))
     name = "measure --measures all" if {"density", "noise_scale"} <= set(cells) else "sum"
-    lines.append(f"| **{name}** | | {text} | | **{sums[1] / sums[0]:.2f}** | |")
+    ratio = sums[1] / sums[0]
+    lines.append(f"| **{name}** | | {text} | {shares} | **{ratio:.2f}** | |")
     return "\n".join(lines)
 
 
@@ -331,16 +390,39 @@ def costs(case: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def table_of_commands(cells: dict[str, dict[str, list[list[float]]]]) -> str:
+    """Means over both runs of each version, with a heading."""
+    lines = [
+        "## Whole commands",
+        "",
+        "On one thread, in the order before, after, after, before; means of two.",
+        "",
+        "| command | of the clock, s | after / before | processor, s | after / before |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, runs in cells.items():
+        means = [[sum(x) / 2 for x in zip(*runs[v], strict=True)] for v in runs]
+        pairs = list(zip(*means, strict=True))  # of the clock, of the processor
+        texts = [f"{a:.3g} → {b:.3g} | {b / a:.2f}" for a, b in pairs]
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def between_marks(text: str, name: str, content: str) -> str:
+    """The text with other content between the marks of that name."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
 def page_of(text: str, record: dict[str, Any]) -> str:
     """The page with the tables of the record between its marks."""
     for case in set(record) & {"F1", "small"}:
-        begin, end = f"<!-- {case}:begin -->", f"<!-- {case}:end -->"
-        head, rest = text.split(begin)
         facts = f"{record[case]['n']} parameters, {record[case]['samples']} samples."
         said = textwrap.fill(f"{facts} A pass costs: {costs(record[case])}.", 118)
-        text = (
-            f"{head}{begin}\n\n{said}\n\n{table(record[case])}\n\n{end}{rest.split(end)[1]}"
-        )
+        text = between_marks(text, case, f"{said}\n\n{table(record[case])}")
+    if "commands" in record:
+        text = between_marks(text, "commands", table_of_commands(record["commands"]))
     return text
 
 
@@ -361,7 +443,10 @@ def main() -> None:
         if options.before is None:
             parser.error("--before is needed: the checkout of an earlier version")
         for case in options.cases:
-            compare(case, options)
+            if case == "commands":
+                compare_commands(options)
+            else:
+                compare(case, options)
     PAGE.write_text(page_of(PAGE.read_text(), json.loads(TARGET.read_text())))
 
 

@@ -19,7 +19,7 @@ from sharpness.krylov.lanczos import Tridiagonal, christoffel
 _LEAST_WEIGHT = 1e-4  # of an eigenvalue, in 1/n: less is as rare as 1 in 100
 _COARSER = 0.75  # of the steps: the difference shows the error of the quadrature
 _REACH = 1.5  # distances between nodes that such a difference tells about
-_STILL = 0.2  # of a density: ten starts leave more than a third of it open
+_STILL = 1 / 3  # of a density: ten starts leave more than that of it open
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def steps_error(rule: Rule, grid: np.ndarray, sigma: float) -> tuple[np.ndarray,
 
 
 def stands_still(rule: Rule, sigma: float, n: int) -> bool:
-    """Whether the last quarter of the steps changed the density by a fifth at most.
+    """Whether the last quarter of the steps changed the density by a third at most.
 
     What is compared is the density of n eigenvalues with Gaussians of that width, at the
     Ritz values; where it is less than that of one eigenvalue, with this.

@@ -298,7 +298,7 @@ def spectral_density(
         risk: the mean loss f, held at the parameters theta.
         num_starts: random starts, >= 1.
         num_steps: Lanczos steps (products) each, >= 2. None: 40, and further ones up to 80
-            until the last quarter of them has changed the density by a fifth at most.
+            until the last quarter of them has changed the density by a third at most.
         matrix: `"hessian"`, or another matrix of `EmpiricalRisk.product`.
         sigma: width of the Gaussians, in the unit of an eigenvalue; by default 1 % of
             the range of the spectrum. The literature has no common value.
@@ -317,7 +317,7 @@ def spectral_density(
     Raises:
         ValueError: an argument outside its range.
 
-    Cost: `num_starts * num_steps` products (fewer where n is smaller), by default about 480
+    Cost: `num_starts * num_steps` products (fewer where n is smaller), by default about 420
     for a trained network; memory `num_steps` n, or a few times that where small networks
     take several starts at once.
 

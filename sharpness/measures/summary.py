@@ -176,7 +176,7 @@ def summary(
             theta that is not finite.
 
     Cost: by default about 50 products and 70 gradients over the data, 20 s for F1 on 1000
-    samples and two cores; the density alone takes about 480 products.
+    samples and two cores; the density alone takes about 420 products.
     """
     radii = {
         name: tuple(positive_list(name, settings[name])[0])
@@ -571,7 +571,7 @@ RUNS: dict[str, tuple[_Run, _Expected]] = {
     ),
     "density": (
         partial(_plain, spectral_density),
-        lambda risk, s: Cost(products=480),
+        lambda risk, s: Cost(products=420),
     ),
     "noise_scale": (
         _noise,

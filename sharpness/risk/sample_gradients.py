@@ -87,7 +87,6 @@ class SampleGradients:
         rows = [batches.rows(batch, i, i + 1) for i in range(num)]
         scales = [self._num * self._mean.weight_of(row) for row in rows]
         some = [i for i, scale in enumerate(scales) if scale]  # others may be 0 / 0
-        found = torch.zeros(num, len(theta), dtype=theta.dtype, device=theta.device)
         exact = exact_arithmetic(theta.device, self._f.tf32)
         with exact, self._f.evaluating(), torch.enable_grad():
             if self._at_once and len(some) > 1:
@@ -98,7 +97,11 @@ class SampleGradients:
                 slopes = self._vmapped(batches.taken(batch, places), weights)
                 if slopes is not None:
                     parts = [s.flatten(1).to(theta.dtype) for s in slopes]
-                    return found.index_copy_(0, places, torch.cat(parts, 1))
+                    together = torch.cat(parts, 1)
+                    if len(some) == num:
+                        return together
+                    return theta.new_zeros(num, len(theta)).index_copy_(0, places, together)
+            found = theta.new_zeros(num, len(theta))
             for i in some:
                 leaves = self._objective.leaves(theta)
                 slopes = gradients(self._share(leaves, rows[i], scales[i]), leaves)
