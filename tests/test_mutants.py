@@ -40,6 +40,7 @@ import test_ranks
 import test_remedies
 import test_reparametrise
 import test_schedules
+import test_spectrum
 import test_subspace
 import test_traces
 import test_tracking
@@ -52,6 +53,7 @@ from sharpness.krylov import (
     certificate,
     eigenpair_search,
     lanczos,
+    quadrature,
     stochastic_trace,
 )
 from sharpness.lab import augment, ghost, remedies, run, schedules
@@ -64,6 +66,7 @@ from sharpness.measures import (
     perturbation,
     preconditioner,
     reparametrise,
+    spectrum,
 )
 from sharpness.optimize import lbfgsb, line_search
 from sharpness.optimize.ball import Ball
@@ -456,6 +459,22 @@ def the_start_is_drawn_from_the_global_generator(patch):
     patch.setattr(_ranks.Vectors, "normal", drawn)
 
 
+@seen_by(
+    test_spectrum.test_the_error_of_few_steps_covers_the_negative_mass_of_each_start, 24
+)
+def two_numbers_of_steps_say_how_far_an_integral_swings(patch):
+    def integrals(self, function):
+        coarse = self.coarse_weights @ function(self.coarse_nodes)
+        return np.array([self.weights @ function(self.nodes), coarse])
+
+    patch.setattr(quadrature.Rule, "integrals", integrals)
+
+
+@seen_by(test_spectrum.test_steps_go_on_where_the_density_still_changes)
+def every_density_stands_still(patch):
+    patch.setattr(spectrum, "stands_still", lambda *_: True)
+
+
 # -- diagonal blocks, Adam and parts of the data -----------------------------------
 
 
@@ -591,6 +610,19 @@ def columns_are_never_scaled(patch):
         "_random_columns",
         lambda risk, p, columns, seed: original(risk, p, "normal", seed),
     )
+
+
+@seen_by(test_subspace.test_a_point_is_the_same_whichever_was_asked_for_before, 3)
+def a_point_moves_along_one_column_too_few(patch):
+    original = epsilon._Manifold.point
+
+    def point(self, y):
+        if self._last is not None:
+            first = (y != self._last[0]).nonzero()[0]
+            self._last[0][first] = y[first]
+        return original(self, y)
+
+    patch.setattr(epsilon._Manifold, "point", point)
 
 
 # -- perturbations and flatness ----------------------------------------------------
