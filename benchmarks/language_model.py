@@ -99,7 +99,9 @@ class Causal(nn.Module):
         except ImportError:
             self.model: nn.Module = Plain()
         else:
-            self.model = GPT2LMHeadModel(GPT2Config())
+            shape = {"vocab_size": CLASSES, "n_positions": PLACES, "n_embd": WIDTH}
+            config = GPT2Config(**shape, n_layer=LAYERS, n_head=HEADS)
+            self.model = GPT2LMHeadModel(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, T) tokens -> (N, V, T) scores."""

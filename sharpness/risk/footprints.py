@@ -66,7 +66,9 @@ class Footprints:
 
     def _predicted(self, linearise: Linearise, batch: Any) -> Footprint:
         rows = int(num_rows(batch))
-        self._spare_graphs(linearise, batches.rows(batch, 0, 1), min(rows, _FEW))
+        seen = self._spare_graphs(linearise, batches.rows(batch, 0, 1), min(rows, _FEW))
+        if seen and rows == 1:
+            return seen
         if rows <= _FEW:
             return self.measured(linearise, batch)
 
@@ -83,25 +85,28 @@ class Footprints:
 
     def measured(self, linearise: Linearise, batch: Any) -> Footprint:
         """Of one product: the batch's graph is built."""
-        self._spare_graphs(linearise, batch, 1)
-        return self._measured(linearise, batch)
+        seen = self._spare_graphs(linearise, batch, 1)
+        return seen or self._measured(linearise, batch)
 
-    def _spare_graphs(self, linearise: Linearise, batch: Any, times: int) -> None:
+    def _spare_graphs(
+        self, linearise: Linearise, batch: Any, times: int
+    ) -> Footprint | None:
         """Let repeated blocks be computed again, where so many such batches do not fit.
 
-        Seen on a forward pass: the graph of a product might not fit either.
+        Seen on a forward pass: the graph of a product might not fit either. The footprint
+        of one such batch, if that is what happened.
         """
         objective = self.objective
         if not objective.blocks or objective.blocks_again:
-            return
-        forward = self._of_forward(batch)
-        if forward * _GRAPH * times <= self.budget:
-            return
+            return None
+        if self._of_forward(batch) * _GRAPH * times <= self.budget:
+            return None
         objective.blocks_again = objective.blocks
         try:
-            self._measured(linearise, batch)
+            return self._measured(linearise, batch)
         except NotAgainError:
             objective.blocks_again = objective.blocks = []
+        return None
 
     def _of_forward(self, batch: Any) -> int:
         """Bytes that a forward pass keeps for its gradient."""
