@@ -64,15 +64,15 @@ def tokens(num: int, length: int, vocabulary: int) -> _Data:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], _Data]]] = {
     "F1, 1000 samples": (networks.f1, lambda: images(1000, 784)),
-    "C1, 16 samples": (networks.c1, lambda: images(16, 3, 32, 32)),
-    "ResNet-20, 32 samples": (lambda: networks.resnet(3), lambda: images(32, 3, 32, 32)),
+    "C1, 8 samples": (networks.c1, lambda: images(8, 3, 32, 32)),
+    "ResNet-20, 16 samples": (lambda: networks.resnet(3), lambda: images(16, 3, 32, 32)),
     "GPT, 16 sequences of 64": (
         lambda: networks.gpt(256, 64, width=128, depth=2),
         lambda: tokens(16, 64, 256),
     ),
-    "MLP, 128 samples": (
+    "MLP, 64 samples": (
         lambda: networks.mlp(784, 10, width=4096, depth=2),
-        lambda: images(128, 784),
+        lambda: images(64, 784),
     ),
 }
 _RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}  # bytes: larger blocks are unmapped

@@ -32,7 +32,8 @@ def risk(width=100):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [17, 33])  # whole blocks of rows
 def test_the_peak_is_that_of_the_storages_of_a_search(steps, dtype, monkeypatch):
-    monkeypatch.setattr(memory, "resident_bytes", lambda _: 0)
+    for name in ("resident_bytes", "most_resident_bytes"):
+        monkeypatch.setattr(memory, name, lambda _: 0)
     said = predicted_costs(risk(800), products=steps, basis_dtype=dtype)
     other = risk(800)
     settings = {"basis_dtype": dtype, "tol": 1e-12, "max_hvps": steps, "basis_size": 200}
@@ -59,8 +60,16 @@ def test_what_is_paid_before_the_first_product_is_said():
 def test_what_the_allocator_keeps_of_two_products_counts(monkeypatch):
     grown = iter([10**8, 10**9])
     monkeypatch.setattr(memory, "resident_bytes", lambda _: next(grown))
+    monkeypatch.setattr(memory, "most_resident_bytes", lambda _: 0)
     said, n = predicted_costs(risk(), products=10), risk().n
     assert said.peak_bytes == 9 * 10**8 + (10 + 1) * 4 * n
+
+
+def test_a_peak_before_the_first_product_counts(monkeypatch):
+    monkeypatch.setattr(memory, "resident_bytes", lambda _: 10**9)
+    highest = iter([2 * 10**9, 5 * 10**9])
+    monkeypatch.setattr(memory, "most_resident_bytes", lambda _: next(highest))
+    assert predicted_costs(risk(), products=10).peak_bytes == 4 * 10**9
 
 
 def test_a_row_more_costs_what_a_step_took_longer(monkeypatch):
@@ -74,7 +83,7 @@ def test_a_row_more_costs_what_a_step_took_longer(monkeypatch):
         def direction(self):
             return torch.zeros(self.n)
 
-        def absorb(self, product):
+        def absorb(self, product, **_):
             self.state.m += 1
             clock["now"] += (2 + 3 * self.state.m) * self.n
 

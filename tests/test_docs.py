@@ -217,6 +217,16 @@ def test_the_numbers_of_the_gpu_are_those_of_the_record(monkeypatch):
     assert between.strip() == gpu.page(record)
 
 
+def test_the_table_of_costs_is_that_of_the_raw_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    costs = importlib.import_module("costs")
+    page = (ROOT / "docs" / "concepts" / "scale.md").read_text(encoding="utf-8")
+    between = page.split(costs.MARKS[0])[1].split(costs.MARKS[1])[0]
+    found = costs.stored()
+    assert "F1, 1000" in between
+    assert between.strip() == costs.page(found).strip()
+
+
 def test_the_tables_of_the_advice_are_those_of_the_raw_numbers(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     advice = importlib.import_module("advice")

@@ -34,6 +34,18 @@ def resident_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def most_resident_bytes(device: torch.device) -> int:
+    """The most that this process ever had there; 0 where nobody knows."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _allowed() -> int:
     """What is left of a limit on this process's data (`ulimit -d`), where there is one."""
     try:
