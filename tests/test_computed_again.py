@@ -139,6 +139,25 @@ class Drawing(Block):
         return super().forward(F.dropout(x, 0.1, training=True))
 
 
+class InPlace(nn.Module):
+    """Begins by writing to what it is given, as `nn.ReLU(inplace=True)` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(F.relu(x, inplace=True))))
+
+
+class InPlaceCausal(Causal):
+    def forward(self, x):
+        h = 1.0 * self.tokens(x)  # no leaf, and saved by nothing
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h)).transpose(1, 2)
+
+
 class Reaching(Block):
     """Reads a parameter that lies in another module."""
 
@@ -158,6 +177,20 @@ def test_a_block_that_draws_is_not_computed_again(monkeypatch):
     risk = risk_of(model, rows=1)
     risk.prepare()
     assert not risk._objective.blocks_again
+    assert not risk._objective.blocks
+
+
+def test_a_block_that_writes_to_what_it_is_given_is_not_computed_again(monkeypatch):
+    torch.manual_seed(0)
+    model = InPlaceCausal(InPlace)
+    plain = risk_of(model)
+    v = torch.randn(plain.n)
+    wanted = plain.hvp(v)
+    with pytest.raises(NotAgainError, match="in place"):
+        risk_of(model, again=True).gradient()
+    monkeypatch.setattr(memory, "budget_bytes", lambda device: 1)
+    risk = risk_of(model)
+    torch.testing.assert_close(risk.hvp(v), wanted)
     assert not risk._objective.blocks
 
 

@@ -111,9 +111,11 @@ class _Call:
 
     def first(self) -> list[Tensor]:
         """The block's tensors, made the first time."""
-        before = random_states()
+        before, versions = random_states(), self._versions()
         args, kwargs = tree_unflatten(self._given, self._how)
         made, self._made_how = tree_flatten(self._forward(*args, **kwargs))
+        if self._versions() != versions:
+            raise NotAgainError("a block changes in place what it is given")
         if not all(isinstance(part, Tensor) for part in made):
             made = self._split(made)
         if random_states() != before:
@@ -121,6 +123,10 @@ class _Call:
         self._state, self._forward = [], _spent
         self._given = [None if isinstance(x, Tensor) else x for x in self._given]
         return made
+
+    def _versions(self) -> list[int]:
+        """How often each tensor was written to."""
+        return [tensor._version for tensor in self.tensors()]
 
     def _split(self, made: list[Any]) -> list[Tensor]:
         raise NotAgainError("a block returns more than tensors")
