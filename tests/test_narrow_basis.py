@@ -62,6 +62,18 @@ def test_memory_of_the_basis_is_half():
     assert sum(block.nbytes for block in basis._blocks) == 16 * like.nbytes // 2
 
 
+@pytest.mark.parametrize(("rows_of_a_block", "held"), [(2, 7), (0.5, 6), (100, 12)])
+def test_long_rows_get_their_memory_a_few_at_a_time(monkeypatch, rows_of_a_block, held):
+    """Three first rows, then blocks of two, of one, or of all up to the limit."""
+    like = torch.arange(1000.0)
+    monkeypatch.setattr("sharpness.krylov.basis._BLOCK_BYTES", int(2000 * rows_of_a_block))
+    basis = Basis(like, 3, 12, dtype=HALF)
+    for i in range(6):
+        basis[i] = (i + 1) * like
+    assert sum(map(len, basis._blocks)) == held
+    torch.testing.assert_close(rows_of(basis, 6)[5], (6 * like).bfloat16().float())
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_what_the_rows_miss_is_at_most_what_is_said_r4(restarted):
     """A Q^T = Q^T T + q b^T up to the defects, row by row, against the matrix itself."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sharpness._ranks import Vectors
 
-_ROWS = 16  # of a block
+_ROWS = 16  # of a block, or fewer where it would take more than that many bytes
+_BLOCK_BYTES = 1 << 29
 # Combined at once, or 1/256 of all: the scratch memory is less than a row.
 _COLUMNS = 1 << 12
 _STRIP = 1 << 16  # entries of a row that are worked with at once, at least
@@ -56,7 +57,9 @@ class Basis:
 
     def _make_room(self, i: int) -> None:
         while i >= (held := sum(map(len, self._blocks))):
-            size = min(_ROWS if held else self._num_first, self._most - held)
+            few = max(1, _BLOCK_BYTES // max(1, self._held * self.dtype.itemsize))
+            wanted = min(_ROWS, few) if held else self._num_first
+            size = min(wanted, self._most - held)
             block = self._like.new_empty((size, self._held), dtype=self.dtype)
             self._blocks.append(block)
 
