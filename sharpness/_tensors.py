@@ -101,13 +101,18 @@ def split(vector: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
+def widest(tensor: Tensor) -> torch.dtype:
+    """What sums are kept in on its device: MPS has no float64."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
+
+
 def dot64(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of two vectors (n,) in float64; 0-d, on their device.
 
     A stretch at a time, so that no second vector is made. A device without float64
     (MPS) takes float32.
     """
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    wide = widest(a)
     pairs = zip(a.split(_STRETCH), b.split(_STRETCH), strict=True)
     parts = [torch.dot(x.to(wide), y.to(wide)) for x, y in pairs]
     return torch.stack(parts).sum()
@@ -121,7 +126,7 @@ def is_finite(a: Tensor) -> bool:
 
 def norm64(a: Tensor) -> Tensor:
     """Euclidean norm of a vector (n,), summed in float64; a 0-d tensor."""
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    wide = widest(a)
     parts = (x.to(wide) for x in a.split(_STRETCH))
     return torch.stack([torch.dot(x, x) for x in parts]).sum().sqrt()
 

@@ -243,3 +243,71 @@ def test_a_gradient_that_took_smaller_chunks_leaves_the_product_those(monkeypatc
 def risk_batches(holder):
     """What a graph was made for."""
     return holder._work.batches if isinstance(holder, KeptGraph) else []
+
+
+class Masked(InPlace):
+    """Reads a mask that the model leaves in it for each batch."""
+
+    def forward(self, x):
+        return x + self.mask * self.down(torch.tanh(self.up(x)))
+
+
+class MaskedCausal(Causal):
+    def forward(self, x):
+        for block in self.blocks:
+            block.mask = (x > CLASSES / 2).float()[..., None]
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+def test_a_block_finds_what_the_model_left_in_it_for_that_batch(rows):
+    torch.manual_seed(0)
+    model = MaskedCausal(Masked)
+    assert_same_derivatives(model, rows=rows, chunk_size=2)
+    assert model.blocks[0].mask.shape[0] in (1, 2)
+
+
+def rows_slope(model, batch):
+    """A loss of the slope by the inputs, as a physics-informed network has it."""
+    x = batch[0].requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return (slope.sum(1) - batch[1]).square().mean()
+
+
+class Sloped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Plain(), Plain())
+
+    def forward(self, x):
+        return self.blocks(x).square()
+
+
+class Plain(InPlace):
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Transformed(Sloped):
+    def forward(self, x):
+        return torch.func.grad(lambda z: super(Transformed, self).forward(z).sum())(x)
+
+
+def sloped(**loss):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, WIDTH), torch.randn(6)
+    if loss:
+        return sh.EmpiricalRisk(Sloped(), data=[(x, y)], check=False, **loss)
+    data = x, torch.randn(6, WIDTH)
+    return sh.EmpiricalRisk(Transformed(), nn.MSELoss(), data, check=False)
+
+
+@pytest.mark.parametrize("loss", [{"closure": rows_slope}, {}])
+def test_a_model_that_takes_derivatives_itself_keeps_its_graph(loss, monkeypatch):
+    v = torch.randn(sloped(**loss).n)
+    wanted = sloped(**loss).hvp(v)
+    monkeypatch.setattr(memory, "budget_bytes", lambda device: 1)
+    risk = sloped(**loss)
+    torch.testing.assert_close(risk.hvp(v), wanted)
+    assert risk.prepare().engine == "kept_graph"
+    assert not risk._objective.blocks_again

@@ -13,7 +13,9 @@ import pytest
 import torch
 from helpers.problems import random_spectrum, symmetric
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sharpness import _tensors
 from sharpness.krylov import basis
 from sharpness.krylov.basis import Basis
 from sharpness.krylov.lanczos import (
@@ -883,3 +885,37 @@ def test_memory_comes_a_block_at_a_time_and_the_first_block_is_not_copied():
     assert rows.rows(5).data_ptr() == rows[0].data_ptr()
     assert rows.rows(6).data_ptr() != rows[0].data_ptr()
     assert rows.rows(0).shape == (0, 1000)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e-20, 1e22])
+def test_squares_beyond_the_type_of_the_products_do_no_harm(scale):
+    values = torch.linspace(-1, 1, 20_000) ** 9
+    found = []
+    for size in (1.0, scale):
+        matrix = values * size
+        lanczos = Lanczos(random_start(20_000, dtype=torch.float32), torch.Generator())
+        for _ in range(12):
+            lanczos.absorb(matrix * lanczos.direction(), owned=True)
+        found.append(lanczos.state.projected / size)
+        assert lanczos.state.num_random == 0
+    assert found[1] == pytest.approx(found[0], abs=1e-5)
+
+
+def test_a_device_without_float64_is_asked_for_none(monkeypatch):
+    monkeypatch.setattr(_tensors, "widest", lambda tensor: torch.float32)
+    values, made = torch.linspace(-1, 1, 300), []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if (kwargs or {}).get("dtype") == torch.float64:
+                made.append(func)
+            return func(*args, **(kwargs or {}))
+
+    lanczos = Lanczos(
+        random_start(300, dtype=torch.float32), torch.Generator(), dtype=torch.bfloat16
+    )
+    with Watched():
+        for _ in range(8):
+            lanczos.absorb(values * lanczos.direction())
+        lanczos.restart(np.arange(3))
+    assert not made

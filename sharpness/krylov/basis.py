@@ -7,6 +7,7 @@ the narrow type.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpness import _tensors
 from sharpness._ranks import Vectors
 
 _ROWS = 16  # of a block, or fewer where it would take more than that many bytes
@@ -75,7 +77,7 @@ class Basis:
         """Round w to what a row can hold, in place; how far it moved, in norm."""
         if not self.is_narrow:
             return 0.0
-        moved = w.new_zeros((), dtype=torch.float64)
+        moved = w.new_zeros((), dtype=_tensors.widest(w))
         held, off = (w.new_empty(min(_STRIP, len(w)), dtype=t) for t in (self.dtype, None))
         for part in w.split(_STRIP):
             narrow, error = held[: len(part)].copy_(part), off[: len(part)]
@@ -87,7 +89,7 @@ class Basis:
     def put(self, i: int, row: Tensor, beside: Tensor) -> float:
         """Row i becomes `row`; its inner product with another vector, by strips."""
         self._make_room(i)
-        found = row.new_zeros((), dtype=torch.float64)
+        found = row.new_zeros((), dtype=_tensors.widest(row))
         vectors = self._row(i), row, beside
         size = _STRIP if self._like.device.type == "cpu" else max(1, self._held)
         for held, part, other in zip(*(v.split(size) for v in vectors), strict=True):
@@ -106,7 +108,7 @@ class Basis:
             what is left on each of the m rows, (m,) float64, and its norm: all of it in
             one reading of rows and vector.
         """
-        sums, found = w.new_empty(m), w.new_zeros(m + 1, dtype=torch.float64)
+        sums, found = w.new_empty(m), w.new_zeros(m + 1, dtype=_tensors.widest(w))
         known = known.to(w.dtype)
         for rows, part in self._strips(m, w):
             self._take_away(part, rows, known[-1:], m - 1)  # the largest, as a rule
@@ -116,16 +118,23 @@ class Basis:
             found[:m] += sums
             found[m] += torch.dot(part, part)
         found = self._vectors.total(found)
-        return found[:m], float(found[m].sqrt())
+        return found[:m], self._root(float(found[m]), w)
 
     def subtract(self, w: Tensor, coefficients: Tensor) -> float:
         """Take sum_i coefficients_i q_i away from w, in place; the norm that is left."""
         coefficients = coefficients.to(w.dtype)
-        left = w.new_zeros((), dtype=torch.float64)
+        left = w.new_zeros((), dtype=_tensors.widest(w))
         for rows, part in self._strips(len(coefficients), w):
             self._take_away(part, rows, coefficients, 0)
             left += torch.dot(part, part)
-        return float(self._vectors.total(left).sqrt())
+        return self._root(float(self._vectors.total(left)), w)
+
+    def _root(self, square: float, w: Tensor) -> float:
+        """The norm of w from its square; summed anew where its type does not hold that."""
+        limits = torch.finfo(w.dtype)
+        if self.n * limits.tiny / limits.eps < square < math.inf:
+            return math.sqrt(square)
+        return self._vectors.norm(w)
 
     def _take_away(
         self, part: Tensor, rows: Sequence[Tensor], coefficients: Tensor, first: int
@@ -171,7 +180,7 @@ class Basis:
             (l,) how far each was moved by rounding it to the rows' type, in norm.
         """
         rows = len(coefficients)
-        lost = self._like.new_zeros(rows, dtype=torch.float64)
+        lost = self._like.new_zeros(rows, dtype=_tensors.widest(self._like))
         for strip, mixed in self._mixed(coefficients):
             for block, part in zip(self._upto(rows), self._parts(mixed), strict=True):
                 block[:, strip] = part

@@ -67,22 +67,26 @@ def _is_a_block(module: nn.Module) -> bool:
 def without_graphs(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, these keep no graph where they are called."""
     before = [(block, vars(block).get("forward")) for block in blocks]
+    inside = [True]
     try:
         for block in blocks:
-            vars(block)["forward"] = _wrapped(block, block.forward)
+            vars(block)["forward"] = _wrapped(block, block.forward, inside)
         yield
     finally:
+        inside.clear()
         for block, own in before:
             vars(block).pop("forward", None)
             if own is not None:
                 vars(block)["forward"] = own
 
 
-def _wrapped(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _wrapped(
+    block: nn.Module, forward: Callable[..., Any], inside: list[bool]
+) -> Callable[..., Any]:
     def called(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        call = _Call(block, forward, args, kwargs)
+        call = _Call(block, forward, args, kwargs, inside)
         return call.result(_apply(_Value, call, *call.tensors()))
 
     return called
@@ -92,9 +96,15 @@ class _Call:
     """One call of a block: its tensors, and how it is made again with others."""
 
     def __init__(
-        self, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        block: nn.Module,
+        forward: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        inside: list[bool],
     ) -> None:
-        self._block, self._forward = _Forward(block), forward
+        self._block, self._forward, self._inside = _Forward(block), forward, inside
+        self._attributes = _attributes(block)
         state = (*self._block.named_parameters(), *self._block.named_buffers())
         self._names = [name for name, _ in state]
         self._given, self._how = tree_flatten((args, kwargs))
@@ -133,12 +143,15 @@ class _Call:
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same from other tensors, with a graph."""
+        if self._inside:
+            raise NotAgainError("a model takes derivatives by itself")
         num, given = len(self._names), list(self._given)
         for place, tensor in zip(self._places, tensors[num:], strict=True):
             given[place] = tensor
         args, kwargs = tree_unflatten(given, self._how)
         state = dict(zip(self._names, tensors[:num], strict=True))
         with (
+            _holding(self._block.block, self._attributes),
             evaluation(self._block, "running"),
             layers_may_run_again(),
             self._autocasting(),
@@ -158,6 +171,44 @@ class _Call:
     def result(self, made: tuple[Tensor, ...]) -> Any:
         """What the block returns, of those tensors."""
         return tree_unflatten(list(made), self._made_how)
+
+
+_OF_ANY_MODULE = {*vars(nn.Module()), "forward"}
+
+
+def _attributes(block: nn.Module) -> list[dict[str, Any]]:
+    """What a model may have left in each module of a block for this call, as a mask is.
+
+    Not what has a graph: it would hold that of the call before, and so on.
+    """
+    return [
+        {
+            name: value
+            for name, value in vars(module).items()
+            if name not in _OF_ANY_MODULE and not _has_graph(value)
+        }
+        for module in block.modules()
+    ]
+
+
+def _has_graph(value: Any) -> bool:
+    leaves = tree_flatten(value)[0]
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+@contextmanager
+def _holding(block: nn.Module, attributes: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """With these in the modules of a block."""
+    modules = list(block.modules())
+    before = [dict(vars(module)) for module in modules]
+    try:
+        for module, then in zip(modules, attributes, strict=True):
+            vars(module).update(then)
+        yield
+    finally:
+        for module, now in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(now)
 
 
 def _spent(*_: Any, **__: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from sharpness import _tensors
 from sharpness._arguments import ensure
 from sharpness._ranks import Vectors
 from sharpness._results import DerivativeDisagreesError
@@ -273,7 +274,9 @@ def rounding(products: Tensor, vectors: Vectors) -> Tensor:
 
     In float32 products of perceptrons and convolutions were 2 to 7 eps off.
     """
-    norms = vectors.total(products.norm(dim=-1).square()).sqrt()
+    # Squares of what is below 1e-22 are zeros in float32.
+    norms = products.norm(dim=-1).to(_tensors.widest(products))
+    norms = vectors.total(norms.square()).sqrt().to(products)
     return 8 * torch.finfo(products.dtype).eps * norms
 
 
