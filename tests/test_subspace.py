@@ -14,6 +14,7 @@ from torch import Tensor
 
 import sharpness as sh
 from sharpness._results import number
+from sharpness._tensors import seeded
 from sharpness.measures.epsilon import _Manifold
 from sharpness.results import EpsilonSharpness
 
@@ -463,3 +464,17 @@ def test_a_protocol_not_run_is_not_shown_as_a_number():
     (reading,) = found.readings()
     assert "nan" not in str(found)
     assert "nan" not in reading.evidence
+
+
+def test_rounding_does_not_add_up_over_many_points():
+    p = 20
+    manifold, generator = _Manifold(mlp_risk(), p, "normal", seed=0), seeded(1)
+    manifold.theta, manifold.a = manifold.theta.float(), manifold.a.float()
+    y = torch.zeros(p)
+    for i in range(4000):
+        y = y.clone()
+        y[i % p] = 1e3 * torch.rand(1, generator=generator) - 500
+        found = manifold.point(y.clone())
+    exact = manifold.theta.double() + manifold.a.double().T @ y.double()
+    once = torch.addmv(manifold.theta, manifold.a.T, y)
+    assert (found - exact).norm() <= 8 * (once - exact).norm()

@@ -62,6 +62,8 @@ PROTOCOL_ITERATIONS = 10  # Keskar et al. (2017), section 2.2.2
 # The start is small, so that its gradient is the Hessian's answer to a random
 # direction, and not zero, so that there is a gradient at all.
 _START = 0.1
+# So many times all columns are added one by one before theta + A y is made afresh.
+_AFRESH = 4
 _STRETCH = 1 << 12  # rows of A that are drawn at once
 _USUAL = "The paper used 1e-3 and 5e-4."
 
@@ -365,6 +367,7 @@ class _Manifold:
         self.p = None if p is None else int(p)
         self.a: Tensor | None = None  # (p, n), a column of A in each row
         self._last: tuple[Tensor, Tensor] | None = None  # y and theta + A y
+        self._moved = 0  # columns since theta + A y was made afresh
         preimage = risk.theta
         if p is not None:
             ensure(
@@ -389,7 +392,7 @@ class _Manifold:
         """Theta + A y, (n,), until the next one is asked for; y is given away.
 
         Near the corners of the box few coordinates change from one point to the next: only
-        their columns of A are read.
+        their columns of A are read. As rounding adds up, it is made afresh now and then.
         """
         if self.a is None:
             return y.add_(self.theta)
@@ -397,8 +400,10 @@ class _Manifold:
         change = y - before
         changed = change.nonzero().flatten().tolist()
         self._last = None  # until it is whole
-        if 2 * len(changed) > len(y):
+        self._moved += len(changed)
+        if 2 * len(changed) > len(y) or self._moved > _AFRESH * len(y):
             torch.addmv(self.theta, self.a.T, y, out=x)
+            self._moved = 0
         else:
             for i in changed:
                 x.add_(self.a[i], alpha=float(change[i]))

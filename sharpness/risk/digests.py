@@ -33,9 +33,20 @@ def digest(*values: Any) -> str:
     return found.hexdigest()
 
 
-def described(value: Any) -> Any:
-    """What a loss is made of, as `digest` takes it: without addresses in memory."""
-    return _described(value, _DEPTH, {})
+def described(value: Any, surroundings: bool = True) -> Any:
+    """What a loss is made of, as `digest` takes it: without addresses in memory.
+
+    `surroundings`: with the objects that a function written inside another refers to, such
+    as a trainer or a command's arguments, which may know their rank and hold its data.
+    """
+    seen = {} if surroundings else {id(x): x for x in _surroundings(value)}
+    return _described(value, _DEPTH, seen)
+
+
+def _surroundings(loss: Any) -> list[Any]:
+    cells = getattr(getattr(loss, "func", loss), "__closure__", None) or ()
+    held = [_content(cell) for cell in cells]
+    return [x for x in held if hasattr(x, "__dict__") and not callable(x)]
 
 
 def _described(value: Any, depth: int, seen: dict[int, Any]) -> Any:

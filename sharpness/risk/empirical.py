@@ -1133,10 +1133,11 @@ class EmpiricalRisk:
     def _loss_digest(self) -> str:
         """Of the loss with all that it holds.
 
-        Not of the object whose method it is, nor of a closure: they may know their rank.
+        Not of the object whose method it is or that it was written in, nor of a closure:
+        they may know their rank.
         """
         loss = self._objective.loss
-        return digest(described(getattr(loss, "__func__", loss)))
+        return digest(described(getattr(loss, "__func__", loss), surroundings=False))
 
     def _refuse_ranks(self) -> None:
         ensure_available(
