@@ -11,7 +11,7 @@ from torch import nn
 
 import sharpness as sh
 from sharpness.risk import curvature, memory
-from sharpness.risk.computed_again import NotAgainError, repeated_blocks
+from sharpness.risk.computed_again import repeated_blocks
 from sharpness.risk.kept_graph import KeptGraph
 from sharpness.risk.mean_loss import MeanLoss
 
@@ -168,11 +168,21 @@ class Reaching(Block):
 _ELSEWHERE: list[nn.Parameter] = []
 
 
+def assert_graphs_are_kept(model, words, **settings):
+    """Where that is seen late, the numbers are the same, and a note says why."""
+    again, plain = (risk_of(model, way, **settings) for way in (True, False))
+    v = torch.randn(plain.n, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        torch.testing.assert_close(again.product(v), plain.product(v))
+    torch.testing.assert_close(again.gradient(), plain.gradient())
+    assert not again._objective.blocks_again
+    assert [note for note in again.notes if words in note]
+
+
 def test_a_block_that_draws_is_not_computed_again(monkeypatch):
     torch.manual_seed(0)
     model = Causal(Drawing)
-    with pytest.raises(NotAgainError, match="draws random numbers"):
-        risk_of(model, again=True, rows=1).gradient()
+    assert_graphs_are_kept(model, "draws random numbers", rows=1)
     monkeypatch.setattr(memory, "budget_bytes", lambda device: 1)
     risk = risk_of(model, rows=1)
     risk.prepare()
@@ -183,11 +193,10 @@ def test_a_block_that_draws_is_not_computed_again(monkeypatch):
 def test_a_block_that_writes_to_what_it_is_given_is_not_computed_again(monkeypatch):
     torch.manual_seed(0)
     model = InPlaceCausal(InPlace)
+    assert_graphs_are_kept(model, "in place")
     plain = risk_of(model)
     v = torch.randn(plain.n)
     wanted = plain.hvp(v)
-    with pytest.raises(NotAgainError, match="in place"):
-        risk_of(model, again=True).gradient()
     monkeypatch.setattr(memory, "budget_bytes", lambda device: 1)
     risk = risk_of(model)
     torch.testing.assert_close(risk.hvp(v), wanted)
@@ -198,9 +207,29 @@ def test_a_block_that_reaches_beyond_what_it_is_given_is_not_computed_again():
     torch.manual_seed(0)
     model = Causal(Reaching)
     _ELSEWHERE[:] = [model.norm.weight]
-    risk = risk_of(model, again=True)
-    with pytest.raises(NotAgainError, match="was not given"):
-        risk.gradient()
+    assert_graphs_are_kept(model, "was not given")
+
+
+class Sharing(Block):
+    """Multiplies by what lies in an object that all blocks have."""
+
+    def forward(self, x):
+        return super().forward(x) * _SHARED["mask"]
+
+
+_SHARED: dict[str, torch.Tensor] = {}
+
+
+class SharingCausal(Causal):
+    def forward(self, x):
+        _SHARED["mask"] = (x > CLASSES / 2).float()[..., None]
+        return super().forward(x)
+
+
+def test_a_block_that_makes_something_else_the_second_time_is_not_computed_again():
+    """By then the mask is that of the last chunk."""
+    torch.manual_seed(0)
+    assert_graphs_are_kept(SharingCausal(Sharing), "something else", chunk_size=1)
 
 
 def test_what_counts_as_a_block():

@@ -449,6 +449,11 @@ class ChunkedMean:
             return asked
         return self._footprints.rows_at_once(first, self.budget)
 
+    def forget_footprints(self) -> None:
+        """The objective is evaluated in another way: what it takes is to be seen anew."""
+        self._known.clear()
+        self._peak = None
+
     @property
     def _footprints(self) -> Footprints:
         return Footprints(

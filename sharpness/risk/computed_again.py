@@ -36,8 +36,11 @@ from sharpness.risk.model_state import (
 )
 
 
-class NotAgainError(RuntimeError):
-    """A block would not give the same a second time: without this, it works."""
+class NotAgainError(Exception):
+    """A block would not give the same a second time: with its graph kept, it works.
+
+    No RuntimeError, for which `engine="auto"` takes differences of gradients instead.
+    """
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
@@ -130,6 +133,7 @@ class _Call:
             made = self._split(made)
         if random_states() != before:
             raise NotAgainError("a block draws random numbers")
+        self._seen = _traits(made)
         self._state, self._forward = [], _spent
         self._given = [None if isinstance(x, Tensor) else x for x in self._given]
         return made
@@ -157,8 +161,10 @@ class _Call:
             self._autocasting(),
             torch.enable_grad(),
         ):
-            made = functional_call(self._block, state, args, kwargs)
-        return tree_flatten(made)[0]
+            made = tree_flatten(functional_call(self._block, state, args, kwargs))[0]
+        if not _alike(_traits(made), self._seen):
+            raise NotAgainError("a block made something else the second time")
+        return made
 
     @contextmanager
     def _autocasting(self) -> Iterator[None]:
@@ -209,6 +215,28 @@ def _holding(block: nn.Module, attributes: Sequence[dict[str, Any]]) -> Iterator
         for module, now in zip(modules, before, strict=True):
             vars(module).clear()
             vars(module).update(now)
+
+
+_Traits = list[tuple[Tensor, Tensor, float]]
+
+
+def _traits(made: Sequence[Tensor]) -> _Traits:
+    """Of each tensor: sum, norm, and by how much of the norm both may be off."""
+    found = []
+    for part in (part.detach() for part in made if part.is_floating_point()):
+        wide = torch.promote_types(part.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(part, dtype=wide)
+        found.append((part.sum(dtype=wide), norm, torch.finfo(part.dtype).eps ** 0.5))
+    return found
+
+
+def _alike(some: _Traits, others: _Traits) -> bool:
+    """Whether they may be of the same tensors: a mask, say, may have changed meanwhile."""
+    return not any(
+        bool((a - b).abs() > tol * norm)
+        for (total, norm, tol), (first, first_norm, _) in zip(some, others, strict=True)
+        for a, b in ((total, first), (norm, first_norm))
+    )
 
 
 def _spent(*_: Any, **__: Any) -> Any:

@@ -23,6 +23,7 @@ from sharpness._ranks import OutOfMemoryEverywhereError, Ranks, Vectors
 from sharpness._results import DerivativeDisagreesError, ensure_available
 from sharpness.risk import batch_dependence, batches, files, intake, sharded
 from sharpness.risk.chunks import ChunkedMean
+from sharpness.risk.computed_again import NotAgainError
 from sharpness.risk.curvature import Matrix, Pullback
 from sharpness.risk.derivatives import Comparison, Derivatives, compared
 from sharpness.risk.digests import described, digest
@@ -55,7 +56,10 @@ _Asked = ParamSpec("_Asked")
 def _fitting(
     evaluate: Callable[Concatenate[EmpiricalRisk, _Asked], _Computed],
 ) -> Callable[Concatenate[EmpiricalRisk, _Asked], _Computed]:
-    """A method that is called again, in smaller chunks, where the memory runs out."""
+    """A method that is called again, in smaller chunks, where the memory runs out.
+
+    Or with the graphs of all blocks, where one cannot be computed again.
+    """
 
     @wraps(evaluate)
     @torch.inference_mode(False)
@@ -70,13 +74,17 @@ def _fitting(
                     intake.explained(risk._objective, given),
                 ):
                     return evaluate(risk, *args, **kwargs)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, NotAgainError) as error:
                 trouble = str(error).split(". ")[0]
                 agreed = isinstance(error, OutOfMemoryEverywhereError)
+                is_full = isinstance(error, torch.OutOfMemoryError)
             # Outside the handler, so that what the failed evaluation held is free.
             if risk.ranks.size > 1 and not (agreed or risk.is_sharded):
                 raise risk.ranks.end(f"{trouble}. Pass a smaller `chunk_size`.")
-            risk._take_smaller_chunks(trouble)
+            if is_full:
+                risk._take_smaller_chunks(trouble)
+            else:
+                risk._keep_graphs(trouble)
 
     return fitted
 
@@ -1095,6 +1103,12 @@ class EmpiricalRisk:
         self._mean.halve(trouble)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _keep_graphs(self, trouble: str) -> None:
+        self._products.clear()
+        self._objective.blocks = self._objective.blocks_again = []
+        self._mean.forget_footprints()
+        self._note(f"blocks are not computed again, and take more memory: {trouble}")
 
     def _require_one_function(self, mean: ChunkedMean) -> None:
         """Refuse processes whose risks are not parts of one mean."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from sharpness._arguments import ensure
 from sharpness.risk import batches, curvature, memory
+from sharpness.risk.computed_again import NotAgainError
 from sharpness.risk.curvature import Linearise, Mean
 from sharpness.risk.loss_terms import num_rows
 from sharpness.risk.memory import Footprint
@@ -105,7 +106,7 @@ class Footprints:
             return self._measured(linearise, batch)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # NotAgainError, or a transform that knows no such blocks
+        except (NotAgainError, RuntimeError):  # or a transform that knows no such blocks
             objective.blocks_again = objective.blocks = []
         return None
 
