@@ -451,6 +451,7 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        digits = 4 - 1 - math.floor(math.log10(abs(value))) if value else 0
+        size = abs(float(f"{value:.3e}"))  # 0.99999 is written as 1.000
+        digits = 4 - 1 - math.floor(math.log10(size)) if size else 0
         return f"{value:.{max(0, min(digits, 6))}f}"
     return f"{value:.3g}"

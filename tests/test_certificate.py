@@ -94,6 +94,13 @@ def test_an_exhausted_space_leaves_no_place_to_hide():
     assert largest(kernel, 1e9) == pytest.approx(4, rel=1e-14)
 
 
+def test_k_is_finite_at_a_ritz_value():
+    kernel = kernel_of(run(symmetric(OUTLIERS - 2), 5))  # its residuals are large
+    values = kernel.values
+    at, beside = kernel.log(values), kernel.log(values + 1e-9)
+    np.testing.assert_allclose(at, beside, atol=1e-4)
+
+
 # -- where a value may hide ----------------------------------------------------------
 
 

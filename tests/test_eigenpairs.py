@@ -41,7 +41,7 @@ EPS = float(np.finfo(float).eps)
 # One value far out, four close behind it, the rest a bulk.
 GAPPED = np.concatenate([np.linspace(-0.5, 1.5, 115), [2.0, 3.0, 4.0, 5.0, 10.0]])
 SEPARATED = {
-    "geometric": 20 * 0.7 ** np.arange(60),
+    "geometric": 20 * 0.75 ** np.arange(60),  # 1e-6 of the least is above rounding
     "outliers": np.append(np.linspace(-0.1, 0.1, 55), [1.0, 2.0, 3.5, 5.0, 8.0]),
     "indefinite": np.append(np.linspace(-0.1, 0.1, 55), [-9.0, -4.0, 2.0, 5.0, 8.0]),
     "negative": -np.append(np.linspace(5, 6, 55), [0.5, 1.0, 1.5, 2.5, 9.0]),

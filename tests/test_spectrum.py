@@ -114,11 +114,11 @@ def measured_often(
     a = symmetric(values)
     risk, starts, runs = fast(a), [], []
 
-    def noted(multiply, own, generator, is_over):
-        starts.extend(own)
+    def noted(multiply, own, is_over):
+        starts.extend(lanczos.direction() for lanczos in own)
         yield [Tridiagonal(np.zeros(1), np.zeros(1)) for _ in own]
 
-    def replayed(multiply, own, generator, is_over):
+    def replayed(multiply, own, is_over):
         multiply._run.step(len(own) * num_steps)
         yield [runs.pop(0) for _ in own]
 

@@ -65,7 +65,9 @@ class Kernel:
             return np.asarray(2 * np.log(np.hypot(1.0, np.linalg.norm(parts, axis=1))))
 
     def log(self, x: np.ndarray) -> np.ndarray:
-        """The logarithm of K(x) at x (p,)."""
+        """The logarithm of K(x) at x (p,); at a Ritz value that of the number beside it."""
+        if not self.exhausted:
+            x = np.where(np.isin(x, self.values), np.nextafter(x, np.inf), x)
         distances = np.abs(x[:, None] - self.values)
         return np.asarray(self.log_product(x) + self.log_rest(distances))
 
