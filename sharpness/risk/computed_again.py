@@ -130,7 +130,7 @@ class _Call:
         if self._versions() != versions:
             raise NotAgainError("a block changes in place what it is given")
         if not all(isinstance(part, Tensor) for part in made):
-            made = self._split(made)
+            raise NotAgainError("a block returns more than tensors")
         if random_states() != before:
             raise NotAgainError("a block draws random numbers")
         self._seen = _traits(made)
@@ -141,9 +141,6 @@ class _Call:
     def _versions(self) -> list[int]:
         """How often each tensor was written to."""
         return [tensor._version for tensor in self.tensors()]
-
-    def _split(self, made: list[Any]) -> list[Tensor]:
-        raise NotAgainError("a block returns more than tensors")
 
     def again(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The same from other tensors, with a graph."""
@@ -342,8 +339,7 @@ def _slopes(
     values = [made[place] for place in places]
     wanted = [leaf for leaf, need in zip(tensors, needs, strict=True) if need]
     _check_leaves(values, wanted)
-    linked = [(value, along) for value, along in zip(values, g, strict=True)]
-    linked = [(value, along) for value, along in linked if value.requires_grad]
+    linked = [pair for pair in zip(values, g, strict=True) if pair[0].requires_grad]
     with torch.enable_grad():
         return torch.autograd.grad(
             [value for value, _ in linked],
